@@ -1,0 +1,1 @@
+"""PyTorch on one side, taid_jax on the other."""

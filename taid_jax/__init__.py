@@ -1,0 +1,1 @@
+"""Knowledge distillation of language models in JAX and Flax, built round TAID."""

@@ -1,0 +1,1 @@
+"""Text and chat to batches of token ids and labels."""

@@ -1,0 +1,1 @@
+"""Flax decoders and their files."""

@@ -1,0 +1,58 @@
+"""Array aliases, batch keys, mesh axes and the small bundle that stands for a model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+IGNORE_INDEX = -100
+"""The label of a token that does not count, as in Hugging Face and PyTorch."""
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+"""Mesh axes: copies of the model, shards of its weights, shards of its layers."""
+
+Params = Mapping[str, Any]
+"""A nested mapping with arrays at its leaves."""
+
+Batch = Mapping[str, Array]
+"""`input_ids`, `labels`, and where they are needed `attention_mask`, `segment_ids` and
+`positions`: int32 arrays of shape (batch, length)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The last linear layer of a language model: hidden states to logits.
+
+    Attributes:
+        kernel: `(d_model, vocab)`.
+        bias: `(vocab,)` or None.
+        softcap: Logits become `softcap * tanh(logits / softcap)` when not None.
+        vocab_size: Entries from this index on are padding and take no part; None when
+            every entry is real.
+    """
+
+    kernel: Float[Array, "d_model vocab"]
+    bias: Float[Array, " vocab"] | None = None
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+class ModelFunctions(NamedTuple):
+    """What the train step needs of a model, whatever it was written with.
+
+    Give `hidden` and `head`, so that the loss runs without building the logits, or
+    `logits` alone for a model that offers nothing else.
+
+    Attributes:
+        hidden: `(params, batch) -> (batch, length, d_model)`, the last hidden states.
+        head: `params -> Head`.
+        logits: `(params, batch) -> (batch, length, vocab)`.
+    """
+
+    hidden: Callable[[Params, Batch], Float[Array, "batch length d_model"]] | None = None
+    head: Callable[[Params], Head] | None = None
+    logits: Callable[[Params, Batch], Float[Array, "batch length vocab"]] | None = None

@@ -1,0 +1,25 @@
+"""Shared set-up: eight fake devices, strict dtypes and shapes, checked annotations."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+from jaxtyping import install_import_hook
+
+# The hook has to come before the first import of the package.
+install_import_hook("taid_jax", "beartype.beartype")
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiled programs are kept between runs: most of the suite's time is compilation.
+_cache = pathlib.Path(
+    os.environ.get("TAID_JAX_TEST_CACHE", tempfile.gettempdir() + "/taid-jax-test-cache")
+)
+jax.config.update("jax_compilation_cache_dir", str(_cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
