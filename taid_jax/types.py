@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
@@ -39,6 +40,26 @@ class Head:
     bias: Float[Array, " vocab"] | None = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def logits(
+        self, hidden: Float[Array, "*tokens d_model"]
+    ) -> Float[Array, "*tokens vocab"]:
+        """Returns float32 logits, `-inf` at padded entries; never rounded on the way."""
+        logits = jax.lax.dot_general(
+            hidden,
+            self.kernel.astype(hidden.dtype),
+            (((hidden.ndim - 1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        if self.bias is not None:
+            bias = self.bias.astype(jnp.float32)
+            logits += bias.reshape((1,) * (hidden.ndim - 1) + (-1,))
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        if self.vocab_size is not None and self.vocab_size < logits.shape[-1]:
+            entry = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+            logits = jnp.where(entry < self.vocab_size, logits, -jnp.inf)
+        return logits
 
 
 class ModelFunctions(NamedTuple):

@@ -1,0 +1,171 @@
+"""Mesh, the table of logical axes, and placing arrays by it."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from taid_jax.types import DATA, FSDP, TENSOR
+
+MESH_AXES = (DATA, FSDP, TENSOR)
+
+# Logical name of an array's axis -> mesh axes that it is cut over.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": (DATA, FSDP),
+    "length": (),
+    "embed": (FSDP,),
+    "heads": (TENSOR,),
+    "kv_heads": (TENSOR,),
+    "head_dim": (),
+    "mlp": (TENSOR,),
+    "vocab": (TENSOR,),
+    "layers": (),
+    "norm": (),
+}
+
+
+class ShardingError(ValueError):
+    """A mesh or a logical axis that cannot be."""
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the sizes named in a text such as `data=1,fsdp=-1,tensor=1`.
+
+    Raises:
+        ShardingError: On an unknown axis, a size that is no integer, or two -1.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        axis, _, size = part.partition("=")
+        if axis.strip() not in sizes:
+            raise ShardingError(
+                f"mesh: no axis is called {axis.strip()!r}; there are {MESH_AXES}"
+            )
+        try:
+            sizes[axis.strip()] = int(size)
+        except ValueError:
+            raise ShardingError(
+                f"mesh: need axis=size with an integer, got {part!r}"
+            ) from None
+    if any(size == 0 or size < -1 for size in sizes.values()):
+        raise ShardingError(f"mesh: need sizes >= 1, or -1 for the rest, got {text!r}")
+    if list(sizes.values()).count(-1) > 1:
+        raise ShardingError(f"mesh: only one axis can take the rest (-1), got {text!r}")
+    return sizes
+
+
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh of `text` over all devices.
+
+    Args:
+        text: Sizes as in `parse_mesh`; -1 takes the devices that are left.
+        devices: All of JAX's devices when None.
+
+    Raises:
+        ShardingError: If the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = parse_mesh(text)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values() and len(devices) % known == 0:
+        rest = len(devices) // known
+        sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ShardingError(
+            f"mesh: {text} does not match the {len(devices)} device(s) there are; "
+            "the sizes have to multiply to that number"
+        )
+    shape = tuple(sizes.values())
+    grid = np.asarray(devices).reshape(shape)
+    if grid.size == len(jax.devices()) and len(devices) > 1:
+        # Lets JAX choose an order in which neighbours are near each other.
+        return jax.make_mesh(
+            shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+        )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array"
+) -> PartitionSpec:
+    """Returns how an array with these logical axes is cut over the mesh.
+
+    An axis that the mesh does not divide stays whole, with a warning that names it.
+
+    Raises:
+        ShardingError: If a logical axis is not in the table, or their number is not
+            the number of dimensions.
+    """
+    if len(axes) != len(shape):
+        raise ShardingError(f"{name}: {len(shape)} dimensions, but axes {tuple(axes)}")
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise ShardingError(
+                f"{name}: no logical axis is called {axis!r}; there are {tuple(RULES)}"
+            )
+        over = () if axis is None else RULES[axis]
+        over = tuple(part for part in over if mesh.shape[part] > 1)
+        parts = math.prod(mesh.shape[part] for part in over)
+        if size % parts:
+            warnings.warn(
+                f"{name}: axis {axis} of size {size} is not cut over {over}, which "
+                f"has {parts} parts; it stays whole on each device",
+                stacklevel=2,
+            )
+            over = ()
+        entries.append(over if len(over) > 1 else over[0] if over else None)
+    return PartitionSpec(*entries)
+
+
+def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of every array of a tree.
+
+    Args:
+        axes: A tree whose leaves are tuples of logical axis names.
+        shapes: The same tree with arrays or `jax.ShapeDtypeStruct`.
+        mesh: Where they go.
+    """
+
+    def one(path, leaf, names):
+        text = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, text))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of `(batch, length)` arrays."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises if the sequences of a (micro-)batch cannot be shared out evenly.
+
+    Raises:
+        ShardingError: With both numbers.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if batch_size % parts:
+        raise ShardingError(
+            f"a (micro-)batch of {batch_size} sequences cannot be shared out over "
+            f"{parts} devices (mesh axes {RULES['batch']}); choose a multiple of {parts}"
+        )
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns a batch on its devices; each process gives its own rows."""
+    sharding = batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value)
+        for key, value in batch.items()
+    }

@@ -1,0 +1,156 @@
+"""The state of a training run, and the optimizer that moves it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32, PyTree, UInt32
+
+from taid_jax.schedule import TAIDState
+from taid_jax.types import Params
+
+
+class DistillState(NamedTuple):
+    """Everything that changes from step to step, and all that a checkpoint keeps.
+
+    Attributes:
+        step: Batches consumed, int32 scalar.
+        params: The student's parameters.
+        opt_state: The optimizer's state over `(params, learned)`.
+        schedule: TAID's t and what its controller remembers.
+        learned: What the objective itself learns, such as CTKD's temperature; an empty
+            dict for most.
+        rng: Key data, `(2,)` uint32.
+    """
+
+    step: Int32[Array, ""]
+    params: Params
+    opt_state: PyTree
+    schedule: TAIDState
+    learned: dict[str, Array]
+    rng: UInt32[Array, "2"]
+
+
+def init_state(
+    params: Params,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: TAIDState,
+    learned: dict[str, Array] | None = None,
+    seed: int = 0,
+) -> DistillState:
+    """Returns the state before the first step.
+
+    Args:
+        params: The student's parameters.
+        optimizer: Any optax optimizer; it sees the pair `(params, learned)`.
+        schedule: `TAIDScheduler.init()`.
+        learned: What the objective itself learns.
+        seed: Of the random key.
+    """
+    learned = {} if learned is None else learned
+    return DistillState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init((params, learned)),
+        schedule=schedule,
+        learned=learned,
+        rng=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
+    )
+
+
+def state_shardings(
+    state: DistillState,
+    params_shardings: Any,
+    optimizer: optax.GradientTransformation,
+    whole: jax.sharding.Sharding,
+) -> DistillState:
+    """Returns where each array of a state lives.
+
+    Args:
+        state: A state, or its shapes.
+        params_shardings: The tree of the parameters' shardings; the optimizer's moments
+            go with them.
+        optimizer: The one that the state was made with.
+        whole: The sharding of everything else.
+    """
+    everywhere = jax.tree.map(lambda _: whole, state)
+    learned = everywhere.learned
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        (params_shardings, learned),
+        transform_non_params=lambda _: whole,
+    )
+    return everywhere._replace(params=params_shardings, opt_state=opt_state)
+
+
+def decay_mask(params: Any) -> Any:
+    """Returns which parameters are decayed: not biases, nor the scale beside one.
+
+    A norm with a bias is a LayerNorm, and the published recipe spares it; RMSNorm
+    scales, which have none, are decayed. What the objective learns is not.
+    """
+    student, learned = params
+
+    def mask(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return True
+        norm = "scale" in node and "bias" in node
+        return {
+            key: mask(child) if isinstance(child, dict) else key != "bias" and not norm
+            for key, child in node.items()
+        }
+
+    return mask(student), jax.tree.map(lambda _: False, learned)
+
+
+def learning_rate_schedule(
+    learning_rate: float, steps: int, warmup_steps: int = 0
+) -> optax.Schedule:
+    """Returns a linear warm-up to `learning_rate` and a cosine to 0 at `steps`."""
+    if not warmup_steps:
+        return optax.cosine_decay_schedule(learning_rate, steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup_steps, decay_steps=steps
+    )
+
+
+def make_optimizer(
+    learning_rate: optax.Schedule | float,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """Returns AdamW behind a clip of the global norm, as the published recipe has it.
+
+    References:
+        Shing et al., TAID, ICLR 2025 (arXiv:2501.16937), appendix on training details.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(
+            learning_rate,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def updates_applied(opt_state: PyTree) -> Int32[Array, ""] | None:
+    """Returns how many updates the learning-rate schedule has seen, if it counts any."""
+
+    def counts_rate(path: Any, _: Any) -> bool:
+        return any(
+            getattr(entry, "tuple_name", "") == "ScaleByScheduleState" for entry in path
+        )
+
+    return optax.tree_utils.tree_get(opt_state, "count", None, counts_rate)

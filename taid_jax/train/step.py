@@ -1,0 +1,286 @@
+"""The train step and the evaluation step: pure functions of the state, jitted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Int
+
+from taid_jax.loss import distillation_sums, fused_loss
+from taid_jax.schedule import TAIDState
+from taid_jax.train.state import DistillState, updates_applied
+from taid_jax.types import IGNORE_INDEX, Batch, ModelFunctions, Params
+
+Objective = Callable[..., Array]
+MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
+"""`(schedule, learned, step) -> objective`: the objective of one step."""
+
+Metrics = dict[str, Array]
+TrainStep = Callable[[DistillState, Params, Batch], tuple[DistillState, Metrics]]
+EvalStep = Callable[[Params, Params, Batch], Metrics]
+
+
+def next_token_labels(batch: Batch) -> Int[Array, "batch length"]:
+    """Returns the label of each position's prediction: that of the next position.
+
+    This is the one place where labels are shifted. The last position predicts nothing,
+    and neither does the last of a packed segment.
+
+    Args:
+        batch: `labels` `(batch, length)`, aligned with the inputs, and `segment_ids`
+            of the same shape when packed.
+    """
+
+    def following(array: Array, fill: int) -> Array:
+        end = jnp.full((array.shape[0], 1), fill, array.dtype)
+        return jnp.concatenate([array[:, 1:], end], axis=1)
+
+    labels = following(batch["labels"], IGNORE_INDEX)
+    if "segment_ids" in batch:
+        segments = batch["segment_ids"]
+        same = segments == following(segments, -1)
+        labels = jnp.where(same, labels, jnp.full_like(labels, IGNORE_INDEX))
+    return labels
+
+
+def batch_loss(
+    objective: Objective,
+    student: ModelFunctions,
+    params: Params,
+    teacher: ModelFunctions,
+    teacher_params: Params,
+    batch: Batch,
+    *,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    logits_loss: bool = False,
+) -> tuple[Float32[Array, ""], Metrics]:
+    """Returns the loss summed over the counted tokens of a batch, and its sums.
+
+    The fused head is used when both models offer hidden states, unless `logits_loss`.
+
+    Args:
+        objective: Loss of a token.
+        student: Functions of the student.
+        params: Its parameters; gradients flow to these alone.
+        teacher: Functions of the teacher.
+        teacher_params: Its parameters.
+        batch: Arrays of shape `(batch, length)`.
+        chunk_size: Tokens of a chunk of the fused head; chosen when None.
+        mesh: Where the batch lives, when on several devices.
+        logits_loss: Build the logits of the whole batch.
+
+    Returns:
+        The sum in nats, and `{"weight": counted tokens, metric: sum, ...}`.
+
+    Raises:
+        ValueError: If a model offers neither hidden states and head, nor logits.
+    """
+    labels = next_token_labels(batch)
+    mask = labels != IGNORE_INDEX
+    both = (student, params), (teacher, teacher_params)
+    fused = all(model.hidden and model.head for model, _ in both) and not logits_loss
+
+    def output(model: ModelFunctions, weights: Params) -> tuple[Array, Any]:
+        if model.hidden and model.head:
+            return model.hidden(weights, batch), model.head(weights)
+        if model.logits is None:
+            raise ValueError("a model needs hidden and head, or logits; got neither")
+        return model.logits(weights, batch), None
+
+    (student_out, student_head) = output(student, params)
+    (teacher_out, teacher_head) = jax.lax.stop_gradient(output(teacher, teacher_params))
+    if fused:
+        return fused_loss(
+            objective,
+            student_out,
+            student_head,
+            teacher_out,
+            teacher_head,
+            mask,
+            labels,
+            chunk_size=chunk_size,
+            mesh=mesh,
+        )
+    return distillation_sums(
+        objective,
+        student_out if student_head is None else student_head.logits(student_out),
+        teacher_out if teacher_head is None else teacher_head.logits(teacher_out),
+        mask,
+        labels,
+    )
+
+
+def _micro_batches(batch: Batch, parts: int) -> dict[str, Array]:
+    """Returns `(parts, batch / parts, length)`: each device keeps its own rows."""
+    return {
+        key: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1)
+        for key, value in batch.items()
+    }
+
+
+def make_train_step(
+    student: ModelFunctions,
+    teacher: ModelFunctions,
+    *,
+    make_objective: MakeObjective,
+    scheduler: Any,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule | None = None,
+    grad_accum: int = 1,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    shardings: DistillState | None = None,
+    logits_loss: bool = False,
+) -> TrainStep:
+    """Returns the jitted step `(state, teacher_params, batch) -> (state, metrics)`.
+
+    The state is donated; the teacher's parameters are an argument, outside the gradient
+    and outside donation. The gradient is the sum over all counted tokens of the global
+    batch divided once by their number, so that accumulation and devices do not change
+    it, and the schedule advances once per step on that batch's distillation loss.
+
+    A step whose loss or gradient is not finite changes nothing but `state.step`;
+    its `skipped` is 1.
+
+    Args:
+        student: Functions of the student.
+        teacher: Functions of the teacher.
+        make_objective: The objective of a step from schedule, learned values and step.
+        scheduler: With `update(state, loss, step)`, such as `TAIDScheduler`.
+        optimizer: Any optax optimizer over `(params, learned)`.
+        learning_rate: Only reported; the optimizer has its own.
+        grad_accum: Micro-batches of a step; they divide the batch.
+        chunk_size: Tokens of a chunk of the fused head; chosen when None.
+        mesh: Where the batch lives, when on several devices.
+        shardings: Where the new state lives; as XLA likes when None.
+        logits_loss: Build the logits instead of the fused head.
+
+    Returns:
+        A function whose metrics are float32 scalars: `loss`, `distil_loss`, the
+        objective's own (`kl`, `lm_loss`, ...) in nats per counted token, `t` as used,
+        `delta_t`, `grad_norm` before clipping, `learning_rate`, `tokens`, `skipped`.
+    """
+
+    def micro_loss(trainable, state, teacher_params, batch):
+        params, learned = trainable
+        return batch_loss(
+            make_objective(state.schedule, learned, state.step),
+            student,
+            params,
+            teacher,
+            teacher_params,
+            batch,
+            chunk_size=chunk_size,
+            mesh=mesh,
+            logits_loss=logits_loss,
+        )
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def whole_gradient(trainable, state, teacher_params, batch):
+        if grad_accum == 1:
+            return gradient(trainable, state, teacher_params, batch)
+
+        def add(total, micro):
+            part = gradient(trainable, state, teacher_params, micro)
+            return jax.tree.map(jnp.add, total, part), None
+
+        micro = _micro_batches(batch, grad_accum)
+        first = jax.eval_shape(
+            gradient, trainable, state, teacher_params, {k: v[0] for k, v in micro.items()}
+        )
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+        return jax.lax.scan(add, zero, micro)[0]
+
+    def step(state: DistillState, teacher_params: Params, batch: Batch):
+        trainable = (state.params, state.learned)
+        (loss_sum, sums), gradients = whole_gradient(
+            trainable, state, teacher_params, batch
+        )
+        weight = jnp.maximum(sums["weight"], 1.0)
+        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+        means = {key: value / weight for key, value in sums.items() if key != "weight"}
+        loss = loss_sum / weight
+        grad_norm = optax.tree_utils.tree_norm(gradients[0])
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+        moved = optax.apply_updates(trainable, updates)
+        distil_loss = means.get("distil_loss", loss)
+        schedule = scheduler.update(state.schedule, distil_loss, state.step)
+
+        def keep(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        params, learned = keep(moved, trainable)
+        metrics = {
+            **means,
+            "loss": loss,
+            "distil_loss": distil_loss,
+            "t": state.schedule.t,
+            "delta_t": schedule.t - state.schedule.t,
+            "grad_norm": grad_norm,
+            "tokens": sums["weight"],
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
+        if learning_rate is not None:
+            applied = updates_applied(state.opt_state)
+            count = state.step if applied is None else applied
+            metrics["learning_rate"] = jnp.asarray(learning_rate(count), jnp.float32)
+        state = DistillState(
+            step=state.step + 1,
+            params=params,
+            opt_state=keep(opt_state, state.opt_state),
+            schedule=keep(schedule, state.schedule),
+            learned=learned,
+            rng=state.rng,
+        )
+        return state, metrics
+
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
+def make_eval_step(
+    student: ModelFunctions,
+    teacher: ModelFunctions,
+    objective: Objective,
+    *,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    logits_loss: bool = False,
+) -> EvalStep:
+    """Returns the jitted `(params, teacher_params, batch) -> sums`, without gradients.
+
+    Args:
+        student: Functions of the student.
+        teacher: Functions of the teacher.
+        objective: Loss and metrics of a token.
+        chunk_size: Tokens of a chunk of the fused head; chosen when None.
+        mesh: Where the batch lives, when on several devices.
+        logits_loss: Build the logits instead of the fused head.
+
+    Returns:
+        A function whose result has `loss`, `weight` and one sum per metric.
+    """
+
+    def step(params: Params, teacher_params: Params, batch: Batch) -> Metrics:
+        loss_sum, sums = batch_loss(
+            objective,
+            student,
+            params,
+            teacher,
+            teacher_params,
+            batch,
+            chunk_size=chunk_size,
+            mesh=mesh,
+            logits_loss=logits_loss,
+        )
+        return {"loss": loss_sum, **sums}
+
+    return jax.jit(step)
