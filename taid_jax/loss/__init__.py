@@ -1,1 +1,14 @@
-"""Pure functions of arrays: objectives, their reductions, the fused head."""
+"""Losses of knowledge distillation: pure functions of arrays.
+
+An objective is a pytree that gives the loss of every token; `distillation_loss` is its
+mean over counted tokens, `fused_loss` its sum straight from hidden states.
+"""
+
+from taid_jax.loss.baselines import CrossEntropy as CrossEntropy
+from taid_jax.loss.divergences import ForwardKL as ForwardKL
+from taid_jax.loss.objective import Objective as Objective
+from taid_jax.loss.reduce import distillation_loss as distillation_loss
+from taid_jax.loss.reduce import distillation_sums as distillation_sums
+from taid_jax.loss.taid import TAID as TAID
+from taid_jax.loss.taid import taid_loss as taid_loss
+from taid_jax.types import Head as Head
