@@ -44,7 +44,7 @@ class Head:
     def logits(
         self, hidden: Float[Array, "*tokens d_model"]
     ) -> Float[Array, "*tokens vocab"]:
-        """Returns float32 logits, `-inf` at padded entries; never rounded on the way."""
+        """Returns float32 logits, never rounded; `-inf` at padded entries."""
         logits = jax.lax.dot_general(
             hidden,
             self.kernel.astype(hidden.dtype),
@@ -74,6 +74,6 @@ class ModelFunctions(NamedTuple):
         logits: `(params, batch) -> (batch, length, vocab)`.
     """
 
-    hidden: Callable[[Params, Batch], Float[Array, "batch length d_model"]] | None = None
+    hidden: Callable[[Params, Batch], Float[Array, "batch length d"]] | None = None
     head: Callable[[Params], Head] | None = None
     logits: Callable[[Params, Batch], Float[Array, "batch length vocab"]] | None = None

@@ -19,7 +19,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs: most of the suite's time is compilation.
 _cache = pathlib.Path(
-    os.environ.get("TAID_JAX_TEST_CACHE", tempfile.gettempdir() + "/taid-jax-test-cache")
+    os.environ.get(
+        "TAID_JAX_TEST_CACHE", tempfile.gettempdir() + "/taid-jax-test-cache"
+    )
 )
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -146,7 +146,7 @@ def make_optimizer(
 
 
 def updates_applied(opt_state: PyTree) -> Int32[Array, ""] | None:
-    """Returns how many updates the learning-rate schedule has seen, if it counts any."""
+    """Returns how many updates the learning-rate schedule has seen, if any counts."""
 
     def counts_rate(path: Any, _: Any) -> bool:
         return any(

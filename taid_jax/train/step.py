@@ -191,7 +191,11 @@ def make_train_step(
 
         micro = _micro_batches(batch, grad_accum)
         first = jax.eval_shape(
-            gradient, trainable, state, teacher_params, {k: v[0] for k, v in micro.items()}
+            gradient,
+            trainable,
+            state,
+            teacher_params,
+            {k: v[0] for k, v in micro.items()},
         )
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
         return jax.lax.scan(add, zero, micro)[0]
@@ -201,7 +205,7 @@ def make_train_step(
         (loss_sum, sums), gradients = whole_gradient(
             trainable, state, teacher_params, batch
         )
-        weight = jnp.maximum(sums["weight"], 1.0)
+        weight = jnp.where(sums["weight"] == 0, 1.0, sums["weight"])
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
         means = {key: value / weight for key, value in sums.items() if key != "weight"}
         loss = loss_sum / weight

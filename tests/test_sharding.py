@@ -1,0 +1,87 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from taid_jax import sharding as sh
+
+
+def test_parse_mesh_unnamed_axes_are_one():
+    assert sh.parse_mesh("fsdp=-1") == {"data": 1, "fsdp": -1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model=2", "no axis is called 'model'"),
+        ("data=two", "an integer"),
+        ("data=0", "sizes >= 1"),
+        ("data=-1,fsdp=-1", "only one axis"),
+    ],
+)
+def test_parse_mesh_bad_text_says_why(text, message):
+    with pytest.raises(sh.ShardingError, match=message):
+        sh.parse_mesh(text)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("data=1,fsdp=-1,tensor=1", (1, 8, 1)),
+        ("data=2,fsdp=2,tensor=2", (2, 2, 2)),
+        ("tensor=4,data=-1", (2, 1, 4)),
+    ],
+)
+def test_make_mesh_takes_the_devices_that_are_left(text, shape):
+    assert sh.make_mesh(text).devices.shape == shape
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("text", ["data=3", "data=2,fsdp=2", "data=3,fsdp=-1"])
+def test_make_mesh_wrong_number_of_devices_names_both(text):
+    with pytest.raises(sh.ShardingError, match=r"8 device"):
+        sh.make_mesh(text)
+
+
+@pytest.mark.multidevice
+def test_partition_spec_follows_the_table():
+    mesh = sh.make_mesh("data=2,fsdp=2,tensor=2")
+    spec = sh.partition_spec(("layers", "embed", "heads", None), (3, 4, 2, 5), mesh)
+    assert spec == P(None, "fsdp", "tensor", None)
+    assert sh.partition_spec(("batch", "length"), (8, 3), mesh) == P(
+        ("data", "fsdp"), None
+    )
+
+
+@pytest.mark.multidevice
+def test_partition_spec_axis_that_does_not_divide_stays_whole_and_says_so():
+    mesh = sh.make_mesh("fsdp=4,tensor=2")
+    with pytest.warns(UserWarning, match="layers.wq: axis heads of size 3"):
+        spec = sh.partition_spec(("embed", "heads"), (8, 3), mesh, "layers.wq")
+    assert spec == P("fsdp", None)
+
+
+def test_partition_spec_unknown_axis_is_an_error():
+    mesh = sh.make_mesh("data=1", jax.devices()[:1])
+    with pytest.raises(sh.ShardingError, match="no logical axis is called 'emb'"):
+        sh.partition_spec(("emb",), (4,), mesh)
+    with pytest.raises(sh.ShardingError, match="2 dimensions"):
+        sh.partition_spec(("embed",), (4, 4), mesh)
+
+
+@pytest.mark.multidevice
+def test_place_batch_shares_rows_out():
+    mesh = sh.make_mesh("data=2,fsdp=4")
+    batch = {"labels": np.arange(32, dtype=np.int32).reshape(16, 2)}
+    placed = sh.place_batch(batch, mesh)["labels"]
+    assert placed.addressable_shards[0].data.shape == (2, 2)
+    np.testing.assert_array_equal(placed, batch["labels"])
+
+
+@pytest.mark.multidevice
+def test_check_batch_names_both_numbers():
+    mesh = sh.make_mesh("fsdp=-1")
+    sh.check_batch(16, mesh)
+    with pytest.raises(sh.ShardingError, match=r"12 sequences .* over 8 devices"):
+        sh.check_batch(12, mesh)

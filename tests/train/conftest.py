@@ -1,0 +1,92 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+VOCAB, WIDTH = 23, 8
+
+
+def _params(seed: int, width: int = WIDTH):
+    rng = np.random.default_rng(seed)
+    return {
+        "embed": {"embedding": jnp.asarray(rng.normal(size=(VOCAB, width)), "float32")},
+        "mix": {
+            "kernel": jnp.asarray(rng.normal(size=(width, width)), "float32"),
+            "bias": jnp.zeros(width),
+        },
+        "lm_head": {"kernel": jnp.asarray(rng.normal(size=(width, VOCAB)), "float32")},
+    }
+
+
+def _functions():
+    # Imported late: the annotation checks have to be installed first.
+    from taid_jax.types import Head, ModelFunctions
+
+    def hidden(params, batch):
+        x = jnp.take(params["embed"]["embedding"], batch["input_ids"], axis=0)
+        bias = params["mix"]["bias"].reshape(1, 1, -1)
+        return x + jnp.tanh(x @ params["mix"]["kernel"] + bias)
+
+    def head(params):
+        return Head(params["lm_head"]["kernel"])
+
+    return ModelFunctions(hidden=hidden, head=head)
+
+
+@pytest.fixture
+def make_params():
+    """Random weights of a bigram model: embedding, one tanh layer, head."""
+    return _params
+
+
+@pytest.fixture
+def functions():
+    """Its functions for the train step."""
+    return _functions()
+
+
+@pytest.fixture
+def make_batch():
+    """`make_batch(seed, batch, length)`: random ids, labels with about a third out."""
+
+    def make(seed: int, batch: int = 8, length: int = 6):
+        rng = np.random.default_rng(seed)
+        ids = rng.integers(0, VOCAB, (batch, length)).astype(np.int32)
+        labels = np.where(rng.random(ids.shape) < 0.35, -100, ids).astype(np.int32)
+        return {"input_ids": ids, "labels": labels}
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(functions, make_params):
+    """A step and its first state for an objective, by default TAID."""
+    from taid_jax import loss
+    from taid_jax.schedule import TAIDScheduler
+    from taid_jax.train.state import init_state, learning_rate_schedule, make_optimizer
+    from taid_jax.train.step import make_train_step
+
+    def make(make_objective=None, *, steps=20, rate=1e-2, seed=1, **options):
+        if make_objective is None:
+            make_objective = lambda schedule, learned, step: loss.TAID(schedule.t)  # noqa: E731
+        schedule = learning_rate_schedule(rate, steps)
+        optimizer = make_optimizer(schedule)
+        scheduler = TAIDScheduler(steps, alpha=5e-3, beta=0.9)
+        make_state = functools.partial(
+            init_state, optimizer=optimizer, schedule=scheduler.init()
+        )
+        state = make_state(jax.tree.map(jnp.array, make_params(seed)))
+        step = make_train_step(
+            functions,
+            functions,
+            make_objective=make_objective,
+            scheduler=scheduler,
+            optimizer=optimizer,
+            learning_rate=schedule,
+            **options,
+        )
+        return step, state
+
+    return make

@@ -1,0 +1,232 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax import loss
+from taid_jax.train import step as s
+from taid_jax.train.state import updates_applied
+
+TEACHER_SEED = 2
+
+
+def test_next_token_labels_are_those_of_the_next_position():
+    labels = jnp.array([[5, 6, -100, 8]], jnp.int32)
+    found = s.next_token_labels({"labels": labels})
+    np.testing.assert_array_equal(found, [[6, -100, 8, -100]])
+
+
+def test_next_token_labels_do_not_cross_segments():
+    batch = {
+        "labels": jnp.array([[5, 6, 7, 8, 9]], jnp.int32),
+        "segment_ids": jnp.array([[1, 1, 2, 2, 0]], jnp.int32),
+    }
+    found = s.next_token_labels(batch)
+    np.testing.assert_array_equal(found, [[6, -100, 8, -100, -100]])
+
+
+def _batch_loss(functions, make_params, batch, objective, **options):
+    return s.batch_loss(
+        objective,
+        functions,
+        make_params(1),
+        functions,
+        make_params(TEACHER_SEED),
+        batch,
+        **options,
+    )
+
+
+def test_batch_loss_is_the_shifted_cross_entropy(functions, make_params, make_batch):
+    batch = make_batch(0)
+    total, sums = _batch_loss(functions, make_params, batch, loss.CrossEntropy())
+    params = make_params(1)
+    logits = functions.head(params).logits(functions.hidden(params, batch))
+    expected, count = 0.0, 0
+    log_q = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)), np.float64)
+    for row, labels in zip(log_q, batch["labels"], strict=True):
+        for position in range(len(labels) - 1):
+            if labels[position + 1] != -100:
+                expected -= row[position, labels[position + 1]]
+                count += 1
+    # Sums of some tens of float32 terms.
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert sums["weight"] == count
+
+
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_batch_loss_fused_equals_plain(functions, make_params, make_batch, t):
+    batch, objective = make_batch(0), loss.TAID(jnp.float32(t))
+    fused, fused_sums = _batch_loss(functions, make_params, batch, objective)
+    plain, plain_sums = _batch_loss(
+        functions, make_params, batch, objective, logits_loss=True
+    )
+    # The promise of the fused head.
+    np.testing.assert_allclose(fused, plain, rtol=1e-6)
+    assert fused_sums.keys() == plain_sums.keys()
+    for key in fused_sums:
+        np.testing.assert_allclose(fused_sums[key], plain_sums[key], rtol=1e-5)
+
+
+def test_batch_loss_model_that_only_has_logits(functions, make_params, make_batch):
+    batch, objective = make_batch(0), loss.ForwardKL()
+    plain = s.ModelFunctions(
+        logits=lambda params, b: functions.head(params).logits(
+            functions.hidden(params, b)
+        )
+    )
+    expected, _ = _batch_loss(functions, make_params, batch, objective)
+    for student, teacher in ((plain, functions), (functions, plain), (plain, plain)):
+        found, _ = s.batch_loss(
+            objective,
+            student,
+            make_params(1),
+            teacher,
+            make_params(TEACHER_SEED),
+            batch,
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_batch_loss_model_without_functions_is_an_error(make_params, make_batch):
+    nothing = s.ModelFunctions()
+    with pytest.raises(ValueError, match="hidden and head, or logits"):
+        _batch_loss(nothing, make_params, make_batch(0), loss.ForwardKL())
+
+
+def test_train_step_learns_the_teacher(make_trainer, make_params, make_batch):
+    step, state = make_trainer(steps=60, rate=3e-2)
+    teacher = make_params(TEACHER_SEED)
+    first = None
+    for index in range(60):
+        state, metrics = step(state, teacher, make_batch(index))
+        first = metrics["kl"] if first is None else first
+    assert metrics["t"] > 0.95
+    assert metrics["kl"] < 0.5 * first
+    assert state.step == 60
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_train_step_accumulation_changes_nothing(
+    make_trainer, make_params, make_batch, parts
+):
+    batch = make_batch(0)
+    # Very unequal token counts: a mean of means would be far off.
+    batch["labels"][::2, 2:] = -100
+    teacher = make_params(TEACHER_SEED)
+    whole, state = make_trainer()
+    state, metrics = whole(state, teacher, batch)
+    split, other = make_trainer(grad_accum=parts)
+    other, found = split(other, teacher, batch)
+    for key in metrics:
+        # Another order of some tens of float32 terms.
+        np.testing.assert_allclose(found[key], metrics[key], rtol=2e-6, err_msg=key)
+    for a, b in zip(
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(other.opt_state), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(state.schedule.prev_loss, other.schedule.prev_loss)
+
+
+def test_train_step_schedule_advances_on_the_distillation_part(
+    make_trainer, make_params, make_batch
+):
+    def mix(schedule, learned, step):
+        return loss.Mix(loss.TAID(schedule.t), 0.5)
+
+    step, state = make_trainer(mix)
+    state, metrics = step(state, make_params(TEACHER_SEED), make_batch(0))
+    np.testing.assert_allclose(state.schedule.prev_loss, metrics["distil_loss"])
+    np.testing.assert_allclose(
+        metrics["loss"],
+        0.5 * metrics["distil_loss"] + 0.5 * metrics["lm_loss"],
+        rtol=1e-6,
+    )
+
+
+def test_train_step_compiles_once(make_trainer, make_params, make_batch):
+    step, state = make_trainer()
+    teacher = make_params(TEACHER_SEED)
+    for index in range(4):
+        state, _ = step(state, teacher, make_batch(index))
+    assert step._cache_size() == 1
+
+
+def test_train_step_donates_the_state_and_not_the_teacher(
+    make_trainer, make_params, make_batch
+):
+    step, state = make_trainer()
+    teacher = make_params(TEACHER_SEED)
+    step(state, teacher, make_batch(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(teacher))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_train_step_not_finite_is_skipped(make_trainer, make_params, make_batch, bad):
+    step, state = make_trainer()
+    teacher = make_params(TEACHER_SEED)
+    state, _ = step(state, teacher, make_batch(0))
+    before = jax.tree.map(np.array, state)
+    broken = jax.tree.map(lambda leaf: leaf.at[0].set(bad), teacher)
+    after, metrics = step(state, broken, make_batch(1))
+    assert metrics["skipped"] == 1
+    assert after.step == before.step + 1
+    for a, b in zip(
+        jax.tree.leaves(after._replace(step=before.step)),
+        jax.tree.leaves(before),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    after, metrics = step(after, teacher, make_batch(2))
+    assert metrics["skipped"] == 0
+    assert updates_applied(after.opt_state) == 2
+
+
+def test_train_step_without_counted_tokens_changes_no_weight_by_gradient(
+    make_trainer, make_params, make_batch
+):
+    step, state = make_trainer()
+    batch = make_batch(0)
+    batch["labels"][:] = -100
+    _, metrics = step(state, make_params(TEACHER_SEED), batch)
+    assert metrics["loss"] == 0
+    assert metrics["grad_norm"] == 0
+    assert metrics["skipped"] == 0
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("mesh_text", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"])
+def test_train_step_eight_devices_equal_one(
+    make_trainer, make_params, make_batch, mesh_text
+):
+    from taid_jax.sharding import make_mesh, place_batch, replicated
+
+    teacher = make_params(TEACHER_SEED)
+    alone, state = make_trainer()
+    mesh = make_mesh(mesh_text)
+    shared, other = make_trainer(mesh=mesh)
+    other = jax.device_put(other, replicated(mesh))
+    teacher_there = jax.device_put(teacher, replicated(mesh))
+    for index in range(5):
+        batch = make_batch(index)
+        state, metrics = alone(state, teacher, batch)
+        other, found = shared(other, teacher_there, place_batch(batch, mesh))
+        for key in ("loss", "kl", "t", "grad_norm"):
+            # The order of sums differs between the meshes.
+            np.testing.assert_allclose(
+                found[key], metrics[key], rtol=1e-5, atol=1e-7, err_msg=key
+            )
+
+
+def test_eval_step_gives_sums_and_leaves_everything_alone(
+    functions, make_params, make_batch
+):
+    step = s.make_eval_step(functions, functions, loss.ForwardKL())
+    params, teacher = make_params(1), make_params(TEACHER_SEED)
+    batch = make_batch(0)
+    sums = step(params, teacher, batch)
+    total, expected = _batch_loss(functions, make_params, batch, loss.ForwardKL())
+    np.testing.assert_allclose(sums["loss"], total, rtol=1e-6)
+    assert sums["weight"] == expected["weight"]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
