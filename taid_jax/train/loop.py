@@ -80,6 +80,7 @@ class Loop:
         train_step: From `make_train_step`.
         teacher_params: Passed to every step.
         batches: Training batches.
+        fingerprint: Of the data, saved beside their iterator's place.
         evaluate: Held-out evaluation of some parameters.
         checkpoints: Where states are saved.
         mesh: Where batches go.
@@ -91,6 +92,7 @@ class Loop:
     train_step: TrainStep
     teacher_params: Params
     batches: BatchIterator
+    fingerprint: str
     evaluate: Callable[[Params], HeldOut]
     checkpoints: Checkpoints
     mesh: Mesh
@@ -159,9 +161,11 @@ class Loop:
             saving = saving or kl < self._best
             self._best = min(self._best, kl)
         if saving:
-            self.checkpoints.save(
-                step, state, self.batches.get_state(), self.settings, kl=kl
-            )
+            place = {
+                "iterator": self.batches.get_state(),
+                "fingerprint": self.fingerprint,
+            }
+            self.checkpoints.save(step, state, place, self.settings, kl=kl)
         self._clock += time.perf_counter() - paused
 
     def _evaluate(self, step: int, state: DistillState) -> float:

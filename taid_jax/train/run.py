@@ -110,14 +110,11 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     folder = prepare_output(settings)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
-    console.print(
-        f"data: {dataset.info}", soft_wrap=True, highlight=False, markup=False
-    )
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
     if settings.run.resume:
         refuse_contradictions(checkpoints.settings(), settings)
     pair = load_pair(settings, mesh)
-    describe(pair, mesh, console)
+    describe(pair, dataset, mesh, console)
     (folder / "settings.json").write_text(to_json(settings) + "\n", encoding="utf-8")
 
     loop, state = assemble(settings, folder, pair, dataset, checkpoints, mesh)
@@ -222,7 +219,6 @@ def read_data(settings: Settings, tokenizer: Any) -> Dataset:
         tokenizer,
         seq_len=data.seq_len,
         held_out_fraction=data.held_out_fraction,
-        seed=settings.run.seed,
         count_prompts=data.count_prompts,
         pack=data.pack,
     )
@@ -273,18 +269,26 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
     return Pair(teacher, config, own(params), where)
 
 
-def describe(pair: Pair, mesh: Mesh, console: Console) -> None:
+def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None:
     """Prints what is about to be trained, and where."""
 
     def size(params: Params) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
 
     axes = ", ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
+    sides = {"training": dataset.info.train, "held out": dataset.info.held_out}
+    dropped = ", ".join(f"{n} {reason}" for reason, n in dataset.info.dropped.items())
     for line in (
         f"teacher: {pair.teacher.config.num_layers} layers, "
         f"{size(pair.teacher.params)}",
         f"student: {pair.student_config.num_layers} layers, "
         f"{size(pair.student_params)}",
+        *(
+            f"{name}: {side.documents} documents, {side.tokens:,} tokens in "
+            f"{side.rows} rows"
+            for name, side in sides.items()
+        ),
+        f"left out: {dropped or 'nothing'}",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind} ({axes})",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -345,7 +349,13 @@ def assemble(
         )
         restored = checkpoints.restore(template)
         state = restored.state
-        batches.set_state(restored.data_state)
+        if restored.data_state["fingerprint"] != dataset.info.fingerprint:
+            raise SettingsError(
+                f"the data of {data.data} are not those that checkpoint "
+                f"{restored.step} was trained on; give the same files, or start anew "
+                "with another --output"
+            )
+        batches.set_state(restored.data_state["iterator"])
     else:
         begin = jax.jit(start, out_shardings=shardings, donate_argnums=0)
         state = begin(pair.student_params)
@@ -367,8 +377,13 @@ def assemble(
         **common,
     )
     eval_step = make_eval_step(student, teacher, Comparison(), **common)
-    held_out = held_out_batches(dataset.held_out, data.batch_size)
-    held_out = held_out[: data.held_out_batches]
+    held_out = held_out_batches(
+        dataset.held_out,
+        data.batch_size,
+        limit=data.held_out_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
     def judge(params: Params) -> HeldOut:
         return evaluate(eval_step, params, pair.teacher.params, held_out, mesh)
@@ -379,6 +394,7 @@ def assemble(
         train_step=train_step,
         teacher_params=pair.teacher.params,
         batches=batches,
+        fingerprint=dataset.info.fingerprint,
         evaluate=judge,
         checkpoints=checkpoints,
         mesh=mesh,

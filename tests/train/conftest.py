@@ -63,8 +63,9 @@ def make_batch():
 @pytest.fixture
 def make_trainer(functions, make_params):
     """A step and its first state for an objective, by default TAID."""
-    from taid_jax import loss
     from taid_jax.schedule import TAIDScheduler
+
+    from taid_jax import loss
     from taid_jax.train.state import init_state, learning_rate_schedule, make_optimizer
     from taid_jax.train.step import make_train_step
 

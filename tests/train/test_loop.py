@@ -1,0 +1,180 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from taid_jax.evaluate import HeldOut
+from taid_jax.settings import from_dict
+from taid_jax.sharding import make_mesh, replicated
+from taid_jax.train import loop as lp
+from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.report import read_lines
+
+
+class Batches:
+    """Batches by number, whose place is that number."""
+
+    def __init__(self, make_batch):
+        self.make_batch, self.index = make_batch, 0
+
+    def __next__(self):
+        self.index += 1
+        return self.make_batch(self.index)
+
+    def get_state(self):
+        return {"index": self.index}
+
+    def set_state(self, state):
+        self.index = state["index"]
+
+
+class Told:
+    def __init__(self):
+        self.rows, self.evaluations, self.lines = [], [], []
+
+    def step(self, row):
+        self.rows.append(row)
+
+    def evaluation(self, step, found):
+        self.evaluations.append(step)
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def make_loop(tmp_path, make_trainer, make_params, make_batch):
+    def make(*, teacher=None, evaluate=None, resume=False, folder="run", **values):
+        settings = from_dict({"steps": 12, "eval_every": 4, "save_every": 3} | values)
+        folder = tmp_path / folder
+        folder.mkdir(exist_ok=True)
+        mesh = make_mesh("data=1", jax.devices()[:1])
+        step, state = make_trainer(steps=12)
+        state = jax.device_put(state, replicated(mesh))
+        loop = lp.Loop(
+            settings=settings,
+            folder=folder,
+            train_step=step,
+            teacher_params=make_params(2) if teacher is None else teacher,
+            batches=Batches(make_batch),
+            fingerprint="abc",
+            evaluate=evaluate
+            or (lambda params: HeldOut(float(params["mix"]["bias"].sum()), 2, 3, 4)),
+            checkpoints=Checkpoints(folder / "checkpoints"),
+            mesh=mesh,
+            progress=Told(),
+        )
+        if resume:
+            found = loop.checkpoints.restore(state)
+            state = found.state
+            loop.batches.set_state(found.data_state["iterator"])
+        return loop, state
+
+    return make
+
+
+def _rows(loop):
+    """Metrics without what depends on the clock."""
+    rows = read_lines(loop.folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def test_loop_logs_evaluates_and_saves(make_loop):
+    loop, state = make_loop()
+    state = loop.run(state)
+    assert int(state.step) == 12
+    rows = read_lines(loop.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    wanted = {*lp.LOGGED, "step", "tokens_per_second"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert all(isinstance(row["kl"], float) for row in rows)
+    evaluated = read_lines(loop.folder / "evaluations.jsonl")
+    assert [row["step"] for row in evaluated] == [0, 4, 8, 12]
+    assert loop.checkpoints.latest_step() == 12
+    assert list((loop.folder / "tensorboard").iterdir())
+    assert loop.progress.evaluations == [0, 4, 8, 12]
+
+
+def test_loop_logs_every_so_often_and_the_last(make_loop):
+    loop, state = make_loop(log_every=5)
+    loop.run(state)
+    assert [row["step"] for row in _rows(loop)] == [5, 10, 12]
+
+
+def test_loop_resumed_continues_bit_for_bit(make_loop):
+    whole, state = make_loop(folder="whole")
+    expected = whole.run(state)
+
+    class KilledError(Exception):
+        pass
+
+    calls = []
+
+    def evaluate(params):
+        calls.append(1)
+        if len(calls) == 3:  # at step 8, after the checkpoint of step 6
+            raise KilledError
+        return HeldOut(float(params["mix"]["bias"].sum()), 2, 3, 4)
+
+    cut, state = make_loop(evaluate=evaluate, folder="cut")
+    with pytest.raises(KilledError):
+        cut.run(state)
+    cut.checkpoints.close()
+    again, state = make_loop(resume=True, folder="cut")
+    assert int(state.step) == 6
+    found = again.run(state)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert _rows(again) == _rows(whole)
+    for name in ("evaluations.jsonl",):
+        assert (again.folder / name).read_text() == (whole.folder / name).read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_loop_signal_saves_and_can_go_on(make_loop, number):
+    sent = []
+
+    def evaluate(params):
+        if len(sent) == 1:  # at step 4, which is not a step that is saved anyway
+            os.kill(os.getpid(), number)
+        sent.append(1)
+        return HeldOut(1.0, 2, 3, 4)
+
+    loop, state = make_loop(evaluate=evaluate, save_every=0)
+    before = signal.getsignal(number)
+    with pytest.raises(
+        lp.Interrupted, match=f"{signal.Signals(number).name}.*--resume"
+    ):
+        loop.run(state)
+    assert signal.getsignal(number) is before
+    assert loop.checkpoints.latest_step() in (4, 5)
+    assert _rows(loop)[-1]["step"] == loop.checkpoints.latest_step()
+    loop.checkpoints.close()
+    again, state = make_loop(resume=True)
+    assert int(again.run(state).step) == 12
+
+
+def test_loop_stops_after_too_many_steps_that_are_not_finite(make_loop, make_params):
+    teacher = jax.tree.map(lambda leaf: leaf * np.nan, make_params(2))
+    loop, state = make_loop(teacher=teacher, max_skipped=3, eval_every=0)
+    with pytest.raises(lp.TrainingError, match=r"step 3: 3 steps in a row"):
+        loop.run(state)
+    assert len(loop.progress.lines) == 3
+    rows = [
+        json.loads(line)
+        for line in (loop.folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rows[0]["loss"] is None
+    assert rows[0]["skipped"] is True
+
+
+def test_loop_best_is_kept_although_older(make_loop):
+    found = iter([5.0, 1.0, 3.0, 2.0])
+    loop, state = make_loop(
+        evaluate=lambda params: HeldOut(next(found), 2, 3, 4), keep=1
+    )
+    loop.run(state)
+    assert loop.checkpoints.steps() == [4, 12]
