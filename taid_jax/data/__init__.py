@@ -1,1 +1,17 @@
-"""Text and chat to batches of token ids and labels."""
+"""Text and chat to batches of token ids and labels.
+
+`load_dataset` reads, encodes and splits; `train_iterator` and `held_out_batches` give
+batches of one shape.
+"""
+
+from taid_jax.data.batches import ExampleSet as ExampleSet
+from taid_jax.data.batches import NumpyBatch as NumpyBatch
+from taid_jax.data.batches import held_out_batches as held_out_batches
+from taid_jax.data.batches import train_iterator as train_iterator
+from taid_jax.data.corpus import PYDOC as PYDOC
+from taid_jax.data.dataset import Dataset as Dataset
+from taid_jax.data.dataset import DatasetInfo as DatasetInfo
+from taid_jax.data.dataset import SideInfo as SideInfo
+from taid_jax.data.dataset import load_dataset as load_dataset
+from taid_jax.data.encoding import Tokenizer as Tokenizer
+from taid_jax.data.errors import DataError as DataError

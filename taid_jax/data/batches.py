@@ -1,0 +1,174 @@
+"""Rows of examples to batches of one shape, endless and resumable for training."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from jaxtyping import Int32
+
+from taid_jax.data.errors import DataError
+from taid_jax.data.packing import Rows
+from taid_jax.data.tokens import TokenTable
+from taid_jax.types import IGNORE_INDEX
+
+NumpyBatch = dict[str, Int32[np.ndarray, "batch length"]]
+"""`input_ids`, `labels`, and `segment_ids` with `positions`, or `attention_mask`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSet:
+    """One side of a data set, ready to be made into batches.
+
+    Attributes:
+        table: The examples of both sides.
+        rows: The examples of every row of this side.
+        seq_len: Tokens of a row.
+        pad_id: What fills a row up.
+        packed: Whether batches have segments and positions, or an attention mask.
+    """
+
+    table: TokenTable
+    rows: Rows
+    seq_len: int
+    pad_id: int
+    packed: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int] | np.ndarray, size: int) -> NumpyBatch:
+        """Returns the rows as int32 arrays of shape (size, seq_len).
+
+        Labels are aligned with inputs: the model's output at position i predicts
+        `labels[i + 1]`. They are -100 at padding, at the first token of every segment
+        and wherever a token does not count. `segment_ids` are 1, 2, ... in a row and 0
+        at padding; `positions` begin at 0 in every segment.
+
+        Args:
+            indices: Numbers of the rows, at most `size`.
+            size: Rows of the batch; those that are left are padding throughout.
+        """
+        shape = (size, self.seq_len)
+        input_ids = np.full(shape, self.pad_id, np.int32)
+        labels = np.full(shape, IGNORE_INDEX, np.int32)
+        segments = np.zeros(shape, np.int32)
+        positions = np.zeros(shape, np.int32)
+        steps = np.arange(self.seq_len, dtype=np.int32)
+        for row, index in enumerate(indices):
+            done = 0
+            for segment, number in enumerate(self.rows[index], start=1):
+                ids, counted = self.table[number]
+                span = slice(done, done + len(ids))
+                input_ids[row, span] = ids
+                labels[row, span] = np.where(counted, ids, IGNORE_INDEX)
+                segments[row, span] = segment
+                positions[row, span] = steps[: len(ids)]
+                done += len(ids)
+        if self.packed:
+            extra = {"segment_ids": segments, "positions": positions}
+        else:
+            # One example per row: its segment number, 1, is the mask.
+            extra = {"attention_mask": segments}
+        return {"input_ids": input_ids, "labels": labels, **extra}
+
+
+def train_iterator(
+    examples: ExampleSet,
+    batch_size: int,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
+) -> grain.DatasetIterator[NumpyBatch]:
+    """Returns an endless iterator over this process's part of every batch.
+
+    Every epoch has a new order, drawn from the seed; a batch may hold the end of one
+    epoch and the start of the next, so every row comes once an epoch and all batches
+    have one shape. The global batch does not depend on the number of processes: process
+    p takes the p-th part of its rows.
+
+    The iterator's `get_state()` is a small dict that goes through JSON; after
+    `set_state` with it, the next batch is the one that would have come next. States are
+    equal on all processes.
+
+    Args:
+        examples: The rows to train on.
+        batch_size: Rows of a batch, over all processes.
+        seed: Of the order, 0 <= seed < 2**32.
+        process_index: This process, such as `jax.process_index()`.
+        process_count: How many share the batch, such as `jax.process_count()`.
+        prefetch: Batches made ahead, in one thread; 0 makes them when asked.
+
+    Raises:
+        DataError: If there is nothing to train on, the seed is out of range or the
+            batch does not divide by the processes.
+    """
+    if not len(examples):
+        raise DataError("nothing to train on: the data set has no rows")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"need 0 <= seed < 2**32, got {seed}")
+    part = _part_of_batch(batch_size, process_index, process_count)
+    # Only numbers of rows are drawn and cut; the process builds its own rows and no
+    # others.
+    batches = (
+        grain.MapDataset.source(range(len(examples)))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch_size)
+        .map(lambda numbers: examples.batch(numbers[part], part.stop - part.start))
+    )
+    options = grain.ReadOptions(
+        num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
+    )
+    return iter(batches.to_iter_dataset(options))
+
+
+def held_out_batches(
+    examples: ExampleSet,
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[NumpyBatch]:
+    """Returns this process's part of the held-out batches, always in the same order.
+
+    Every row comes once. All batches have one shape: the last is filled up with rows
+    that are padding throughout and count nothing.
+
+    Args:
+        examples: The rows to evaluate on.
+        batch_size: Rows of a batch, over all processes.
+        limit: At most this many batches; all when None.
+        process_index: This process.
+        process_count: How many share the batch.
+
+    Raises:
+        DataError: If the batch does not divide by the processes.
+    """
+    part = _part_of_batch(batch_size, process_index, process_count)
+    numbers = range(len(examples))
+    starts = numbers[::batch_size][:limit]
+    return [
+        examples.batch(
+            numbers[start : start + batch_size][part], part.stop - part.start
+        )
+        for start in starts
+    ]
+
+
+def _part_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size < 1 or batch_size % process_count:
+        raise DataError(
+            f"need a batch size that is a multiple of the {process_count} processes, "
+            f"got {batch_size}"
+        )
+    if not 0 <= process_index < process_count:
+        raise DataError(
+            f"need 0 <= process_index < {process_count}, got {process_index}"
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)

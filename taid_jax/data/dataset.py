@@ -1,0 +1,275 @@
+"""One call from files to a data set: read, encode, split, pack."""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from taid_jax.data.batches import ExampleSet
+from taid_jax.data.chat import ChatRenderer
+from taid_jax.data.documents import Chat, Completion, Content, Document, Text
+from taid_jax.data.encoding import Encoder, Rendered, Tokenizer, cut_windows
+from taid_jax.data.errors import BadRecordPolicy, BadRecords, DataError
+from taid_jax.data.packing import pack_rows
+from taid_jax.data.sources import Source, describe_source, read_documents
+from taid_jax.data.split import cut_only_text, hold_out
+from taid_jax.data.tokens import Example, TokenTable, make_table
+
+_GROUP_DOCUMENTS = 512
+_GROUP_CHARACTERS = 4_000_000
+"""Documents go to the tokenizer in groups of at most this: enough for it to use its
+threads, and little memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SideInfo:
+    """How much one side of a data set holds.
+
+    Attributes:
+        documents: Documents with at least one example.
+        examples: Windows of text and conversations.
+        rows: Rows of `seq_len` tokens.
+        tokens: Tokens in them, padding left out.
+        counted_tokens: Tokens that are predicted and counted.
+        fill: Share of the rows' slots that is not padding.
+    """
+
+    documents: int
+    examples: int
+    rows: int
+    tokens: int
+    counted_tokens: int
+    fill: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What became of the source; `dataclasses.asdict` makes it ready for JSON.
+
+    Attributes:
+        train: What is trained on.
+        held_out: What is not.
+        dropped: Documents left out, by reason: `too_long` (a conversation of more than
+            `seq_len` tokens), `empty` (white space only, or a single token),
+            `nothing_counted` (no token of an answer), `bad` (see `problems`).
+        problems: The first records that could not be used, with file and line.
+        fingerprint: 16 hexadecimal digits; other examples or sides, other digits.
+    """
+
+    train: SideInfo
+    held_out: SideInfo
+    dropped: dict[str, int]
+    problems: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Both sides of a data set and what is known of it."""
+
+    train: ExampleSet
+    held_out: ExampleSet
+    info: DatasetInfo
+
+
+def load_dataset(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    held_out_fraction: float = 0.1,
+    split_seed: int = 0,
+    count_prompts: bool = False,
+    pack: bool = True,
+    bad_records: BadRecordPolicy = "raise",
+) -> Dataset:
+    """Reads a source, encodes it and splits it into train and held-out rows.
+
+    Text is cut into windows of `seq_len` tokens that predict every token once
+    (`cut_windows`). A conversation of more than `seq_len` tokens is left out and
+    counted, because half of one would teach answers to unseen questions.
+
+    Args:
+        source: `pydoc` for Python's own documentation; a .txt, .jsonl or .parquet file
+            with `text`, `prompt` and `completion`, or `messages`; a folder of them; or
+            a list of any of these.
+        tokenizer: The teacher's, which must be the student's too.
+        seq_len: Tokens of a row, >= 2.
+        held_out_fraction: Share of the documents that is held out, in [0, 1).
+        split_seed: Of the split alone. Leave it when the seed of training changes, so
+            that runs are compared on documents that none of them was trained on.
+        count_prompts: Count every token, as the published recipe of TAID does, and not
+            only the assistant's.
+        pack: Several examples in a row, kept apart by segments; else one, with padding.
+        bad_records: `raise` ends at the first record that cannot be used; `count`
+            leaves it out and names it in `info`.
+
+    Raises:
+        DataError: If a file or record cannot be used, or nothing is left.
+    """
+    if seq_len < 2:
+        raise DataError(f"need seq_len >= 2, got {seq_len}")
+    if not 0 <= held_out_fraction < 1:
+        raise DataError(f"need 0 <= held_out_fraction < 1, got {held_out_fraction}")
+    if not 0 <= split_seed < 2**63:
+        raise DataError(f"need 0 <= split_seed < 2**63, got {split_seed}")
+    bad = BadRecords(bad_records)
+    documents = list(read_documents(source, seed=split_seed, bad=bad))
+    if held_out_fraction:
+        documents = cut_only_text(documents, held_out_fraction)
+    encoder = Encoder(tokenizer)
+    intake = _Intake(encoder, seq_len, count_prompts=count_prompts, bad=bad)
+    table = make_table(intake.examples(documents))
+    dropped = dict(intake.dropped) | ({"bad": bad.count} if bad.count else {})
+    if not len(table):
+        raise DataError(_nothing_left(source, seq_len, dropped, intake, bad))
+    ranks = np.array([documents[number].rank for number in table.documents])
+    held_out = hold_out(ranks, held_out_fraction, describe_source(source))
+    sides = []
+    for examples in (np.flatnonzero(~held_out), _fair_order(held_out, ranks)):
+        if pack:
+            places = pack_rows(table.lengths[examples].tolist(), seq_len)
+        else:
+            places = [(place,) for place in range(len(examples))]
+        rows = [tuple(examples[list(row)].tolist()) for row in places]
+        sides.append(ExampleSet(table, rows, seq_len, encoder.pad_id, pack))
+    train, held = sides
+    info = DatasetInfo(
+        train=_describe(train),
+        held_out=_describe(held),
+        dropped=dropped,
+        problems=tuple(bad.messages),
+        fingerprint=_fingerprint(table, train, held),
+    )
+    return Dataset(train, held, info)
+
+
+class _Intake:
+    """Documents to examples, with a count of those left out."""
+
+    def __init__(
+        self, encoder: Encoder, seq_len: int, *, count_prompts: bool, bad: BadRecords
+    ):
+        self._encoder = encoder
+        self._renderer = ChatRenderer(encoder.tokenizer, count_prompts=count_prompts)
+        self._seq_len = seq_len
+        self._bad = bad
+        self.dropped: Counter[str] = Counter()
+        self.shortest_dropped: int | None = None
+
+    def examples(self, documents: Sequence[Document]) -> Iterator[tuple[int, Example]]:
+        """Yields examples with the number of their document, in order."""
+        group: list[tuple[int, Rendered | Example]] = []
+        characters = 0
+        for number, document in enumerate(documents):
+            if isinstance(document.content, Text) and not document.content.text.strip():
+                self.dropped["empty"] += 1
+                continue
+            try:
+                rendered = self._render(document.content)
+            except DataError as error:
+                self._bad.report(document.origin, str(error))
+                continue
+            group.append((number, rendered))
+            if isinstance(rendered, Rendered):
+                characters += len(rendered.text)
+            if len(group) >= _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
+                yield from self._encode(group, documents)
+                group, characters = [], 0
+        yield from self._encode(group, documents)
+
+    def _render(self, content: Content) -> Rendered | Example:
+        match content:
+            case Text():
+                return Rendered(content.text, framed=True, windowed=True)
+            case Completion():
+                return self._renderer.completion(content)
+            case Chat():
+                return self._renderer.chat(content)
+
+    def _encode(
+        self,
+        group: Sequence[tuple[int, Rendered | Example]],
+        documents: Sequence[Document],
+    ) -> Iterator[tuple[int, Example]]:
+        texts = [item for _, item in group if isinstance(item, Rendered)]
+        encoded = iter(self._encoder.examples(texts))
+        for number, item in group:
+            example = next(encoded) if isinstance(item, Rendered) else item
+            if isinstance(example, DataError):
+                self._bad.report(documents[number].origin, str(example))
+                continue
+            if isinstance(item, Rendered) and item.windowed:
+                windows = cut_windows(example, self._seq_len)
+            else:
+                windows = iter([example])
+            for window in windows:
+                if self._keep(documents[number], window):
+                    yield number, window
+
+    def _keep(self, document: Document, example: Example) -> bool:
+        length = len(example.ids)
+        if isinstance(document.content, Text):
+            reason = "empty" if length < 2 else None
+        elif length > self._seq_len:
+            reason = "too_long"
+            self.shortest_dropped = min(length, self.shortest_dropped or length)
+        else:
+            reason = None if example.counted.any() else "nothing_counted"
+        if reason:
+            self.dropped[reason] += 1
+        return reason is None
+
+
+def _fair_order(held_out: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Returns the held-out examples by rank, so that the first few are a fair sample.
+
+    The order of files would put one file's documents first. It is a stable sort: the
+    windows of a document stay together.
+    """
+    examples = np.flatnonzero(held_out)
+    return examples[np.argsort(ranks[examples], kind="stable")]
+
+
+def _describe(side: ExampleSet) -> SideInfo:
+    numbers = [number for row in side.rows for number in row]
+    tokens = int(side.table.lengths[numbers].sum()) if numbers else 0
+    counted = sum(int(side.table[number].counted.sum()) for number in numbers)
+    return SideInfo(
+        documents=len(np.unique(side.table.documents[numbers])) if numbers else 0,
+        examples=len(numbers),
+        rows=len(side),
+        tokens=tokens,
+        counted_tokens=counted,
+        fill=tokens / (len(side) * side.seq_len) if len(side) else 0.0,
+    )
+
+
+def _fingerprint(table: TokenTable, *sides: ExampleSet) -> str:
+    rows = [side.rows for side in sides]
+    digest = hashlib.blake2b(f"{table.digest()} {rows}".encode(), digest_size=8)
+    return digest.hexdigest()
+
+
+def _nothing_left(
+    source: Source,
+    seq_len: int,
+    dropped: dict[str, int],
+    intake: _Intake,
+    bad: BadRecords,
+) -> str:
+    name = describe_source(source)
+    counts = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+    message = f"{name}: no example is left to train on ({counts or 'no records'})"
+    if intake.shortest_dropped is not None:
+        message += (
+            f"; the shortest conversation has {intake.shortest_dropped} tokens and "
+            f"seq_len is {seq_len}: raise seq_len or shorten the conversations"
+        )
+    elif dropped.get("nothing_counted"):
+        message += "; every token is masked: check the answers, or count prompts too"
+    if bad.messages:
+        message += f"; the first problem: {bad.messages[0]}"
+    return message

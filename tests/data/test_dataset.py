@@ -1,0 +1,288 @@
+"""Files to a data set: split, windows, packing, and messages when nothing is left."""
+
+import dataclasses
+import itertools
+import json
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from taid_jax.data import DataError, held_out_batches, load_dataset, train_iterator
+from taid_jax.data.corpus import pydoc_topics
+from taid_jax.types import IGNORE_INDEX
+
+CHAT = [
+    {"role": "user", "content": "Whether the weather is fine?"},
+    {"role": "assistant", "content": "that is all."},
+]
+
+
+def texts_of(side, tokenizer):
+    """What a side was made from: its windows put together again, by document."""
+    ids = {}
+    for number in sorted(number for row in side.rows for number in row):
+        window = side.table[number].ids.tolist()
+        document = ids.setdefault(int(side.table.documents[number]), [])
+        document += window[1:] if document else window
+    end = tokenizer.eos_token
+    return {tokenizer.decode(tokens).removesuffix(end) for tokens in ids.values()}
+
+
+def labels_of(side):
+    batches = held_out_batches(side, 4)
+    labels = np.concatenate([batch["labels"].ravel() for batch in batches])
+    return labels[labels != IGNORE_INDEX]
+
+
+@pytest.fixture
+def documents():
+    return [f"Document {n} says {n * n} and then that is all." for n in range(200)]
+
+
+def test_load_dataset_never_leaks(write_jsonl, tokenizer, documents):
+    copies = documents + documents[:100]
+    records = [{"text": text} for text in copies]
+    random.Random(1).shuffle(records)
+    path = write_jsonl(records)
+    dataset = load_dataset(path, tokenizer, seq_len=16, held_out_fraction=0.2)
+    train = texts_of(dataset.train, tokenizer)
+    held_out = texts_of(dataset.held_out, tokenizer)
+    assert not train & held_out
+    assert train | held_out == set(documents)
+    # Binomial with p = 0.2 over 200: standard deviation 5.7; four of them.
+    assert abs(len(held_out) - 40) < 23
+    info = dataset.info
+    assert info.train.documents + info.held_out.documents == len(copies)
+
+
+def test_load_dataset_splits_alike_in_any_order_of_files(
+    write_jsonl, tokenizer, documents
+):
+    records = [{"text": text} for text in documents]
+    parts = [write_jsonl(records[n::3], f"x{n}.jsonl") for n in range(3)]
+    renamed = write_jsonl(records[::-1], "a.jsonl")
+    options = {"seq_len": 16, "held_out_fraction": 0.2}
+    sides = [
+        texts_of(load_dataset(source, tokenizer, **options).held_out, tokenizer)
+        for source in (parts, parts[::-1], renamed)
+    ]
+    assert sides[0] == sides[1] == sides[2]
+    # A document that comes later moves no other across.
+    more = load_dataset(
+        [*parts, write_jsonl([{"text": "one more"}], "b.jsonl")], tokenizer, **options
+    )
+    assert texts_of(more.held_out, tokenizer) - {"one more"} == sides[0]
+    other = load_dataset(parts, tokenizer, split_seed=1, **options)
+    assert texts_of(other.held_out, tokenizer) != sides[0]
+
+
+def test_load_dataset_keeps_a_prompt_on_one_side(write_jsonl, tokenizer):
+    records = [
+        {"prompt": f"Question {n % 40}?", "completion": f"Answer {n}."}
+        for n in range(120)
+    ]
+    dataset = load_dataset(
+        write_jsonl(records), tokenizer, seq_len=64, held_out_fraction=0.3
+    )
+    train, held_out = (
+        {text.split("?")[0] for text in texts_of(side, tokenizer)}
+        for side in (dataset.train, dataset.held_out)
+    )
+    assert not train & held_out
+    assert len(train | held_out) == 40
+
+
+def test_load_dataset_holds_out_the_end_of_a_single_text(tmp_path, tokenizer):
+    path = tmp_path / "book.txt"
+    text = "\n\n".join(f"Paragraph {n} of the book." for n in range(100))
+    path.write_text(text)
+    dataset = load_dataset(path, tokenizer, seq_len=32, held_out_fraction=0.1)
+    [first], [last] = (
+        texts_of(side, tokenizer) for side in (dataset.train, dataset.held_out)
+    )
+    assert first + last == text
+    assert 0.05 < len(last) / len(text) < 0.15
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_load_dataset_predicts_every_token_of_text_once(
+    write_jsonl, tokenizer, documents, pack
+):
+    path = write_jsonl([{"text": text} for text in documents])
+    dataset = load_dataset(path, tokenizer, seq_len=12, pack=pack)
+    wanted = []
+    for text in documents:
+        wanted += [*tokenizer(text)["input_ids"][1:], tokenizer.eos_token_id]
+    found = [*labels_of(dataset.train), *labels_of(dataset.held_out)]
+    assert sorted(found) == sorted(wanted)
+    info = dataset.info
+    assert info.train.counted_tokens + info.held_out.counted_tokens == len(wanted)
+    batch = held_out_batches(dataset.train, len(dataset.train))[0]
+    real = batch["segment_ids" if pack else "attention_mask"] > 0
+    assert info.train.fill == pytest.approx(real.mean())
+
+
+def test_load_dataset_packs_without_changing_what_counts(
+    write_jsonl, tokenizer, make_conversations
+):
+    path = write_jsonl([{"messages": m} for m in make_conversations(60)])
+    packed, padded = (
+        load_dataset(path, tokenizer, seq_len=512, pack=pack) for pack in (True, False)
+    )
+    for name in ("train", "held_out"):
+        left, right = (labels_of(getattr(d, name)) for d in (packed, padded))
+        np.testing.assert_array_equal(np.sort(left), np.sort(right))
+    assert packed.info.train.rows < padded.info.train.rows
+    assert packed.info.train.fill > 0.9
+
+
+def test_load_dataset_counts_answers_or_everything(write_jsonl, tokenizer):
+    records = [{"messages": CHAT}, {"prompt": "Why?", "completion": "on and on."}]
+    path = write_jsonl(records)
+    options = {"seq_len": 64, "held_out_fraction": 0.0}
+    dataset = load_dataset(path, tokenizer, **options)
+    text = tokenizer.decode(labels_of(dataset.train).tolist())
+    assert text == "that is all.<|im_end|>on and on.<|im_end|>"
+    whole = load_dataset(path, tokenizer, count_prompts=True, **options)
+    assert whole.info.train.counted_tokens == whole.info.train.tokens - 2
+    assert dataset.info.held_out.rows == 0
+    assert held_out_batches(dataset.held_out, 4) == []
+
+
+def test_load_dataset_drops_long_conversations_and_counts_them(write_jsonl, tokenizer):
+    long = [CHAT[0], {"role": "assistant", "content": "that is all. " * 50}]
+    other = [{"role": "user", "content": "And?"}, CHAT[1]]
+    path = write_jsonl([{"messages": m} for m in (CHAT, long, other)])
+    dataset = load_dataset(path, tokenizer, seq_len=64)
+    assert dataset.info.dropped == {"too_long": 1}
+    assert dataset.info.train.examples + dataset.info.held_out.examples == 2
+
+
+def test_load_dataset_passes_over_empty_texts(write_jsonl, tokenizer):
+    texts = ["", "one two", " \n", "three four"]
+    dataset = load_dataset(
+        write_jsonl([{"text": text} for text in texts]), tokenizer, seq_len=16
+    )
+    assert dataset.info.dropped == {"empty": 2}
+
+
+def test_load_dataset_counts_bad_records_on_request(write_jsonl, tokenizer):
+    records = [{"text": "one two"}, {"txt": "a"}, {"text": "three"}, {"messages": []}]
+    path = write_jsonl(records)
+    with pytest.raises(DataError, match="line 2: need the keys"):
+        load_dataset(path, tokenizer, seq_len=16)
+    dataset = load_dataset(path, tokenizer, seq_len=16, bad_records="count")
+    assert dataset.info.dropped == {"bad": 2}
+    assert "line 2" in dataset.info.problems[0]
+    assert "line 4" in dataset.info.problems[1]
+
+
+def test_load_dataset_names_the_line_the_template_refuses(write_jsonl, tokenizers):
+    twice = [CHAT[0], CHAT[0], CHAT[1]]
+    path = write_jsonl([{"messages": m} for m in (CHAT, twice)])
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: .*must alternate"):
+        load_dataset(path, tokenizers["llama2"], seq_len=64)
+
+
+def test_load_dataset_says_when_all_are_too_long(write_jsonl, tokenizer):
+    path = write_jsonl([{"messages": CHAT}] * 3)
+    length = len(tokenizer.apply_chat_template(CHAT, return_dict=False))
+    message = rf"too_long: 3.*shortest .* has {length} tokens and seq_len is 8"
+    with pytest.raises(DataError, match=message):
+        load_dataset(path, tokenizer, seq_len=8)
+
+
+def test_load_dataset_says_when_everything_is_masked(
+    write_jsonl, tokenizer, monkeypatch
+):
+    marks_nothing = (
+        "{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}"
+        "{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", marks_nothing)
+    with pytest.raises(DataError, match=r"nothing_counted: 1.*every token is masked"):
+        load_dataset(write_jsonl([{"messages": CHAT}]), tokenizer, seq_len=64)
+
+
+def test_load_dataset_says_when_nothing_is_left(write_jsonl, tokenizer):
+    with pytest.raises(DataError, match=r"no example is left .*empty: 2"):
+        load_dataset(write_jsonl([{"text": " "}] * 2), tokenizer, seq_len=64)
+    with pytest.raises(DataError, match=r"bad: 1.*first problem: .*line 1"):
+        load_dataset(
+            write_jsonl([{"x": 1}]), tokenizer, seq_len=64, bad_records="count"
+        )
+    with pytest.raises(DataError, match=r"no records"):
+        load_dataset([], tokenizer, seq_len=64)
+
+
+def test_load_dataset_needs_two_conversations_to_hold_one_out(write_jsonl, tokenizer):
+    path = write_jsonl([{"messages": CHAT}] * 3)
+    with pytest.raises(DataError, match=r"two different documents.*held_out_fraction"):
+        load_dataset(path, tokenizer, seq_len=64)
+    assert len(load_dataset(path, tokenizer, seq_len=64, held_out_fraction=0.0).train)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 1}, "seq_len >= 2, got 1"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction < 1, got 1.0"),
+        ({"split_seed": -1}, "split_seed"),
+    ],
+)
+def test_load_dataset_checks_numbers_before_reading(tokenizer, options, message):
+    with pytest.raises(DataError, match=message):
+        load_dataset("nowhere", tokenizer, **{"seq_len": 16, **options})
+
+
+def test_load_dataset_has_a_fingerprint_of_what_is_trained_on(
+    write_jsonl, tokenizer, documents
+):
+    path = write_jsonl([{"text": text} for text in documents])
+    first = load_dataset(path, tokenizer, seq_len=16).info
+    assert load_dataset(path, tokenizer, seq_len=16).info == first
+    others = [{"seq_len": 17}, {"split_seed": 1}, {"pack": False}]
+    for change in others:
+        other = load_dataset(path, tokenizer, **{"seq_len": 16, **change}).info
+        assert other.fingerprint != first.fingerprint, change
+    json.dumps(dataclasses.asdict(first))
+
+
+def test_load_dataset_reads_the_built_in_corpus(tokenizer):
+    dataset = load_dataset("pydoc", tokenizer, seq_len=256)
+    info = dataset.info
+    assert info.train.documents + info.held_out.documents == len(list(pydoc_topics()))
+    assert info.dropped == {}
+    # Ten per cent of some 79 documents of very unequal length.
+    share = info.held_out.tokens / (info.held_out.tokens + info.train.tokens)
+    assert 0.03 < share < 0.25
+    assert info.train.fill > 0.97
+    batch = next(train_iterator(dataset.train, 4, seed=0))
+    assert batch["input_ids"].shape == (4, 256)
+    assert jax.tree.map(jax.numpy.asarray, batch)["labels"].dtype == np.int32
+
+
+def test_held_out_order_does_not_follow_the_files(write_jsonl, tokenizer, documents):
+    path = write_jsonl([{"text": text} for text in documents])
+    side = load_dataset(
+        path, tokenizer, seq_len=64, held_out_fraction=0.5, pack=False
+    ).held_out
+    order = [int(side.table.documents[number]) for (number,) in side.rows]
+    assert order != sorted(order)
+    assert sum(order[:20]) / 20 == pytest.approx(np.mean(order), abs=60)
+
+
+def test_train_iterator_feeds_far_more_than_a_step_takes(write_jsonl, tokenizer):
+    """The default job takes under 10,000 tokens a second: 20 times that, and more."""
+    words = "that is all. The cat sat on the mat, and then it said: "
+    records = [{"text": f"{n} {words * (1 + n % 3)}"} for n in range(2000)]
+    dataset = load_dataset(write_jsonl(records), tokenizer, seq_len=256)
+    batches = train_iterator(dataset.train, 8, seed=0)
+    start = time.perf_counter()
+    count = sum(batch["input_ids"].size for batch in itertools.islice(batches, 200)) / (
+        time.perf_counter() - start
+    )
+    assert count > 200_000

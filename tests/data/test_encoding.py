@@ -1,0 +1,116 @@
+"""Text to ids: start and end tokens, and windows that predict every token once."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taid_jax.data.encoding import Encoder, Rendered, Span, cut_windows
+from taid_jax.data.errors import DataError
+from taid_jax.data.tokens import Example
+
+
+def example_of(length):
+    counted = np.ones(length, np.bool_)
+    counted[:1] = False
+    return Example(np.arange(length, dtype=np.int32), counted)
+
+
+@given(st.integers(2, 200), st.integers(2, 40))
+def test_cut_windows_counts_every_token_once(tokens, length):
+    times = np.zeros(tokens, int)
+    for ids, counted in cut_windows(example_of(tokens), length):
+        assert 2 <= len(ids) <= length
+        assert not counted[0]
+        np.testing.assert_array_equal(np.diff(ids), 1)  # the text as it stands
+        np.add.at(times, ids[counted], 1)
+    assert times[0] == 0  # nothing comes before the very first
+    assert (times[1:] == 1).all()
+
+
+def test_cut_windows_keeps_short_text_whole():
+    [window] = cut_windows(example_of(5), 5)
+    np.testing.assert_array_equal(window.ids, np.arange(5))
+    assert [len(w.ids) for w in cut_windows(example_of(6), 5)] == [5, 2]
+
+
+def test_cut_windows_leaves_the_text_as_it_was():
+    example = example_of(9)
+    list(cut_windows(example, 4))
+    assert example.counted.sum() == 8
+
+
+def test_encoder_frames_text_with_the_tokenizers_own_tokens(styled_tokenizer):
+    encoder = Encoder(styled_tokenizer)
+    [example] = encoder.examples([Rendered("The cat", framed=True)])
+    plain = styled_tokenizer("The cat", add_special_tokens=False)["input_ids"]
+    assert example.ids.tolist() == [*plain, styled_tokenizer.eos_token_id]
+    assert example.counted.tolist() == [False] + [True] * len(plain)
+
+
+def test_encoder_adds_the_start_token_where_the_tokenizer_does(tokenizers):
+    from tokenizers.processors import TemplateProcessing
+
+    llama = tokenizers["llama2"]
+    backend = llama.backend_tokenizer
+    saved = backend.post_processor
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", llama.bos_token_id)]
+    )
+    try:
+        [example] = Encoder(llama).examples(
+            [Rendered("The cat", (Span(3, 7),), framed=True)]
+        )
+    finally:
+        backend.post_processor = saved or TemplateProcessing("$A")
+    assert example.ids[0] == llama.bos_token_id
+    assert example.ids[-1] == llama.eos_token_id
+    assert llama.decode(example.ids[example.counted].tolist()).endswith("cat</s>")
+    assert not example.counted[:2].any()
+
+
+def test_encoder_does_not_double_the_end_token(tokenizer):
+    [example] = Encoder(tokenizer).examples([Rendered("on<|im_end|>", framed=True)])
+    assert example.ids.tolist().count(tokenizer.eos_token_id) == 1
+
+
+class Mangling:
+    """A tokenizer that joins across borders and cannot be read back."""
+
+    bos_token_id = eos_token_id = pad_token_id = chat_template = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [[hash(t) % 1000 for t in x.split("|")] for x in text]}
+
+    def apply_chat_template(self, conversation, **options):
+        raise NotImplementedError
+
+    def decode(self, token_ids, **options):
+        return "?"
+
+    def get_added_vocab(self):
+        return {}
+
+
+def test_encoder_refuses_answers_it_cannot_prove():
+    [problem] = Encoder(Mangling()).examples([Rendered("ab", (Span(1, 2),))])
+    assert isinstance(problem, DataError)
+    assert "crosses the border" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("pad", "end", "used"), [(7, 3, 7), (None, 3, 3), (None,) * 2 + (0,)]
+)
+def test_encoder_pads_with_what_there_is(pad, end, used):
+    tokenizer = Mangling()
+    tokenizer.pad_token_id, tokenizer.eos_token_id = pad, end
+    assert Encoder(tokenizer).pad_id == used
+
+
+def test_encoder_is_quiet_about_long_text(tokenizer, capfd):
+    tokenizer.model_max_length, saved = 8, tokenizer.model_max_length
+    try:
+        Encoder(tokenizer).ids(["The cat sat on the mat. " * 50])
+    finally:
+        tokenizer.model_max_length = saved
+    assert capfd.readouterr().err == ""
