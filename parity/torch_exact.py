@@ -1,4 +1,4 @@
-"""The objectives as their papers define them, in PyTorch, for any finite or -inf logits.
+"""The objectives as their papers define them, in PyTorch, -inf logits included.
 
 In float64 they are the truth that both sides of a row are held against. In float32 they
 stand in for PyTorch where the published code computes something else.

@@ -1,9 +1,9 @@
 """The published objectives and schedule in PyTorch, defects included.
 
 Written afresh from the mathematics and from a description of what SakanaAI/TAID (commit
-a062892) computes. Where the published code is wrong, so is this, and the place is marked
-`DEFECT`: `deviations` shows each beside the right number. `torch_exact` holds the same
-objectives without the defects.
+a062892) computes. Where the published code is wrong, so is this, and the place is
+marked `DEFECT`: `deviations` shows each beside the right number. `torch_exact` holds
+the same objectives without the defects.
 """
 
 import dataclasses

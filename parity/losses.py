@@ -1,0 +1,219 @@
+"""Rows of values and gradients: every objective, ours beside PyTorch and float64."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from parity.cases import Case, Grid, Recorded, random_cases, recorded_cases
+from parity.outcomes import (
+    TORCH_DTYPES,
+    Outcome,
+    Reduce,
+    gradient_error,
+    our_outcome,
+    torch_outcome,
+    value_error,
+)
+from parity.rows import Row, Tally, Tolerance
+from parity.subjects import SUBJECTS, Subject, TorchLoss
+from parity.torch_exact import exact_loss
+from parity.torch_reference import (
+    published_loss,
+)
+from taid_jax.loss import distillation_loss
+
+PUBLISHED, CORRECTED, RECORDING = "PyTorch", "PyTorch, corrected", "recording"
+VALUE = Tolerance(
+    1e-5,
+    "relative; softmax in float32: at scale 30 an exponent reaches 130, and its "
+    "rounding, 130 * 2^-24 = 8e-6, is the relative error of a probability",
+)
+# 1 + x is held to 2^-24, and a log-probability with it: 1e-5 relative from here on.
+VALUE_FLOOR = 2.0**-24 / VALUE.value
+GRADIENTS = {
+    "float32": VALUE,
+    "bfloat16": Tolerance(
+        2.0**-8,
+        "norm of the difference over the norm; the gradient is handed back in "
+        "bfloat16, each side rounding its entries by up to 2^-9",
+    ),
+    "float16": Tolerance(
+        2.0**-10,
+        "norm of the difference over the norm; the gradient is handed back in "
+        "float16, each side rounding its entries by up to 2^-11, or 2^-25 below 2^-14",
+    ),
+}
+SAME = Tolerance(
+    1e-6,
+    "relative; the same operations of the same PyTorch, in another order at most",
+)
+NOTHING = Tolerance(0.0, "exactly 0: no token counts")
+_GRID = Grid()
+
+
+class _Tallies:
+    """The rows of one section, made as cases come in."""
+
+    def __init__(self, subjects: Sequence[Subject]):
+        self._tallies: dict[tuple[str, str, str], Tally] = {}
+        self._order = [subject.name for subject in subjects]
+
+    def add(
+        self,
+        key: tuple[str, str, str],
+        tolerance: Tolerance,
+        case: str,
+        *errors: float | None,
+    ) -> None:
+        if key not in self._tallies:
+            self._tallies[key] = Tally("losses", *key, tolerance)
+        self._tallies[key].add(case, *errors)
+
+    def rows(self) -> list[Row]:
+        rows = [tally.row() for tally in self._tallies.values()]
+        known = {name: index for index, name in enumerate(self._order)}
+        return sorted(rows, key=lambda row: known.get(row.name, len(known)))
+
+
+def _floor(subject: Subject) -> float:
+    # Where the gradient can vanish, both sides keep absolute digits: relative to 0.1
+    # per token. The others only meet float64's own rounding of a gradient that is 0.
+    return 0.1 if subject.vanishes else 1e-9
+
+
+def _compare(
+    tallies: _Tallies,
+    subject: Subject,
+    case: Case,
+    dtype: str,
+    other: str,
+    ours: Outcome,
+    theirs: Outcome | None,
+    exact: Outcome,
+) -> None:
+    floors = {
+        "per_token": _floor(subject),
+        "absolute": 2.0**-14 * case.student.size**0.5 if dtype == "float16" else 0.0,
+    }
+    against = ((ours, theirs), (ours, exact), (theirs, exact))
+    pairs = [(a, b) if a is not None and b is not None else None for a, b in against]
+    values = (pair and value_error(*pair, exact, VALUE_FLOOR) for pair in pairs)
+    gradients = (pair and gradient_error(*pair, exact, **floors) for pair in pairs)
+    near = " near" if case.near else ""
+    key = (subject.name, f"{dtype} value{near}", other)
+    tallies.add(key, VALUE, case.name, *values)
+    key = (subject.name, f"{dtype} gradient{near}", other)
+    tallies.add(key, GRADIENTS[dtype], case.name, *gradients)
+
+
+def _rounded(case: Case, dtype: str) -> Case:
+    def rounded(logits: np.ndarray) -> np.ndarray:
+        return torch.tensor(logits).to(TORCH_DTYPES[dtype]).float().numpy()
+
+    if dtype == "float32":
+        return case
+    return case._replace(student=rounded(case.student), teacher=rounded(case.teacher))
+
+
+def random_rows(
+    seeds: Iterable[int],
+    grid: Grid = _GRID,
+    subjects: Sequence[Subject] = SUBJECTS,
+    published: TorchLoss = published_loss,
+    other: str = PUBLISHED,
+    reduce: Reduce = distillation_loss,
+) -> list[Row]:
+    """Returns the rows of random logits, one per objective, dtype and quantity.
+
+    Args:
+        seeds: One grid of cases each.
+        grid: Which cases.
+        subjects: The objectives.
+        published: The PyTorch side, where it is right.
+        other: Its name.
+        reduce: Our side's mean over tokens.
+    """
+    tallies = _Tallies(subjects)
+    for seed in seeds:
+        for case in random_cases(grid, seed):
+            # Low precision rounds a near teacher onto its student.
+            for dtype in ("float32",) if case.near else grid.dtypes:
+                for subject in subjects:
+                    ours = our_outcome(subject, case, dtype, reduce)
+                    if case.empty:
+                        key = ("no token counts", f"{dtype} value and gradient", "0")
+                        size = abs(ours.value) + float(np.abs(ours.gradient).sum())
+                        tallies.add(key, NOTHING, subject.name, size)
+                        continue
+                    followed = subject.as_published(dtype, case)
+                    loss = published if followed else exact_loss
+                    theirs = torch_outcome(subject, loss, case, dtype)
+                    exact = torch_outcome(
+                        subject, exact_loss, _rounded(case, dtype), "float64"
+                    )
+                    side = other if followed else CORRECTED
+                    _compare(tallies, subject, case, dtype, side, ours, theirs, exact)
+    return tallies.rows()
+
+
+def recorded_rows(
+    folder: pathlib.Path, subjects: Sequence[Subject] = SUBJECTS
+) -> list[Row]:
+    """Returns the rows of recorded logits: ours, and the reference in PyTorch.
+
+    Where the published code is wrong, ours is held against float64 alone; the
+    reference has to reproduce the recording everywhere, NaN included.
+
+    Args:
+        folder: As `golden/README.md` describes.
+        subjects: The objectives.
+
+    Raises:
+        RecordingError: If arrays are missing or misshapen.
+    """
+    subjects = [subject for subject in subjects if subject.recorded]
+    tallies = _Tallies(subjects)
+    for recorded in recorded_cases(folder, [subject.recorded for subject in subjects]):
+        case, dtype = recorded.case, recorded.dtype
+        for subject in subjects:
+            name = subject.recorded
+            count = max(int(case.mask.sum()), 1)
+            theirs = Outcome(recorded.losses[name], recorded.gradients[name] * count)
+            exact = torch_outcome(subject, exact_loss, case, "float64")
+            followed = subject.as_published(dtype, case)
+            _compare(
+                tallies,
+                subject,
+                case,
+                dtype,
+                RECORDING,
+                our_outcome(subject, case, dtype),
+                theirs if followed else None,
+                exact,
+            )
+            _compare_reference(tallies, subject, recorded)
+    return tallies.rows()
+
+
+def _compare_reference(tallies: _Tallies, subject: Subject, recorded: Recorded) -> None:
+    """The reference in PyTorch has to give what was recorded, NaN included."""
+    case, dtype, name = recorded.case, recorded.dtype, subject.recorded
+    theirs = Outcome(recorded.losses[name], recorded.gradients[name])
+    again = torch_outcome(subject, published_loss, case, dtype, total=False)
+    same = np.isnan(theirs.value) == np.isnan(again.value) and np.array_equal(
+        np.isnan(theirs.gradient), np.isnan(again.gradient)
+    )
+    a, b = (
+        Outcome(float(np.nan_to_num(x.value)), np.nan_to_num(x.gradient))
+        for x in (again, theirs)
+    )
+    errors = {
+        "value": value_error(a, b, b, VALUE_FLOOR),
+        "gradient": gradient_error(a, b, b, _floor(subject) / case.mask.sum()),
+    }
+    for quantity, error in errors.items():
+        key = ("the reference in PyTorch", f"{dtype} {quantity}", RECORDING)
+        at = f"{case.name}, {subject.name}"
+        tallies.add(key, SAME, at, error if same else np.inf)

@@ -1,0 +1,183 @@
+"""Rows of the proof, and what makes one pass."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """How far two sides may be apart.
+
+    Attributes:
+        value: The largest error that passes.
+        why: Where the number comes from: the format, and the size of the sum.
+    """
+
+    value: float
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One thing that both sides compute, at its worst over several cases.
+
+    Attributes:
+        section: The subcommand that made the row.
+        name: What is computed.
+        quantity: Which number of it, and in which format.
+        other: The other side: PyTorch, a recording, a checkout of the published code.
+        cases: Cases that were tried.
+        failures: Those outside the tolerance.
+        error: Largest error of ours against the other side; None where the two are not
+            meant to agree.
+        error_exact: Largest error of ours against float64.
+        other_exact: Largest error of the other side against float64.
+        tolerance: Of each case.
+        note: The worst case, or what else should be known.
+        skipped: Nothing was tried, and `note` says why; neither passes nor fails.
+    """
+
+    section: str
+    name: str
+    quantity: str
+    other: str
+    cases: int
+    failures: int
+    error: float | None
+    error_exact: float | None
+    other_exact: float | None
+    tolerance: Tolerance
+    note: str = ""
+    skipped: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was tried and all of it was within the tolerance."""
+        return self.skipped or (self.cases > 0 and self.failures == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviation:
+    """One place where the published code is not followed, and who is right.
+
+    Attributes:
+        name: What the published code does.
+        instead: What is done here.
+        quantity: The number that shows it.
+        other: Who computed the published number.
+        published: That number.
+        ours: The same number here.
+        exact: The same in float64, from the definition.
+        tolerance: Of ours against `exact`, relative to it.
+        distance: How far `published` has to be from `exact`, relative to it, for the
+            row to show anything.
+    """
+
+    name: str
+    instead: str
+    quantity: str
+    other: str
+    published: float
+    ours: float
+    exact: float
+    tolerance: Tolerance
+    distance: float
+    section: str = "deviations"
+
+    @property
+    def passed(self) -> bool:
+        """Whether ours is the exact number and the published one is not."""
+        scale = abs(self.exact) or 1.0
+        right = abs(self.ours - self.exact) <= self.tolerance.value * scale
+        apart = abs(self.published - self.exact) / scale
+        return right and (math.isnan(apart) or apart >= self.distance)
+
+
+class Tally:
+    """Collects the cases of one row and keeps the worst."""
+
+    def __init__(
+        self, section: str, name: str, quantity: str, other: str, tolerance: Tolerance
+    ):
+        self._head = (section, name, quantity, other)
+        self._tolerance = tolerance
+        self._cases = self._failures = 0
+        self._worst: dict[str, float] = {}
+        self._worst_case = ("", -1.0)
+        self._note = ""
+
+    def add(
+        self,
+        case: str,
+        error: float | None,
+        error_exact: float | None = None,
+        other_exact: float | None = None,
+        note: str = "",
+    ) -> None:
+        """Adds a case.
+
+        Where float64 is known, ours has to be right, and it may differ from the other
+        side by as much more as that side is wrong. NaN is never within a tolerance.
+
+        Args:
+            case: A name for the case.
+            error: Of ours against the other side, None when they need not agree.
+            error_exact: Of ours against float64.
+            other_exact: Of the other side against float64.
+            note: Shown with the row.
+        """
+        limit = self._tolerance.value
+        fine = error_exact is None or error_exact <= limit
+        if error is not None:
+            fine = fine and error <= limit + (other_exact or 0.0)
+        if error is None and error_exact is None:
+            raise ValueError(f"{self._head}: case {case} compares nothing")
+        self._cases += 1
+        self._failures += not fine
+        values = {
+            "error": error,
+            "error_exact": error_exact,
+            "other_exact": other_exact,
+        }
+        for key, value in values.items():
+            if value is not None:
+                self._worst[key] = _larger(self._worst.get(key, 0.0), value)
+        decisive = error if error_exact is None else error_exact
+        if decisive is not None and not decisive <= self._worst_case[1]:
+            self._worst_case = (case, decisive)
+        self._note = note or self._note
+
+    def row(self) -> Row:
+        """Returns the row of all cases so far."""
+        worst = f"worst: {self._worst_case[0]}" if self._cases > 1 else ""
+        return Row(
+            *self._head,
+            cases=self._cases,
+            failures=self._failures,
+            error=self._worst.get("error"),
+            error_exact=self._worst.get("error_exact"),
+            other_exact=self._worst.get("other_exact"),
+            tolerance=self._tolerance,
+            note="; ".join(part for part in (self._note, worst) if part),
+        )
+
+
+def skipped(section: str, name: str, why: str) -> Row:
+    """Returns a row that says why something was not tried."""
+    nothing = Tolerance(0.0, "")
+    return Row(
+        section, name, "", "", 0, 0, None, None, None, nothing, note=why, skipped=True
+    )
+
+
+def _larger(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+AnyRow = Row | Deviation
+
+
+def failed(rows: Sequence[AnyRow]) -> list[AnyRow]:
+    """Returns the rows that did not pass."""
+    return [row for row in rows if not row.passed]

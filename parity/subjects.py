@@ -1,0 +1,117 @@
+"""The objectives that both sides compute: our pytree beside its name in PyTorch."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+
+from parity.cases import Case
+from parity.torch_reference import Settings
+from taid_jax import loss
+
+TorchLoss = Callable[..., torch.Tensor]
+
+# Objectives whose gradient vanishes where both sides are peaked on different entries.
+_SATURATING = ("total_variation", "jensen_shannon", "skew_reverse_kl")
+_NAN_AT_INF = (
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+)
+_NEVER_AS_PUBLISHED = ("adaptive_kl", "dkd")
+_ROUNDED_IN_LOGITS_DTYPE = ("taid", "ctkd")
+
+_DEFAULTS = Settings()
+
+CTKD_TEMPERATURE = 1.0 + 20.0 / (1.0 + math.exp(-1.0))
+"""CTKD's temperature before its first step: the number it learns starts at 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """An objective on both sides.
+
+    Attributes:
+        name: Of its rows.
+        reference: Its name in `torch_reference.OBJECTIVES`.
+        make: Ours; called once per comparison.
+        settings: The other side's numbers.
+        recorded: Its name in a recording's `losses.npz`, if it is there.
+    """
+
+    name: str
+    reference: str
+    make: Callable[[], loss.Objective]
+    settings: Settings = _DEFAULTS
+    recorded: str = ""
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether the gradient can vanish, so that relative digits mean nothing."""
+        return self.reference in _SATURATING or self.settings.t == 0.0
+
+    def as_published(self, dtype: str, case: Case) -> bool:
+        """Whether the published code is right on a case, and so its other side."""
+        if self.reference in _NEVER_AS_PUBLISHED or case.empty:
+            return False
+        if self.reference in _ROUNDED_IN_LOGITS_DTYPE and dtype != "float32":
+            return False
+        at_ends = self.reference == "taid" and self.settings.t in (0.0, 1.0)
+        return not (case.infinite and (at_ends or self.reference in _NAN_AT_INF))
+
+
+def _taid(t: float, recorded: bool = True) -> Subject:
+    return Subject(
+        f"TAID, t = {t:g}",
+        "taid",
+        lambda: loss.TAID(t),
+        Settings(t=t),
+        f"taid_{t}" if recorded else "",
+    )
+
+
+SUBJECTS: tuple[Subject, ...] = (
+    _taid(0.0),
+    _taid(0.001, recorded=False),
+    *(_taid(t) for t in (0.25, 0.4, 0.75, 1.0)),
+    Subject("forward KL", "forward_kl", lambda: loss.ForwardKL(), recorded="fkl"),
+    Subject("reverse KL", "reverse_kl", lambda: loss.ReverseKL(), recorded="rkl"),
+    Subject("TVD", "total_variation", lambda: loss.TotalVariation(), recorded="tvd"),
+    Subject("JS", "jensen_shannon", lambda: loss.JensenShannon(), recorded="js"),
+    Subject(
+        "JS, weight 0.5",
+        "jensen_shannon",
+        lambda: loss.JensenShannon(teacher_weight=0.5),
+        Settings(teacher_weight=0.5),
+        "js_0.5",
+    ),
+    Subject(
+        "skew forward KL",
+        "skew_forward_kl",
+        lambda: loss.SkewForwardKL(),
+        recorded="skew_fkl",
+    ),
+    Subject(
+        "skew reverse KL",
+        "skew_reverse_kl",
+        lambda: loss.SkewReverseKL(),
+        recorded="skew_rkl",
+    ),
+    Subject(
+        "adaptive KL",
+        "adaptive_kl",
+        lambda: loss.AdaptiveKL(),
+        recorded="adaptive_kl",
+    ),
+    Subject(
+        "CTKD",
+        "ctkd",
+        lambda: loss.CTKD(CTKD_TEMPERATURE),
+        Settings(temperature=CTKD_TEMPERATURE),
+        "ctkd",
+    ),
+    Subject("DKD", "dkd", lambda: loss.DKD(), recorded="dkd"),
+    Subject("cross-entropy", "sft", lambda: loss.CrossEntropy()),
+)
