@@ -25,6 +25,9 @@ _ROUNDED_IN_LOGITS_DTYPE = ("taid", "ctkd")
 
 _DEFAULTS = Settings()
 
+CTKD_EPOCH = 3
+"""The epoch, of 10, at which the gradient of the temperature is recorded."""
+
 CTKD_TEMPERATURE = 1.0 + 20.0 / (1.0 + math.exp(-1.0))
 """CTKD's temperature before its first step: the number it learns starts at 1."""
 
