@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -18,7 +19,7 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 Params = Mapping[str, Any]
 """A nested mapping with arrays at its leaves."""
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Array | np.ndarray]
 """`input_ids`, `labels`, and where they are needed `attention_mask`, `segment_ids` and
 `positions`: int32 arrays of shape (batch, length)."""
 

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """A signal asked for an end; the state was saved first."""
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     """Batches without end, whose place can be saved."""
 
@@ -54,6 +55,7 @@ class BatchIterator(Protocol):
         ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Somebody who is shown how it goes."""
 

@@ -66,7 +66,8 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
     scratch = path.with_suffix(".tmp")
-    text = json.dumps(value, indent=2, default=str, allow_nan=False)
+    plain = {key: _plain(inner) for key, inner in value.items()}
+    text = json.dumps(plain, indent=2, allow_nan=False)
     scratch.write_text(text + "\n", encoding="utf-8")
     scratch.replace(path)
 

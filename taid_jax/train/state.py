@@ -111,11 +111,14 @@ def learning_rate_schedule(
     learning_rate: float, steps: int, warmup_steps: int = 0
 ) -> optax.Schedule:
     """Returns a linear warm-up to `learning_rate` and a cosine to 0 at `steps`."""
-    if not warmup_steps:
-        return optax.cosine_decay_schedule(learning_rate, steps)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup_steps, decay_steps=steps
-    )
+    if warmup_steps:
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, learning_rate, warmup_steps, decay_steps=steps
+        )
+    else:
+        schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    # A float count, so that no integer is promoted on the way.
+    return lambda count: schedule(jnp.asarray(count, jnp.float32))
 
 
 def make_optimizer(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
@@ -34,7 +35,7 @@ def next_token_labels(batch: Batch) -> Int[Array, "batch length"]:
             of the same shape when packed.
     """
 
-    def following(array: Array, fill: int) -> Array:
+    def following(array: Array | np.ndarray, fill: int) -> Array:
         end = jnp.full((array.shape[0], 1), fill, array.dtype)
         return jnp.concatenate([array[:, 1:], end], axis=1)
 
@@ -212,8 +213,10 @@ def make_train_step(
         grad_norm = optax.tree_utils.tree_norm(gradients[0])
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
-        moved = optax.apply_updates(trainable, updates)
+        # optax counts in int32 and is not written for strict promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+            moved = optax.apply_updates(trainable, updates)
         distil_loss = means.get("distil_loss", loss)
         schedule = scheduler.update(state.schedule, distil_loss, state.step)
 

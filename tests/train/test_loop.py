@@ -177,4 +177,6 @@ def test_loop_best_is_kept_although_older(make_loop):
         evaluate=lambda params: HeldOut(next(found), 2, 3, 4), keep=1
     )
     loop.run(state)
-    assert loop.checkpoints.steps() == [4, 12]
+    kept = loop.checkpoints.steps()
+    assert {4, 12} <= set(kept)
+    assert not {3, 6, 8} & set(kept)
