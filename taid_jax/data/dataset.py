@@ -126,7 +126,9 @@ def load_dataset(
     if not len(table):
         raise DataError(_nothing_left(source, seq_len, dropped, intake, bad))
     ranks = np.array([documents[number].rank for number in table.documents])
-    held_out = hold_out(ranks, held_out_fraction, describe_source(source))
+    held_out = hold_out(
+        ranks, table.lengths, held_out_fraction, describe_source(source)
+    )
     sides = []
     for examples in (np.flatnonzero(~held_out), _fair_order(held_out, ranks)):
         if pack:

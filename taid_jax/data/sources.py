@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
-from taid_jax.data.corpus import PYDOC, pydoc_topics
+from taid_jax.data.corpus import PYDOC, pydoc_sections
 from taid_jax.data.documents import (
     EXPECTED_KEYS,
     RECORD_KEYS,
@@ -41,8 +41,8 @@ def read_documents(source: Source, *, seed: int, bad: BadRecords) -> Iterator[Do
     single = isinstance(source, str | os.PathLike)
     for entry in [source] if single else source:
         if entry == PYDOC:
-            for name, text in pydoc_topics():
-                yield make_document(f"{PYDOC}, topic {name}", Text(text), seed)
+            for name, text in pydoc_sections():
+                yield make_document(f"{PYDOC}, {name}", Text(text), seed)
             continue
         for path in _find_files(pathlib.Path(entry)):
             yield from _read_file(path, seed, bad)

@@ -3,25 +3,31 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 
 from taid_jax.data.documents import Document, Text
 from taid_jax.data.errors import DataError
 
 
 def hold_out(
-    ranks: Float64[np.ndarray, " examples"], fraction: float, source: str
+    ranks: Float64[np.ndarray, " examples"],
+    tokens: Int64[np.ndarray, " examples"],
+    fraction: float,
+    source: str,
 ) -> Bool[np.ndarray, " examples"]:
     """Returns which examples are held out.
 
     Those of documents ranked below `fraction` are. A rank comes from what a document
     says (`make_document`), so copies of a document fall on the same side, and neither
-    the order of files nor a document added later moves another one across. Where no
-    document would be held out, the one of the lowest rank is; where all would, the
-    one of the highest is not.
+    the order of files nor (as a rule) a document added later moves another one across.
+
+    The rule bends for few and unequal documents. The held-out side never gets more than
+    twice its share of the tokens: documents that would exceed it are trained on. It
+    gets at least one document, and leaves at least one.
 
     Args:
         ranks: Of the examples' documents, in [0, 1].
+        tokens: Of the examples.
         fraction: In [0, 1); nothing is held out when it is 0.
         source: Named in messages.
 
@@ -30,19 +36,26 @@ def hold_out(
     """
     if fraction == 0:
         return np.zeros(len(ranks), np.bool_)
-    lowest, highest = ranks.min(), ranks.max()
-    if lowest == highest:
+    values, document = np.unique(ranks, return_inverse=True)
+    if len(values) == 1:
         raise DataError(
             f"{source}: need two different documents, one to train on and one to hold "
             "out, and there is one (copies, and records with the same prompt, count as "
             "one); add documents, or set held_out_fraction to 0"
         )
-    held_out = ranks < fraction
-    if not held_out.any():
-        return ranks == lowest
-    if held_out.all():
-        return ranks < highest
-    return held_out
+    sizes = np.zeros(len(values), np.int64)
+    np.add.at(sizes, document, tokens)
+    room = 2 * fraction * sizes.sum()
+    chosen = np.zeros(len(values), np.bool_)
+    # The last document, of the highest rank, is always trained on.
+    for number in np.flatnonzero(values[:-1] < fraction):
+        if sizes[number] <= room:
+            chosen[number] = True
+            room -= sizes[number]
+    if not chosen.any():
+        fits = np.flatnonzero(sizes[:-1] <= room)
+        chosen[fits[0] if len(fits) else sizes.argmin()] = True
+    return chosen[document]
 
 
 def cut_only_text(documents: Sequence[Document], fraction: float) -> list[Document]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from taid_jax.data import DataError, held_out_batches, load_dataset, train_iterator
-from taid_jax.data.corpus import pydoc_topics
+from taid_jax.data.corpus import pydoc_sections
 from taid_jax.types import IGNORE_INDEX
 
 CHAT = [
@@ -254,12 +254,12 @@ def test_load_dataset_has_a_fingerprint_of_what_is_trained_on(
 def test_load_dataset_reads_the_built_in_corpus(tokenizer):
     dataset = load_dataset("pydoc", tokenizer, seq_len=256)
     info = dataset.info
-    assert info.train.documents + info.held_out.documents == len(list(pydoc_topics()))
+    assert info.train.documents + info.held_out.documents == len(list(pydoc_sections()))
     assert info.dropped == {}
-    # Ten per cent of some 79 documents of very unequal length.
+    # Ten per cent of some 170 documents of very unequal length.
     share = info.held_out.tokens / (info.held_out.tokens + info.train.tokens)
-    assert 0.03 < share < 0.25
-    assert info.train.fill > 0.97
+    assert 0.04 < share < 0.2
+    assert info.train.fill > 0.95
     batch = next(train_iterator(dataset.train, 4, seed=0))
     assert batch["input_ids"].shape == (4, 256)
     assert jax.tree.map(jax.numpy.asarray, batch)["labels"].dtype == np.int32

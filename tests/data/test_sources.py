@@ -85,7 +85,7 @@ def test_read_documents_reads_more_rows_than_one_read_takes(tmp_path):
 def test_read_documents_gives_the_built_in_corpus():
     documents, _ = read("pydoc")
     assert len(documents) > 50
-    assert documents[0].origin.startswith("pydoc, topic ")
+    assert documents[0].origin.startswith("pydoc, assert: ")
 
 
 def test_read_documents_names_what_is_missing(tmp_path):

@@ -8,23 +8,41 @@ from taid_jax.data.errors import DataError
 from taid_jax.data.split import cut_only_text, hold_out
 
 
+def held(ranks, fraction, tokens=None):
+    """The ranks that are held out."""
+    ranks = np.array(ranks)
+    tokens = np.ones(len(ranks), int) if tokens is None else np.array(tokens)
+    return sorted(ranks[hold_out(ranks, tokens, fraction, "here.jsonl")].tolist())
+
+
 def test_hold_out_takes_low_ranks():
-    ranks = np.array([0.5, 0.05, 0.05, 0.3])
-    np.testing.assert_array_equal(hold_out(ranks, 0.1, ""), ranks == 0.05)
-    np.testing.assert_array_equal(hold_out(ranks, 0.4, ""), ranks < 0.4)
-    assert not hold_out(ranks, 0.0, "").any()
+    ranks = [0.5, 0.05, 0.7, 0.05, 0.3, 0.25, 0.8, 0.9]
+    assert held(ranks, 0.2) == [0.05, 0.05]
+    assert held(ranks, 0.4) == [0.05, 0.05, 0.25, 0.3]
+    assert held(ranks, 0.0) == []
 
 
 def test_hold_out_leaves_something_on_both_sides():
-    ranks = np.array([0.5, 0.3, 0.3, 0.9])
-    np.testing.assert_array_equal(hold_out(ranks, 0.1, ""), ranks == 0.3)
-    np.testing.assert_array_equal(hold_out(ranks, 0.95, ""), ranks < 0.9)
+    assert held([0.5, 0.3, 0.3, 0.9], 0.25) == [0.3, 0.3]
+    assert held([0.5, 0.3, 0.3, 0.9], 0.95) == [0.3, 0.3, 0.5]
+    assert held([0.5, 0.3], 0.01) == [0.3]
+    assert held([0.1, 0.2], 0.5) == [0.1]
+
+
+def test_hold_out_keeps_to_its_share_of_the_tokens():
+    ranks = [0.01, 0.02, 0.03, 0.5, 0.9]
+    assert held(ranks, 0.1, [50, 5, 5, 20, 20]) == [0.02, 0.03]
+    assert held(ranks, 0.1, [15, 15, 5, 20, 45]) == [0.01, 0.03]
+    # Nothing fits: the smallest.
+    assert held([0.01, 0.5, 0.9], 0.1, [50, 40, 30]) == [0.9]
+    # Nothing ranks low enough: the lowest that fits.
+    assert held([0.3, 0.5, 0.9], 0.2, [80, 10, 10]) == [0.5]
 
 
 def test_hold_out_needs_two_documents():
     with pytest.raises(DataError, match=r"here\.jsonl: need two different documents"):
-        hold_out(np.array([0.5, 0.5]), 0.1, "here.jsonl")
-    assert not hold_out(np.array([0.5, 0.5]), 0.0, "").any()
+        held([0.5, 0.5], 0.1)
+    assert held([0.5, 0.5], 0.0) == []
 
 
 @pytest.mark.parametrize("border", ["\n\n", "\n", " "])
@@ -37,7 +55,7 @@ def test_cut_only_text_cuts_between_paragraphs(border):
     # 20% of the text, and at most one more part.
     assert 0.2 * len(text) <= len(last) <= 0.2 * len(text) + len(border + "part99")
     assert [part.rank for part in parts] == [1.0, 0.0]
-    assert hold_out(np.array([1.0, 0.0]), 0.2, "").tolist() == [False, True]
+    assert held([1.0, 0.0], 0.2, [80, 20]) == [0.0]
 
 
 def test_cut_only_text_leaves_other_documents():
