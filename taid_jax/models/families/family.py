@@ -1,0 +1,79 @@
+"""What a family of models declares: its settings, its weights, and what it ignores."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from taid_jax.models.fields import Required
+
+Default = int | float | bool | Required | Callable[[Mapping[str, int]], int]
+"""A value, REQUIRED, or a function of the settings that stand before this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field of `DecoderConfig` and its key in config.json.
+
+    Attributes:
+        field: Name of the field; its type there is the type that the file must have.
+        key: Name in config.json.
+        default: What `transformers` takes where config.json says nothing.
+    """
+
+    field: str
+    key: str
+    default: Default
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """The parameters of one module and the tensors that hold them.
+
+    A module's kernel, scale or embedding is stored under its name with `.weight`
+    appended, its bias (where the model has one) with `.bias`.
+
+    Attributes:
+        module: Path of the module in the parameter tree, joined by dots. Parameters
+            under `layers` are stacked: there is one tensor for each layer.
+        hf: Name in safetensors files; without the family's prefix if it is in a layer.
+        gguf: The same in GGUF files.
+        layout: Axes of the stored `.weight` and of the parameter (see `layout.py`):
+            v vocabulary, d model, n query heads, k key/value heads, h head width,
+            f MLP; a head's width is also `c r`, two halves of r rotary pairs.
+        gguf_layout: The same for GGUF, where llama.cpp stores another order.
+    """
+
+    module: str
+    hf: str
+    gguf: str
+    layout: str
+    gguf_layout: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models that the decoder can be.
+
+    Attributes:
+        name: `model_type` in config.json, and `family` in `DecoderConfig`.
+        architecture: The class in `transformers`, in `architectures` of config.json.
+        settings: What config.json may set.
+        fixed: Keys that ask for something the decoder does in one way only, with the
+            values that mean this way; the first is written on export.
+        harmless: Keys that change nothing that is computed here.
+        weights: All modules that a model of the family may have.
+        hf_layer: Prefix of a layer's tensors in safetensors files.
+        gguf_layer: The same in GGUF files.
+        ignored: Patterns of tensors that may be present and hold nothing new.
+        gguf: `general.architecture` in GGUF files; None when there are none.
+    """
+
+    name: str
+    architecture: str
+    settings: tuple[Setting, ...]
+    fixed: Mapping[str, tuple[object, ...]]
+    harmless: frozenset[str]
+    weights: tuple[Weight, ...]
+    hf_layer: str = "model.layers.{layer}."
+    gguf_layer: str = "blk.{layer}."
+    ignored: tuple[str, ...] = ()
+    gguf: str | None = None

