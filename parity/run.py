@@ -1,0 +1,253 @@
+"""Rows of whole training runs: a recorded one, replayed through the real trainer."""
+
+import math
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parity.record import finish_run, new_run, rerun, train
+from parity.rows import Row, Tally, Tolerance
+from parity.runs import BATCH_KEYS, Run, RunSettings, load_run
+from parity.schedule import MakeSchedule
+from parity.subjects import TorchLoss
+from parity.torch_reference import PublishedSchedule, published_loss
+from taid_jax.models.decoder import decoder_functions
+from taid_jax.models.load import load_model
+from taid_jax.settings import ObjectiveSettings
+from taid_jax.train.objective import make_objective, make_scheduler
+from taid_jax.train.state import (
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from taid_jax.train.step import make_train_step
+
+LOSS = Tolerance(
+    1e-5,
+    "relative, at every step; two attention paths of PyTorch itself differ by 2e-7; "
+    "over tens of steps the roundings of two programs grow further apart",
+)
+GRAD_NORM = Tolerance(
+    2e-4,
+    "relative, at every step; two attention paths of PyTorch itself differ by 1e-5: a "
+    "mean gradient is a sum of thousands of cancelling terms",
+)
+T = Tolerance(1e-6, "absolute, at every step; a few roundings of a number below 1")
+RATE = Tolerance(1e-6, "of the first rate; a cosine in float32 beside one in float64")
+WEIGHTS = Tolerance(
+    2e-4,
+    "of their norm; Adam divides by the root of a second moment, so that an entry with "
+    "hardly any gradient moves by its rounding; PyTorch's own two paths differ by 1e-5",
+)
+
+
+class Replayed(NamedTuple):
+    """What our trainer made of a recorded run.
+
+    Attributes:
+        steps: The arrays of `run.npz` that it has, each (steps,).
+        params: The student's parameters after the last step.
+    """
+
+    steps: dict[str, np.ndarray]
+    params: Any
+
+
+MakeStep = Callable[..., Any]
+MakeScheduler = Callable[..., Any]
+
+
+def replay(
+    run: Run,
+    make_step: MakeStep = make_train_step,
+    make_schedule: MakeScheduler = make_scheduler,
+) -> Replayed:
+    """Trains the recorded student on the recorded batches with our trainer.
+
+    Args:
+        run: The recording.
+        make_step: Of the train step.
+        make_schedule: Of the schedule, from settings and steps.
+    """
+    settings = run.settings
+    teacher = load_model(run.folder / "teacher", dtype=jnp.float32)
+    student = load_model(run.folder / "student_init", dtype=jnp.float32)
+    chosen = ObjectiveSettings(
+        objective=settings.objective,
+        distil_ratio=settings.distil_ratio,
+        t_start=settings.t_start,
+        t_end=settings.t_end,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        disable_adaptive=settings.disable_adaptive,
+    )
+    objective, learned = make_objective(chosen)
+    scheduler = make_schedule(chosen, settings.steps)
+    rate = learning_rate_schedule(settings.lr, settings.steps)
+    adamw = settings.adamw
+    optimizer = make_optimizer(
+        rate,
+        b1=adamw.b1,
+        b2=adamw.b2,
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
+        clip_norm=settings.clip_global_norm,
+    )
+    step = make_step(
+        decoder_functions(student.config),
+        decoder_functions(teacher.config),
+        make_objective=objective,
+        scheduler=scheduler,
+        optimizer=optimizer,
+        learning_rate=rate,
+    )
+    state = init_state(
+        student.params,
+        optimizer=optimizer,
+        schedule=scheduler.init(),
+        learned=learned,
+    )
+    history = []
+    for index in range(settings.steps):
+        batch = {
+            key: jnp.asarray(run.batches[key][index].astype(np.int32))
+            for key in BATCH_KEYS
+        }
+        state, metrics = step(state, teacher.params, batch)
+        history.append({**metrics, "t_after": jnp.copy(state.schedule.t)})
+    ours = jax.device_get(history)
+    names = {
+        "loss": "loss",
+        "lm_loss": "lm_loss",
+        "t_used": "t",
+        "t_after": "t_after",
+        "grad_norm": "grad_norm",
+        "lr": "learning_rate",
+    }
+    steps = {
+        recorded: np.array([float(metrics[name]) for metrics in ours])
+        for recorded, name in names.items()
+        if name in ours[0]
+    }
+    return Replayed(steps, state.params)
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    return np.abs(ours - theirs) / np.abs(theirs)
+
+
+def _weights_error(ours: Any, folder: pathlib.Path) -> float:
+    theirs = load_model(folder, dtype=jnp.float32).params
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    squares = [
+        (float(jnp.sum((a - b) ** 2)), float(jnp.sum(jnp.square(b)))) for a, b in pairs
+    ]
+    return math.sqrt(sum(d for d, _ in squares) / sum(n for _, n in squares))
+
+
+def compare(name: str, other: str, ours: Replayed, run: Run) -> list[Row]:
+    """Returns the rows of one run: ours beside what the folder of `run` says."""
+    rows = []
+
+    def add(quantity: str, tolerance: Tolerance, errors: np.ndarray) -> None:
+        tally = Tally("run", name, quantity, other, tolerance)
+        for step, error in enumerate(errors):
+            tally.add(f"step {step}", float(error))
+        rows.append(tally.row())
+
+    theirs = run.steps
+    add("loss", LOSS, _relative(ours.steps["loss"], theirs["loss"]))
+    if "lm_loss" in ours.steps:
+        add("lm_loss", LOSS, _relative(ours.steps["lm_loss"], theirs["lm_loss"]))
+    if run.settings.loss == "taid":
+        for key in ("t_used", "t_after"):
+            add(key, T, np.abs(ours.steps[key] - theirs[key]))
+    add("grad_norm", GRAD_NORM, _relative(ours.steps["grad_norm"], theirs["grad_norm"]))
+    add("lr", RATE, np.abs(ours.steps["lr"] - theirs["lr"]) / run.settings.lr)
+    tally = Tally("run", name, "final weights", other, WEIGHTS)
+    tally.add("", _weights_error(ours.params, run.folder / "student_final"))
+    rows.append(tally.row())
+    return rows
+
+
+def run_folders(golden: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the recorded runs in a folder: itself, or those in it."""
+    if (golden / "run.json").is_file():
+        return [golden]
+    return sorted(path.parent for path in golden.glob("*/run.json"))
+
+
+def recorded_rows(
+    golden: pathlib.Path,
+    make_step: MakeStep = make_train_step,
+    make_schedule: MakeScheduler = make_scheduler,
+) -> list[Row]:
+    """Returns the rows of every recorded run in a folder.
+
+    Raises:
+        RecordingError: If a recording is not whole.
+    """
+    rows = []
+    for folder in run_folders(golden):
+        run = load_run(folder)
+        ours = replay(run, make_step, make_schedule)
+        rows += compare(folder.name, "recording", ours, run)
+    return rows
+
+
+def again_rows(
+    golden: pathlib.Path,
+    other: str,
+    loss: TorchLoss = published_loss,
+    make_schedule: MakeSchedule = PublishedSchedule,
+) -> list[Row]:
+    """Returns the rows of recorded runs, trained again with another PyTorch side.
+
+    Args:
+        golden: A folder of recorded runs, of which only the start is used.
+        other: Name of the side.
+        loss: Its mean loss of a batch.
+        make_schedule: Its controller.
+    """
+    rows = []
+    for folder in run_folders(golden):
+        with tempfile.TemporaryDirectory() as temporary:
+            target = pathlib.Path(temporary) / folder.name
+            rerun(load_run(folder), target, loss, make_schedule)
+            run = load_run(target)
+            rows += compare(folder.name, other, replay(run), run)
+    return rows
+
+
+FRESH = (
+    RunSettings(loss="taid", steps=30),
+    RunSettings(loss="fkl", steps=30, distil_ratio=0.7),
+)
+
+
+def fresh_rows(
+    seeds: Iterable[int],
+    other: str = "PyTorch",
+    loss: TorchLoss = published_loss,
+    make_schedule: MakeSchedule = PublishedSchedule,
+) -> list[Row]:
+    """Returns the rows of new runs: random models and batches, PyTorch, then ours."""
+    rows = []
+    for seed in seeds:
+        for settings in FRESH:
+            name = f"{settings.loss}, ratio {settings.distil_ratio:g}, seed {seed}"
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = pathlib.Path(temporary)
+                new_run(folder, settings, seed)
+                with np.load(folder / "batches.npz") as arrays:
+                    batches = {key: arrays[key] for key in BATCH_KEYS}
+                steps, student = train(folder, settings, batches, loss, make_schedule)
+                finish_run(folder, steps, student)
+                run = load_run(folder)
+                rows += compare(name, other, replay(run), run)
+    return rows
