@@ -1,12 +1,11 @@
 """Rows of values and gradients: every objective, ours beside PyTorch and float64."""
 
-import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
-from parity.cases import Case, Grid, Recorded, random_cases, recorded_cases
+from parity.cases import Case, Grid, random_cases
 from parity.outcomes import (
     TORCH_DTYPES,
     Outcome,
@@ -45,16 +44,16 @@ GRADIENTS = {
         "float16, each side rounding its entries by up to 2^-11, or 2^-25 below 2^-14",
     ),
 }
-SAME = Tolerance(
-    1e-6,
-    "relative; the same operations of the same PyTorch, in another order at most",
-)
 NOTHING = Tolerance(0.0, "exactly 0: no token counts")
 _GRID = Grid()
 
 
-class _Tallies:
-    """The rows of one section, made as cases come in."""
+class Tallies:
+    """The rows of one section, made as cases come in.
+
+    Args:
+        subjects: Their order is the rows'.
+    """
 
     def __init__(self, subjects: Sequence[Subject]):
         self._tallies: dict[tuple[str, str, str], Tally] = {}
@@ -67,24 +66,27 @@ class _Tallies:
         case: str,
         *errors: float | None,
     ) -> None:
+        """Adds a case to the row of a name, a quantity and another side."""
         if key not in self._tallies:
             self._tallies[key] = Tally("losses", *key, tolerance)
         self._tallies[key].add(case, *errors)
 
     def rows(self) -> list[Row]:
+        """Returns the rows of all cases so far."""
         rows = [tally.row() for tally in self._tallies.values()]
         known = {name: index for index, name in enumerate(self._order)}
         return sorted(rows, key=lambda row: known.get(row.name, len(known)))
 
 
-def _floor(subject: Subject) -> float:
+def gradient_floor(subject: Subject) -> float:
+    """Returns the norm per token that a gradient's error is at least relative to."""
     # Where the gradient can vanish, both sides keep absolute digits: relative to 0.1
     # per token. The others only meet float64's own rounding of a gradient that is 0.
     return 0.1 if subject.vanishes else 1e-9
 
 
-def _compare(
-    tallies: _Tallies,
+def compare(
+    tallies: Tallies,
     subject: Subject,
     case: Case,
     dtype: str,
@@ -93,8 +95,20 @@ def _compare(
     theirs: Outcome | None,
     exact: Outcome,
 ) -> None:
+    """Adds a case to the rows of a subject's value and gradient.
+
+    Args:
+        tallies: The rows.
+        subject: The objective.
+        case: The logits.
+        dtype: Of the logits.
+        other: Name of the other side.
+        ours: Our side.
+        theirs: The other side; None where it is wrong.
+        exact: In float64.
+    """
     floors = {
-        "per_token": _floor(subject),
+        "per_token": gradient_floor(subject),
         "absolute": 2.0**-14 * case.student.size**0.5 if dtype == "float16" else 0.0,
     }
     against = ((ours, theirs), (ours, exact), (theirs, exact))
@@ -135,7 +149,7 @@ def random_rows(
         other: Its name.
         reduce: Our side's mean over tokens.
     """
-    tallies = _Tallies(subjects)
+    tallies = Tallies(subjects)
     for seed in seeds:
         for case in random_cases(grid, seed):
             # Low precision rounds a near teacher onto its student.
@@ -154,66 +168,5 @@ def random_rows(
                         subject, exact_loss, _rounded(case, dtype), "float64"
                     )
                     side = other if followed else CORRECTED
-                    _compare(tallies, subject, case, dtype, side, ours, theirs, exact)
+                    compare(tallies, subject, case, dtype, side, ours, theirs, exact)
     return tallies.rows()
-
-
-def recorded_rows(
-    folder: pathlib.Path, subjects: Sequence[Subject] = SUBJECTS
-) -> list[Row]:
-    """Returns the rows of recorded logits: ours, and the reference in PyTorch.
-
-    Where the published code is wrong, ours is held against float64 alone; the
-    reference has to reproduce the recording everywhere, NaN included.
-
-    Args:
-        folder: As `golden/README.md` describes.
-        subjects: The objectives.
-
-    Raises:
-        RecordingError: If arrays are missing or misshapen.
-    """
-    subjects = [subject for subject in subjects if subject.recorded]
-    tallies = _Tallies(subjects)
-    for recorded in recorded_cases(folder, [subject.recorded for subject in subjects]):
-        case, dtype = recorded.case, recorded.dtype
-        for subject in subjects:
-            name = subject.recorded
-            count = max(int(case.mask.sum()), 1)
-            theirs = Outcome(recorded.losses[name], recorded.gradients[name] * count)
-            exact = torch_outcome(subject, exact_loss, case, "float64")
-            followed = subject.as_published(dtype, case)
-            _compare(
-                tallies,
-                subject,
-                case,
-                dtype,
-                RECORDING,
-                our_outcome(subject, case, dtype),
-                theirs if followed else None,
-                exact,
-            )
-            _compare_reference(tallies, subject, recorded)
-    return tallies.rows()
-
-
-def _compare_reference(tallies: _Tallies, subject: Subject, recorded: Recorded) -> None:
-    """The reference in PyTorch has to give what was recorded, NaN included."""
-    case, dtype, name = recorded.case, recorded.dtype, subject.recorded
-    theirs = Outcome(recorded.losses[name], recorded.gradients[name])
-    again = torch_outcome(subject, published_loss, case, dtype, total=False)
-    same = np.isnan(theirs.value) == np.isnan(again.value) and np.array_equal(
-        np.isnan(theirs.gradient), np.isnan(again.gradient)
-    )
-    a, b = (
-        Outcome(float(np.nan_to_num(x.value)), np.nan_to_num(x.gradient))
-        for x in (again, theirs)
-    )
-    errors = {
-        "value": value_error(a, b, b, VALUE_FLOOR),
-        "gradient": gradient_error(a, b, b, _floor(subject) / case.mask.sum()),
-    }
-    for quantity, error in errors.items():
-        key = ("the reference in PyTorch", f"{dtype} {quantity}", RECORDING)
-        at = f"{case.name}, {subject.name}"
-        tallies.add(key, SAME, at, error if same else np.inf)

@@ -1,0 +1,126 @@
+"""Shows, number by number, that this project and PyTorch agree.
+
+Runs all sections, or those that are named: losses, schedule, models, run, deviations.
+Exit status: 0 when every row passes, 1 when one does not, 2 for bad input.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+
+NAMES = ("losses", "schedule", "models", "run", "deviations")
+REPORT = pathlib.Path("parity") / "report.json"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m parity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(NAMES)}")
+    add(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sets of random inputs; 0 for the recordings alone (default 1)",
+    )
+    add(
+        "--golden",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="recordings, as `python -m parity.record` makes them (default: our own)",
+    )
+    add(
+        "--upstream",
+        type=pathlib.Path,
+        metavar="CHECKOUT",
+        help="a checkout of the published repository, to run the same cases against",
+    )
+    add("--fetch", action="store_true", help="fetch SmolLM2-135M-Instruct (93 MB)")
+    add(
+        "--report",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"write every number as JSON (default {REPORT} when all sections run)",
+    )
+    add("--markdown", type=pathlib.Path, metavar="FILE", help="write a short table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, makes the rows, shows them; returns the exit status."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    unknown = [name for name in chosen.sections if name not in NAMES]
+    if unknown:
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if chosen.seeds < 0:
+        parser.error(f"need --seeds >= 0, got {chosen.seeds}")
+    if importlib.util.find_spec("torch") is None:
+        _complain("parity needs PyTorch: pip install 'taid-jax[parity]'")
+        return 2
+    # The comparison is one of arithmetic: both sides on the CPU, in float32 proper.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return _run(chosen)
+
+
+def _complain(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    import transformers
+
+    from parity.recordings import GOLDEN, RecordingError
+    from parity.rows import AnyRow, failed
+    from parity.sections import SECTIONS, Options
+    from parity.table import markdown, print_rows, write_report
+    from parity.upstream import Upstream, UpstreamError
+    from taid_jax.models.errors import ModelError
+
+    transformers.utils.logging.disable_progress_bar()
+    # Rows that show NaN make numpy and PyTorch warn of it.
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
+    rows: list[AnyRow] = []
+    try:
+        options = Options(
+            chosen.seeds,
+            chosen.golden or GOLDEN,
+            Upstream(chosen.upstream) if chosen.upstream else None,
+            chosen.fetch,
+        )
+        for name in chosen.sections or NAMES:
+            _complain(f"{name} ...")
+            made = SECTIONS[name](options)
+            print_rows(made)
+            rows += made
+    except (RecordingError, UpstreamError, ModelError) as error:
+        _complain(str(error))
+        return 2
+    report = chosen.report or (None if chosen.sections else REPORT)
+    if report is not None:
+        write_report(rows, report, _versions())
+    if chosen.markdown is not None:
+        chosen.markdown.write_text(markdown(rows), encoding="utf-8")
+    wrong = failed(rows)
+    print(f"{len(rows)} rows, {len(rows) - len(wrong)} pass, {len(wrong)} fail")
+    return 1 if wrong else 0
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "flax", "optax", "torch", "transformers", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Rows of the fused head: losses and gradients from hidden states, without logits."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from parity.cases import Case
+from parity.losses import CORRECTED, PUBLISHED, VALUE_FLOOR, gradient_floor
+from parity.rows import Row, Tally, Tolerance
+from parity.subjects import SUBJECTS, Subject, TorchLoss
+from parity.torch_exact import exact_loss
+from parity.torch_reference import published_loss
+from taid_jax.loss import Objective, fused_loss
+from taid_jax.types import Head
+
+TOLERANCE = Tolerance(
+    1e-5,
+    "relative; a logit is a sum of 24 products, held to sqrt(24) * 6e-8 = 3e-7 of its "
+    "size, and its error is the relative error of a probability",
+)
+TOKENS, WIDTH, TEACHER_WIDTH, VOCAB, CHUNK = (2, 5), 24, 40, 500, 4
+
+
+class Hidden(NamedTuple):
+    """Hidden states and heads of both models, mask and labels."""
+
+    student: np.ndarray
+    student_kernel: np.ndarray
+    teacher: np.ndarray
+    teacher_kernel: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+
+
+class Gradients(NamedTuple):
+    """The mean loss, and the gradients of the sum over counted tokens."""
+
+    value: float
+    hidden: np.ndarray
+    kernel: np.ndarray
+
+
+def random_hidden(seed: int, scale: float) -> Hidden:
+    """Returns hidden states whose logits have a standard deviation of `scale`."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    mask = np.array([[1, 1, 0, 1, 1], [0, 1, 1, 0, 0]], np.int32)
+    labels = rng.integers(0, VOCAB, TOKENS, np.int32)
+    return Hidden(
+        normal(*TOKENS, WIDTH),
+        normal(WIDTH, VOCAB) * np.float32(scale / WIDTH**0.5),
+        normal(*TOKENS, TEACHER_WIDTH),
+        normal(TEACHER_WIDTH, VOCAB) * np.float32(scale / TEACHER_WIDTH**0.5),
+        mask,
+        np.where(mask, labels, -100),
+    )
+
+
+def torch_gradients(
+    subject: Subject, loss: TorchLoss, hidden: Hidden, dtype: torch.dtype
+) -> Gradients:
+    """Returns the PyTorch side, which builds the logits."""
+    student, kernel = (
+        torch.tensor(array).to(dtype).requires_grad_()
+        for array in (hidden.student, hidden.student_kernel)
+    )
+    teacher = torch.tensor(hidden.teacher).to(dtype) @ torch.tensor(
+        hidden.teacher_kernel
+    ).to(dtype)
+    mask, labels = torch.tensor(hidden.mask), torch.tensor(hidden.labels).long()
+    value = loss(
+        subject.reference, student @ kernel, teacher, mask, labels, subject.settings
+    )
+    gradients = torch.autograd.grad(value * mask.sum(), (student, kernel))
+    return Gradients(float(value.detach()), *(g.double().numpy() for g in gradients))
+
+
+@jax.jit
+def _value_and_gradients(objective: Objective, hidden: Hidden):
+    def total(student: jax.Array, kernel: jax.Array):
+        return fused_loss(
+            objective,
+            student,
+            Head(kernel),
+            hidden.teacher,
+            Head(hidden.teacher_kernel),
+            hidden.mask,
+            hidden.labels,
+            chunk_size=CHUNK,
+        )
+
+    grad = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    (loss_sum, sums), gradients = grad(hidden.student, hidden.student_kernel)
+    return loss_sum / sums["weight"], gradients
+
+
+def our_gradients(subject: Subject, hidden: Hidden) -> Gradients:
+    """Returns our side, which does not."""
+    inputs = Hidden(*(jnp.asarray(array) for array in hidden))
+    value, gradients = _value_and_gradients(subject.make(), inputs)
+    return Gradients(float(value), *(np.asarray(g, np.float64) for g in gradients))
+
+
+def _errors(
+    a: Gradients, b: Gradients, exact: Gradients, floor: float
+) -> Mapping[str, float]:
+    def error(x: np.ndarray, y: np.ndarray, truth: np.ndarray) -> float:
+        norm = max(float(np.linalg.norm(truth)), floor)
+        return float(np.linalg.norm(x - y)) / norm
+
+    return {
+        "value": abs(a.value - b.value) / max(abs(exact.value), VALUE_FLOOR),
+        "gradient of the hidden states": error(a.hidden, b.hidden, exact.hidden),
+        "gradient of the head": error(a.kernel, b.kernel, exact.kernel),
+    }
+
+
+def random_rows(
+    seeds: Iterable[int],
+    subjects: Sequence[Subject] = SUBJECTS,
+    scales: Sequence[float] = (1.0, 3.0),
+) -> list[Row]:
+    """Returns the rows of the fused head in float32, chunks that do not divide.
+
+    Args:
+        seeds: One set of hidden states per scale each.
+        subjects: The objectives.
+        scales: Standard deviations of the logits.
+    """
+    tallies: dict[tuple[str, str], Tally] = {}
+    for seed in seeds:
+        for scale in scales:
+            hidden = random_hidden(seed, scale)
+            plain = _as_case(hidden)
+            floor_scale = float(hidden.mask.sum()) ** 0.5
+            for subject in subjects:
+                followed = subject.as_published("float32", plain)
+                loss = published_loss if followed else exact_loss
+                ours = our_gradients(subject, hidden)
+                theirs = torch_gradients(subject, loss, hidden, torch.float32)
+                exact = torch_gradients(subject, exact_loss, hidden, torch.float64)
+                floor = gradient_floor(subject) * floor_scale
+                errors = [
+                    _errors(a, b, exact, floor)
+                    for a, b in ((ours, theirs), (ours, exact), (theirs, exact))
+                ]
+                other = PUBLISHED if followed else CORRECTED
+                for quantity in errors[0]:
+                    row = ("losses", f"{subject.name}, fused", quantity, other)
+                    key = (subject.name, quantity)
+                    tally = tallies.setdefault(key, Tally(*row, TOLERANCE))
+                    case = f"seed {seed}, scale {scale:g}"
+                    tally.add(case, *(error[quantity] for error in errors))
+    return [tally.row() for tally in tallies.values()]
+
+
+def _as_case(hidden: Hidden) -> Case:
+    student = hidden.student @ hidden.student_kernel
+    teacher = hidden.teacher @ hidden.teacher_kernel
+    return Case("", student, teacher, hidden.mask, hidden.labels)

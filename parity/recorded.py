@@ -1,0 +1,192 @@
+"""Rows of recorded logits: values and gradients of every objective."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from parity.cases import Case, Recorded, recorded_cases
+from parity.losses import (
+    GRADIENTS,
+    PUBLISHED,
+    RECORDING,
+    VALUE_FLOOR,
+    Tallies,
+    compare,
+    gradient_floor,
+)
+from parity.outcomes import (
+    TORCH_DTYPES,
+    Outcome,
+    gradient_error,
+    our_outcome,
+    torch_outcome,
+    value_error,
+)
+from parity.rows import Row, Tally, Tolerance
+from parity.subjects import CTKD_EPOCH, CTKD_TEMPERATURE, SUBJECTS, Subject, TorchLoss
+from parity.torch_exact import exact_loss
+from parity.torch_reference import (
+    Settings,
+    ctkd_strength,
+    ctkd_temperature,
+    published_loss,
+)
+from taid_jax import loss as objectives
+
+SAME = Tolerance(
+    1e-6,
+    "relative; the same operations of the same PyTorch, in another order at most",
+)
+
+
+def recorded_rows(
+    folder: pathlib.Path, subjects: Sequence[Subject] = SUBJECTS
+) -> list[Row]:
+    """Returns the rows of recorded logits: ours beside what was recorded.
+
+    Where the published code is wrong, ours is held against float64 alone.
+
+    Args:
+        folder: As `golden/README.md` describes.
+        subjects: The objectives.
+
+    Raises:
+        RecordingError: If arrays are missing or misshapen.
+    """
+    subjects = [subject for subject in subjects if subject.recorded]
+    tallies = Tallies(subjects)
+    for recorded in recorded_cases(folder, [subject.recorded for subject in subjects]):
+        case, dtype = recorded.case, recorded.dtype
+        for subject in subjects:
+            name = subject.recorded
+            count = max(int(case.mask.sum()), 1)
+            theirs = Outcome(recorded.losses[name], recorded.gradients[name] * count)
+            exact = torch_outcome(subject, exact_loss, case, "float64")
+            followed = subject.as_published(dtype, case)
+            compare(
+                tallies,
+                subject,
+                case,
+                dtype,
+                RECORDING,
+                our_outcome(subject, case, dtype),
+                theirs if followed else None,
+                exact,
+            )
+    return tallies.rows()
+
+
+def reference_rows(
+    folder: pathlib.Path,
+    published: TorchLoss = published_loss,
+    name: str = PUBLISHED + " reference",
+) -> list[Row]:
+    """Returns the rows of a PyTorch side, which has to give what was recorded.
+
+    Everywhere: defects and NaN included.
+
+    Args:
+        folder: As `golden/README.md` describes.
+        published: The PyTorch side.
+        name: Its name.
+
+    Raises:
+        RecordingError: If arrays are missing or misshapen.
+    """
+    subjects = [subject for subject in SUBJECTS if subject.recorded]
+    tallies = Tallies(subjects)
+    for recorded in recorded_cases(folder, [subject.recorded for subject in subjects]):
+        for subject in subjects:
+            _reproduce(tallies, subject, recorded, published, name)
+    return tallies.rows()
+
+
+def _reproduce(
+    tallies: Tallies,
+    subject: Subject,
+    recorded: Recorded,
+    published: TorchLoss,
+    name: str,
+) -> None:
+    case, dtype, key = recorded.case, recorded.dtype, subject.recorded
+    theirs = Outcome(recorded.losses[key], recorded.gradients[key])
+    again = torch_outcome(subject, published, case, dtype, total=False)
+    same = np.isnan(theirs.value) == np.isnan(again.value) and np.array_equal(
+        np.isnan(theirs.gradient), np.isnan(again.gradient)
+    )
+    a, b = (
+        Outcome(float(np.nan_to_num(x.value)), np.nan_to_num(x.gradient))
+        for x in (again, theirs)
+    )
+    floor = gradient_floor(subject) / case.mask.sum()
+    errors = {
+        "value": value_error(a, b, b, VALUE_FLOOR),
+        "gradient": gradient_error(a, b, b, floor),
+    }
+    at = f"{case.name}, {subject.name}"
+    for quantity, error in errors.items():
+        row = (name, f"{dtype} {quantity}", RECORDING)
+        tallies.add(row, SAME, at, error if same else np.inf)
+
+
+def temperature_rows(folder: pathlib.Path) -> list[Row]:
+    """Returns the row of the gradient that CTKD's temperature learns from.
+
+    Published, it is multiplied by `ctkd_strength`; `deviations` shows what should be.
+
+    Args:
+        folder: As `golden/README.md` describes.
+
+    Raises:
+        RecordingError: If arrays are missing or misshapen.
+    """
+    row = ("losses", "CTKD", "gradient of the temperature", RECORDING)
+    tally = Tally(*row, GRADIENTS["float32"])
+    raw = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(ctkd_temperature(raw), raw)
+    factor = float(slope) * ctkd_strength(CTKD_EPOCH)
+    for recorded in recorded_cases(folder, ["ctkd"]):
+        exact = factor * _exact_temperature_gradient(recorded.case)
+        ours = factor * _our_temperature_gradient(recorded.case, recorded.dtype)
+        theirs = recorded.temperature_gradient
+        followed = recorded.dtype == "float32" and np.isfinite(theirs)
+        tally.add(
+            recorded.case.name,
+            abs(ours - theirs) / abs(exact) if followed else None,
+            abs(ours - exact) / abs(exact),
+            abs(theirs - exact) / abs(exact) if followed else None,
+        )
+    return [tally.row()]
+
+
+def _exact_temperature_gradient(case: Case) -> float:
+    temperature = torch.tensor(
+        CTKD_TEMPERATURE, dtype=TORCH_DTYPES["float64"], requires_grad=True
+    )
+    value = exact_loss(
+        "ctkd",
+        torch.tensor(case.student).double(),
+        torch.tensor(case.teacher).double(),
+        torch.tensor(case.mask),
+        torch.tensor(case.labels),
+        Settings(temperature=temperature),
+    )
+    (gradient,) = torch.autograd.grad(value, temperature)
+    return float(gradient)
+
+
+def _our_temperature_gradient(case: Case, dtype: str) -> float:
+    def value(temperature: jax.Array) -> jax.Array:
+        return objectives.distillation_loss(
+            objectives.CTKD(temperature),
+            jnp.asarray(case.student).astype(dtype),
+            jnp.asarray(case.teacher).astype(dtype),
+            jnp.asarray(case.mask),
+            jnp.asarray(case.labels),
+        )
+
+    return float(jax.jit(jax.grad(value))(jnp.float32(CTKD_TEMPERATURE)))
