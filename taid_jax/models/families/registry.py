@@ -18,24 +18,68 @@ MOST_LAYERS = 10_000
 """More layers than this are a broken file, not a model."""
 
 HARMLESS = frozenset(
-    """
-    architectures auto_map bos_token_id decoder_start_token_id dtype eos_token_id
-    forced_bos_token_id forced_eos_token_id finetuning_task id2label label2id
-    model_type name_or_path num_labels output_attentions
-    output_hidden_states pad_token_id prefix problem_type return_dict
-    return_dict_in_generate sep_token_id task_specific_params tokenizer_class
-    torch_dtype torchscript transformers.js_config transformers_version
-    use_bfloat16 use_cache bad_words_ids begin_suppress_tokens diversity_penalty
-    do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty length_penalty max_length min_length
-    max_new_tokens no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_scores remove_invalid_values repetition_penalty
-    suppress_tokens temperature tf_legacy_loss top_k top_p typical_p
-    attn_implementation unsloth_fixed unsloth_version
-    """.split()
+    {
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "model_type",
+        "name_or_path",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_labels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    }
 )
-"""Keys of any config.json that change nothing of what a decoder computes: names of
-classes and versions, token ids, how to sample, what to return, labels of classifiers."""
+"""Keys of any config.json that change nothing of what a decoder computes: names and
+versions, token ids, how to sample, what to return, the labels of classifiers."""
 
 ONE_WAY: Mapping[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
@@ -153,4 +197,3 @@ def _read_settings(family: Family, fields: Fields) -> dict[str, Any]:
 def is_ignored(family: Family, tensor: str) -> bool:
     """Returns whether a tensor may be present though no parameter is made of it."""
     return any(re.fullmatch(pattern, tensor) for pattern in family.ignored)
-

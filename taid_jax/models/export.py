@@ -1,0 +1,192 @@
+"""Hugging Face folders out: written aside, then given their name."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from jax.typing import DTypeLike
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.errors import ModelError
+from taid_jax.models.families import write_config
+from taid_jax.models.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
+from taid_jax.models.tokenizer import Tokenizer, save_tokenizer, special_ids
+from taid_jax.models.weights import StoredTensor, stored_tensors
+
+MAX_SHARD_BYTES = 4 << 30
+"""A model above this size is written in several files."""
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_METADATA = {"format": "pt"}  # `transformers` refuses files without it.
+_OURS = re.compile(
+    r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|"
+    r"(added_tokens|merges|special_tokens_map|tokenizer|tokenizer_config|vocab)\.\w+|"
+    r"chat_template\.jinja"
+)
+
+
+def write_folder(
+    folder: pathlib.Path,
+    config: DecoderConfig,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+    *,
+    generation: Mapping[str, object] | None = None,
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    replace: bool = False,
+) -> None:
+    """Writes a model as a folder that `transformers` (4 and 5) loads.
+
+    All of it is written into a folder beside the asked one and flushed to the disk,
+    then renamed: the name never stands for half a model.
+
+    Args:
+        folder: Made here; may exist when it is empty.
+        config: The architecture.
+        params: Its parameters.
+        tokenizer: Saved too, with its chat template, when given.
+        generation: Further keys of generation_config.json.
+        dtype: Of the stored weights: float32, bfloat16 or float16; that of the
+            parameters when None.
+        max_shard_bytes: Weights above this size are cut into files of at most it.
+        replace: Replace an older export of this name, once the new one is complete. A
+            folder with any other file in it is never replaced.
+
+    Raises:
+        ModelError: If the folder holds something, cannot be written, or the parameters
+            are not those of the config.
+    """
+    folder = folder.absolute()
+    _refuse_to_overwrite(folder, replace=replace)
+    tensors = list(stored_tensors(config, params))
+    kind = jnp.dtype(tensors[0].dtype if dtype is None else dtype)
+    if kind.name not in _DTYPES:
+        raise ModelError(f"weights are written as one of {_DTYPES}, got {kind.name}")
+    ids = special_ids(tokenizer) if tokenizer is not None else {}
+    ids |= {k: v for k, v in (generation or {}).items() if k in ids or "_token_id" in k}
+    version = {"transformers_version": transformers.__version__}
+    try:
+        with _aside(folder, replace=replace) as work:
+            names = {"dtype": kind.name, "torch_dtype": kind.name}
+            values = {**write_config(config), **ids, **names, "use_cache": True}
+            _write_json(work / CONFIG, values | version)
+            _write_json(
+                work / GENERATION_CONFIG, {**(generation or {}), **ids} | version
+            )
+            _write_weights(work, tensors, kind, max_shard_bytes)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, work)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the model cannot be written to {folder}: {error}; nothing was changed"
+        ) from error
+
+
+def plan_shards(sizes: Sequence[int], max_bytes: int) -> list[range]:
+    """Returns which tensors go into which file, in order, each file within the limit.
+
+    A tensor above the limit has a file of its own.
+
+    Args:
+        sizes: Bytes of each tensor.
+        max_bytes: The limit.
+    """
+    starts, filled = [0], 0
+    for index, size in enumerate(sizes):
+        if filled and filled + size > max_bytes:
+            starts.append(index)
+            filled = 0
+        filled += size
+    return [
+        range(*pair) for pair in zip(starts, [*starts[1:], len(sizes)], strict=True)
+    ]
+
+
+def _write_weights(
+    work: pathlib.Path,
+    tensors: Sequence[StoredTensor],
+    kind: np.dtype,
+    max_shard_bytes: int,
+) -> None:
+    sizes = [int(np.prod(tensor.shape)) * kind.itemsize for tensor in tensors]
+    shards = plan_shards(sizes, max_shard_bytes)
+    mode = (work / CONFIG).stat().st_mode
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        path = work / (WEIGHTS if len(shards) == 1 else name)
+        group = [tensors[index] for index in shard]
+        arrays = {tensor.name: tensor.make().astype(kind) for tensor in group}
+        save_file(arrays, path, metadata=_METADATA)
+        path.chmod(mode)  # safetensors would let nobody but the owner read it.
+        weight_map |= dict.fromkeys(arrays, path.name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        _write_json(work / INDEX, index)
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, object]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _refuse_to_overwrite(folder: pathlib.Path, *, replace: bool) -> None:
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise ModelError(f"{folder} is there and no folder; choose another name")
+    foreign = [
+        entry.name for entry in folder.iterdir() if not _OURS.fullmatch(entry.name)
+    ]
+    if foreign or (any(folder.iterdir()) and not replace):
+        raise ModelError(
+            f"{folder} is not empty (it has {', '.join(sorted(foreign)[:3]) or CONFIG})"
+            "; the model is not written over what is there. Choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _aside(folder: pathlib.Path, *, replace: bool) -> Iterator[pathlib.Path]:
+    """Yields a new folder that becomes `folder` if nothing goes wrong."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    old = work.with_suffix(".old")
+    work.mkdir()
+    try:
+        yield work
+        for path in (*work.rglob("*"), work):
+            _flush(path)
+        # Again: it may have been filled while the model was written.
+        _refuse_to_overwrite(folder, replace=replace)
+        if folder.is_dir() and any(folder.iterdir()):
+            folder.rename(old)
+        work.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: pathlib.Path) -> None:
+    """Makes sure that a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
