@@ -7,22 +7,23 @@ import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import transformers
+from jax import Array
 from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from taid_jax.models.config import DecoderConfig
+from taid_jax.models.entries import Entry, axis_sizes, entries
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families import write_config
 from taid_jax.models.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from taid_jax.models.tokenizer import Tokenizer, save_tokenizer, special_ids
-from taid_jax.models.weights import StoredTensor, stored_tensors
 
 MAX_SHARD_BYTES = 4 << 30
 """A model above this size is written in several files."""
@@ -114,6 +115,72 @@ def plan_shards(sizes: Sequence[int], max_bytes: int) -> list[range]:
     ]
 
 
+class StoredTensor(NamedTuple):
+    """A tensor to be written.
+
+    Attributes:
+        name: In safetensors files.
+        shape: As stored.
+        dtype: Of the parameter that it is made of.
+        make: Returns it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+
+def stored_tensors(
+    config: DecoderConfig, params: Mapping[str, Any]
+) -> Iterator[StoredTensor]:
+    """Yields the tensors of a Hugging Face folder, each made only when asked for.
+
+    In the order of the model: embedding, layer after layer, head.
+
+    Raises:
+        ModelError: If the parameters are not those of the config.
+    """
+    sizes = axis_sizes(config)
+    todo = entries(config, "hf")
+    leaves = {entry.path: _leaf(params, entry) for entry in todo}
+
+    def one(entry: Entry, layer: int) -> StoredTensor:
+        leaf = leaves[entry.path]
+
+        def make() -> np.ndarray:
+            whole = np.asarray(leaf)
+            part = whole[layer] if entry.stacked else whole
+            return np.ascontiguousarray(entry.layout.to_stored(part, sizes))
+
+        shape = entry.layout.stored_shape(sizes)
+        return StoredTensor(entry.names[layer], shape, np.dtype(leaf.dtype), make)
+
+    stacked = [index for index, entry in enumerate(todo) if entry.stacked]
+    first, last = (stacked[0], stacked[-1] + 1) if stacked else (len(todo), len(todo))
+    for entry in todo[:first]:
+        yield one(entry, 0)
+    for layer in range(config.num_layers):
+        for entry in todo[first:last]:
+            yield one(entry, layer)
+    for entry in todo[last:]:
+        yield one(entry, 0)
+
+
+def _leaf(params: Mapping[str, Any], entry: Entry) -> Array:
+    node: Any = params
+    for key in entry.path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    shape = getattr(node, "shape", None)
+    if shape != entry.shape:
+        found = "is missing" if node is None else f"has shape {shape}"
+        raise ModelError(
+            f"the parameter {'.'.join(entry.path)} {found}; its config needs "
+            f"{entry.shape}"
+        )
+    return node
+
+
 def _write_weights(
     work: pathlib.Path,
     tensors: Sequence[StoredTensor],
@@ -128,7 +195,9 @@ def _write_weights(
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path = work / (WEIGHTS if len(shards) == 1 else name)
         group = [tensors[index] for index in shard]
-        arrays = {tensor.name: tensor.make().astype(kind) for tensor in group}
+        arrays = {
+            tensor.name: tensor.make().astype(kind, copy=False) for tensor in group
+        }
         save_file(arrays, path, metadata=_METADATA)
         path.chmod(mode)  # safetensors would let nobody but the owner read it.
         weight_map |= dict.fromkeys(arrays, path.name)
