@@ -1,63 +1,260 @@
-"""Objectives from other families: next-token cross-entropy, DKD, CTKD."""
+"""Objectives of other methods: next-token cross-entropy, CTKD and DKD."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from taid_jax.loss import softmax
-from taid_jax.loss.objective import check_shapes, need_labels, register_objective
-
-
-def _label_entries(labels: Int[Array, "*tokens"], vocab: int) -> Array:
-    # A comparison, not a gather: it stays local when the vocabulary is sharded.
-    return jnp.arange(vocab, dtype=labels.dtype) == labels[..., None]
-
-
-def _nll(q: softmax.Normalised, is_label: Array) -> tuple[Array, Array]:
-    shifted = softmax.row_sum(jnp.where(is_label, q.shifted, 0.0))
-    known = shifted > 0.5 * softmax.FLOOR
-    loss = jnp.where(known, jnp.log(q.total) - shifted, 0.0)
-    return jnp.squeeze(loss, -1), known
-
-
-@jax.custom_jvp
-def _cross_entropy(student: Array, labels: Array) -> Array:
-    q = softmax.normalise(softmax.finite(student))
-    return _nll(q, _label_entries(labels, student.shape[-1]))[0]
-
-
-@_cross_entropy.defjvp
-def _cross_entropy_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    student, labels = primals
-    q = softmax.normalise(softmax.finite(student))
-    is_label = _label_entries(labels, student.shape[-1])
-    loss, known = _nll(q, is_label)
-    others = softmax.row_sum(jnp.where(is_label, 0.0, q.exp))
-    gradient = jnp.where(is_label, -others, q.exp) * (known / q.total)
-    return loss, jnp.sum(gradient * tangents[0], -1)
+from taid_jax.loss.cross_entropy import (
+    forward,
+    label_cross_entropy,
+    label_entries,
+)
+from taid_jax.loss.exact import Parts, exact
+from taid_jax.loss.objective import (
+    STATIC,
+    check_between,
+    check_positive,
+    check_shapes,
+    need_labels,
+    register_objective,
+)
 
 
 @register_objective
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """Next-token cross-entropy to the labels, in nats per token; no teacher needed."""
+    """Next-token cross-entropy to the labels, in nats per token.
+
+    It ignores the teacher, whose logits may be None.
+    """
 
     def __call__(
         self,
         student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "..."] | None,
+        teacher_logits: Float[Array, "..."] | None = None,
         labels: Int[Array, "..."] | None = None,
     ) -> Float[Array, "*tokens"]:
         """Returns the loss of every token; see `Objective`."""
-        check_shapes(
-            student_logits,
-            student_logits if teacher_logits is None else teacher_logits,
+        labels = need_labels("CrossEntropy", student_logits, labels)
+        check_shapes(student_logits, teacher_logits, labels)
+        return label_cross_entropy(student_logits.astype(jnp.float32), labels)
+
+
+@jax.custom_jvp
+def _tempered_cross_entropy(
+    student_logits: Array, teacher_logits: Array, temperature: Array
+) -> Array:
+    pair = softmax.normalise_pair(student_logits, teacher_logits, temperature)
+    return temperature**2 * forward(pair)[0]
+
+
+@_tempered_cross_entropy.defjvp
+def _tempered_cross_entropy_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    student_logits, teacher_logits, temperature = primals
+    pair = softmax.normalise_pair(student_logits, teacher_logits, temperature)
+    loss, gradient = forward(pair)
+    in_student = gradient()
+    # The temperature divides both rows, so its slope needs the teacher's gradient too,
+    # which goes nowhere else.
+    q, p = pair.student, pair.teacher
+    surprise = jnp.where(pair.excluded, 0.0, jnp.log(q.total) - q.shifted)
+    in_teacher = p.exp / p.total * (surprise - jnp.expand_dims(loss, -1))
+    radial = jnp.sum(in_student * q.shifted + in_teacher * p.shifted, axis=-1)
+    slope = temperature * (2 * loss - radial)
+    change = jnp.sum(temperature * in_student * tangents[0], axis=-1)
+    return temperature**2 * loss, change + slope * tangents[2]
+
+
+@jax.custom_jvp
+def _reverse_gradient(value: Array, strength: Array) -> Array:
+    del strength
+    return value
+
+
+@_reverse_gradient.defjvp
+def _reverse_gradient_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    value, strength = primals
+    return value, -strength * tangents[0]
+
+
+def ctkd_strength(epoch: ArrayLike, num_epochs: float | int = 10.0) -> Float[Array, ""]:
+    """Returns the strength of CTKD's reversed gradient, rising from 0 to 1 by a cosine.
+
+    Args:
+        epoch: Epochs trained so far, may be a fraction and traced.
+        num_epochs: Epochs until the strength is 1, where it stays.
+
+    References:
+        Li et al., CTKD, arXiv:2211.16231, section 3.3.
+    """
+    progress = jnp.clip(jnp.asarray(epoch, jnp.float32) / num_epochs, 0.0, 1.0)
+    return 0.5 * (1 - jnp.cos(jnp.pi * progress))
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class CTKD:
+    """Forward KL at a temperature that is learned against the student.
+
+    `T^2 * -sum softmax(u/T) log softmax(s/T)` with `T = 1 + 20 sigmoid(g)`. The
+    gradient in g comes out reversed, times `strength`, so that one minimiser trains
+    both: the student towards the teacher, g towards what is hardest for the student.
+
+    Attributes:
+        temperature: g, a scalar leaf that the train state holds and updates; starts at
+            1. Any real number, since T is between 1 and 21.
+        strength: Of the reversed gradient, in [0, 1], a leaf without gradient; see
+            `ctkd_strength`.
+
+    References:
+        Li et al., Curriculum Temperature for Knowledge Distillation, arXiv:2211.16231.
+    """
+
+    temperature: ArrayLike = 1.0
+    strength: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_between("strength", self.strength, 0, 1)
+
+    def __call__(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "..."],
+        labels: Int[Array, "..."] | None = None,
+    ) -> Float[Array, "*tokens"]:
+        """Returns the loss of every token; see `Objective`."""
+        check_shapes(student_logits, teacher_logits, labels)
+        raw = _reverse_gradient(
+            jnp.asarray(self.temperature, jnp.float32),
+            jnp.asarray(self.strength, jnp.float32),
+        )
+        return _tempered_cross_entropy(
+            student_logits.astype(jnp.float32),
+            teacher_logits.astype(jnp.float32),
+            1 + 20 * jax.nn.sigmoid(raw),
+        )
+
+    def metrics(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "..."],
+        labels: Int[Array, "..."] | None = None,
+    ) -> dict[str, Float[Array, "..."]]:
+        """Returns `kl`, KL(teacher || student) of every token at temperature 1."""
+        check_shapes(student_logits, teacher_logits, labels)
+        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        return {"kl": softmax.kl(pair)}
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class DKD:
+    """Forward KL split at the label: `alpha TCKD + beta NCKD`, times `temperature^2`.
+
+    TCKD is the KL of (label, everything else) and NCKD the KL among everything else,
+    each with its own weight instead of the teacher's confidence.
+
+    Attributes:
+        alpha: Weight of TCKD, at least 0; static.
+        beta: Weight of NCKD, at least 0; static.
+        temperature: Divides both rows of logits; a traced leaf without gradient.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Zhao et al., Decoupled Knowledge Distillation, arXiv:2203.08679.
+    """
+
+    alpha: float | int = dataclasses.field(default=1.0, metadata=STATIC)
+    beta: float | int = dataclasses.field(default=0.5, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_between("alpha", self.alpha, 0, 1e6)
+        check_between("beta", self.beta, 0, 1e6)
+        check_positive("temperature", self.temperature)
+
+    def __call__(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "..."],
+        labels: Int[Array, "..."] | None = None,
+    ) -> Float[Array, "*tokens"]:
+        """Returns the loss of every token; see `Objective`."""
+        labels = need_labels("DKD", student_logits, labels)
+        check_shapes(student_logits, teacher_logits, labels)
+        return exact(
+            functools.partial(_dkd, self.alpha, self.beta),
+            student_logits.astype(jnp.float32),
+            teacher_logits.astype(jnp.float32),
+            jnp.asarray(self.temperature, jnp.float32),
             labels,
         )
-        labels = need_labels("CrossEntropy", student_logits, labels)
-        return _cross_entropy(student_logits.astype(jnp.float32), labels)
+
+    def metrics(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "..."],
+        labels: Int[Array, "..."] | None = None,
+    ) -> dict[str, Float[Array, "..."]]:
+        """Returns `kl`, KL(teacher || student) of every token at temperature 1."""
+        check_shapes(student_logits, teacher_logits, labels)
+        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        return {"kl": softmax.kl(pair)}
+
+
+def _dkd(
+    alpha: float | int,
+    beta: float | int,
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Array,
+    labels: Array,
+) -> Parts:
+    is_label = label_entries(labels, student_logits.shape[-1])
+    rest = softmax.normalise_pair(
+        jnp.where(is_label, -jnp.inf, student_logits),
+        jnp.where(is_label, -jnp.inf, teacher_logits),
+        temperature,
+    )
+    # The label against all others as one: a softmax of two entries.
+    binary = softmax.normalise_pair(
+        _label_and_rest(student_logits, is_label, rest.student, temperature),
+        _label_and_rest(teacher_logits, is_label, rest.teacher, temperature),
+    )
+    value = temperature**2 * (alpha * softmax.kl(binary) + beta * softmax.kl(rest))
+
+    def gradient() -> Float[Array, "*tokens vocab"]:
+        _, in_binary = forward(binary)
+        _, in_rest = forward(rest)
+        label, others = jnp.split(alpha * in_binary(), 2, axis=-1)
+        q = rest.student.exp / rest.student.total
+        return temperature * jnp.where(is_label, label, others * q + beta * in_rest())
+
+    return value, gradient
+
+
+def _label_and_rest(
+    logits: Array, is_label: Array, rest: softmax.Row, temperature: Array
+) -> Float[Array, "*tokens 2"]:
+    label = softmax.row_max(jnp.where(is_label, softmax.finite(logits), softmax.FLOOR))
+    others = rest.top / temperature + jnp.log(rest.total)
+    empty = softmax.row_max(rest.exp) == 0
+    return jnp.concatenate(
+        [
+            jnp.where(label <= softmax.FLOOR, softmax.FLOOR, label / temperature),
+            jnp.where(empty, softmax.FLOOR, others),
+        ],
+        axis=-1,
+    )

@@ -1,65 +1,32 @@
-"""Divergences between the student's and the teacher's distribution."""
+"""Divergences between the student's and the teacher's distribution, as objectives."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from taid_jax.loss import softmax
-from taid_jax.loss.objective import check_setting, check_shapes, register_objective
+from taid_jax.loss import adaptive, cross_entropy, mixtures, softmax
+from taid_jax.loss.exact import Parts, exact, tempered
+from taid_jax.loss.objective import (
+    STATIC,
+    check_between,
+    check_inside,
+    check_positive,
+    check_shapes,
+    register_objective,
+)
 
 
-def _forward_value(
-    q: softmax.Normalised, p: softmax.Normalised, kept: Array
-) -> Float[Array, "*tokens"]:
-    loss = kept * jnp.log(q.total) - softmax.row_sum(p.exp * q.shifted) / p.total
-    return jnp.squeeze(loss, -1)
+class _Divergence:
+    """What the divergences share: parts at a temperature, and KL beside them."""
 
-
-@jax.custom_jvp
-def _forward_kl(student: Array, teacher: Array) -> Array:
-    s, u = softmax.finite(student), softmax.finite(teacher)
-    q, p = softmax.normalise(s), softmax.normalise(u)
-    p = p._replace(exp=jnp.where(softmax.excluded(s), 0.0, p.exp))
-    return _forward_value(q, p, softmax.row_sum(p.exp) / p.total)
-
-
-@_forward_kl.defjvp
-def _forward_kl_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    s, u = map(softmax.finite, primals)
-    q, p = softmax.normalise(s), softmax.normalise(u)
-    p = p._replace(exp=jnp.where(softmax.excluded(s), 0.0, p.exp))
-    kept = softmax.row_sum(p.exp) / p.total
-    offset = p.top - q.top
-    difference = (u - s) - offset
-    valid = p._replace(total=softmax.row_sum(p.exp))
-    ratio = difference - softmax.log_mass_ratio(q, valid, difference, offset)
-    gradient = kept * softmax.softmax_difference(q, valid, ratio)
-    return _forward_value(q, p, kept), jnp.sum(gradient * tangents[0], -1)
-
-
-@register_objective
-@dataclasses.dataclass(frozen=True)
-class ForwardKL:
-    """Cross-entropy to the teacher, in nats per token: KL without its constant.
-
-    Attributes:
-        temperature: Both rows of logits are divided by it, and the loss is multiplied
-            by its square. A traced leaf without gradient.
-
-    References:
-        Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
-    """
-
-    temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_setting("temperature", self.temperature, 1e-3, 1e3)
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        """Returns the divergence at temperature 1; must not hold a leaf."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -69,10 +36,12 @@ class ForwardKL:
     ) -> Float[Array, "*tokens"]:
         """Returns the loss of every token; see `Objective`."""
         check_shapes(student_logits, teacher_logits, labels)
-        temperature = jax.lax.stop_gradient(jnp.asarray(self.temperature, jnp.float32))
-        student = student_logits.astype(jnp.float32) / temperature
-        teacher = teacher_logits.astype(jnp.float32) / temperature
-        return temperature**2 * _forward_kl(student, teacher)
+        return exact(
+            functools.partial(tempered, self._parts()),
+            student_logits.astype(jnp.float32),
+            teacher_logits.astype(jnp.float32),
+            jnp.asarray(getattr(self, "temperature", 1.0), jnp.float32),
+        )
 
     def metrics(
         self,
@@ -81,10 +50,203 @@ class ForwardKL:
         labels: Int[Array, "..."] | None = None,
     ) -> dict[str, Float[Array, "..."]]:
         """Returns `kl`, KL(teacher || student) of every token at temperature 1."""
-        del labels
-        s, u = softmax.finite(student_logits), softmax.finite(teacher_logits)
-        q, p = softmax.normalise(s), softmax.normalise(u)
-        exp = jnp.where(softmax.excluded(s), 0.0, p.exp)
-        gap = (u - s) - (p.top - q.top)
-        kl = (softmax.row_sum(exp * gap)) / p.total - jnp.log(p.total / q.total)
-        return {"kl": jnp.maximum(jnp.squeeze(kl, -1), 0.0)}
+        check_shapes(student_logits, teacher_logits, labels)
+        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        return {"kl": softmax.kl(pair)}
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class ForwardKL(_Divergence):
+    """Cross-entropy to the teacher, `-sum p log q`: KL without the teacher's entropy.
+
+    Attributes:
+        temperature: Divides both rows of logits; the loss is multiplied by its square.
+            A traced leaf without gradient.
+
+    Raises:
+        ValueError: If the temperature is a Python number and not positive.
+
+    References:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        return cross_entropy.forward
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class ReverseKL(_Divergence):
+    """KL(student || teacher), `sum q (log q - log p)`.
+
+    Entries to which the teacher gives probability 0 are left out of the sum.
+
+    Attributes:
+        temperature: As in `ForwardKL`.
+
+    References:
+        Gu et al., MiniLLM, arXiv:2306.08543.
+    """
+
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        return cross_entropy.reverse
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class JensenShannon(_Divergence):
+    """`w KL(p, m) + (1 - w) KL(q, m)` for the mixture `m = w p + (1 - w) q`.
+
+    Attributes:
+        teacher_weight: w, strictly between 0 and 1; static.
+        temperature: As in `ForwardKL`.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Agarwal et al., GKD, arXiv:2306.13649.
+    """
+
+    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_inside("teacher_weight", self.teacher_weight, 0, 1)
+        check_positive("temperature", self.temperature)
+
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        return functools.partial(
+            mixtures.jensen_shannon, teacher_weight=self.teacher_weight
+        )
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class SkewForwardKL(_Divergence):
+    """`-sum p log m` for `m = w p + (1 - w) q`, without the teacher's entropy.
+
+    Attributes:
+        teacher_weight: w, strictly between 0 and 1; static.
+        temperature: As in `ForwardKL`.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Ko et al., DistiLLM, arXiv:2402.03898.
+    """
+
+    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_inside("teacher_weight", self.teacher_weight, 0, 1)
+        check_positive("temperature", self.temperature)
+
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        return functools.partial(
+            mixtures.skew_forward, teacher_weight=self.teacher_weight
+        )
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class SkewReverseKL(_Divergence):
+    """`sum q (log q - log m)` for `m = (1 - w) p + w q`.
+
+    Attributes:
+        teacher_weight: w, strictly between 0 and 1; static.
+        temperature: As in `ForwardKL`.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Ko et al., DistiLLM, arXiv:2402.03898.
+    """
+
+    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_inside("teacher_weight", self.teacher_weight, 0, 1)
+        check_positive("temperature", self.temperature)
+
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        return functools.partial(
+            mixtures.skew_reverse, teacher_weight=self.teacher_weight
+        )
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class AdaptiveKL(_Divergence):
+    """Forward and reverse KL, weighted by the gap in the teacher's head and tail.
+
+    The head is the most probable teacher entries that hold `head_threshold` of its
+    mass. Forward KL weighs the head's share of `sum |p - q|`, reverse KL the tail's;
+    the weights carry no gradient.
+
+    Attributes:
+        head_threshold: Mass of the head, in (0, 1]; static.
+        temperature: As in `ForwardKL`.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillation for
+        Large Language Models, arXiv:2404.02657.
+    """
+
+    head_threshold: float | int = dataclasses.field(default=0.5, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_between("head_threshold", self.head_threshold, 1e-6, 1)
+        check_positive("temperature", self.temperature)
+
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        return functools.partial(adaptive.adaptive, head_threshold=self.head_threshold)
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class TotalVariation(_Divergence):
+    """Total variation distance, `0.5 sum |p - q|`.
+
+    References:
+        Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation,
+        arXiv:2307.15190.
+    """
+
+    def _parts(self) -> Callable[[softmax.Pair], Parts]:
+        return _total_variation
+
+
+def _total_variation(pair: softmax.Pair) -> Parts:
+    q = pair.student.exp / pair.student.total
+    p = pair.teacher.exp / pair.teacher.total
+    gap = jnp.where(pair.excluded, 0.0, jnp.abs(p - q))
+
+    def gradient() -> Float[Array, "*tokens vocab"]:
+        # q (sign - sum q sign) / 2, with the mass on the other side of each entry in
+        # place of a difference that cancels when one side has nearly all of it.
+        above = q >= p
+        mass_above = softmax.row_sum(jnp.where(above, q, 0.0))
+        mass_below = softmax.row_sum(jnp.where(above, 0.0, q))
+        return q * jnp.where(above, mass_below, -mass_above)
+
+    return softmax.per_token(0.5 * softmax.row_sum(gap)), gradient

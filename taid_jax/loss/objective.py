@@ -1,7 +1,8 @@
 """What a distillation objective is: a pytree that gives the loss of every token."""
 
 import dataclasses
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterable
 from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -9,6 +10,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 T = TypeVar("T")
+
+STATIC = {"static": True}
+"""Metadata of a dataclass field that is part of the tree's structure, not a leaf."""
 
 
 @runtime_checkable
@@ -45,7 +49,7 @@ class Objective(Protocol):
 def register_objective(cls: type[T]) -> type[T]:
     """Registers a frozen dataclass as a pytree.
 
-    Fields with `metadata={"static": True}` are part of the tree's structure, all others
+    Fields with `metadata=STATIC` are part of the tree's structure, all others
     are leaves. Unlike `jax.tree_util.register_dataclass`, rebuilding a tree does not
     run `__init__`: jax puts placeholders into it that no check should see.
     """
@@ -55,13 +59,13 @@ def register_objective(cls: type[T]) -> type[T]:
 
     def flatten_with_keys(
         node: T,
-    ) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], tuple[Hashable, ...]]:
+    ) -> tuple[list[tuple[Hashable, object]], tuple[Hashable, ...]]:
         children = [
             (jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in leaves
         ]
         return children, tuple(getattr(node, name) for name in static)
 
-    def unflatten(settings: tuple[Hashable, ...], children: tuple[object, ...]) -> T:
+    def unflatten(settings: tuple[Hashable, ...], children: Iterable[object]) -> T:
         node = object.__new__(cls)
         for name, value in zip(leaves, children, strict=True):
             object.__setattr__(node, name, value)
@@ -73,8 +77,10 @@ def register_objective(cls: type[T]) -> type[T]:
     return cls
 
 
-def check_setting(name: str, value: object, low: float, high: float) -> None:
-    """Checks a number that is known before tracing; says nothing of a traced one.
+def check_between(
+    name: str, value: object, low: float | int, high: float | int
+) -> None:
+    """Checks a number known before tracing; a traced one is left alone.
 
     Raises:
         ValueError: If `value` is a Python number outside [low, high].
@@ -83,9 +89,31 @@ def check_setting(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"need {low} <= {name} <= {high}, got {name} = {value}")
 
 
+def check_inside(
+    name: str, value: float | int, low: float | int, high: float | int
+) -> None:
+    """Checks a setting that has to be strictly between two bounds.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not low < value < high:
+        raise ValueError(f"need {low} < {name} < {high}, got {name} = {value}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Checks a number known before tracing; a traced one is left alone.
+
+    Raises:
+        ValueError: If `value` is a Python number that is not positive and finite.
+    """
+    if isinstance(value, int | float) and not 0 < value < math.inf:
+        raise ValueError(f"need {name} > 0 and finite, got {name} = {value}")
+
+
 def check_shapes(
     student_logits: Array,
-    teacher_logits: Array,
+    teacher_logits: Array | None,
     labels: Array | None = None,
     mask: Array | None = None,
 ) -> None:
@@ -93,27 +121,30 @@ def check_shapes(
 
     Args:
         student_logits: `(*tokens, vocab)`.
-        teacher_logits: Has to have the same shape.
+        teacher_logits: Has to have the same shape when given.
         labels: Has to be `(*tokens,)` when given.
         mask: Has to be `(*tokens,)` when given.
 
     Raises:
         ValueError: With every shape in the message.
     """
-    got = (
-        f"student_logits {student_logits.shape}, teacher_logits {teacher_logits.shape}"
-        + ("" if labels is None else f", labels {labels.shape}")
-        + ("" if mask is None else f", mask {mask.shape}")
-    )
+    arrays = {
+        "student_logits": student_logits,
+        "teacher_logits": teacher_logits,
+        "labels": labels,
+        "mask": mask,
+    }
+    got = ", ".join(f"{k} {a.shape}" for k, a in arrays.items() if a is not None)
     if student_logits.ndim < 1 or student_logits.shape[-1] < 1:
         raise ValueError(f"need logits of shape (*tokens, vocab), got {got}")
-    if student_logits.shape != teacher_logits.shape:
+    if teacher_logits is not None and student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"need student and teacher logits of one shape, got {got}; where the "
             "vocabularies are padded to different sizes, cut both to the shared entries"
         )
     tokens = student_logits.shape[:-1]
-    for name, array in (("labels", labels), ("mask", mask)):
+    for name in ("labels", "mask"):
+        array = arrays[name]
         if array is not None and array.shape != tokens:
             raise ValueError(f"need {name} of shape {tokens}, one per token, got {got}")
 

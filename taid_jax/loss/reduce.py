@@ -21,7 +21,7 @@ def select_tokens(
         array: `(*tokens, ...)`, logits or losses.
         mask: `(*tokens,)`, bool or number.
     """
-    counted = mask != 0
+    counted = mask.astype(bool)
     counted = counted.reshape(counted.shape + (1,) * (array.ndim - mask.ndim))
     return jnp.where(
         jnp.broadcast_to(counted, array.shape), array, jnp.zeros((), array.dtype)

@@ -3,64 +3,41 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Real, Shaped
 
 from taid_jax.loss import softmax
-from taid_jax.loss.objective import check_setting, check_shapes, register_objective
+from taid_jax.loss.cross_entropy import soft_cross_entropy
+from taid_jax.loss.exact import Parts, exact
+from taid_jax.loss.objective import check_between, check_shapes, register_objective
 from taid_jax.loss.reduce import distillation_loss
 
 
 class _Rows(NamedTuple):
-    student: softmax.Normalised
-    target: softmax.Normalised
+    student: softmax.Row
+    target: softmax.Row
     difference: Float[Array, "*tokens vocab"]
-    log_mass: Float[Array, "*tokens 1"]
+    gap: Float[Array, "*tokens 1"]
 
 
-def _rows(
-    student: Float[Array, "*tokens vocab"],
-    teacher: Float[Array, "*tokens vocab"],
-    t: Float[Array, ""],
-) -> _Rows:
-    student, teacher = softmax.finite(student), softmax.finite(teacher)
+def _rows(student_logits: Array, teacher_logits: Array, t: Array) -> _Rows:
+    student, teacher = softmax.finite(student_logits), softmax.finite(teacher_logits)
     mixture = jnp.where(
-        softmax.excluded(student), softmax.FLOOR, (1 - t) * student + t * teacher
+        student <= softmax.FLOOR, softmax.FLOOR, (1 - t) * student + t * teacher
     )
-    q, p = softmax.normalise(student), softmax.normalise(mixture)
-    offset = softmax.row_max(teacher) - q.top
+    q, p = softmax.normalise(student_logits), softmax.normalise(mixture)
+    # With the largest entries of student and teacher aligned, no entry of the mixture
+    # is above the student's largest.
+    offset = softmax.largest(teacher_logits) - q.top
     difference = t * ((teacher - student) - offset)
-    log_mass = softmax.log_mass_ratio(q, p, difference, t * offset)
-    return _Rows(q, p, difference, log_mass)
+    return _Rows(q, p, difference, (p.top - q.top) - t * offset)
 
 
-def _value(rows: _Rows) -> Float[Array, "*tokens"]:
-    q, p = rows.student, rows.target
-    loss = jnp.log(q.total) - softmax.row_sum(p.exp * q.shifted) / p.total
-    return jnp.squeeze(loss, -1)
-
-
-@jax.custom_jvp
-def _cross_entropy(
-    student: Float[Array, "*tokens vocab"],
-    teacher: Float[Array, "*tokens vocab"],
-    t: Float[Array, ""],
-) -> Float[Array, "*tokens"]:
-    return _value(_rows(student, teacher, t))
-
-
-@_cross_entropy.defjvp
-def _cross_entropy_jvp(
-    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
-) -> tuple[Array, Array]:
-    rows = _rows(*primals)
-    gradient = softmax.softmax_difference(
-        rows.student, rows.target, rows.difference - rows.log_mass
-    )
-    return _value(rows), jnp.sum(gradient * tangents[0], axis=-1)
+def _rule(student_logits: Array, teacher_logits: Array, t: Array) -> Parts:
+    rows = _rows(student_logits, teacher_logits, t)
+    return soft_cross_entropy(rows.student, rows.target, rows.difference, rows.gap)
 
 
 @register_objective
@@ -69,9 +46,9 @@ class TAID:
     """Cross-entropy to the interpolated teacher, in nats per token.
 
     The target is `softmax((1 - t) * student + t * teacher)` and carries no gradient.
-    The gradient in the student's logits, `q - p_t`, is formed from
-    `q * expm1(log p_t - log q)` and stays exact where the two nearly agree: at small t
-    and for a teacher close to the student. A difference of two softmaxes does not.
+    The gradient in the student's logits, `q - p_t`, is formed without subtracting two
+    softmaxes that nearly agree, so it is exact also at small t and for a teacher close
+    to the student.
 
     Attributes:
         t: Interpolation in [0, 1], scalar, a traced leaf without gradient; 0 is the
@@ -87,7 +64,7 @@ class TAID:
     t: ArrayLike
 
     def __post_init__(self) -> None:
-        check_setting("t", self.t, 0.0, 1.0)
+        check_between("t", self.t, 0, 1)
 
     def __call__(
         self,
@@ -97,7 +74,8 @@ class TAID:
     ) -> Float[Array, "*tokens"]:
         """Returns the loss of every token; see `Objective`."""
         check_shapes(student_logits, teacher_logits, labels)
-        return _cross_entropy(
+        return exact(
+            _rule,
             student_logits.astype(jnp.float32),
             teacher_logits.astype(jnp.float32),
             jnp.asarray(self.t, jnp.float32),
@@ -110,14 +88,16 @@ class TAID:
         labels: Int[Array, "..."] | None = None,
     ) -> dict[str, Float[Array, "..."]]:
         """Returns `kl`, KL(p_t || student) of every token in nats; 0 at t = 0."""
-        del labels
-        rows = _rows(
+        check_shapes(student_logits, teacher_logits, labels)
+        q, p, difference, gap = _rows(
             student_logits.astype(jnp.float32),
             teacher_logits.astype(jnp.float32),
             jnp.asarray(self.t, jnp.float32),
         )
-        mean = softmax.row_sum(rows.target.exp * rows.difference) / rows.target.total
-        return {"kl": jnp.maximum(jnp.squeeze(mean - rows.log_mass, -1), 0.0)}
+        mean = softmax.row_sum(p.exp * difference) / p.total
+        log_mass = gap + jnp.log(p.total / q.total)
+        # Rounding can leave -1e-8 where the two agree.
+        return {"kl": jnp.maximum(softmax.per_token(mean - log_mass), 0.0)}
 
 
 def taid_loss(
@@ -141,7 +121,7 @@ def taid_loss(
         Scalar float32; 0 when no token counts.
 
     Raises:
-        ValueError: If the shapes do not match.
+        ValueError: If the shapes do not match, or `t` is a number outside [0, 1].
 
     References:
         Shing et al., TAID, ICLR 2025 (arXiv:2501.16937), section 3.1.
