@@ -18,10 +18,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 import tyro
 from rich.console import Console
-from taid_jax.models.source import cache_folder
 
 from taid_jax.data import DataError
 from taid_jax.models.errors import ModelError
+from taid_jax.models.pypi import cache_folder
 from taid_jax.settings import Settings, SettingsError, read_settings, to_yaml
 from taid_jax.sharding import ShardingError
 from taid_jax.train.checkpoint import CheckpointError

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -57,7 +58,15 @@ class Checkpoints:
                 ]
             ),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=options,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "settings": ocp.JsonCheckpointHandler(),
+            },
+        )
 
     def latest_step(self) -> int | None:
         """Returns the step of the last whole checkpoint, or None."""
@@ -131,6 +140,28 @@ class Checkpoints:
                 f"{error}"
             ) from error
 
+    def _check_shapes(self, template: DistillState, step: int) -> None:
+        leaves = jax.tree_util.tree_leaves_with_path(template._asdict())
+        wanted = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
+            for path, leaf in leaves
+        }
+        saved = {
+            leaf.name: tuple(leaf.shape)
+            for leaf in jax.tree.leaves(self._manager.item_metadata(step)["state"])
+        }
+        differences = [
+            f"{name}: saved {saved.get(name, 'not at all')}, "
+            f"here {wanted.get(name, 'not at all')}"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} does not fit this model and "
+                "optimizer:\n  " + "\n  ".join(differences)
+            )
+
     def restore(self, template: DistillState, step: int | None = None) -> Restored:
         """Returns a checkpoint, the last one when `step` is None.
 
@@ -139,9 +170,11 @@ class Checkpoints:
             step: Which checkpoint.
 
         Raises:
-            CheckpointError: If there is none, or its arrays are not the template's.
+            CheckpointError: If there is none, or its arrays are not the template's; all
+                differences are listed.
         """
         step = self._step(step)
+        self._check_shapes(template, step)
         try:
             found = self._manager.restore(
                 step,
@@ -152,7 +185,6 @@ class Checkpoints:
             )
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(
-                f"checkpoint {step} in {self.folder} does not fit this model and "
-                f"optimizer: {error}"
+                f"checkpoint {step} in {self.folder} cannot be read: {error}"
             ) from error
         return Restored(DistillState(**found["state"]), found["data"], step)

@@ -16,13 +16,19 @@ from taid_jax.data import Dataset, held_out_batches, load_dataset, train_iterato
 from taid_jax.evaluate import Comparison, HeldOut, evaluate
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
+    abstract_params,
     decoder_functions,
-    init_params,
     param_axes,
     select_layers,
 )
 from taid_jax.models.generate import generate
-from taid_jax.models.load import LoadedModel, export_model, load_config, load_model
+from taid_jax.models.load import (
+    LoadedModel,
+    export_model,
+    load_config,
+    load_model,
+    random_init,
+)
 from taid_jax.models.tokenizer import load_tokenizer, same_tokenizer
 from taid_jax.settings import (
     ModelSettings,
@@ -124,7 +130,14 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     state, found = best_state(loop, state)
     checkpoints.close()
 
-    export_model(folder / "student", pair.student_config, state.params, tokenizer)
+    export_model(
+        folder / "student",
+        pair.student_config,
+        state.params,
+        tokenizer,
+        generation=pair.teacher.generation,
+        replace=settings.run.resume,
+    )
     evaluations = read_lines(folder / EVALUATIONS)
     report = {
         **summary(evaluations, found),
@@ -244,8 +257,7 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
     model = settings.model
 
     def shardings(config: DecoderConfig) -> Any:
-        shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-        return tree_shardings(param_axes(config), shapes, mesh)
+        return tree_shardings(param_axes(config), abstract_params(config), mesh)
 
     teacher = load_model(model.teacher, dtype=model.dtype, shardings=shardings)
     if model.layers_of_teacher is not None:
@@ -256,10 +268,10 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
         student = load_model(model.student, dtype="float32", shardings=shardings)
         params, config = student.params, student.config
     else:
-        config = load_config(model.student_config)
-        key = jax.random.key(settings.run.seed)
-        init = jax.jit(init_params, static_argnums=0, out_shardings=shardings(config))
-        params = init(config, key)
+        student = random_init(
+            model.student_config, jax.random.key(settings.run.seed), shardings=shardings
+        )
+        params, config = student.params, student.config
     where = shardings(config)
     # A copy: the train step donates the student's arrays, and the teacher keeps its.
     own = jax.jit(
@@ -430,6 +442,16 @@ def median_rate(rows: list[dict[str, Any]]) -> float | None:
     return round(float(np.median(rates)), 1) if rates else None
 
 
+def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns prompts with their padding moved from the right to the left."""
+    shifts = ids.shape[1] - mask.sum(axis=1)
+    rows = [
+        (np.roll(row, shift), np.roll(real, shift))
+        for row, real, shift in zip(ids, mask, shifts, strict=True)
+    ]
+    return np.stack([row for row, _ in rows]), np.stack([real for _, real in rows])
+
+
 def show_samples(
     settings: Settings,
     pair: Pair,
@@ -443,6 +465,10 @@ def show_samples(
     chosen = rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
     length = min(SAMPLE_PROMPT, settings.data.seq_len)
     prompts = np.concatenate([row["input_ids"][:, :length] for row in chosen])
+    # Only the first of the examples that share a row; the pad of a short one counts not.
+    first = [row.get("segment_ids", row.get("attention_mask")) for row in chosen]
+    mask = np.concatenate([row[:, :length] == 1 for row in first]).astype(np.int32)
+    prompts, mask = _padded_left(prompts, mask)
     sides = {
         "teacher": (pair.teacher.params, pair.teacher.config),
         "student": (params, pair.student_config),
@@ -453,7 +479,7 @@ def show_samples(
                 weights,
                 config,
                 jnp.asarray(prompts),
-                jnp.ones_like(prompts),
+                jnp.asarray(mask),
                 max_new_tokens=SAMPLE_TOKENS,
                 eos_token_ids=(),
                 pad_token_id=0,
@@ -464,7 +490,8 @@ def show_samples(
     }
     for index, prompt in enumerate(prompts):
         console.rule(f"sample {index + 1}")
-        console.print(tokenizer.decode(prompt), markup=False, highlight=False)
+        text = tokenizer.decode(prompt[mask[index] == 1])
+        console.print(text, markup=False, highlight=False)
         for name, tokens in answers.items():
             console.print(f"[bold]{name}:[/bold]", end=" ")
             console.print(

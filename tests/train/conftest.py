@@ -63,20 +63,30 @@ def make_batch():
 @pytest.fixture
 def make_trainer(functions, make_params):
     """A step and its first state for an objective, by default TAID."""
-    from taid_jax.schedule import TAIDScheduler
-
     from taid_jax import loss
+    from taid_jax.schedule import TAIDScheduler
     from taid_jax.train.state import init_state, learning_rate_schedule, make_optimizer
     from taid_jax.train.step import make_train_step
 
-    def make(make_objective=None, *, steps=20, rate=1e-2, seed=1, **options):
+    def make(
+        make_objective=None,
+        *,
+        steps=20,
+        rate=1e-2,
+        seed=1,
+        learned=None,
+        **options,
+    ):
         if make_objective is None:
             make_objective = lambda schedule, learned, step: loss.TAID(schedule.t)  # noqa: E731
         schedule = learning_rate_schedule(rate, steps)
         optimizer = make_optimizer(schedule)
         scheduler = TAIDScheduler(steps, alpha=5e-3, beta=0.9)
         make_state = functools.partial(
-            init_state, optimizer=optimizer, schedule=scheduler.init()
+            init_state,
+            optimizer=optimizer,
+            schedule=scheduler.init(),
+            learned=learned,
         )
         state = make_state(jax.tree.map(jnp.array, make_params(seed)))
         step = make_train_step(

@@ -70,6 +70,8 @@ def test_checkpoints_of_another_model_is_a_clear_error(tmp_path, state, make_par
     store.save(1, state, {}, Settings())
     store.wait()
     other = state._replace(params=make_params(1, width=6))
-    with pytest.raises(c.CheckpointError, match="does not fit this model"):
+    with pytest.raises(c.CheckpointError, match="does not fit this model") as caught:
         store.restore(other)
+    line = r"params.lm_head.kernel: saved (8, 23), here (6, 23)"
+    assert line in str(caught.value)
     store.close()

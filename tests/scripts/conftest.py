@@ -1,0 +1,105 @@
+"""A tiny teacher in a Hugging Face folder, a little text, and the script's `main`."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+SENTENCES = [
+    f"The {animal} {verb} the {thing} and then it {other} {number} times."
+    for animal in ("cat", "dog", "bird", "horse", "mouse")
+    for verb in ("sees", "takes", "likes", "leaves")
+    for thing in ("house", "ball", "river")
+    for other, number in (("sleeps", "two"), ("runs", "seven"))
+]
+
+
+@pytest.fixture(scope="session")
+def train_tpu():
+    """The script as a module."""
+    path = ROOT / "scripts" / "train_tpu.py"
+    spec = importlib.util.spec_from_file_location("train_tpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _tokenizer(vocab_size=300):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """`make_model(layers, vocab, seed)`: a random Llama folder with its tokenizer."""
+    from taid_jax.models.config import DecoderConfig
+    from taid_jax.models.decoder import init_params
+    from taid_jax.models.load import export_model
+
+    def make(layers=4, vocab_size=300, seed=0):
+        tokenizer = _tokenizer(vocab_size)
+        config = DecoderConfig(
+            vocab_size=len(tokenizer),
+            d_model=16,
+            num_layers=layers,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            mlp_dim=32,
+            max_length=64,
+            tie_embeddings=True,
+            initializer_range=0.3,
+        )
+        folder = tmp_path_factory.mktemp("model") / "folder"
+        params = init_params(config, jax.random.key(seed))
+        export_model(folder, config, params, tokenizer)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of text files, each a document."""
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(0, len(SENTENCES), 4):
+        text = " ".join(SENTENCES[index : index + 4])
+        (folder / f"{index:03}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def arguments(teacher, text, tmp_path):
+    """Flags of a run of a few seconds."""
+    return [
+        f"--teacher={teacher}",
+        "--student-layers=2",
+        f"--data={text}",
+        f"--output={tmp_path / 'run'}",
+        "--steps=12",
+        "--batch-size=8",
+        "--seq-len=16",
+        "--eval-every=4",
+        "--save-every=3",
+        "--held-out-fraction=0.3",
+        "--learning-rate=0.01",
+    ]
