@@ -190,9 +190,10 @@ class Loop:
             if self._skipped_in_row >= self.settings.run.max_skipped:
                 raise TrainingError(
                     f"stopped at step {step}: {self._skipped_in_row} steps in a row "
-                    "had a loss or gradient that is not finite. The last good checkpoint "
-                    f"is in {self.checkpoints.folder}. A lower --learning-rate or "
-                    "--dtype float32 may help; --max-skipped sets the limit"
+                    "had a loss or gradient that is not finite. The last good "
+                    f"checkpoint is in {self.checkpoints.folder}. A lower "
+                    "--learning-rate or --dtype float32 may help; --max-skipped sets "
+                    "the limit"
                 )
             skipped = True
         else:

@@ -1,7 +1,5 @@
 """A whole run: from settings to a trained student, its report and its picture."""
 
-import dataclasses
-import os
 import pathlib
 import time
 from typing import Any
@@ -12,29 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from taid_jax.data import Dataset, held_out_batches, load_dataset, train_iterator
+from taid_jax.data import Dataset, held_out_batches, train_iterator
 from taid_jax.evaluate import Comparison, HeldOut, evaluate
-from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
-    abstract_params,
     decoder_functions,
-    param_axes,
-    select_layers,
 )
-from taid_jax.models.generate import generate
 from taid_jax.models.load import (
-    LoadedModel,
     export_model,
-    load_config,
-    load_model,
-    random_init,
 )
-from taid_jax.models.tokenizer import load_tokenizer, same_tokenizer
 from taid_jax.settings import (
-    ModelSettings,
     Settings,
     SettingsError,
-    contradictions,
     to_dict,
     to_json,
 )
@@ -42,9 +28,16 @@ from taid_jax.sharding import (
     check_batch,
     make_mesh,
     replicated,
-    tree_shardings,
 )
 from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.inputs import (
+    Pair,
+    check_models,
+    load_pair,
+    prepare_output,
+    read_data,
+    refuse_contradictions,
+)
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.progress import ConsoleProgress
@@ -57,6 +50,7 @@ from taid_jax.train.report import (
     read_lines,
     write_json,
 )
+from taid_jax.train.samples import show_samples
 from taid_jax.train.state import (
     DistillState,
     init_state,
@@ -66,27 +60,6 @@ from taid_jax.train.state import (
 )
 from taid_jax.train.step import make_eval_step, make_train_step
 from taid_jax.types import Params
-
-SAMPLES = 3
-SAMPLE_PROMPT = 24
-SAMPLE_TOKENS = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A teacher and the student that it teaches.
-
-    Attributes:
-        teacher: In the compute dtype.
-        student_config: The student's architecture.
-        student_params: Its float32 master weights.
-        shardings: Where the student's weights live.
-    """
-
-    teacher: LoadedModel
-    student_config: DecoderConfig
-    student_params: Params
-    shardings: Any
 
 
 def distil(settings: Settings, console: Console) -> dict[str, Any]:
@@ -156,129 +129,6 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     )
     show_samples(settings, pair, state.params, dataset, console)
     return report
-
-
-def prepare_output(settings: Settings) -> pathlib.Path:
-    """Returns the output folder, made and writable; never one with something in it.
-
-    Raises:
-        SettingsError: If it cannot be written, holds something and `resume` is not set,
-            or holds nothing and `resume` is set.
-    """
-    folder = pathlib.Path(settings.run.output).absolute()
-    filled = folder.is_dir() and any(folder.iterdir())
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"output: {folder} is not a folder")
-    if filled and not settings.run.resume:
-        raise SettingsError(
-            f"output: {folder} is not empty. Go on with what is there by --resume, or "
-            "choose another --output; nothing was changed"
-        )
-    if settings.run.resume and not (folder / "checkpoints").is_dir():
-        raise SettingsError(
-            f"resume: {folder} has no checkpoints to go on from; leave --resume out to "
-            "start anew"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"output: cannot make {folder}: {error}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise SettingsError(f"output: {folder} is not writable")
-    return folder
-
-
-def check_models(settings: ModelSettings, seq_len: int) -> Any:
-    """Returns the tokenizer after reading configs and tokenizers, before any weights.
-
-    Raises:
-        ModelError: If a model cannot be used, or the tokenizers differ.
-        SettingsError: If the sequences are longer than a model's context.
-    """
-    teacher = load_config(settings.teacher)
-    tokenizer = load_tokenizer(settings.teacher)
-    configs = {"teacher": teacher}
-    if settings.student is not None:
-        configs["student"] = load_config(settings.student)
-        same_tokenizer(tokenizer, load_tokenizer(settings.student))
-    elif settings.student_config is not None:
-        configs["student"] = load_config(settings.student_config)
-    else:
-        layers = settings.layers_of_teacher
-        if layers is not None and layers > teacher.num_layers:
-            raise SettingsError(
-                f"student_layers: the teacher has {teacher.num_layers} layers, "
-                f"got {layers}"
-            )
-    for name, config in configs.items():
-        if seq_len > config.max_length:
-            raise SettingsError(
-                f"seq_len: {seq_len} is beyond the {name}'s context of "
-                f"{config.max_length} tokens"
-            )
-        if config.vocab_size < len(tokenizer):
-            raise SettingsError(
-                f"the {name} has {config.vocab_size} embeddings for the tokenizer's "
-                f"{len(tokenizer)} entries"
-            )
-    return tokenizer
-
-
-def read_data(settings: Settings, tokenizer: Any) -> Dataset:
-    """Returns the training and held-out examples that the settings ask for."""
-    data = settings.data
-    return load_dataset(
-        data.data,
-        tokenizer,
-        seq_len=data.seq_len,
-        held_out_fraction=data.held_out_fraction,
-        count_prompts=data.count_prompts,
-        pack=data.pack,
-    )
-
-
-def refuse_contradictions(saved: Settings, asked: Settings) -> None:
-    """Raises when a resumed run would compute something else than was begun.
-
-    Raises:
-        SettingsError: With a line per difference.
-    """
-    found = contradictions(saved, asked)
-    if found:
-        raise SettingsError(
-            "the settings contradict the checkpoint:\n  "
-            + "\n  ".join(found)
-            + "\nuse the checkpoint's, or start anew with another --output"
-        )
-
-
-def load_pair(settings: Settings, mesh: Mesh) -> Pair:
-    """Returns teacher and student on their devices."""
-    model = settings.model
-
-    def shardings(config: DecoderConfig) -> Any:
-        return tree_shardings(param_axes(config), abstract_params(config), mesh)
-
-    teacher = load_model(model.teacher, dtype=model.dtype, shardings=shardings)
-    if model.layers_of_teacher is not None:
-        params, config = select_layers(
-            teacher.params, teacher.config, model.layers_of_teacher
-        )
-    elif model.student is not None:
-        student = load_model(model.student, dtype="float32", shardings=shardings)
-        params, config = student.params, student.config
-    else:
-        student = random_init(
-            model.student_config, jax.random.key(settings.run.seed), shardings=shardings
-        )
-        params, config = student.params, student.config
-    where = shardings(config)
-    # A copy: the train step donates the student's arrays, and the teacher keeps its.
-    own = jax.jit(
-        lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree),
-        out_shardings=where,
-    )
-    return Pair(teacher, config, own(params), where)
 
 
 def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None:
@@ -440,60 +290,3 @@ def median_rate(rows: list[dict[str, Any]]) -> float | None:
     """Returns the median of the logged tokens per second."""
     rates = [row["tokens_per_second"] for row in rows]
     return round(float(np.median(rates)), 1) if rates else None
-
-
-def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts with their padding moved from the right to the left."""
-    shifts = ids.shape[1] - mask.sum(axis=1)
-    rows = [
-        (np.roll(row, shift), np.roll(real, shift))
-        for row, real, shift in zip(ids, mask, shifts, strict=True)
-    ]
-    return np.stack([row for row, _ in rows]), np.stack([real for _, real in rows])
-
-
-def show_samples(
-    settings: Settings,
-    pair: Pair,
-    params: Params,
-    dataset: Dataset,
-    console: Console,
-) -> None:
-    """Prints how teacher and student go on with a few held-out beginnings."""
-    tokenizer = pair.teacher.tokenizer
-    rows = held_out_batches(dataset.held_out, 1)
-    chosen = rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
-    length = min(SAMPLE_PROMPT, settings.data.seq_len)
-    prompts = np.concatenate([row["input_ids"][:, :length] for row in chosen])
-    # Only the first of the examples that share a row; the pad of a short one counts not.
-    first = [row.get("segment_ids", row.get("attention_mask")) for row in chosen]
-    mask = np.concatenate([row[:, :length] == 1 for row in first]).astype(np.int32)
-    prompts, mask = _padded_left(prompts, mask)
-    sides = {
-        "teacher": (pair.teacher.params, pair.teacher.config),
-        "student": (params, pair.student_config),
-    }
-    answers = {
-        name: np.asarray(
-            generate(
-                weights,
-                config,
-                jnp.asarray(prompts),
-                jnp.asarray(mask),
-                max_new_tokens=SAMPLE_TOKENS,
-                eos_token_ids=(),
-                pad_token_id=0,
-                dtype=jnp.dtype(settings.model.dtype),
-            )
-        )
-        for name, (weights, config) in sides.items()
-    }
-    for index, prompt in enumerate(prompts):
-        console.rule(f"sample {index + 1}")
-        text = tokenizer.decode(prompt[mask[index] == 1])
-        console.print(text, markup=False, highlight=False)
-        for name, tokens in answers.items():
-            console.print(f"[bold]{name}:[/bold]", end=" ")
-            console.print(
-                tokenizer.decode(tokens[index]), markup=False, highlight=False
-            )

@@ -1,0 +1,159 @@
+"""What a run reads, and everything about it that can be wrong: looked at first."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from taid_jax.data import Dataset, load_dataset
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.decoder import abstract_params, param_axes, select_layers
+from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
+from taid_jax.models.tokenizer import Tokenizer, load_tokenizer, same_tokenizer
+from taid_jax.settings import ModelSettings, Settings, SettingsError, contradictions
+from taid_jax.sharding import tree_shardings
+from taid_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A teacher and the student that it teaches.
+
+    Attributes:
+        teacher: In the compute dtype.
+        student_config: The student's architecture.
+        student_params: Its float32 master weights.
+        shardings: Where the student's weights live.
+    """
+
+    teacher: LoadedModel
+    student_config: DecoderConfig
+    student_params: Params
+    shardings: Any
+
+
+def prepare_output(settings: Settings) -> pathlib.Path:
+    """Returns the output folder, made and writable; never one with something in it.
+
+    Raises:
+        SettingsError: If it cannot be written, holds something and `resume` is not set,
+            or holds nothing and `resume` is set.
+    """
+    folder = pathlib.Path(settings.run.output).absolute()
+    filled = folder.is_dir() and any(folder.iterdir())
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"output: {folder} is not a folder")
+    if filled and not settings.run.resume:
+        raise SettingsError(
+            f"output: {folder} is not empty. Go on with what is there by --resume, or "
+            "choose another --output; nothing was changed"
+        )
+    if settings.run.resume and not (folder / "checkpoints").is_dir():
+        raise SettingsError(
+            f"resume: {folder} has no checkpoints to go on from; leave --resume out to "
+            "start anew"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"output: cannot make {folder}: {error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SettingsError(f"output: {folder} is not writable")
+    return folder
+
+
+def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
+    """Returns the tokenizer after reading configs and tokenizers, before any weights.
+
+    Raises:
+        ModelError: If a model cannot be used, or the tokenizers differ.
+        SettingsError: If the sequences are longer than a model's context.
+    """
+    teacher = load_config(settings.teacher)
+    tokenizer = load_tokenizer(settings.teacher)
+    configs = {"teacher": teacher}
+    if settings.student is not None:
+        configs["student"] = load_config(settings.student)
+        same_tokenizer(tokenizer, load_tokenizer(settings.student))
+    elif settings.student_config is not None:
+        configs["student"] = load_config(settings.student_config)
+    else:
+        layers = settings.layers_of_teacher
+        if layers is not None and layers > teacher.num_layers:
+            raise SettingsError(
+                f"student_layers: the teacher has {teacher.num_layers} layers, "
+                f"got {layers}"
+            )
+    for name, config in configs.items():
+        if seq_len > config.max_length:
+            raise SettingsError(
+                f"seq_len: {seq_len} is beyond the {name}'s context of "
+                f"{config.max_length} tokens"
+            )
+        if config.vocab_size < len(tokenizer):
+            raise SettingsError(
+                f"the {name} has {config.vocab_size} embeddings for the tokenizer's "
+                f"{len(tokenizer)} entries"
+            )
+    return tokenizer
+
+
+def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
+    """Returns the training and held-out examples that the settings ask for."""
+    data = settings.data
+    return load_dataset(
+        data.data,
+        tokenizer,
+        seq_len=data.seq_len,
+        held_out_fraction=data.held_out_fraction,
+        count_prompts=data.count_prompts,
+        pack=data.pack,
+    )
+
+
+def refuse_contradictions(saved: Settings, asked: Settings) -> None:
+    """Raises when a resumed run would compute something else than was begun.
+
+    Raises:
+        SettingsError: With a line per difference.
+    """
+    found = contradictions(saved, asked)
+    if found:
+        raise SettingsError(
+            "the settings contradict the checkpoint:\n  "
+            + "\n  ".join(found)
+            + "\nuse the checkpoint's, or start anew with another --output"
+        )
+
+
+def load_pair(settings: Settings, mesh: Mesh) -> Pair:
+    """Returns teacher and student on their devices."""
+    model = settings.model
+
+    def shardings(config: DecoderConfig) -> Any:
+        return tree_shardings(param_axes(config), abstract_params(config), mesh)
+
+    teacher = load_model(model.teacher, dtype=model.dtype, shardings=shardings)
+    if model.layers_of_teacher is not None:
+        params, config = select_layers(
+            teacher.params, teacher.config, model.layers_of_teacher
+        )
+    elif model.student is not None:
+        student = load_model(model.student, dtype="float32", shardings=shardings)
+        params, config = student.params, student.config
+    else:
+        student = random_init(
+            model.student_config, jax.random.key(settings.run.seed), shardings=shardings
+        )
+        params, config = student.params, student.config
+    where = shardings(config)
+    # A copy: the train step donates the student's arrays, and the teacher keeps its.
+    own = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree),
+        out_shardings=where,
+    )
+    return Pair(teacher, config, own(params), where)
