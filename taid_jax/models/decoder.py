@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.embed = Embedding(config, rngs)
         stack = nnx.vmap(Layer, in_axes=(None, 0))
-        self.layers = stack(config, rngs.fork(split=config.num_layers))
+        self.layers = stack(config, rngs.split(config.num_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = Linear(

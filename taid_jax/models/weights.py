@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ Shardings = Sharding | Mapping[str, Any] | Callable[[DecoderConfig], Any]
 _MOST_LINES = 1000
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """The tensors of a checkpoint, read one at a time or in parts."""
 

@@ -1,0 +1,266 @@
+"""config.json to DecoderConfig and back; tables of weights that fit the decoder."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import pytest
+
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.decoder import abstract_params
+from taid_jax.models.entries import axis_sizes, entries
+from taid_jax.models.errors import ModelError
+from taid_jax.models.families import (
+    FAMILIES,
+    family_named,
+    is_ignored,
+    read_config,
+    write_config,
+)
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def llama(settings, **changes):
+    base = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return {**base, **settings, **changes}
+
+
+def problem(values):
+    with pytest.raises(ModelError) as caught:
+        read_config(values, "config.json")
+    return str(caught.value)
+
+
+def test_read_config_reads_what_transformers_wrote(golden_teacher):
+    values = json.loads((golden_teacher / "config.json").read_text())
+    assert read_config(values, "config.json") == DecoderConfig(
+        vocab_size=512,
+        d_model=96,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=3,
+        head_dim=16,
+        mlp_dim=256,
+        max_length=128,
+        norm_eps=1e-6,
+        initializer_range=0.25,
+    )
+
+
+def test_read_config_takes_the_defaults_of_transformers(tiny_settings):
+    transformers = pytest.importorskip("transformers")
+    defaults = transformers.LlamaConfig()
+    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+    needed.add("num_attention_heads")
+    values = {key: tiny_settings[key] for key in needed}
+    config = read_config(llama(values), "config.json")
+    assert config.num_kv_heads == tiny_settings["num_attention_heads"]
+    assert config.head_dim == 16 // 4
+    assert config.max_length == defaults.max_position_embeddings
+    assert config.norm_eps == defaults.rms_norm_eps
+    assert config.tie_embeddings == defaults.tie_word_embeddings
+    assert config.rope.theta == defaults.rope_parameters["rope_theta"]
+    assert config.initializer_range == defaults.initializer_range
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": LLAMA3},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {**LLAMA3, "type": "llama3"},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1.0},
+        },
+    ],
+    ids=["v4", "v5", "mixed", "both"],
+)
+def test_read_config_reads_rope_in_every_style(tiny_settings, style):
+    config = read_config(llama(tiny_settings, **style), "config.json")
+    assert config.rope == RopeConfig(
+        theta=5e5,
+        kind="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_length=32,
+    )
+
+
+def test_read_config_reads_the_old_name_of_linear_scaling(tiny_settings):
+    values = llama(tiny_settings, rope_scaling={"type": "linear", "factor": 2.0})
+    rope = read_config(values, "config.json").rope
+    assert rope == RopeConfig(kind="linear", factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type.*yarn"),
+        ({"rope_scaling": {"type": "linear"}}, "factor: is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor >= 1"),
+        ({"rope_scaling": {**LLAMA3, "beta": 1}}, "rope_scaling.beta"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta"),
+        ({"rope_parameters": {"full": {"rope_theta": 1.0}}}, "rope_parameters.full"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"attention_bias": "yes"}, "attention_bias: need true or false"),
+        ({"num_attention_heads": 0}, "num_heads >= 1"),
+        ({"num_key_value_heads": 3}, "num_kv_heads that divides num_heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: need at most"),
+        ({"vocab_size": None}, "vocab_size: is missing"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised.*gptq"),
+        ({"quantization_config": "strange"}, "quantised.*strange"),
+    ],
+)
+def test_read_config_names_what_cannot_be_done(tiny_settings, changes, words):
+    with pytest.raises(ModelError, match=words):
+        read_config(llama(tiny_settings, **changes), "config.json")
+
+
+def test_read_config_lists_all_that_is_wrong(tiny_settings):
+    text = problem(llama(tiny_settings, hidden_act="relu", strange=1, vocab_size=-1))
+    assert "hidden_act" in text
+    assert "strange" in text
+    assert "vocab_size" in text
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
+        {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
+        {"architectures": [], "model_type": None},
+        {"architectures": "LlamaForCausalLM", "model_type": 3},
+    ],
+)
+def test_read_config_names_an_unsupported_architecture(tiny_settings, named):
+    text = problem({**tiny_settings, **named})
+    assert str(named["model_type"]) in text
+    assert "supported are: LlamaForCausalLM (llama)" in text
+
+
+@pytest.mark.parametrize("missing", ["architectures", "model_type"])
+def test_read_config_needs_only_one_of_class_and_type(tiny_settings, missing):
+    values = llama(tiny_settings)
+    del values[missing]
+    assert read_config(values, "config.json").family == "llama"
+
+
+def test_read_config_accepts_keys_that_change_nothing(tiny_settings):
+    values = llama(
+        tiny_settings,
+        _name_or_path="x",
+        is_llama_config=True,
+        pretraining_tp=2,
+        rope_interleaved=False,
+        torch_dtype="bfloat16",
+        use_cache=False,
+        eos_token_id=[1, 2],
+        attention_dropout=0.1,
+        sliding_window=None,
+        **{"transformers.js_config": {"dtype": "q4"}},
+    )
+    assert read_config(values, "config.json").d_model == 16
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(theta=1e5),
+        RopeConfig(kind="linear", factor=4.0),
+        RopeConfig(theta=5e5, kind="llama3", factor=8.0, original_max_length=16),
+    ],
+)
+@pytest.mark.parametrize("flag", [False, True])
+def test_write_config_is_read_back_by_us_and_by_transformers(tmp_path, rope, flag):
+    transformers = pytest.importorskip("transformers")
+    config = DecoderConfig(
+        vocab_size=48,
+        d_model=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        mlp_dim=24,
+        max_length=32,
+        norm_eps=1e-5,
+        rope=rope,
+        tie_embeddings=flag,
+        attention_bias=flag,
+        mlp_bias=not flag,
+        initializer_range=0.1,
+    )
+    values = write_config(config)
+    assert read_config(values, "config.json") == config
+    path = pathlib.Path(tmp_path) / "config.json"
+    path.write_text(json.dumps(values))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.model_type == "llama"
+    for key in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "mlp_bias"):
+        assert getattr(theirs, key) == values[key]
+    assert theirs.rope_parameters == values["rope_parameters"]
+    # As transformers 4 reads it.
+    assert values["rope_theta"] == rope.theta
+    assert (values["rope_scaling"] is None) == (rope.kind == "default")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("file_format", ["hf", "gguf"])
+def test_layouts_of_every_weight_give_the_decoders_shapes(family, file_format):
+    config = DecoderConfig(
+        vocab_size=11,
+        d_model=6,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=10,
+        max_length=32,
+        family=family.name,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    found = entries(config, file_format)
+    assert len(found) == len(jax.tree.leaves(abstract_params(config)))
+    names = [name for entry in found for name in entry.names]
+    assert len(names) == len(set(names))
+    for entry in found:
+        layer = entry.shape[1:] if entry.stacked else entry.shape
+        assert entry.layout.param_shape(axis_sizes(config)) == layer
+
+
+def test_entries_names_a_parameter_that_the_family_does_not_declare(monkeypatch):
+    family = family_named("llama")
+    poor = dataclasses.replace(family, weights=family.weights[:-1])
+    monkeypatch.setattr("taid_jax.models.families.registry.FAMILIES", (poor,))
+    config = DecoderConfig(8, 4, 1, 1, 1, 4, 4, 8)
+    with pytest.raises(ModelError, match="declares no tensors .* lm_head"):
+        entries(config, "hf")
+
+
+def test_family_named_lists_those_there_are():
+    with pytest.raises(ModelError, match=r"'mamba'; there are: LlamaForCausalLM"):
+        family_named("mamba")
+
+
+def test_is_ignored_knows_rotary_buffers_only():
+    family = family_named("llama")
+    assert is_ignored(family, "model.layers.11.self_attn.rotary_emb.inv_freq")
+    assert is_ignored(family, "model.rotary_emb.inv_freq")
+    assert not is_ignored(family, "model.layers.0.self_attn.q_proj.weight")
+    assert not is_ignored(family, "x.model.rotary_emb.inv_freq")

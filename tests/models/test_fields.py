@@ -1,0 +1,92 @@
+"""Settings of untrusted files: types, bounds, and nothing overlooked."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taid_jax.models.errors import ModelError
+from taid_jax.models.fields import REQUIRED, Fields, read_json
+
+
+def test_get_returns_values_and_defaults():
+    fields = Fields({"a": 3, "b": None, "c": 2, "d": True, "e": "x"}, "file")
+    assert fields.get("a", REQUIRED, int) == 3
+    assert fields.get("b", 7, int) == 7
+    assert fields.get("c", REQUIRED, float) == 2.0
+    assert fields.get("d", False, bool) is True
+    assert fields.get("e", REQUIRED, str) == "x"
+    fields.finish()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int, True),
+        (int, 2.0),
+        (int, "2"),
+        (int, -1),
+        (int, 10**30),
+        (int, [2]),
+        (float, float("nan")),
+        (float, float("inf")),
+        (float, 10**400),
+        (float, False),
+        (bool, 1),
+        (bool, "true"),
+        (str, 5),
+        (str, True),
+    ],
+)
+def test_get_refuses_other_types_and_sizes(kind, value):
+    fields = Fields({"key": value}, "file")
+    fields.get("key", REQUIRED, kind)
+    with pytest.raises(ModelError, match="file asks for .* key: need "):
+        fields.finish()
+
+
+def test_finish_lists_all_problems_together():
+    fields = Fields({"a": "no", "b": 1, "unknown": 1, "inner": {"x": []}}, "file")
+    fields.get("a", REQUIRED, int)
+    fields.get("missing", REQUIRED, int)
+    fields.only("b", (2, 3))
+    inner = fields.section("inner")
+    assert inner is not None
+    inner.get("x", 1.0, float)
+    with pytest.raises(ModelError) as caught:
+        fields.finish()
+    for words in ("a: need", "missing: is missing", "b: the decoder", "unknown: is not"):
+        assert words in str(caught.value)
+    assert "inner.x: need a number" in str(caught.value)
+
+
+def test_finish_lets_null_private_and_harmless_keys_pass():
+    Fields({"a": None, "_b": 3, "c": 4}, "file").finish({"c"})
+
+
+def test_only_tells_true_from_one():
+    fields = Fields({"a": 1, "b": True}, "file")
+    fields.only("a", (True,))
+    fields.only("b", (True,))
+    assert len(fields.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a": 1}}'],
+    ids=["empty", "cut", "list", "number", "binary", "deep", "trailing"],
+)
+def test_read_json_refuses_what_is_no_object(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_json(path)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
+def test_read_json_returns_the_object(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("json") / "config.json"
+    path.write_text(json.dumps(values))
+    assert read_json(path) == values
