@@ -29,8 +29,9 @@ VALUE = Tolerance(
     "relative; softmax in float32: at scale 30 an exponent reaches 130, and its "
     "rounding, 130 * 2^-24 = 8e-6, is the relative error of a probability",
 )
-# 1 + x is held to 2^-24, and a log-probability with it: 1e-5 relative from here on.
-VALUE_FLOOR = 2.0**-24 / VALUE.value
+# 1 + x is held to 2^-24, and log and exp to an ulp or two: a log-probability is known
+# to about 5e-7, and a value to 1e-5 of itself from here on.
+VALUE_FLOOR = 0.05
 GRADIENTS = {
     "float32": VALUE,
     "bfloat16": Tolerance(
@@ -152,9 +153,11 @@ def random_rows(
     tallies = Tallies(subjects)
     for seed in seeds:
         for case in random_cases(grid, seed):
-            # Low precision rounds a near teacher onto its student.
-            for dtype in ("float32",) if case.near else grid.dtypes:
+            for dtype in ("float32",) if case.wide_only else grid.dtypes:
                 for subject in subjects:
+                    if case.near and subject.reference == "adaptive_kl":
+                        # Its weights are ratios of p - q, which float32 cannot hold.
+                        continue
                     ours = our_outcome(subject, case, dtype, reduce)
                     if case.empty:
                         key = ("no token counts", f"{dtype} value and gradient", "0")

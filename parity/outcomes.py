@@ -28,8 +28,18 @@ class Outcome(NamedTuple):
     gradient: np.ndarray
 
 
-def torch_outcome(subject: Subject, loss: TorchLoss, case: Case, dtype: str) -> Outcome:
-    """Returns the PyTorch side of a case, computed on logits of `dtype`."""
+def torch_outcome(
+    subject: Subject, loss: TorchLoss, case: Case, dtype: str, total: bool = True
+) -> Outcome:
+    """Returns the PyTorch side of a case, computed on logits of `dtype`.
+
+    Args:
+        subject: The objective.
+        loss: The published or the exact form.
+        case: Its logits.
+        dtype: Name of the logits' dtype.
+        total: The gradient is that of the sum over tokens; of the mean otherwise.
+    """
     student = torch.tensor(case.student).to(TORCH_DTYPES[dtype]).requires_grad_()
     teacher = torch.tensor(case.teacher).to(TORCH_DTYPES[dtype])
     mask, labels = torch.tensor(case.mask), torch.tensor(case.labels).long()

@@ -19,7 +19,6 @@ from parity.losses import (
     gradient_floor,
 )
 from parity.outcomes import (
-    TORCH_DTYPES,
     Outcome,
     gradient_error,
     our_outcome,
@@ -27,7 +26,7 @@ from parity.outcomes import (
     value_error,
 )
 from parity.rows import Row, Tally, Tolerance
-from parity.subjects import CTKD_EPOCH, CTKD_TEMPERATURE, SUBJECTS, Subject, TorchLoss
+from parity.subjects import CTKD_EPOCH, CTKD_RAW, SUBJECTS, Subject, TorchLoss
 from parity.torch_exact import exact_loss
 from parity.torch_reference import (
     Settings,
@@ -38,8 +37,9 @@ from parity.torch_reference import (
 from taid_jax import loss as objectives
 
 SAME = Tolerance(
-    1e-6,
-    "relative; the same operations of the same PyTorch, in another order at most",
+    1e-5,
+    "relative; the same operations of the same PyTorch in another order: some entries "
+    "in bfloat16 round the other way",
 )
 
 
@@ -136,7 +136,8 @@ def _reproduce(
 def temperature_rows(folder: pathlib.Path) -> list[Row]:
     """Returns the row of the gradient that CTKD's temperature learns from.
 
-    Published, it is multiplied by `ctkd_strength`; `deviations` shows what should be.
+    The size of it: recordings have it with the published sign and strength, ours comes
+    out reversed. `deviations` shows the two beside each other.
 
     Args:
         folder: As `golden/README.md` describes.
@@ -146,13 +147,10 @@ def temperature_rows(folder: pathlib.Path) -> list[Row]:
     """
     row = ("losses", "CTKD", "gradient of the temperature", RECORDING)
     tally = Tally(*row, GRADIENTS["float32"])
-    raw = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(ctkd_temperature(raw), raw)
-    factor = float(slope) * ctkd_strength(CTKD_EPOCH)
     for recorded in recorded_cases(folder, ["ctkd"]):
-        exact = factor * _exact_temperature_gradient(recorded.case)
-        ours = factor * _our_temperature_gradient(recorded.case, recorded.dtype)
-        theirs = recorded.temperature_gradient
+        exact = exact_temperature_gradient(recorded.case)
+        ours = -our_temperature_gradient(recorded.case, recorded.dtype)
+        theirs = recorded.temperature_gradient / ctkd_strength(CTKD_EPOCH)
         followed = recorded.dtype == "float32" and np.isfinite(theirs)
         tally.add(
             recorded.case.name,
@@ -163,30 +161,31 @@ def temperature_rows(folder: pathlib.Path) -> list[Row]:
     return [tally.row()]
 
 
-def _exact_temperature_gradient(case: Case) -> float:
-    temperature = torch.tensor(
-        CTKD_TEMPERATURE, dtype=TORCH_DTYPES["float64"], requires_grad=True
-    )
+def exact_temperature_gradient(case: Case) -> float:
+    """Returns the slope of CTKD in the number its temperature is made of, float64."""
+    raw = torch.tensor(CTKD_RAW, dtype=torch.float64, requires_grad=True)
     value = exact_loss(
         "ctkd",
         torch.tensor(case.student).double(),
         torch.tensor(case.teacher).double(),
         torch.tensor(case.mask),
         torch.tensor(case.labels),
-        Settings(temperature=temperature),
+        Settings(temperature=ctkd_temperature(raw)),
     )
-    (gradient,) = torch.autograd.grad(value, temperature)
+    (gradient,) = torch.autograd.grad(value, raw)
     return float(gradient)
 
 
-def _our_temperature_gradient(case: Case, dtype: str) -> float:
-    def value(temperature: jax.Array) -> jax.Array:
+def our_temperature_gradient(case: Case, dtype: str, strength: float = 1.0) -> float:
+    """Returns what the optimizer is given for that number: reversed, times strength."""
+
+    def value(raw: jax.Array) -> jax.Array:
         return objectives.distillation_loss(
-            objectives.CTKD(temperature),
+            objectives.CTKD(raw, jnp.float32(strength)),
             jnp.asarray(case.student).astype(dtype),
             jnp.asarray(case.teacher).astype(dtype),
             jnp.asarray(case.mask),
             jnp.asarray(case.labels),
         )
 
-    return float(jax.jit(jax.grad(value))(jnp.float32(CTKD_TEMPERATURE)))
+    return float(jax.jit(jax.grad(value))(jnp.float32(CTKD_RAW)))

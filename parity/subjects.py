@@ -14,12 +14,8 @@ TorchLoss = Callable[..., torch.Tensor]
 
 # Objectives whose gradient vanishes where both sides are peaked on different entries.
 _SATURATING = ("total_variation", "jensen_shannon", "skew_reverse_kl")
-_NAN_AT_INF = (
-    "reverse_kl",
-    "jensen_shannon",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-)
+_LOG_OF_MIXTURE = ("jensen_shannon", "skew_forward_kl", "skew_reverse_kl")
+_NAN_AT_INF = ("reverse_kl", *_LOG_OF_MIXTURE)
 _NEVER_AS_PUBLISHED = ("adaptive_kl", "dkd")
 _ROUNDED_IN_LOGITS_DTYPE = ("taid", "ctkd")
 
@@ -28,8 +24,11 @@ _DEFAULTS = Settings()
 CTKD_EPOCH = 3
 """The epoch, of 10, at which the gradient of the temperature is recorded."""
 
-CTKD_TEMPERATURE = 1.0 + 20.0 / (1.0 + math.exp(-1.0))
-"""CTKD's temperature before its first step: the number it learns starts at 1."""
+CTKD_RAW = 1.0
+"""The number that CTKD's temperature is made of, before its first step."""
+
+CTKD_TEMPERATURE = 1.0 + 20.0 / (1.0 + math.exp(-CTKD_RAW))
+"""The temperature made of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +59,8 @@ class Subject:
         if self.reference in _NEVER_AS_PUBLISHED or case.empty:
             return False
         if self.reference in _ROUNDED_IN_LOGITS_DTYPE and dtype != "float32":
+            return False
+        if case.underflows and self.reference in _LOG_OF_MIXTURE:
             return False
         at_ends = self.reference == "taid" and self.settings.t in (0.0, 1.0)
         return not (case.infinite and (at_ends or self.reference in _NAN_AT_INF))
@@ -111,7 +112,7 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject(
         "CTKD",
         "ctkd",
-        lambda: loss.CTKD(CTKD_TEMPERATURE),
+        lambda: loss.CTKD(CTKD_RAW),
         Settings(temperature=CTKD_TEMPERATURE),
         "ctkd",
     ),

@@ -82,11 +82,13 @@ def _skew_reverse_kl(pair: _Pair, settings: Settings) -> Tensor:
 
 
 def _adaptive_kl(pair: _Pair, settings: Settings) -> Tensor:
-    falling, order = pair.p.sort(dim=-1, descending=True, stable=True)
+    falling = pair.p.sort(dim=-1, descending=True).values
     before = falling.cumsum(-1) - falling
-    # The smallest head that holds the mass: an entry joins while it is not yet held.
-    head = torch.zeros_like(pair.kept)
-    head.scatter_(-1, order, before < settings.head_threshold)
+    # The smallest head that holds the mass: an entry joins while it is not yet held,
+    # and with it all that are as probable.
+    members = before < settings.head_threshold
+    least = torch.where(members, falling, torch.ones_like(falling)).amin(-1, True)
+    head = pair.p >= least
     gap = (pair.p - pair.q).abs().detach()
     head_gap, tail_gap = pair.sum(gap * head), pair.sum(gap * ~head)
     whole = head_gap + tail_gap
