@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import jax
 import pytest
@@ -25,8 +26,20 @@ def train_tpu():
     path = ROOT / "scripts" / "train_tpu.py"
     spec = importlib.util.spec_from_file_location("train_tpu", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_cache():
+    """The script moves the compile cache; here it moves to where it is already."""
+    folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        # Nothing is fetched in these tests; only the compile cache is looked for here.
+        patch.setenv("TAID_JAX_CACHE", str(folder / "scripts"))
+        yield
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _tokenizer(vocab_size=300):
