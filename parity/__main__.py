@@ -78,6 +78,7 @@ def _complain(message: str) -> None:
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    import torch
     import transformers
 
     from parity.recordings import GOLDEN, RecordingError
@@ -87,6 +88,8 @@ def _run(chosen: argparse.Namespace) -> int:
     from parity.upstream import Upstream, UpstreamError
     from taid_jax.models.errors import ModelError
 
+    # The arrays are small: more threads than one wait for each other and for XLA's.
+    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     # Rows that show NaN make numpy and PyTorch warn of it.
     warnings.filterwarnings("ignore", category=RuntimeWarning)

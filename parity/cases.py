@@ -90,6 +90,7 @@ def random_cases(grid: Grid, seed: int) -> Iterator[Case]:
         if mask is None:
             mask = (rng.random(tokens) < 0.7).astype(np.int32)
             mask.flat[0], mask.flat[-1] = 1, 0
+        mask = mask[: tokens[0], : tokens[1]]
         return Case(
             f"seed {seed}, vocabulary {vocab}, scale {scale:g}{name}",
             student.astype(np.float32),

@@ -181,6 +181,7 @@ def train(
     batches: dict[str, np.ndarray],
     loss: TorchLoss = published_loss,
     make_schedule: schedules.MakeSchedule = PublishedSchedule,
+    last: int | None = None,
 ) -> tuple[dict[str, np.ndarray], torch.nn.Module]:
     """Trains a student in PyTorch as the published recipe does, on a CPU in float32.
 
@@ -190,6 +191,7 @@ def train(
         batches: `input_ids`, `attention_mask`, `labels`.
         loss: Mean loss of a batch.
         make_schedule: TAID's controller.
+        last: Stop after this many steps; all when None.
 
     Returns:
         The arrays of `run.npz`, and the student after the last step.
@@ -208,7 +210,7 @@ def train(
     adaptive = settings.loss == "taid"
     schedule = make_schedule(**settings.schedule())
     steps: dict[str, list[float]] = {key: [] for key in STEP_KEYS}
-    for step in range(settings.steps):
+    for step in range(last or settings.steps):
         rate = settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -310,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     chosen.folder.mkdir(parents=True, exist_ok=True)
     record_losses(chosen.folder, chosen.seed)
     record_schedule(chosen.folder, chosen.seed)

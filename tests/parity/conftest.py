@@ -16,6 +16,9 @@ def golden() -> pathlib.Path:
 @pytest.fixture(autouse=True, scope="session")
 def _quiet():
     if importlib.util.find_spec("torch") is not None:
+        import torch
         import transformers
 
+        # The arrays are small: more threads than one wait for each other.
+        torch.set_num_threads(1)
         transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,230 @@
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="parity needs PyTorch: '.[parity]'")
+
+from parity.cases import Grid, random_cases  # noqa: E402
+from parity.outcomes import torch_outcome  # noqa: E402
+from parity.schedule import histories, published_history  # noqa: E402
+from parity.subjects import SUBJECTS  # noqa: E402
+from parity.torch_reference import published_loss  # noqa: E402
+from parity.upstream import Upstream, UpstreamError  # noqa: E402
+
+# A stand-in for a checkout: the published names and call shapes, with code of our own.
+BASE = """
+from typing import Optional, Union
+import torch
+import wandb
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from transformers import PreTrainedModel
+
+class DistilLoss(torch.nn.Module):
+    def helper(self, module: Optional[LightningModule]): ...
+
+class Callback(LightningModule):
+    model: Union[PreTrainedModel, None] = None
+
+def mean(values, mask):
+    return (values * mask).sum() / mask.sum()
+
+def p_of(logits):
+    return torch.softmax(logits.float(), -1)
+
+def log_of(logits):
+    return torch.log_softmax(logits.float(), -1)
+"""
+PLAIN = """
+from .base import DistilLoss, mean, p_of, log_of
+
+class {name}(DistilLoss):
+    def __init__(self, {settings}):
+        super().__init__()
+        self.weight = {weight}
+
+    def forward(self, logits, teacher_logits, mask, **kwargs):
+        p, q, w = p_of(teacher_logits), p_of(logits), self.weight
+        lp, lq = log_of(teacher_logits), log_of(logits)
+        return mean(({body}).sum(-1), mask)
+"""
+HEAD = """
+from .base import DistilLoss, mean, p_of, log_of
+
+class AdaptiveKL(DistilLoss):
+    def __init__(self, head_threshold: float = 0.5):
+        super().__init__()
+        self.rest = 1 - head_threshold
+
+    def forward(self, logits, teacher_logits, mask, **kwargs):
+        p, q = p_of(teacher_logits), p_of(logits)
+        lp, lq = log_of(teacher_logits), log_of(logits)
+        head = p.sort(-1).values.cumsum(-1) > self.rest
+        gap = (p - q).abs()
+        weight = (gap * head).sum(-1) / gap.sum(-1)
+        forward, reverse = -(p * lq).sum(-1), (q * (lq - lp)).sum(-1)
+        return mean(weight * forward + (1 - weight) * reverse, mask)
+"""
+CTKD = """
+import torch
+from .base import DistilLoss, mean, p_of, log_of
+
+class CTKD(DistilLoss):
+    def __init__(self, num_loops: int = 10):
+        super().__init__()
+        self.raw = torch.nn.Parameter(torch.ones(1, device="cuda"))
+
+    def forward(self, lightning_module, logits, teacher_logits, mask, **kwargs):
+        assert lightning_module.current_epoch == 0
+        t = 1 + 20 * torch.sigmoid(self.raw)
+        loss = -(p_of(teacher_logits / t) * log_of(logits / t)).sum(-1)
+        return {"distil_loss": t**2 * mean(loss, mask), "temperature": t}
+"""
+DKD = """
+import torch
+from .base import DistilLoss, p_of, log_of
+
+class DKD(DistilLoss):
+    def __init__(self, alpha: float = 1.0, beta: float = 0.5):
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, lightning_module, logits, teacher_logits, mask, batch):
+        labels = batch["model_inputs"]["labels"][..., 1:].clamp(min=0)
+        hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
+        p, q = p_of(teacher_logits), p_of(logits)
+
+        def kl(a, b):
+            return (a * (a / b).log()).sum(-1)
+
+        def two(x):
+            return torch.stack([(x * hot).sum(-1), (x * ~hot).sum(-1)], -1)
+
+        lq, lp = log_of(logits - 1000.0 * hot), log_of(teacher_logits - 1000.0 * hot)
+        rest = (lp.exp() * (lp - lq)).sum(-1)
+        loss = self.alpha * kl(two(p), two(q)) + self.beta * rest
+        return (loss * mask).sum() / mask.numel()
+"""
+TAID = """
+import torch
+from lightning import LightningModule
+from .base import DistilLoss, mean, p_of, log_of
+
+class TAID(DistilLoss):
+    def __init__(self, t_start=0.4, t_end=1.0, alpha=5e-4, beta=0.99,
+                 disable_adaptive=False):
+        super().__init__()
+        self.t_start, self.t_end, self.alpha = t_start, t_end, alpha
+        self.beta, self.linear = beta, disable_adaptive
+        one = lambda value: torch.tensor(value, device="cuda", dtype=torch.float32)
+        self.register_buffer("t", one(t_start))
+        self.register_buffer("prev_loss", one(float("inf")))
+        self.register_buffer("momentum", torch.zeros([], device="cuda"))
+
+    def update_t(self, loss, global_step: int, num_train_steps: int):
+        if torch.isinf(self.prev_loss):
+            self.prev_loss = loss
+            return
+        fall = (self.prev_loss - loss) / (self.prev_loss + 1e-15)
+        self.momentum = self.beta * self.momentum + (1 - self.beta) * fall
+        delta = self.alpha * torch.sigmoid(self.momentum) * (1 - self.t)
+        line = self.t_start + (self.t_end - self.t_start) * (
+            global_step / num_train_steps)
+        t = line if self.linear else min(self.t_end, max(line, float(self.t + delta)))
+        self.t, self.prev_loss = torch.tensor(t), loss
+        return delta
+
+    def forward(self, lightning_module: LightningModule, logits, teacher_logits, mask,
+                batch, **kwargs):
+        target = p_of((1 - self.t) * logits.detach() + self.t * teacher_logits)
+        loss = mean(-(target * log_of(logits)).sum(-1), mask)
+        self.update_t(loss.detach(), lightning_module.global_step,
+                      lightning_module.trainer.estimated_stepping_batches)
+        lightning_module.log("train/t", self.t)
+        return {"distil_loss": loss, "t": self.t}
+"""
+BODIES = {
+    "fkl": ("ForwardKL", "", "0", "-p * lq"),
+    "rkl": ("ReverseKL", "", "0", "q * (lq - lp)"),
+    "tvd": ("TVD", "", "0", "0.5 * (p - q).abs()"),
+    "js": (
+        "JS",
+        "teacher_weight: float = 0.1",
+        "teacher_weight",
+        "w * p * (lp - (w * p + (1 - w) * q).log())"
+        " + (1 - w) * q * (lq - (w * p + (1 - w) * q).log())",
+    ),
+    "skew_fkl": ("SkewForwardKL", "", "0.1", "-p * (w * p + (1 - w) * q).log()"),
+    "skew_rkl": (
+        "SkewReverseKL",
+        "",
+        "0.1",
+        "q * (lq - ((1 - w) * p + w * q).log())",
+    ),
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    losses = tmp_path / "src" / "distil_losses"
+    losses.mkdir(parents=True)
+    files = {"base": BASE, "adaptive_kl": HEAD, "ctkd": CTKD, "dkd": DKD, "taid": TAID}
+    for stem, (name, settings, weight, body) in BODIES.items():
+        files[stem] = PLAIN.format(
+            name=name, settings=settings, weight=weight, body=body
+        )
+    for stem, code in files.items():
+        (losses / f"{stem}.py").write_text(code)
+    # What it exports, and that it pulls in the whole trainer, must not matter.
+    (losses / "__init__.py").write_text("import lightning_of_another_name")
+    return tmp_path
+
+
+def test_upstream_gives_the_losses_of_a_checkout(checkout):
+    upstream = Upstream(checkout)
+    grid = Grid(scales=(1.0,), vocabs=(13,), dtypes=("float32",))
+    case = next(random_cases(grid, 0))
+    for subject in SUBJECTS:
+        theirs = torch_outcome(subject, upstream.loss, case, "float32")
+        ours = torch_outcome(subject, published_loss, case, "float32")
+        # The same formula in another order of operations, float32.
+        assert theirs.value == pytest.approx(ours.value, rel=1e-5)
+        np.testing.assert_allclose(theirs.gradient, ours.gradient, rtol=0, atol=2e-6)
+
+
+def test_upstream_gives_the_schedule_of_a_checkout(checkout):
+    upstream = Upstream(checkout)
+    for settings, losses in histories(0, 200).values():
+        theirs = published_history(settings, losses, upstream.schedule)
+        ours = published_history(settings, losses)
+        np.testing.assert_allclose(theirs.t, ours.t, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(theirs.momentum, ours.momentum, rtol=0, atol=1e-7)
+
+
+def test_upstream_leaves_the_real_modules_in_place(checkout):
+    import transformers
+
+    path = list(sys.path)
+    Upstream(checkout)
+    assert sys.modules["transformers"] is transformers
+    assert transformers.LlamaConfig is not None
+    assert "lightning" not in sys.modules
+    assert sys.path == path
+
+
+def test_upstream_says_what_is_no_checkout(tmp_path):
+    with pytest.raises(UpstreamError, match="distil_losses"):
+        Upstream(tmp_path)
+
+
+def test_upstream_names_missing_classes(checkout):
+    (checkout / "src" / "distil_losses" / "js.py").unlink()
+    with pytest.raises(UpstreamError, match="JS"):
+        Upstream(checkout)
+
+
+def test_upstream_names_a_module_that_does_not_import(checkout):
+    (checkout / "src" / "distil_losses" / "js.py").write_text("import nonsense_xyz")
+    with pytest.raises(UpstreamError, match=r"js\.py.*nonsense_xyz"):
+        Upstream(checkout)
