@@ -1,100 +1,33 @@
 """The decoder, written once: the families differ by the settings of `DecoderConfig`."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
+from taid_jax.models.attention import batch_positions, batch_segments, causal_attention
 from taid_jax.models.config import DecoderConfig
-from taid_jax.types import Params
+from taid_jax.models.errors import ModelError
+from taid_jax.models.layers import Embedding, Layer, Linear, RMSNorm
+from taid_jax.models.rope import rotation
+from taid_jax.types import Batch, Head, ModelFunctions, Params
 
+Remat = Literal["none", "dots", "full"]
 
-class Linear(nnx.Module):
-    """A linear map between named axes, with or without a bias.
-
-    Args:
-        inputs: Size of each input axis.
-        outputs: Size of each output axis.
-    """
-
-    def __init__(
-        self,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
-        *,
-        bias: bool,
-        scale: float,
-        rngs: nnx.Rngs,
-    ):
-        axes = inputs | outputs
-        kernel = scale * jax.random.normal(rngs.params(), tuple(axes.values()))
-        self.kernel = nnx.Param(kernel, axes=tuple(axes))
-        if bias:
-            zeros = jnp.zeros(tuple(outputs.values()))
-            self.bias = nnx.Param(zeros, axes=tuple(outputs))
-
-
-class RMSNorm(nnx.Module):
-    """A division by the root mean square, in float32, and a learned scale."""
-
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(size), axes=("norm",))
-        self.eps = eps
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        embed = {"embed": config.d_model}
-        queries = {"heads": config.num_heads, "head_dim": config.head_dim}
-        keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        linear = functools.partial(
-            Linear,
-            bias=config.attention_bias,
-            scale=config.initializer_range,
-            rngs=rngs,
-        )
-        self.q_proj = linear(embed, queries)
-        self.k_proj = linear(embed, keys)
-        self.v_proj = linear(embed, keys)
-        self.o_proj = linear(queries, embed)
-
-
-class MLP(nnx.Module):
-    """A gated MLP: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        embed, mlp = {"embed": config.d_model}, {"mlp": config.mlp_dim}
-        linear = functools.partial(
-            Linear, bias=config.mlp_bias, scale=config.initializer_range, rngs=rngs
-        )
-        self.gate_proj = linear(embed, mlp)
-        self.up_proj = linear(embed, mlp)
-        self.down_proj = linear(mlp, embed)
-
-
-class Layer(nnx.Module):
-    """One layer: attention and MLP, each after a norm and added to the stream."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = MLP(config, rngs)
-
-
-class Embedding(nnx.Module):
-    """A row of numbers per token id."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.d_model)
-        table = config.initializer_range * jax.random.normal(rngs.params(), shape)
-        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+_SAVED: dict[str, tuple[str, ...]] = {
+    "none": ("projected", "attended", "middle", "gated"),
+    "dots": ("projected", "middle", "gated"),
+    "full": (),
+}
+"""What the backward pass of a layer keeps beside the layer's input: every product; all
+but the attention's; nothing. Norms and activations are cheap and computed again."""
 
 
 class Decoder(nnx.Module):
@@ -141,7 +74,7 @@ def abstract_params(
 def param_axes(config: DecoderConfig) -> dict[str, Any]:
     """Returns the same tree with the logical name of each axis, a tuple per leaf."""
     module = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    axes = {}
+    axes: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         names = variable.get_metadata("axes")
         node = axes
@@ -149,3 +82,115 @@ def param_axes(config: DecoderConfig) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[path[-1]] = ("layers", *names) if path[0] == "layers" else names
     return axes
+
+
+@functools.cache
+def _graph(config: DecoderConfig) -> nnx.GraphDef[Decoder]:
+    """Returns the structure of the modules, without their arrays."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
+def merge(params: Params, config: DecoderConfig) -> tuple[Decoder, nnx.GraphDef[Layer]]:
+    """Returns the modules over these arrays, and the structure of a single layer.
+
+    `nnx.merge(structure, layer_params)` is one layer; `layer_params` is a slice of
+    `params["layers"]`.
+    """
+    decoder = nnx.merge(_graph(config), params)
+    return decoder, nnx.graphdef(decoder.layers)
+
+
+def hidden_states(
+    params: Params,
+    batch: Batch,
+    config: DecoderConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat = "none",
+) -> Float[Array, "batch length d_model"]:
+    """Returns the hidden states after the last norm, in `dtype`.
+
+    Args:
+        params: As `init_params` gives them, in any float dtype.
+        batch: `input_ids` `(batch, length)`; `attention_mask` when padded, left or
+            right; `segment_ids` and `positions` when packed.
+        config: The architecture.
+        dtype: Of the computation; norms and softmax are float32 inside.
+        remat: What the backward pass computes again instead of keeping it: "none" no
+            product, "dots" the attention, "full" whole layers.
+
+    Raises:
+        ModelError: If `remat` is none of the three.
+    """
+    if remat not in _SAVED:
+        raise ModelError(f"remat: need one of {get_args(Remat)}, got {remat!r}")
+    decoder, layer_graph = merge(params, config)
+    turn = rotation(batch_positions(batch), config.rope, config.head_dim)
+    segments = batch_segments(batch)
+
+    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
+        return causal_attention(queries, keys, values, segments), None
+
+    policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def step(x: Array, layer_params: Params) -> tuple[Array, None]:
+        return nnx.merge(layer_graph, layer_params)(x, turn, attend)
+
+    x, _ = jax.lax.scan(
+        step, decoder.embed(batch["input_ids"], dtype), params["layers"]
+    )
+    return decoder.final_norm(x)
+
+
+def head(params: Params, config: DecoderConfig) -> Head:
+    """Returns the head; of tied embeddings, the transposed table."""
+    if config.tie_embeddings:
+        return Head(params["embed"]["embedding"].T)
+    return Head(params["lm_head"]["kernel"])
+
+
+def decoder_functions(
+    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
+) -> ModelFunctions:
+    """Returns what a train step needs of the decoder.
+
+    Args:
+        config: The architecture.
+        dtype: Of the computation, whatever the parameters have.
+        remat: As in `hidden_states`.
+    """
+
+    def hidden(params: Params, batch: Batch) -> Array:
+        return hidden_states(params, batch, config, dtype=dtype, remat=remat)
+
+    return ModelFunctions(hidden=hidden, head=lambda params: head(params, config))
+
+
+def select_layers(
+    params: Params, config: DecoderConfig, num_layers: int
+) -> tuple[dict[str, Any], DecoderConfig]:
+    """Returns a shallower decoder made of evenly spaced layers of this one.
+
+    The first and the last layer are kept; a single layer is the first.
+
+    Args:
+        params: Parameters, or their shapes.
+        config: The architecture.
+        num_layers: Layers to keep.
+
+    Returns:
+        The parameters and the settings of the shallower decoder.
+
+    Raises:
+        ModelError: If there are fewer layers than that.
+    """
+    if not 1 <= num_layers <= config.num_layers:
+        raise ModelError(
+            f"student layers: need 1 to {config.num_layers}, the layers of the "
+            f"teacher, got {num_layers}"
+        )
+    chosen = np.linspace(0, config.num_layers - 1, num_layers).round().astype(int)
+    layers = jax.tree.map(lambda leaf: leaf[chosen], params["layers"])
+    shallow = dataclasses.replace(config, num_layers=num_layers)
+    return {**params, "layers": layers}, shallow
