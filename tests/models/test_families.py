@@ -249,7 +249,7 @@ def test_entries_names_a_parameter_that_the_family_does_not_declare(monkeypatch)
     poor = dataclasses.replace(family, weights=family.weights[:-1])
     monkeypatch.setattr("taid_jax.models.families.registry.FAMILIES", (poor,))
     config = DecoderConfig(8, 4, 1, 1, 1, 4, 4, 8)
-    with pytest.raises(ModelError, match="declares no tensors .* lm_head"):
+    with pytest.raises(ModelError, match=r"declares no tensors .* lm_head"):
         entries(config, "hf")
 
 

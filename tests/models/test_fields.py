@@ -42,7 +42,7 @@ def test_get_returns_values_and_defaults():
 def test_get_refuses_other_types_and_sizes(kind, value):
     fields = Fields({"key": value}, "file")
     fields.get("key", REQUIRED, kind)
-    with pytest.raises(ModelError, match="file asks for .* key: need "):
+    with pytest.raises(ModelError, match=r"file asks for .* key: need "):
         fields.finish()
 
 
@@ -56,7 +56,12 @@ def test_finish_lists_all_problems_together():
     inner.get("x", 1.0, float)
     with pytest.raises(ModelError) as caught:
         fields.finish()
-    for words in ("a: need", "missing: is missing", "b: the decoder", "unknown: is not"):
+    for words in (
+        "a: need",
+        "missing: is missing",
+        "b: the decoder",
+        "unknown: is not",
+    ):
         assert words in str(caught.value)
     assert "inner.x: need a number" in str(caught.value)
 

@@ -1,0 +1,263 @@
+"""Hugging Face folders out: whole or not at all, and as transformers reads them."""
+
+import json
+import logging
+import os
+import stat
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taid_jax.models import export
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.errors import ModelError
+from taid_jax.models.export import plan_shards, stored_tensors, write_folder
+from taid_jax.models.hf import INDEX, WEIGHTS
+from taid_jax.models.load import export_model, load_model
+
+CONFIG = DecoderConfig(
+    vocab_size=20,
+    d_model=8,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=12,
+    max_length=64,
+    rope=RopeConfig(theta=5e4, kind="llama3", factor=2.0, original_max_length=16),
+)
+VARIANTS = {
+    "untied": {},
+    "tied": {"tie_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "linear": {"rope": RopeConfig(kind="linear", factor=2.0)},
+}
+
+
+def variant(name):
+    values = {field: getattr(CONFIG, field) for field in CONFIG.__dataclass_fields__}
+    return DecoderConfig(**{**values, **VARIANTS[name]})
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.fixture
+def params(random_params):
+    return random_params(CONFIG)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("max_shard_bytes", [1 << 30, 2000], ids=["one", "shards"])
+def test_write_folder_is_read_back_bit_for_bit(
+    tmp_path, random_params, name, max_shard_bytes
+):
+    config = variant(name)
+    before = random_params(config)
+    write_folder(tmp_path / "m", config, before, max_shard_bytes=max_shard_bytes)
+    after = load_model(tmp_path / "m")
+    assert after.config == config
+    same(after.params, before)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("max_shard_bytes", [1 << 30, 2000], ids=["one", "shards"])
+def test_write_folder_is_loaded_by_transformers_without_a_word(
+    tmp_path, random_params, caplog, name, max_shard_bytes
+):
+    pytest.importorskip("torch", reason="transformers needs PyTorch to load a model")
+    transformers = pytest.importorskip("transformers")
+    config = variant(name)
+    params = random_params(config)
+    write_folder(tmp_path / "m", config, params, max_shard_bytes=max_shard_bytes)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "m", output_loading_info=True
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not any(info.values()), info
+    assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
+    state = {k: v.numpy() for k, v in model.state_dict().items()}
+    written = {t.name: t.make() for t in stored_tensors(config, params)}
+    assert written.keys() == state.keys() - (
+        {"lm_head.weight"} if name == "tied" else set()
+    )
+    same({key: state[key] for key in written}, written)
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_stored_tensors_go_layer_by_layer(params):
+    names = [tensor.name for tensor in stored_tensors(CONFIG, params)]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    layers = [int(name.split(".")[2]) for name in names[1:-2]]
+    assert layers == sorted(layers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_write_folder_stores_the_dtype_asked_for(tmp_path, params, dtype):
+    write_folder(tmp_path / "m", CONFIG, params, dtype=dtype)
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), params)
+    same(load_model(tmp_path / "m").params, expected)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
+
+
+def test_write_folder_refuses_another_dtype(tmp_path, params):
+    with pytest.raises(ModelError, match=r"written as one of .* got int8"):
+        write_folder(tmp_path / "m", CONFIG, params, dtype="int8")
+
+
+def test_write_folder_writes_an_index_that_covers_every_tensor(tmp_path, params):
+    write_folder(tmp_path / "m", CONFIG, params, max_shard_bytes=2000)
+    index = json.loads((tmp_path / "m" / INDEX).read_text())
+    files = {path.name for path in (tmp_path / "m").glob("model-*.safetensors")}
+    assert set(index["weight_map"].values()) == files
+    assert len(index["weight_map"]) == 2 + 1 + 9 * CONFIG.num_layers
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert index["metadata"]["total_size"] == total
+    assert not (tmp_path / "m" / WEIGHTS).exists()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    limit=st.integers(1, 90),
+)
+def test_plan_shards_keeps_order_and_limit(sizes, limit):
+    shards = plan_shards(sizes, limit)
+    assert [index for shard in shards for index in shard] == list(range(len(sizes)))
+    for shard in shards:
+        assert len(shard) == 1 or sum(sizes[index] for index in shard) <= limit
+
+
+def test_write_folder_writes_generation_settings(tmp_path, params):
+    generation = {"eos_token_id": [3, 4], "temperature": 0.5, "do_sample": True}
+    export_model(tmp_path / "m", CONFIG, params, generation=generation)
+    loaded = load_model(tmp_path / "m")
+    assert {key: loaded.generation[key] for key in generation} == generation
+    assert json.loads((tmp_path / "m/config.json").read_text())["eos_token_id"] == [
+        3,
+        4,
+    ]
+
+
+def test_write_folder_lets_others_read_as_the_user_wants(tmp_path, params):
+    old = os.umask(0o022)
+    try:
+        write_folder(tmp_path / "m", CONFIG, params)
+    finally:
+        os.umask(old)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").iterdir()}
+    assert modes == {0o644}
+    assert stat.S_IMODE((tmp_path / "m").stat().st_mode) == 0o755
+
+
+def test_write_folder_takes_an_empty_folder(tmp_path, params):
+    (tmp_path / "m").mkdir()
+    write_folder(tmp_path / "m", CONFIG, params)
+    same(load_model(tmp_path / "m").params, params)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_write_folder_never_overwrites_what_a_user_has(tmp_path, params, replace):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ModelError, match=r"not empty \(it has thesis\.tex\)"):
+        write_folder(tmp_path / "m", CONFIG, params, replace=replace)
+    assert [path.name for path in tmp_path.rglob("*")] == ["m", "thesis.tex"]
+
+
+def test_write_folder_never_overwrites_a_file(tmp_path, params):
+    (tmp_path / "m").write_text("precious")
+    with pytest.raises(ModelError, match="is there and no folder"):
+        write_folder(tmp_path / "m", CONFIG, params, replace=True)
+    assert (tmp_path / "m").read_text() == "precious"
+
+
+def test_write_folder_replaces_an_older_export_only_when_asked(tmp_path, random_params):
+    first, second = random_params(CONFIG, seed=1), random_params(CONFIG, seed=2)
+    write_folder(tmp_path / "m", CONFIG, first, max_shard_bytes=2000)
+    with pytest.raises(ModelError, match="not empty"):
+        write_folder(tmp_path / "m", CONFIG, second)
+    same(load_model(tmp_path / "m").params, first)
+    write_folder(tmp_path / "m", CONFIG, second, replace=True)
+    same(load_model(tmp_path / "m").params, second)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_write_folder_leaves_nothing_behind_when_it_fails(
+    tmp_path, random_params, monkeypatch, there_before
+):
+    first = random_params(CONFIG, seed=1)
+    if there_before:
+        write_folder(tmp_path / "m", CONFIG, first)
+    written = []
+
+    def full_disk(tensors, path, **options):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        path.write_bytes(b"part of a model")
+
+    monkeypatch.setattr(export, "save_file", full_disk)
+    with pytest.raises(ModelError, match="No space left on device"):
+        write_folder(
+            tmp_path / "m", CONFIG, first, max_shard_bytes=2000, replace=there_before
+        )
+    assert written
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"] * there_before
+    if there_before:
+        same(load_model(tmp_path / "m").params, first)
+
+
+def test_write_folder_brings_the_older_export_back_when_renaming_fails(
+    tmp_path, random_params, monkeypatch
+):
+    first = random_params(CONFIG, seed=1)
+    write_folder(tmp_path / "m", CONFIG, first)
+    rename = type(tmp_path).rename
+
+    def broken(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", broken)
+    with pytest.raises(ModelError, match="Input/output error"):
+        write_folder(tmp_path / "m", CONFIG, first, replace=True)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    same(load_model(tmp_path / "m").params, first)
+
+
+def test_write_folder_is_not_there_before_it_is_whole(tmp_path, params, monkeypatch):
+    seen = []
+
+    def watch(tensors, path, **options):
+        seen.append((tmp_path / "m").exists())
+        return save_file(tensors, path, **options)
+
+    save_file = export.save_file
+    monkeypatch.setattr(export, "save_file", watch)
+    write_folder(tmp_path / "m", CONFIG, params, max_shard_bytes=2000)
+    assert len(seen) > 2
+    assert not any(seen)
+
+
+def test_write_folder_names_parameters_that_do_not_fit(tmp_path, params):
+    wrong = {**params, "final_norm": {"scale": np.ones(9, np.float32)}}
+    with pytest.raises(ModelError, match=r"final_norm\.scale has shape \(9,\)"):
+        write_folder(tmp_path / "m", CONFIG, wrong)
+    del wrong["final_norm"]
+    with pytest.raises(ModelError, match=r"final_norm\.scale is missing"):
+        write_folder(tmp_path / "m", CONFIG, wrong)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,297 @@
+"""GGUF files in: every quantisation, llama.cpp's order, and broken files."""
+
+import json
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.errors import ModelError
+from taid_jax.models.families import write_config
+from taid_jax.models.gguf import open_gguf, read_gguf_config
+from taid_jax.models.load import load_config, load_model
+
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+K_KINDS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+TYPE = gguf.GGUFValueType
+
+
+def reference(folder, config, state):
+    """Loads the same weights by way of a Hugging Face folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(write_config(config)))
+    arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    return load_model(folder).params
+
+
+def refusal(path):
+    with pytest.raises(ModelError) as caught:
+        load_model(path)
+    return str(caught.value)
+
+
+def test_load_config_reads_the_metadata(tmp_path, write_gguf):
+    write_gguf(tmp_path / "m.gguf")
+    assert load_config(tmp_path / "m.gguf") == DecoderConfig(
+        vocab_size=40,
+        d_model=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=96,
+        max_length=128,
+        # The file has float32's 9.99999974e-06; what was meant is read.
+        norm_eps=1e-5,
+        rope=RopeConfig(theta=1e5),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_model_dequantises(tmp_path, write_gguf, kind):
+    state = write_gguf(tmp_path / "m.gguf", kind=kind)
+    loaded = load_model(tmp_path / "m.gguf")
+    expected = reference(tmp_path / "hf", loaded.config, state)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+@pytest.mark.parametrize("kind", K_KINDS)
+def test_load_model_dequantises_types_that_are_only_read(tmp_path, write_gguf, kind):
+    # Random blocks; their scales may be infinite or no number, which stays so.
+    state = write_gguf(tmp_path / "m.gguf", kind=kind, width=256, mlp=256, layers=1)
+    loaded = load_model(tmp_path / "m.gguf")
+    expected = reference(tmp_path / "hf", loaded.config, state)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_load_model_puts_queries_and_keys_back(
+    tmp_path, write_gguf, tied, bias, groups
+):
+    state = write_gguf(tmp_path / "m.gguf", tied=tied, bias=bias, groups=groups)
+    loaded = load_model(tmp_path / "m.gguf")
+    assert loaded.config.tie_embeddings == tied
+    assert loaded.config.attention_bias == bias
+    expected = reference(tmp_path / "hf", loaded.config, state)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+def test_load_model_agrees_with_transformers(tmp_path, write_gguf):
+    pytest.importorskip("torch", reason="transformers reads GGUF with PyTorch only")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    write_gguf(tmp_path / "m.gguf", kind="Q4_1")
+    loaded = load_model(tmp_path / "m.gguf")
+    theirs = load_gguf_checkpoint(str(tmp_path / "m.gguf"))["config"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**theirs))
+    read = load_gguf_checkpoint(
+        str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=model
+    )
+    state = {name: tensor.numpy() for name, tensor in read["tensors"].items()}
+    expected = reference(tmp_path / "hf", loaded.config, state)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({}, RopeConfig(theta=1e5)),
+        (
+            {
+                "llama.rope.scaling.type": ("linear", TYPE.STRING),
+                "llama.rope.scaling.factor": (4.0, TYPE.FLOAT32),
+            },
+            RopeConfig(theta=1e5, kind="linear", factor=4.0),
+        ),
+        (
+            {"llama.rope.scaling.type": ("none", TYPE.STRING)},
+            RopeConfig(theta=1e5),
+        ),
+    ],
+    ids=["none", "linear", "named-none"],
+)
+def test_read_gguf_config_reads_rope_scaling(tmp_path, write_gguf, keys, rope):
+    write_gguf(tmp_path / "m.gguf", keys=keys)
+    assert load_config(tmp_path / "m.gguf").rope == rope
+
+
+def test_read_gguf_config_recognises_llama_3_by_its_rotary_factors(
+    tmp_path, write_gguf
+):
+    # Published formula (Llama 3.1): wavelengths over 8192 are divided by the factor,
+    # those under 8192 / 4 stay, between them it is interpolated.
+    factors = []
+    for pair in range(32):
+        wavelength = 2 * np.pi * 1e5 ** (2 * pair / 64)
+        share = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+        if wavelength < 8192 / 4.0:
+            factors.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            factors.append(32.0)
+        else:
+            factors.append(1 / ((1 - share) / 32.0 + share))
+    assert any(1.0 < factor < 32.0 for factor in factors)
+    extra = {"rope_freqs.weight": np.array(factors, np.float32)}
+    write_gguf(tmp_path / "m.gguf", width=256, layers=1, extra=extra)
+    assert load_config(tmp_path / "m.gguf").rope == RopeConfig(
+        theta=1e5,
+        kind="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_length=8192,
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        (np.linspace(1, 8, 8), "not those of Llama 3"),
+        (np.full(8, np.nan), "not those of Llama 3"),
+        (np.ones(3), r"shape \(3,\)"),
+    ],
+)
+def test_read_gguf_config_refuses_other_rotary_factors(
+    tmp_path, write_gguf, factors, words
+):
+    write_gguf(
+        tmp_path / "m.gguf", extra={"rope_freqs.weight": factors.astype(np.float32)}
+    )
+    with pytest.raises(ModelError, match=words):
+        load_config(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.expert_count", (8, TYPE.UINT32), "llama.expert_count"),
+        ("llama.logit_scale", (0.5, TYPE.FLOAT32), "llama.logit_scale"),
+        ("llama.attention.key_length", (32, TYPE.UINT32), "rope.dimension_count"),
+        ("llama.rope.scaling.type", ("yarn", TYPE.STRING), "rope.scaling.type.*yarn"),
+        ("llama.rope.scaling.factor", (0.5, TYPE.FLOAT32), "factor >= 1"),
+        ("split.count", (3, TYPE.UINT16), "one of several parts"),
+    ],
+)
+def test_load_config_names_what_cannot_be_done(tmp_path, write_gguf, key, value, words):
+    write_gguf(tmp_path / "m.gguf", keys={key: value})
+    with pytest.raises(ModelError, match=words):
+        load_config(tmp_path / "m.gguf")
+
+
+def test_load_config_names_an_unsupported_architecture(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert "'mamba'" in refusal(tmp_path / "m.gguf")
+    assert "supported are: llama" in refusal(tmp_path / "m.gguf")
+
+
+def test_load_config_lists_missing_metadata(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    text = refusal(tmp_path / "m.gguf")
+    assert "llama.block_count: is missing" in text
+    assert "llama.attention.layer_norm_rms_epsilon: is missing" in text
+
+
+def test_load_model_lists_tensors_that_do_not_fit(tmp_path, write_gguf):
+    extra = {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
+    write_gguf(tmp_path / "m.gguf", extra=extra)
+    assert "unexpected: blk.0.attn_q_norm.weight" in refusal(tmp_path / "m.gguf")
+
+
+def test_load_model_names_types_that_cannot_be_dequantised(tmp_path, write_gguf):
+    extra = {"strange.weight": np.ones(16, np.int32)}
+    write_gguf(tmp_path / "m.gguf", extra=extra)
+    assert "strange.weight (I32)" in refusal(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("rows", [(0, 40), (3, 9), (39, 40)])
+def test_read_returns_a_part(tmp_path, write_gguf, rows):
+    state = write_gguf(tmp_path / "m.gguf", kind="Q8_0")
+    file = open_gguf(tmp_path / "m.gguf")
+    part = file.read("token_embd.weight", (slice(*rows), slice(5, 50)))
+    expected = state["model.embed_tokens.weight"][slice(*rows), 5:50]
+    np.testing.assert_array_equal(part, expected)
+    norm = file.read("output_norm.weight", (slice(3, 9),))
+    np.testing.assert_array_equal(norm, state["model.norm.weight"][3:9])
+
+
+def test_read_says_when_the_file_was_cut_off_meanwhile(tmp_path, write_gguf):
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    file = open_gguf(path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match="cut off while it was read"):
+        file.read("output.weight", (slice(0, 40), slice(0, 64)))
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory, write_gguf):
+    """A file that is damaged and mended again, with its sound content."""
+
+    def tokens(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list([chr(33 + i) for i in range(39)] + ['!"'])
+        writer.add_token_types([3] + [1] * 39)
+        writer.add_token_merges(['! "'])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+
+    path = tmp_path_factory.mktemp("victim") / "m.gguf"
+    write_gguf(path, kind="Q4_0", layers=1, tokens=tokens)
+    return path, path.read_bytes()
+
+
+@settings(max_examples=250, deadline=None)
+@given(data=st.data())
+def test_load_model_survives_any_damage(victim, data):
+    path, sound = victim
+    kind = data.draw(st.sampled_from(["cut", "flip", "flip", "drop", "add"]))
+    # Headers are where damage can be told; the numbers themselves carry no sum.
+    at = data.draw(st.integers(0, 3500))
+    if kind == "cut":
+        broken = sound[: data.draw(st.integers(0, len(sound) - 1))]
+    elif kind == "flip":
+        value = data.draw(st.integers(1, 255))
+        broken = sound[:at] + bytes([sound[at] ^ value]) + sound[at + 1 :]
+    elif kind == "drop":
+        broken = sound[:at] + sound[at + data.draw(st.integers(1, 9)) :]
+    else:
+        broken = sound[:at] + data.draw(st.binary(min_size=1, max_size=9)) + sound[at:]
+    path.write_bytes(broken)
+    try:
+        loaded = load_model(path)
+    except ModelError:
+        pass
+    else:
+        assert kind != "cut"
+        assert loaded.params["embed"]["embedding"].ndim == 2
+    finally:
+        path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04" + bytes(100)])
+def test_load_model_refuses_what_is_no_gguf_file(tmp_path, content):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    assert str(path) in refusal(path)
+
+
+def test_read_gguf_config_gives_the_same_as_load_config(tmp_path, write_gguf):
+    write_gguf(tmp_path / "m.gguf")
+    file = open_gguf(tmp_path / "m.gguf")
+    assert read_gguf_config(file) == load_config(tmp_path / "m.gguf")
