@@ -2,51 +2,37 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
-from taid_jax.schedule import TAIDScheduler
 
 from parity.cases import Case
+from parity.deviations_in_training import TEMPERATURE, cadence, temperature
 from parity.outcomes import Outcome, our_outcome, torch_outcome
+from parity.published import REFERENCE, Published
+from parity.recorded import exact_temperature_gradient, our_temperature_gradient
 from parity.rows import Deviation, Tolerance
-from parity.schedule import MakeSchedule, exact_history, jitted_history
+from parity.schedule import exact_history, jitted_history
 from parity.schedule import published_history as history_of
-from parity.subjects import SUBJECTS, Subject, TorchLoss
+from parity.subjects import CTKD_EPOCH, SUBJECTS, Subject
 from parity.torch_exact import exact_loss
-from parity.torch_reference import PublishedSchedule, Settings, published_loss
-from taid_jax.loss import TAID
-from taid_jax.train.state import init_state
-from taid_jax.train.step import make_eval_step, make_train_step
-from taid_jax.types import ModelFunctions
+from parity.torch_reference import Settings
+from taid_jax.loss import TAID, ctkd_strength
 
 ROUNDING = Tolerance(1e-5, "relative; as in the losses: softmax and sums in float32")
-T = Tolerance(1e-6, "absolute; as in the schedule")
+T = Tolerance(1e-6, "relative; as in the schedule: a few roundings of 6e-8")
 _BY_NAME = {subject.name: subject for subject in SUBJECTS}
 
 
-class Published(NamedTuple):
-    """The published side: the reference in PyTorch, or a checkout."""
-
-    name: str = "reference"
-    loss: TorchLoss = published_loss
-    schedule: MakeSchedule = PublishedSchedule
-
-
-_REFERENCE = Published()
-
-
-def deviation_rows(published: Published = _REFERENCE) -> list[Deviation]:
+def deviation_rows(published: Published = REFERENCE) -> list[Deviation]:
     """Returns one row per deviation, or a few where it has several faces."""
     return [
-        _cadence(published),
+        cadence(published),
         _rounded_mixture(published),
         *_infinities(published),
         *_adaptive(published),
+        _temperature_gradient(published),
+        temperature(published),
         _padding_in_dkd(published),
         *_underflow(published),
         _nan_loss(published),
@@ -170,6 +156,25 @@ def _adaptive(published: Published) -> list[Deviation]:
     ]
 
 
+def _temperature_gradient(published: Published) -> Deviation:
+    case = _case(8, 50, 2.0)
+    logits = torch.tensor(case.student), torch.tensor(case.teacher)
+    slope = published.temperature_gradient(*logits, torch.tensor(case.mask), CTKD_EPOCH)
+    strength = float(ctkd_strength(np.float32(CTKD_EPOCH)))
+    rising = 0.5 * (1 - np.cos(np.pi * CTKD_EPOCH / 10))
+    return Deviation(
+        name=TEMPERATURE,
+        instead="the paper's definition",
+        quantity=f"gradient that reaches it at epoch {CTKD_EPOCH} of 10",
+        other=published.name,
+        published=slope,
+        ours=our_temperature_gradient(case, "float32", strength),
+        exact=-float(rising) * exact_temperature_gradient(case),
+        tolerance=ROUNDING,
+        distance=1e-2,
+    )
+
+
 def _padding_in_dkd(published: Published) -> Deviation:
     return _row(
         published,
@@ -213,90 +218,3 @@ def _nan_loss(published: Published) -> Deviation:
         tolerance=T,
         distance=1e-2,
     )
-
-
-_STEPS, _PARTS, _VOCAB = 6, 4, 11
-_CADENCE = {"num_train_steps": _STEPS, "t_start": 0.2, "alpha": 0.05, "beta": 0.9}
-
-
-def _cadence(published: Published) -> Deviation:
-    rng = np.random.default_rng(6)
-    student, teacher = rng.standard_normal((2, _VOCAB, _VOCAB)).astype(np.float32)
-    batches = rng.integers(0, _VOCAB, (_STEPS, 8, 5), np.int32)
-    lengths = rng.integers(2, 6, (_STEPS, 8, 1))
-    labels = np.where(np.arange(5) < lengths, batches, -100)
-
-    def loss(t: float, rows: slice, step: int, form: TorchLoss, dtype: torch.dtype):
-        ids = torch.tensor(batches[step, rows, :-1]).long()
-        following = torch.tensor(labels[step, rows, 1:]).long()
-        return form(
-            "taid",
-            torch.tensor(student, dtype=dtype)[ids],
-            torch.tensor(teacher, dtype=dtype)[ids],
-            (following != -100).int(),
-            following,
-            Settings(t=t),
-        )
-
-    everything = slice(None)
-    schedule = published.schedule(**_CADENCE)
-    for step in range(_STEPS):
-        for part in range(_PARTS):
-            rows = slice(2 * part, 2 * part + 2)
-            t = float(schedule.t)
-            schedule.update(loss(t, rows, step, published.loss, torch.float32), step)
-        if step % 3 == 2:  # A validation after every third step.
-            t = float(schedule.t)
-            validation = loss(t, everything, 0, published.loss, torch.float32)
-            schedule.update(validation, step)
-
-    exact = [_CADENCE["t_start"]]
-    whole: list[float] = []
-    for step in range(_STEPS):
-        whole.append(
-            float(loss(exact[-1], everything, step, exact_loss, torch.float64))
-        )
-        exact.append(float(exact_history(_CADENCE, np.array(whole)).t[-1]))
-    return Deviation(
-        name="t advances per micro-batch, on each rank's own loss, and in validation",
-        instead="once per optimizer step, on the global token-weighted loss",
-        quantity=f"t after {_STEPS} steps of {_PARTS} micro-batches, 2 validations",
-        other=published.name,
-        published=float(schedule.t),
-        ours=_our_cadence(student, teacher, batches, labels),
-        exact=exact[-1],
-        tolerance=T,
-        distance=1e-2,
-    )
-
-
-def _our_cadence(
-    student: np.ndarray, teacher: np.ndarray, batches: np.ndarray, labels: np.ndarray
-) -> float:
-    """Returns t after the real train step has accumulated over micro-batches."""
-    bigram = ModelFunctions(
-        logits=lambda params, batch: params["table"][batch["input_ids"]]
-    )
-    scheduler = TAIDScheduler(**_CADENCE)
-    optimizer = optax.sgd(0.0)
-    state = init_state(
-        {"table": jnp.asarray(student)},
-        optimizer=optimizer,
-        schedule=scheduler.init(),
-    )
-    step = make_train_step(
-        bigram,
-        bigram,
-        make_objective=lambda schedule, learned, step: TAID(schedule.t),
-        scheduler=scheduler,
-        optimizer=optimizer,
-        grad_accum=_PARTS,
-    )
-    evaluate = make_eval_step(bigram, bigram, TAID(1.0))
-    target = {"table": jnp.asarray(teacher)}
-    for index, (ids, following) in enumerate(zip(batches, labels, strict=True)):
-        batch = {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(following)}
-        state, _ = step(state, target, batch)
-        if index % 3 == 2:
-            jax.block_until_ready(evaluate(state.params, target, batch))
-    return float(state.schedule.t)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parity.record import finish_run, new_run, rerun, train
 from parity.rows import Row, Tally, Tolerance
 from parity.runs import BATCH_KEYS, Run, RunSettings, load_run
 from parity.schedule import MakeSchedule
 from parity.subjects import TorchLoss
 from parity.torch_reference import PublishedSchedule, published_loss
+from parity.torch_run import record_run, rerun
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.load import load_model
 from taid_jax.settings import ObjectiveSettings
@@ -50,7 +50,7 @@ class Replayed(NamedTuple):
     """What our trainer made of a recorded run.
 
     Attributes:
-        steps: The arrays of `run.npz` that it has, each (steps,).
+        steps: The arrays of `run.npz` that it has, up to the last step taken.
         params: The student's parameters after the last step.
     """
 
@@ -66,6 +66,7 @@ def replay(
     run: Run,
     make_step: MakeStep = make_train_step,
     make_schedule: MakeScheduler = make_scheduler,
+    last: int | None = None,
 ) -> Replayed:
     """Trains the recorded student on the recorded batches with our trainer.
 
@@ -73,6 +74,7 @@ def replay(
         run: The recording.
         make_step: Of the train step.
         make_schedule: Of the schedule, from settings and steps.
+        last: Stop after this many steps; all when None.
     """
     settings = run.settings
     teacher = load_model(run.folder / "teacher", dtype=jnp.float32)
@@ -113,7 +115,7 @@ def replay(
         learned=learned,
     )
     history = []
-    for index in range(settings.steps):
+    for index in range(last or settings.steps):
         batch = {
             key: jnp.asarray(run.batches[key][index].astype(np.int32))
             for key in BATCH_KEYS
@@ -160,7 +162,8 @@ def compare(name: str, other: str, ours: Replayed, run: Run) -> list[Row]:
             tally.add(f"step {step}", float(error))
         rows.append(tally.row())
 
-    theirs = run.steps
+    taken = len(ours.steps["loss"])
+    theirs = {key: values[:taken] for key, values in run.steps.items()}
     add("loss", LOSS, _relative(ours.steps["loss"], theirs["loss"]))
     if "lm_loss" in ours.steps:
         add("lm_loss", LOSS, _relative(ours.steps["lm_loss"], theirs["lm_loss"]))
@@ -169,9 +172,9 @@ def compare(name: str, other: str, ours: Replayed, run: Run) -> list[Row]:
             add(key, T, np.abs(ours.steps[key] - theirs[key]))
     add("grad_norm", GRAD_NORM, _relative(ours.steps["grad_norm"], theirs["grad_norm"]))
     add("lr", RATE, np.abs(ours.steps["lr"] - theirs["lr"]) / run.settings.lr)
-    tally = Tally("run", name, "final weights", other, WEIGHTS)
-    tally.add("", _weights_error(ours.params, run.folder / "student_final"))
-    rows.append(tally.row())
+    if taken == run.settings.steps:
+        error = _weights_error(ours.params, run.folder / "student_final")
+        add("final weights", WEIGHTS, np.array([error]))
     return rows
 
 
@@ -186,8 +189,15 @@ def recorded_rows(
     golden: pathlib.Path,
     make_step: MakeStep = make_train_step,
     make_schedule: MakeScheduler = make_scheduler,
+    last: int | None = None,
 ) -> list[Row]:
     """Returns the rows of every recorded run in a folder.
+
+    Args:
+        golden: The folder, or that of one run.
+        make_step: Of our train step.
+        make_schedule: Of our schedule.
+        last: Stop after this many steps; all when None.
 
     Raises:
         RecordingError: If a recording is not whole.
@@ -195,7 +205,7 @@ def recorded_rows(
     rows = []
     for folder in run_folders(golden):
         run = load_run(folder)
-        ours = replay(run, make_step, make_schedule)
+        ours = replay(run, make_step, make_schedule, last)
         rows += compare(folder.name, "recording", ours, run)
     return rows
 
@@ -243,11 +253,7 @@ def fresh_rows(
             name = f"{settings.loss}, ratio {settings.distil_ratio:g}, seed {seed}"
             with tempfile.TemporaryDirectory() as temporary:
                 folder = pathlib.Path(temporary)
-                new_run(folder, settings, seed)
-                with np.load(folder / "batches.npz") as arrays:
-                    batches = {key: arrays[key] for key in BATCH_KEYS}
-                steps, student = train(folder, settings, batches, loss, make_schedule)
-                finish_run(folder, steps, student)
+                record_run(folder, settings, seed, loss, make_schedule)
                 run = load_run(folder)
                 rows += compare(name, other, replay(run), run)
     return rows

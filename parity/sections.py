@@ -88,12 +88,15 @@ def run(options: Options) -> list[AnyRow]:
 
 def deviations(options: Options) -> list[AnyRow]:
     """Returns the rows of what is not followed."""
-    from parity.deviations import Published, deviation_rows
+    from parity.deviations import deviation_rows
+    from parity.published import Published
 
     made: list[AnyRow] = [*deviation_rows()]
     if options.upstream is not None:
         theirs = options.upstream
-        made += deviation_rows(Published(NAME, theirs.loss, theirs.schedule))
+        made += deviation_rows(
+            Published(NAME, theirs.loss, theirs.schedule, theirs.temperature_gradient)
+        )
     return made
 
 

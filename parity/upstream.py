@@ -5,23 +5,19 @@ while stand-ins take the place of the frameworks that they name, and a request f
 CUDA device is answered with the CPU where there is none.
 """
 
-import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
 import math
 import pathlib
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from parity.stand_ins import on_cpu, stood_in
 from parity.torch_reference import Settings
 
 NAME = "upstream"
@@ -39,106 +35,10 @@ _CLASSES = {
     "ctkd": "CTKD",
     "dkd": "DKD",
 }
-_FRAMEWORKS = (
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "evaluate",
-    "lightning",
-    "lightning_fabric",
-    "lightning_utilities",
-    "peft",
-    "pytorch_lightning",
-    "rouge_score",
-    "torchmetrics",
-    "transformers",
-    "wandb",
-)
 
 
 class UpstreamError(ValueError):
     """A checkout is not what the published repository looks like."""
-
-
-class _StandIn(type):
-    """A class whose every attribute is again such a class, and that takes anything."""
-
-    def __getattr__(cls, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _stand_in(name)
-
-    def __getitem__(cls, item: object) -> type:
-        return cls
-
-
-def _ignore(self: object, *args: object, **kwargs: object) -> None:
-    del self, args, kwargs
-
-
-def _stand_in(name: str) -> type:
-    return _StandIn(name, (), {"__init__": _ignore})
-
-
-class _StandInModule(types.ModuleType):
-    __path__: Sequence[str] = ()
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _stand_in(name)
-
-
-class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(
-        self, fullname: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] not in _FRAMEWORKS:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _StandInModule(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        del module
-
-
-def _framework_modules() -> list[str]:
-    return [name for name in sys.modules if name.partition(".")[0] in _FRAMEWORKS]
-
-
-@contextlib.contextmanager
-def _stood_in(folder: pathlib.Path) -> Iterator[None]:
-    real = {name: sys.modules.pop(name) for name in _framework_modules()}
-    finder, path = _StandInFinder(), list(sys.path)
-    sys.meta_path.insert(0, finder)
-    sys.path[:0] = [str(folder), str(folder / "src")]
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        sys.path[:] = path
-        for name in _framework_modules():
-            del sys.modules[name]
-        sys.modules.update(real)
-
-
-class _CudaIsCpu(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _on_cpu() -> Iterator[None]:
-    if torch.cuda.is_available():
-        yield
-    else:
-        with _CudaIsCpu():
-            yield
 
 
 class _Anything:
@@ -204,7 +104,7 @@ class Upstream:
         if name == "sft":
             flat = student.reshape(-1, student.shape[-1]).float()
             return torch.nn.functional.cross_entropy(flat, labels.reshape(-1))
-        with _on_cpu():
+        with on_cpu():
             objective = self._make(name, settings)
             before = labels.new_zeros((*labels.shape[:-1], 1))
             inputs = {"labels": torch.cat([before, labels], dim=-1)}
@@ -218,9 +118,34 @@ class Upstream:
             result = objective(**_accepted(objective.forward, offered))
         return _scalar(result)
 
+    def temperature_gradient(
+        self, student: Tensor, teacher: Tensor, mask: Tensor, epoch: int
+    ) -> float:
+        """Returns what CTKD's one learned number is given as its gradient.
+
+        Args:
+            student: Logits `(*tokens, vocab)`.
+            teacher: The same.
+            mask: `(*tokens,)`.
+            epoch: The module's current epoch.
+        """
+        with on_cpu():
+            objective = self._make("ctkd", Settings())
+            (raw,) = objective.parameters()
+            offered = {
+                "lightning_module": _Module(epoch=epoch),
+                "logits": student,
+                "teacher_logits": teacher,
+                "mask": mask,
+                "batch": {},
+            }
+            result = objective(**_accepted(objective.forward, offered))
+            (gradient,) = torch.autograd.grad(_scalar(result), raw)
+        return float(gradient)
+
     def schedule(self, num_train_steps: int, **settings: float) -> "UpstreamSchedule":
         """Returns the published controller; as `PublishedSchedule`."""
-        with _on_cpu():
+        with on_cpu():
             return UpstreamSchedule(self._classes["TAID"](**settings), num_train_steps)
 
     def _make(self, name: str, settings: Settings) -> torch.nn.Module:
@@ -263,7 +188,7 @@ class UpstreamSchedule:
 
     def update(self, loss: Tensor, step: int) -> None:
         """Advances on the loss of step `step`; the first call only keeps it."""
-        with _on_cpu():
+        with on_cpu():
             delta = self._objective.update_t(
                 loss, global_step=step, num_train_steps=self._num_train_steps
             )
@@ -284,7 +209,7 @@ def _load_classes(folder: pathlib.Path) -> Iterator[tuple[str, type]]:
     package.__path__ = [str(losses)]
     sys.modules[_PACKAGE] = package
     wanted = set(_CLASSES.values())
-    with _stood_in(folder), _on_cpu():
+    with stood_in(folder), on_cpu():
         for path in sorted(losses.glob("*.py")):
             if path.stem == "__init__":
                 continue

@@ -7,6 +7,7 @@ from parity import record, recorded, schedule  # noqa: E402
 from parity.cases import recorded_cases  # noqa: E402
 from parity.rows import failed  # noqa: E402
 from parity.runs import RunSettings, load_run  # noqa: E402
+from parity.torch_run import record_run, train  # noqa: E402
 
 
 def test_record_losses_makes_a_folder_that_the_rows_accept(tmp_path):
@@ -24,7 +25,7 @@ def test_record_schedule_makes_a_folder_that_the_rows_accept(tmp_path):
 
 def test_record_run_makes_a_run_of_that_format(tmp_path):
     settings = RunSettings(steps=3, batch=2, length=16)
-    record.record_run(tmp_path, settings, seed=5)
+    record_run(tmp_path, settings, seed=5)
     run = load_run(tmp_path)
     assert run.settings == settings
     assert np.isfinite(run.steps["loss"]).all()
@@ -40,7 +41,7 @@ def test_train_reproduces_the_recorded_run(golden):
     """The training loop is the recorded one: a few steps of each run agree."""
     for name in ("run_taid", "run_sft"):
         run = load_run(golden / name)
-        steps, _ = record.train(run.folder, run.settings, run.batches, last=4)
+        steps, _ = train(run.folder, run.settings, run.batches, last=4)
         for key, expected in run.steps.items():
             # Two builds of PyTorch: sums in another order, float32.
             np.testing.assert_allclose(steps[key], expected[:4], rtol=2e-5, err_msg=key)

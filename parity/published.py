@@ -1,0 +1,57 @@
+"""The published side of a comparison: the reference in PyTorch, or a checkout."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parity.schedule import MakeSchedule
+from parity.subjects import CTKD_RAW, TorchLoss
+from parity.torch_reference import (
+    PublishedSchedule,
+    Settings,
+    ctkd_strength,
+    ctkd_temperature,
+    published_loss,
+)
+
+TemperatureGradient = Callable[[Tensor, Tensor, Tensor, int], float]
+
+
+def temperature_gradient(
+    student: Tensor, teacher: Tensor, mask: Tensor, epoch: int
+) -> float:
+    """Returns what the number of CTKD's temperature is given as its gradient.
+
+    Args:
+        student: Logits `(*tokens, vocab)`.
+        teacher: The same.
+        mask: `(*tokens,)`.
+        epoch: Of 10.
+    """
+    raw = torch.tensor(CTKD_RAW, requires_grad=True)
+    settings = Settings(temperature=ctkd_temperature(raw))
+    labels = torch.zeros_like(mask).long()
+    loss = published_loss("ctkd", student, teacher, mask, labels, settings)
+    (gradient,) = torch.autograd.grad(loss, raw)
+    return ctkd_strength(epoch) * float(gradient)
+
+
+class Published(NamedTuple):
+    """The published objectives and schedule.
+
+    Attributes:
+        name: Of the side.
+        loss: Mean loss of logits.
+        schedule: TAID's controller.
+        temperature_gradient: CTKD's, in the number that its temperature is made of.
+    """
+
+    name: str = "reference"
+    loss: TorchLoss = published_loss
+    schedule: MakeSchedule = PublishedSchedule
+    temperature_gradient: TemperatureGradient = temperature_gradient
+
+
+REFERENCE = Published()
