@@ -54,17 +54,29 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Source:
     name = os.fspath(source)
     if name == DEFAULT_TEACHER:
         return Source(name, fetch(SMOLLM2), "gguf")
-    path = pathlib.Path(name).expanduser()
-    if path.is_dir():
-        return Source(name, path, "folder")
-    if path.is_file():
-        return Source(name, path, _file_kind(path))
-    if _HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".json"):
+    if name.strip() and (found := _on_disk(name)) is not None:
+        return found
+    if _HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".json")):
         return Source(name, _from_hub(name, weights=weights), "folder")
     raise ModelError(
         f"there is no file or folder {name!r}; give a Hugging Face model folder, a "
         f".gguf file, a Hub id (owner/name), or {DEFAULT_TEACHER}"
     )
+
+
+def _on_disk(name: str) -> Source | None:
+    try:
+        path = pathlib.Path(name).expanduser()
+        if not path.exists():
+            return None
+        if not os.access(path, os.R_OK):
+            raise ModelError(f"{path} may not be read by this user")
+        return Source(name, path, "folder" if path.is_dir() else _file_kind(path))
+    # No such user, a name too long, a folder on the way that is closed.
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{name!r} cannot be a model here: {error}") from error
 
 
 def _file_kind(path: pathlib.Path) -> Literal["gguf", "config"]:

@@ -1,0 +1,122 @@
+"""What a model's name stands for, and clear words when it stands for nothing."""
+
+import pathlib
+
+import huggingface_hub
+import pytest
+
+from taid_jax.models import source as source_module
+from taid_jax.models.errors import ModelError
+from taid_jax.models.source import DEFAULT_TEACHER, Source, resolve
+
+
+def test_resolve_finds_a_folder(tmp_path):
+    assert resolve(tmp_path) == Source(str(tmp_path), tmp_path, "folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("m.gguf", "gguf"), ("config.json", "config")]
+)
+def test_resolve_finds_a_file(tmp_path, name, kind):
+    (tmp_path / name).touch()
+    assert resolve(str(tmp_path / name)).kind == kind
+
+
+def test_resolve_refuses_a_file_of_another_kind(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="give the folder that holds the model"):
+        resolve(tmp_path / "model.safetensors")
+
+
+def test_resolve_expands_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve("~/model").path == tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "no-such-folder",
+        "/no/such/folder",
+        "./no/such",
+        "../x",
+        "a/b/c",
+        "folder/model.gguf",
+        "folder/config.json",
+    ],
+)
+def test_resolve_says_what_would_do(name):
+    with pytest.raises(ModelError, match=rf"Hub id .* or {DEFAULT_TEACHER}"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["x\0y", "x" * 5000, "~no-such-user/model"])
+def test_resolve_refuses_names_that_cannot_be_paths(name):
+    with pytest.raises(ModelError):
+        resolve(name)
+
+
+def test_resolve_prefers_a_path_to_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("owner/name").path == pathlib.Path("owner/name")
+
+
+def test_resolve_gets_the_default_teacher_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_module, "fetch", lambda model: tmp_path / model.member)
+    found = resolve(DEFAULT_TEACHER)
+    assert found.kind == "gguf"
+    assert found.path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_resolve_fetches_only_what_is_safe_from_the_hub(tmp_path, monkeypatch, weights):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("owner/name", weights=weights).path == tmp_path
+    files = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "onnx/model.safetensors",
+        "original/params.json",
+    ]
+    wanted = huggingface_hub.utils.filter_repo_objects(
+        files,
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(wanted) == files[: 6 if weights else 5]
+
+
+def test_resolve_says_so_when_the_hub_is_out_of_reach():
+    # The suite runs with HF_HUB_OFFLINE=1.
+    with pytest.raises(ModelError) as caught:
+        resolve("owner/no-such-model-anywhere")
+    text = str(caught.value)
+    assert "'owner/no-such-model-anywhere' is no file or folder" in text
+    assert "give the path of its folder" in text
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("unreachable"), RuntimeError(""), KeyError(1)]
+)
+def test_resolve_turns_any_failure_of_the_hub_into_one_message(monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match="could not be fetched from the Hugging Face"):
+        resolve("owner/name")
