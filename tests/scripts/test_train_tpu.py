@@ -217,7 +217,7 @@ def test_train_tpu_resume_with_other_data_is_refused(
 def test_train_tpu_config_file_and_flags_over_it(train_tpu, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 7\nobjective:\n  t_start: 0.2\n")
-    settings = train_tpu.parse([f"--config={path}", "--steps=9"])
+    settings = train_tpu.parse([f"--config={path}", "--steps=9"]).settings
     assert settings.run.steps == 9
     assert settings.objective.t_start == 0.2
 

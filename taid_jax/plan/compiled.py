@@ -1,0 +1,215 @@
+"""What the compiler says of a train step: memory, collectives, time at best."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from taid_jax.models.config import DecoderConfig
+from taid_jax.plan.flops import count_flops
+from taid_jax.plan.machine import Machine, PlanError
+from taid_jax.plan.program import Collectives, count_collectives
+from taid_jax.plan.step import abstract_step
+from taid_jax.settings import Settings
+from taid_jax.sharding import MESH_AXES, check_batch, make_mesh
+
+Resource = Literal["flops", "hbm", "interconnect"]
+
+_REMATERIALIZED = re.compile("involuntary full rematerialization", re.IGNORECASE)
+# "Used 23.4G of 15.7G hbm", or "required for HLO temporaries (320.00G) exceeds".
+_NEEDED = re.compile(r"(?:Used |required for [\w ]*\()([\d.]+)([KMGT]?)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the compiler says of one step. Bytes are those of one chip.
+
+    Attributes:
+        machine: Name of the machine.
+        mesh: Sizes of the mesh axes.
+        chips: Devices of the machine.
+        hbm_limit_bytes: Memory that a program can have.
+        argument_bytes: State, teacher and batch.
+        temp_bytes: Needed beside them while the step runs; None when the compiler gave
+            up for lack of memory.
+        peak_bytes: Arguments, results that do not take an argument's place, temporaries
+            and code; what the compiler said it needed when it gave up.
+        fits: Whether the compiler found room for all of it.
+        flops_per_chip: Of a step's matrix products, shared out evenly.
+        collectives: What is exchanged; None when the compiler gave up.
+        rematerializations: Warnings of the partitioner that it had to gather an array
+            whole to change its layout.
+        compile_seconds: Tracing and compiling.
+        seconds: The least time of a step by each resource; empty for unknown chips.
+    """
+
+    machine: str
+    mesh: dict[str, int]
+    chips: int
+    hbm_limit_bytes: int
+    argument_bytes: int
+    temp_bytes: int | None
+    peak_bytes: int | None
+    fits: bool
+    flops_per_chip: int
+    collectives: Collectives | None
+    rematerializations: int
+    compile_seconds: float
+    seconds: dict[Resource, float]
+
+    @property
+    def binds(self) -> Resource | None:
+        """The resource that a step has to wait for longest; None for unknown chips."""
+        return max(self.seconds, key=self.seconds.__getitem__, default=None)
+
+    @property
+    def step_seconds_lower_bound(self) -> float | None:
+        """No step is faster than this; None for unknown chips."""
+        return max(self.seconds.values(), default=None)
+
+
+def plan_step(
+    settings: Settings, teacher: DecoderConfig, student: DecoderConfig, machine: Machine
+) -> Plan:
+    """Returns the plan of a run's train step, by compiling it; no array is made.
+
+    Args:
+        settings: Of the run; mesh, batch, dtype, remat and objective among them.
+        teacher: Its architecture; weights in the compute dtype, as a run loads them.
+        student: Its architecture; float32 master weights.
+        machine: What to compile for.
+
+    Raises:
+        ShardingError: If mesh or batch do not suit the machine.
+        PlanError: If the compiler refuses for another reason than memory.
+    """
+    mesh = plan_mesh(settings.run.mesh, machine)
+    check_batch(settings.data.batch_size // settings.optimizer.grad_accum, mesh)
+    step, arguments = abstract_step(settings, teacher, student, mesh)
+    began = time.perf_counter()
+    compiled, failure = None, ""
+    with standard_error() as said:
+        traced = step.trace(*arguments)
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            failure = str(error)
+        log = said()
+    seconds = time.perf_counter() - began
+    if failure and "RESOURCE_EXHAUSTED" not in failure:
+        raise PlanError(f"plan: the compiler refused the step: {failure}")
+    # Without the padding that the compiler adds; replaced below by its own count.
+    argument_bytes = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(arguments))
+    result_bytes = temp_bytes = collectives = None
+    peak_bytes = _needed(failure)
+    if compiled is not None:
+        memory = compiled.memory_analysis()
+        argument_bytes = memory.argument_size_in_bytes
+        result_bytes = memory.output_size_in_bytes
+        temp_bytes = memory.temp_size_in_bytes
+        peak_bytes = argument_bytes + temp_bytes + memory.generated_code_size_in_bytes
+        peak_bytes += result_bytes - memory.alias_size_in_bytes
+        collectives = count_collectives(compiled.as_text())
+    flops = count_flops(traced.jaxpr) // len(machine.devices)
+    read = argument_bytes + (result_bytes or 0)
+    return Plan(
+        machine=machine.name,
+        mesh={axis: int(size) for axis, size in mesh.shape.items()},
+        chips=len(machine.devices),
+        hbm_limit_bytes=machine.hbm_bytes,
+        argument_bytes=argument_bytes,
+        temp_bytes=temp_bytes,
+        peak_bytes=peak_bytes,
+        fits=compiled is not None and (peak_bytes or 0) <= machine.hbm_bytes,
+        flops_per_chip=flops,
+        collectives=collectives,
+        rematerializations=len(_REMATERIALIZED.findall(log)),
+        compile_seconds=round(seconds, 2),
+        seconds=_least_seconds(machine, flops, read, temp_bytes, collectives),
+    )
+
+
+def plan_mesh(text: str, machine: Machine) -> Mesh:
+    """Returns the mesh that a run on the machine would have.
+
+    Raises:
+        ShardingError: If the sizes do not multiply to the number of devices.
+    """
+    mesh = make_mesh(text, machine.devices)
+    # As a run on the machine does: neighbours on the mesh are to be near each other.
+    return jax.make_mesh(
+        tuple(mesh.shape.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=machine.devices,
+    )
+
+
+def _least_seconds(
+    machine: Machine,
+    flops: int,
+    argument_and_result_bytes: int,
+    temp_bytes: int | None,
+    collectives: Collectives | None,
+) -> dict[Resource, float]:
+    """Returns the time that each resource needs at least, in seconds.
+
+    Memory: arguments are read and results written once; temporaries, and what arrives
+    from other chips, are written and read.
+    """
+    chip = machine.chip
+    if chip is None:
+        return {}
+    moved = argument_and_result_bytes
+    seconds: dict[Resource, float] = {"flops": flops / chip.flops}
+    if collectives is not None:
+        moved += 2 * max(temp_bytes or 0, collectives.total_bytes)
+        seconds["interconnect"] = collectives.sent / chip.link_bandwidth
+    seconds["hbm"] = moved / chip.hbm_bandwidth
+    return seconds
+
+
+def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _needed(failure: str) -> int | None:
+    """Returns the bytes that the compiler said it would need, if it did."""
+    found = _NEEDED.search(failure)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+@contextlib.contextmanager
+def standard_error() -> Iterator[Callable[[], str]]:
+    """Catches what the process writes to standard error, C++ included.
+
+    Yields:
+        A function that returns what was written so far.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+
+        def said() -> str:
+            sys.stderr.flush()
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)

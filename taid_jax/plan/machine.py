@@ -1,0 +1,106 @@
+"""From the name of a machine to its devices, there or not."""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from taid_jax.plan.chips import CHIPS, Chip
+
+LOCAL = "local"
+
+# libtpu looks for a TPU's metadata, its neighbours and a lock when it is loaded; to
+# compile alone it needs none of them. A TPU virtual machine has set its own already.
+_COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # Warnings are wanted: the partitioner's are counted.
+    "TPU_MIN_LOG_LEVEL": "1",
+    "TPU_STDERR_LOG_LEVEL": "1",
+}
+
+
+class PlanError(ValueError):
+    """A machine that is not known, or a plan that cannot be made for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices to compile for.
+
+    Attributes:
+        name: As the user gave it.
+        devices: One per chip.
+        hbm_bytes: Memory of a chip that a program can have.
+        chip: Its speed; None where it is not known.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    hbm_bytes: int
+    chip: Chip | None
+
+
+def known_machines() -> str:
+    """Returns all names of machines, for messages."""
+    tpus = (f"{name}:({'|'.join(chip.topologies)})" for name, chip in CHIPS.items())
+    return ", ".join([*tpus, f"{LOCAL}:N for N devices of this machine"])
+
+
+def find_machine(name: str) -> Machine:
+    """Returns the machine of a name such as `v5e:8x8` or `local:8`.
+
+    Raises:
+        PlanError: If there is none of that name (with the known ones), libtpu is not
+            installed, or there are fewer local devices than that.
+    """
+    kind, _, shape = name.partition(":")
+    if kind == LOCAL and re.fullmatch(r"[1-9]\d{0,5}", shape):
+        return _local(name, int(shape))
+    if kind in CHIPS and shape in CHIPS[kind].topologies:
+        return _tpu(name, CHIPS[kind], shape)
+    raise PlanError(f"plan: no machine is called {name!r}; known: {known_machines()}")
+
+
+def _tpu(name: str, chip: Chip, shape: str) -> Machine:
+    for key, value in _COMPILE_ONLY.items():
+        os.environ.setdefault(key, value)
+    # The compiler is all that is wanted of a TPU, even where there is one.
+    jax.config.update("jax_platforms", "cpu")
+    options: dict[str, str | tuple[int, ...]] = {}
+    if chip.config:
+        options["chip_config_name"] = chip.config
+    if set(shape.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **options
+        ).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+        raise PlanError(
+            f"plan: the TPU compiler cannot be had: {error}. It comes with libtpu: "
+            "pip install 'taid-jax[tpu]'"
+        ) from error
+    return Machine(name, devices, chip.hbm_bytes, chip)
+
+
+def _local(name: str, count: int) -> Machine:
+    with contextlib.suppress(RuntimeError):  # JAX has counted its devices already.
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if count > len(devices):
+        raise PlanError(
+            f"plan: {name} needs {count} devices, this machine has {len(devices)}; "
+            f"JAX_NUM_CPU_DEVICES={count} JAX_PLATFORMS=cpu makes as many of a CPU"
+        )
+    stats = devices[0].memory_stats() or {}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = stats.get("bytes_limit", memory // count)
+    return Machine(name, devices[:count], limit, None)

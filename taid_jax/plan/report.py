@@ -1,0 +1,226 @@
+"""A plan of the run that the settings describe: printed, and written to plan.json."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.load import load_config
+from taid_jax.models.presets import INEXACT, PRESETS
+from taid_jax.models.source import DEFAULT_TEACHER
+from taid_jax.plan.advice import Attempt, find_fit
+from taid_jax.plan.compiled import Plan, plan_step
+from taid_jax.plan.machine import PlanError, find_machine
+from taid_jax.settings import Settings, to_dict
+
+PLAN = "plan.json"
+FORMAT = "taid-jax plan 1"
+"""First entry of the file: nothing without it is ever replaced."""
+
+# More than the rounding up of a vocabulary, which is to a multiple of 512 at most.
+_OTHER_VOCABULARY = 1024
+_ALIASES = {DEFAULT_TEACHER: "smollm2-135m"}
+
+
+def make_plan(settings: Settings, machine_name: str, console: Console) -> Plan:
+    """Plans the run of the settings, shows the plan and writes it.
+
+    Args:
+        settings: Of the run. `teacher`, `student` and `student_config` are presets,
+            config.json files, model folders or GGUF files; no weight is read.
+        machine_name: Such as `v5e:8x8` or `local:8`.
+        console: Where the table goes.
+
+    Returns:
+        The plan of the run as it was asked for, whether it fits or not.
+
+    Raises:
+        PlanError: If the machine is unknown, a model cannot be found here, or
+            something else lies where the plan is to be written.
+        ModelError: If a model cannot be used.
+        ShardingError: If mesh or batch do not suit the machine.
+    """
+    path = _prepare(pathlib.Path(settings.run.output))
+    teacher, student, notes = pair_configs(settings)
+    machine = find_machine(machine_name)
+    plan = plan_step(settings, teacher, student, machine)
+    console.print(plan_table(plan))
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
+    attempts: list[Attempt] = []
+    if not plan.fits:
+        console.print("It does not fit. Trying what would:")
+
+        def show(attempt: Attempt) -> None:
+            verdict = "fits" if attempt.plan.fits else "does not fit"
+            text = (
+                f"{as_flags(attempt.flags)}: {gib(attempt.plan.peak_bytes)}, {verdict}"
+            )
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+        attempts = find_fit(settings, teacher, student, machine, compiled=show)
+        if not any(attempt.plan.fits for attempt in attempts):
+            console.print("None of it is enough: it needs more chips, or larger ones.")
+    values = plan_values(plan, settings, notes, attempts)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
+    return plan
+
+
+def pair_configs(
+    settings: Settings,
+) -> tuple[DecoderConfig, DecoderConfig, list[str]]:
+    """Returns teacher, student, and what about them is not as in the real models.
+
+    Raises:
+        PlanError: If a model is not here, or the two cannot be a pair.
+        ModelError: If the decoder cannot be it.
+    """
+    model, notes = settings.model, []
+
+    def find(flag: str, source: str) -> DecoderConfig:
+        name = _ALIASES.get(source, source)
+        if name in INEXACT:
+            notes.append(f"{flag}: {INEXACT[name]}")
+        if name in PRESETS:
+            return PRESETS[name]
+        if pathlib.Path(source).expanduser().exists():
+            return load_config(source)
+        raise PlanError(
+            f"{flag}: there is no file or folder {source!r}, and nothing is downloaded "
+            f"for a plan. Presets are: {', '.join(PRESETS)}"
+        )
+
+    teacher = find("teacher", model.teacher)
+    if model.student is not None:
+        student = find("student", model.student)
+    elif model.student_config is not None:
+        student = find("student_config", model.student_config)
+    else:
+        layers = model.layers_of_teacher or teacher.num_layers
+        if layers > teacher.num_layers:
+            raise PlanError(
+                f"student_layers: the teacher has {teacher.num_layers} layers, "
+                f"got {layers}"
+            )
+        student = dataclasses.replace(teacher, num_layers=layers)
+    for flag, config in (("teacher", teacher), ("student", student)):
+        if settings.data.seq_len > config.max_length:
+            raise PlanError(
+                f"seq_len: {settings.data.seq_len} is beyond the {flag}'s context of "
+                f"{config.max_length} tokens"
+            )
+    sizes = teacher.vocab_size, student.vocab_size
+    if abs(sizes[0] - sizes[1]) > _OTHER_VOCABULARY:
+        raise PlanError(
+            f"the teacher has {sizes[0]} vocabulary entries, the student {sizes[1]}: "
+            "a student needs its teacher's tokenizer"
+        )
+    if sizes[0] != sizes[1]:
+        shared = min(sizes)
+        notes.append(
+            f"vocabularies of {sizes[0]} and {sizes[1]} entries differ by padding; "
+            f"{shared} are planned for both"
+        )
+        teacher, student = (
+            dataclasses.replace(config, vocab_size=shared)
+            for config in (teacher, student)
+        )
+    return teacher, student, notes
+
+
+def _prepare(folder: pathlib.Path) -> pathlib.Path:
+    """Returns where the plan goes; only an earlier plan may lie there."""
+    path = folder / PLAN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(earlier, dict) and earlier.get("format") == FORMAT):
+                raise ValueError
+    except OSError as error:
+        raise PlanError(f"output: cannot write to {folder}: {error}") from error
+    except ValueError:
+        raise PlanError(
+            f"output: {path} is something else than a plan; it is left alone, choose "
+            "another --output"
+        ) from None
+    return path
+
+
+def plan_values(
+    plan: Plan, settings: Settings, notes: Sequence[str], attempts: Sequence[Attempt]
+) -> dict[str, Any]:
+    """Returns the content of plan.json."""
+    found = next((one for one in attempts if one.plan.fits), None)
+    return {
+        "format": FORMAT,
+        **_numbers(plan),
+        "notes": list(notes),
+        "would_fit": None if found is None else dict(found.flags),
+        "tried": [{"flags": dict(one.flags), **_numbers(one.plan)} for one in attempts],
+        "settings": to_dict(settings),
+    }
+
+
+def _numbers(plan: Plan) -> dict[str, Any]:
+    collectives = None
+    if plan.collectives is not None:
+        collectives = {
+            kind: {"count": count, "bytes": plan.collectives.bytes[kind]}
+            for kind, count in sorted(plan.collectives.count.items())
+        }
+    values = dataclasses.asdict(plan) | {
+        "collectives": collectives,
+        "step_seconds_lower_bound": plan.step_seconds_lower_bound,
+        "binds": plan.binds,
+    }
+    if plan.collectives is not None:
+        values["collective_bytes"] = plan.collectives.total_bytes
+        values["loops_counted_once"] = plan.collectives.endless
+    return values
+
+
+def gib(size: int | None) -> str:
+    """Returns a number of bytes for people."""
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def as_flags(flags: Mapping[str, str | int]) -> str:
+    """Returns settings as they are written on a command line."""
+    return " ".join(f"--{name.replace('_', '-')} {flags[name]}" for name in flags)
+
+
+def plan_table(plan: Plan) -> Table:
+    """Returns the plan as a table."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    table = Table(title=f"{plan.machine}: {plan.chips} chips ({axes})")
+    table.add_column("of one chip, per step")
+    table.add_column("", justify="right")
+    verdict = "fits" if plan.fits else "does not fit"
+    for row in (
+        ("memory that a program can have", gib(plan.hbm_limit_bytes)),
+        ("state, teacher and batch", gib(plan.argument_bytes)),
+        ("temporaries", gib(plan.temp_bytes)),
+        ("peak", f"{gib(plan.peak_bytes)}: {verdict}"),
+        ("matrix products", f"{plan.flops_per_chip / 1e12:,.3f} TFLOP"),
+    ):
+        table.add_row(*row)
+    if plan.collectives is not None:
+        for kind, count in sorted(plan.collectives.count.items()):
+            size = gib(plan.collectives.bytes[kind])
+            table.add_row(kind, f"{count:,} x, {size}")
+    names = {"flops": "products", "hbm": "memory", "interconnect": "links"}
+    for resource, seconds in plan.seconds.items():
+        binds = " (binds)" if resource == plan.binds else ""
+        table.add_row(f"at least, {names[resource]}", f"{seconds * 1e3:,.1f} ms{binds}")
+    table.add_row("layouts that forced a whole copy", str(plan.rematerializations))
+    table.add_row("compiled in", f"{plan.compile_seconds:.1f} s")
+    return table
