@@ -14,8 +14,10 @@ from taid_jax.models.families import FAMILIES, MOST_LAYERS, Family
 from taid_jax.models.fields import REQUIRED, Fields
 from taid_jax.models.gguf_header import Header, Value, read_header
 from taid_jax.models.layout import Index
+from taid_jax.models.rope import rope_frequencies
 
-_EMBEDDING, _HEAD, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs"
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
 
 _ONE_WAY: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
@@ -192,15 +194,16 @@ def _read_rope(file: GgufFile, fields: Fields, head_dim: int) -> RopeConfig:
         fields.problem("rope", f"need a base > 0 and a factor >= 1, got {factor}")
     if fields.problems:
         return RopeConfig()
-    name = f"{_ROPE_FACTORS}.weight"
-    if name in file.shapes:
-        shape = file.shapes[name]
+    if _ROPE_FACTORS in file.shapes:
+        shape = file.shapes[_ROPE_FACTORS]
         if shape != (head_dim // 2,):
             raise ModelError(
-                f"{file.path}: {name} has shape {shape}, the metadata need "
+                f"{file.path}: {_ROPE_FACTORS} has shape {shape}, the metadata need "
                 f"({head_dim // 2},)"
             )
-        return _rope_of_factors(file, file.read(name, (slice(0, shape[0]),)), theta)
+        return _rope_of_factors(
+            file, file.read(_ROPE_FACTORS, (slice(0, shape[0]),)), theta
+        )
     if factor != 1.0:
         return RopeConfig(theta=theta, kind="linear", factor=_shortest(factor))
     return RopeConfig(theta=theta)
@@ -214,24 +217,19 @@ def _rope_of_factors(file: GgufFile, factors: np.ndarray, theta: float) -> RopeC
     """
     if np.all(factors == 1.0):
         return RopeConfig(theta=theta)
-    try:
-        rope = RopeConfig(theta=theta, kind="llama3", factor=float(factors.max()))
-    except ModelError:
-        rope = None
-    if rope is None or not np.allclose(factors, _llama3_factors(rope, factors.size)):
+    factor = max(1.0, float(np.nan_to_num(factors).max()))
+    rope = RopeConfig(theta=theta, kind="llama3", factor=factor)
+    plain, scaled = (
+        rope_frequencies(each, 2 * factors.size)
+        for each in (RopeConfig(theta=theta), rope)
+    )
+    # Both are rounded to float32; a factor that is no number is near nothing.
+    if not np.allclose(factors, plain / scaled, rtol=1e-5):
         raise ModelError(
-            f"{file.path}: {_ROPE_FACTORS}.weight holds rotary factors that are not "
+            f"{file.path}: {_ROPE_FACTORS} holds rotary factors that are not "
             "those of Llama 3; the decoder cannot follow them"
         )
     return rope
-
-
-def _llama3_factors(rope: RopeConfig, pairs: int) -> np.ndarray:
-    wavelengths = 2 * np.pi * rope.theta ** (np.arange(pairs) / pairs)
-    turns = rope.original_max_length / wavelengths
-    span = rope.high_freq_factor - rope.low_freq_factor
-    share = np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
-    return 1.0 / ((1.0 - share) / rope.factor + share)
 
 
 def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:

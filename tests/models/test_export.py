@@ -6,6 +6,7 @@ import os
 import stat
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from taid_jax.models import export
 from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.errors import ModelError
 from taid_jax.models.export import plan_shards, stored_tensors, write_folder
 from taid_jax.models.hf import INDEX, WEIGHTS
@@ -91,6 +93,27 @@ def test_write_folder_is_loaded_by_transformers_without_a_word(
     )
     same({key: state[key] for key in written}, written)
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_write_folder_gives_transformers_the_same_logits(tmp_path, random_params, name):
+    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
+    transformers = pytest.importorskip("transformers")
+    config = variant(name)
+    # Small enough that the residual stream stays of the order of one.
+    params = jax.tree.map(lambda leaf: 0.6 * leaf, random_params(config))
+    write_folder(tmp_path / "m", config, params)
+    # Beyond the original context of the llama3 scaling, which is 16.
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
+    functions = decoder_functions(config)
+    hidden = functions.hidden(params, {"input_ids": jnp.asarray(ids, jnp.int32)})
+    ours = np.asarray(functions.head(params).logits(hidden))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    assert np.abs(theirs).max() > 1
+    # Asked for: 1e-4 in float32, both sides rounding in their own order.
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_stored_tensors_go_layer_by_layer(params):
