@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # The comparison is one of arithmetic: both sides on the CPU, in float32 proper.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     return _run(chosen)
 
 

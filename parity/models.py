@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from parity.rows import AnyRow, Tally, Tolerance, skipped
 from taid_jax.models.decoder import decoder_functions
@@ -210,6 +211,20 @@ def _randomise_vectors(model: torch.nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
 
+def _torch_gguf(path: pathlib.Path) -> torch.nn.Module:
+    """Returns a Llama of a .gguf file, read by transformers' own reader.
+
+    `from_pretrained` would ask for accelerate, which nothing here needs.
+    """
+    settings = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    tensors = {name: torch.as_tensor(t) for name, t in found["tensors"].items()}
+    # The head is the embedding, and only that is in the file.
+    model.load_state_dict({"lm_head.weight": model.lm_head.weight, **tensors})
+    return model
+
+
 def smollm2_rows(file: pathlib.Path | None = None) -> list[AnyRow]:
     """Returns the rows of SmolLM2-135M-Instruct, if its file is in the cache.
 
@@ -221,9 +236,7 @@ def smollm2_rows(file: pathlib.Path | None = None) -> list[AnyRow]:
     if not path.is_file():
         why = f"{SMOLLM2.file_name} is not in the cache: --fetch gets it (93 MB)"
         return [skipped("models", name, why)]
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    model = _torch_gguf(path)
     ids = np.random.default_rng(0).integers(0, 49_152, (1, 24), np.int32)
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     batch = Batch("plain", inputs, [(inputs, [(0, slice(None))])])

@@ -104,10 +104,46 @@ def print_rows(rows: Sequence[AnyRow], console: Console | None = None) -> None:
         console.print()
 
 
+def _nearest_its_tolerance(rows: Sequence[Row]) -> Row:
+    """Returns the row that is closest to failing, or furthest beyond it."""
+
+    def share(row: Row) -> float:
+        error = row.error if row.error_exact is None else row.error_exact
+        limit = row.tolerance.value
+        if error is None or error == 0.0:
+            return 0.0
+        return math.inf if math.isnan(error) or limit == 0.0 else error / limit
+
+    return max(rows, key=lambda row: (not row.passed, share(row)))
+
+
+def _merged(rows: Sequence[AnyRow]) -> list[AnyRow]:
+    """Returns one row per name: the one nearest its tolerance, for all of them."""
+    names: dict[str, list[Row]] = {}
+    kept: list[AnyRow] = []
+    for row in rows:
+        if isinstance(row, Deviation):
+            kept.append(row)
+        else:
+            names.setdefault(row.name, []).append(row)
+    for same in names.values():
+        others = dict.fromkeys(row.other for row in same)
+        kept.append(
+            dataclasses.replace(
+                _nearest_its_tolerance(same),
+                other=", ".join(others),
+                cases=sum(row.cases for row in same),
+                note=same[0].note if same[0].skipped else "",
+            )
+        )
+    return kept
+
+
 def markdown(rows: Sequence[AnyRow]) -> str:
-    """Returns the same tables in Markdown."""
+    """Returns short tables in Markdown: of each name, the row nearest its tolerance."""
     lines: list[str] = []
     for section, members in _sections(rows).items():
+        members = _merged(members)
         header = [name or "result" for name in _header(members)]
         lines += [f"#### {section}", "", "| " + " | ".join(header) + " |"]
         lines.append("|" + "---|" * len(header))

@@ -228,3 +228,34 @@ def test_upstream_names_a_module_that_does_not_import(checkout):
     (checkout / "src" / "distil_losses" / "js.py").write_text("import nonsense_xyz")
     with pytest.raises(UpstreamError, match=r"js\.py.*nonsense_xyz"):
         Upstream(checkout)
+
+
+def test_upstream_gives_the_gradient_of_the_temperature(checkout):
+    from parity.published import temperature_gradient
+
+    grid = Grid(scales=(1.0,), vocabs=(13,), dtypes=("float32",))
+    case = next(random_cases(grid, 0))
+    inputs = [torch.tensor(a) for a in (case.student, case.teacher, case.mask)]
+    # At epoch 0 the published strength is 1, which the stand-in leaves out.
+    expected = temperature_gradient(*inputs, 0)
+    found = Upstream(checkout).temperature_gradient(*inputs, 0)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_sections_say_which_rows_came_from_a_checkout(checkout):
+    from parity.sections import Options, deviations, schedule
+
+    options = Options(seeds=0, upstream=Upstream(checkout))
+    assert {row.other for row in deviations(options)} == {"reference", "upstream"}
+    assert {row.other for row in schedule(options)} == {"recording"}
+
+
+@pytest.mark.parity
+def test_whole_run_replays_against_a_checkout(checkout, golden):
+    from parity.rows import failed
+    from parity.run import again_rows
+
+    theirs = Upstream(checkout)
+    rows = again_rows(golden / "run_taid", "upstream", theirs.loss, theirs.schedule)
+    assert failed(rows) == []
+    assert {row.other for row in rows} == {"upstream"}
