@@ -16,7 +16,7 @@ from parity.schedule import exact_history, jitted_history
 from parity.schedule import published_history as history_of
 from parity.subjects import CTKD_EPOCH, SUBJECTS, Subject
 from parity.torch_exact import exact_loss
-from parity.torch_reference import Settings
+from parity.torch_reference import ScheduleSettings, Settings
 from taid_jax.loss import TAID, ctkd_strength
 
 ROUNDING = Tolerance(1e-5, "relative; as in the losses: softmax and sums in float32")
@@ -204,7 +204,7 @@ def _underflow(published: Published) -> list[Deviation]:
 
 
 def _nan_loss(published: Published) -> Deviation:
-    settings = {"num_train_steps": 400, "alpha": 0.02, "beta": 0.9}
+    settings: ScheduleSettings = {"num_train_steps": 400, "alpha": 0.02, "beta": 0.9}
     losses = np.linspace(9.0, 5.0, 200).astype(np.float32)
     losses[50] = np.nan
     return Deviation(

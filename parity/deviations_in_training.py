@@ -14,7 +14,12 @@ from parity.rows import Deviation, Tolerance
 from parity.schedule import exact_history
 from parity.subjects import CTKD_RAW, TorchLoss
 from parity.torch_exact import exact_loss
-from parity.torch_reference import Settings, ctkd_temperature, published_loss
+from parity.torch_reference import (
+    ScheduleSettings,
+    Settings,
+    ctkd_temperature,
+    published_loss,
+)
 from taid_jax.loss import TAID
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import ObjectiveSettings
@@ -24,7 +29,12 @@ from taid_jax.train.step import make_eval_step, make_train_step
 from taid_jax.types import ModelFunctions
 
 STEPS, PARTS, VOCAB, EVERY = 6, 4, 11, 3
-_SCHEDULE = {"num_train_steps": STEPS, "t_start": 0.2, "alpha": 0.05, "beta": 0.9}
+_SCHEDULE: ScheduleSettings = {
+    "num_train_steps": 60,
+    "t_start": 0.2,
+    "alpha": 0.05,
+    "beta": 0.9,
+}
 _SAME = Tolerance(1e-6, "relative; as in the schedule: a few roundings of 6e-8")
 _RATE = 0.05
 TEMPERATURE = (
@@ -123,7 +133,7 @@ def _published_cadence(published: Published, bigrams: Bigrams) -> float:
 
 
 def _exact_cadence(bigrams: Bigrams) -> float:
-    t, losses = _SCHEDULE["t_start"], []
+    t, losses = _SCHEDULE.get("t_start", 0.4), []
     for step in range(STEPS):
         settings = Settings(t=t)
         value = bigrams.loss(

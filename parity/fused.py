@@ -83,28 +83,36 @@ def torch_gradients(
 
 
 @jax.jit
-def _value_and_gradients(objective: Objective, hidden: Hidden):
+def _value_and_gradients(
+    objective: Objective,
+    student: jax.Array,
+    student_kernel: jax.Array,
+    teacher: jax.Array,
+    teacher_kernel: jax.Array,
+    mask: jax.Array,
+    labels: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     def total(student: jax.Array, kernel: jax.Array):
         return fused_loss(
             objective,
             student,
             Head(kernel),
-            hidden.teacher,
-            Head(hidden.teacher_kernel),
-            hidden.mask,
-            hidden.labels,
+            teacher,
+            Head(teacher_kernel),
+            mask,
+            labels,
             chunk_size=CHUNK,
         )
 
     grad = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-    (loss_sum, sums), gradients = grad(hidden.student, hidden.student_kernel)
+    (loss_sum, sums), gradients = grad(student, student_kernel)
     return loss_sum / sums["weight"], gradients
 
 
 def our_gradients(subject: Subject, hidden: Hidden) -> Gradients:
     """Returns our side, which does not."""
-    inputs = Hidden(*(jnp.asarray(array) for array in hidden))
-    value, gradients = _value_and_gradients(subject.make(), inputs)
+    inputs = (jnp.asarray(array) for array in hidden)
+    value, gradients = _value_and_gradients(subject.make(), *inputs)
     return Gradients(float(value), *(np.asarray(g, np.float64) for g in gradients))
 
 

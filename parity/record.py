@@ -17,6 +17,7 @@ import torch
 from parity import schedule as schedules
 from parity.cases import Case, Grid, random_cases
 from parity.outcomes import TORCH_DTYPES, torch_outcome
+from parity.recordings import save_arrays
 from parity.runs import RunSettings
 from parity.subjects import CTKD_EPOCH, SUBJECTS
 from parity.torch_reference import (
@@ -41,7 +42,7 @@ def record_losses(folder: pathlib.Path, seed: int) -> None:
             name = f"{index}_{dtype}"
             names.append(name)
             arrays |= _loss_arrays(name, _rounded(case, dtype), dtype)
-    np.savez_compressed(folder / "losses.npz", cases=np.array(names), **arrays)
+    save_arrays(folder / "losses.npz", {"cases": np.array(names), **arrays})
 
 
 def _rounded(case: Case, dtype: str) -> Case:
@@ -112,9 +113,8 @@ def record_schedule(folder: pathlib.Path, seed: int, steps: int = 1000) -> None:
         arrays[f"{name}/losses"] = losses
         for key, values in after.items():
             arrays[f"{name}/{key}"] = np.array(values, np.float32)
-    np.savez_compressed(
-        folder / "schedule.npz", cases=np.array(list(histories)), **arrays
-    )
+    arrays["cases"] = np.array(list(histories))
+    save_arrays(folder / "schedule.npz", arrays)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +27,16 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RecordingError(
             f"{path} is not an .npz of plain arrays: {error}"
         ) from error
+
+
+def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as a compressed .npz file."""
+    named: dict[str, Any] = dict(arrays)
+    np.savez_compressed(path, **named)
 
 
 def check_arrays(

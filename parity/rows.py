@@ -105,7 +105,6 @@ class Tally:
         self._cases = self._failures = 0
         self._worst: dict[str, float] = {}
         self._worst_case = ("", -1.0)
-        self._note = ""
 
     def add(
         self,
@@ -113,7 +112,6 @@ class Tally:
         error: float | None,
         error_exact: float | None = None,
         other_exact: float | None = None,
-        note: str = "",
     ) -> None:
         """Adds a case.
 
@@ -125,7 +123,6 @@ class Tally:
             error: Of ours against the other side, None when they need not agree.
             error_exact: Of ours against float64.
             other_exact: Of the other side against float64.
-            note: Shown with the row.
         """
         limit = self._tolerance.value
         fine = error_exact is None or error_exact <= limit
@@ -146,11 +143,9 @@ class Tally:
         decisive = error if error_exact is None else error_exact
         if decisive is not None and not decisive <= self._worst_case[1]:
             self._worst_case = (case, decisive)
-        self._note = note or self._note
 
     def row(self) -> Row:
         """Returns the row of all cases so far."""
-        worst = f"worst: {self._worst_case[0]}" if self._cases > 1 else ""
         return Row(
             *self._head,
             cases=self._cases,
@@ -159,7 +154,7 @@ class Tally:
             error_exact=self._worst.get("error_exact"),
             other_exact=self._worst.get("other_exact"),
             tolerance=self._tolerance,
-            note="; ".join(part for part in (self._note, worst) if part),
+            note=f"worst: {self._worst_case[0]}" if self._cases > 1 else "",
         )
 
 

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.recordings import RecordingError, check_arrays, load_arrays, load_json
+from parity.torch_reference import ScheduleSettings
+from taid_jax.settings.tree import ObjectiveName
 
 BATCH_KEYS = ("input_ids", "attention_mask", "labels")
 STEP_KEYS = ("loss", "lm_loss", "t_used", "t_after", "grad_norm", "lr")
 MODELS = ("teacher", "student_init", "student_final")
-RECORDED_NAMES = {
+RECORDED_NAMES: dict[str, ObjectiveName] = {
     "taid": "taid",
     "sft": "sft",
     "fkl": "forward_kl",
@@ -73,11 +75,11 @@ class RunSettings:
     clip_global_norm: float = 1.0
 
     @property
-    def objective(self) -> str:
+    def objective(self) -> ObjectiveName:
         """Our name of the loss."""
         return RECORDED_NAMES[self.loss]
 
-    def schedule(self) -> dict[str, float | int | bool]:
+    def schedule(self) -> ScheduleSettings:
         """Returns the arguments of the schedule, ours and PyTorch's."""
         return {
             "num_train_steps": self.steps,

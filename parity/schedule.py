@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import torch
 
 from parity.recordings import case_names, check_arrays, load_arrays
 from parity.rows import Row, Tally, Tolerance
-from parity.torch_reference import PublishedSchedule
+from parity.torch_reference import PublishedSchedule, Schedule, ScheduleSettings
 from taid_jax.schedule import TAIDScheduler
 
 STEPS = 10_000
@@ -41,33 +41,46 @@ class History(NamedTuple):
     momentum: np.ndarray
 
 
-Settings = Mapping[str, float | int | bool]
-MakeSchedule = Callable[..., PublishedSchedule]
+MakeSchedule = Callable[..., Schedule]
 MakeScheduler = Callable[..., TAIDScheduler]
 
 
-def histories(seed: int, steps: int) -> dict[str, tuple[Settings, np.ndarray]]:
+def histories(seed: int, steps: int) -> dict[str, tuple[ScheduleSettings, np.ndarray]]:
     """Returns losses of runs of every kind, float32, with settings for each."""
     rng = np.random.default_rng(seed)
     at = np.linspace(0.0, 1.0, steps)
     smooth = 1.0 + 8.0 * np.exp(-4.0 * at)
     noise = rng.standard_normal(steps)
     spikes = np.where(rng.random(steps) < 0.01, 10.0 ** rng.uniform(0, 3, steps), 1.0)
-    losses = {
-        "smooth": ({}, smooth),
-        "noisy": ({"t_start": 0.2}, smooth * np.exp(0.1 * noise)),
-        "spiky": ({"alpha": 5e-3, "beta": 0.9}, smooth * spikes),
-        "constant": ({"t_start": 0.0, "t_end": 0.8}, np.full(steps, 2.5)),
-        "rising": ({"alpha": 0.05, "beta": 0.5}, 2.0 + 6.0 * at + 0.01 * noise),
+    losses: dict[str, tuple[ScheduleSettings, np.ndarray]] = {
+        "smooth": ({"num_train_steps": steps}, smooth),
+        "noisy": (
+            {"num_train_steps": steps, "t_start": 0.2},
+            smooth * np.exp(0.1 * noise),
+        ),
+        "spiky": (
+            {"num_train_steps": steps, "alpha": 5e-3, "beta": 0.9},
+            smooth * spikes,
+        ),
+        "constant": (
+            {"num_train_steps": steps, "t_start": 0.0, "t_end": 0.8},
+            np.full(steps, 2.5),
+        ),
+        "rising": (
+            {"num_train_steps": steps, "alpha": 0.05, "beta": 0.5},
+            2.0 + 6.0 * at + 0.01 * noise,
+        ),
     }
     return {
-        name: ({"num_train_steps": steps, **settings}, values.astype(np.float32))
+        name: (settings, values.astype(np.float32))
         for name, (settings, values) in losses.items()
     }
 
 
 def published_history(
-    settings: Settings, losses: np.ndarray, make: MakeSchedule = PublishedSchedule
+    settings: ScheduleSettings,
+    losses: np.ndarray,
+    make: MakeSchedule = PublishedSchedule,
 ) -> History:
     """Returns the PyTorch side's history, one update per step."""
     schedule = make(**settings)
@@ -78,7 +91,7 @@ def published_history(
     return History(t, momentum)
 
 
-def exact_history(settings: Settings, losses: np.ndarray) -> History:
+def exact_history(settings: ScheduleSettings, losses: np.ndarray) -> History:
     """Returns the history in float64; a loss that is not finite changes nothing."""
     steps = settings["num_train_steps"]
     start, end = settings.get("t_start", 0.4), settings.get("t_end", 1.0)
@@ -101,7 +114,7 @@ def exact_history(settings: Settings, losses: np.ndarray) -> History:
 
 
 def jitted_history(
-    settings: Settings, losses: np.ndarray, make: MakeScheduler = TAIDScheduler
+    settings: ScheduleSettings, losses: np.ndarray, make: MakeScheduler = TAIDScheduler
 ) -> History:
     """Returns our history, one jitted call per step."""
     scheduler = make(**settings)
@@ -115,7 +128,7 @@ def jitted_history(
 
 
 def scanned_history(
-    settings: Settings, losses: np.ndarray, make: MakeScheduler = TAIDScheduler
+    settings: ScheduleSettings, losses: np.ndarray, make: MakeScheduler = TAIDScheduler
 ) -> History:
     """Returns our history, the whole of it in one `lax.scan`."""
     scheduler = make(**settings)
@@ -163,7 +176,7 @@ def random_rows(
     for seed in seeds:
         for name, (base, losses) in histories(seed, steps).items():
             for linear in (False, True):
-                settings = {**base, "disable_adaptive": linear}
+                settings: ScheduleSettings = {**base, "disable_adaptive": linear}
                 theirs = published_history(settings, losses, make_published)
                 exact = exact_history(settings, losses)
                 scale = max(float(np.abs(exact.momentum).max()), 1e-9)

@@ -8,6 +8,7 @@ the same objectives without the defects.
 
 import dataclasses
 import math
+from typing import Protocol, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -216,6 +217,35 @@ def ctkd_strength(epoch: int, epochs: int = 10) -> float:
     paper's gradient is reversed.
     """
     return 0.5 * (1 + math.cos(math.pi * min(epoch, epochs) / epochs))
+
+
+class ScheduleSettings(TypedDict, total=False):
+    """The arguments of TAID's controller, the same on both sides."""
+
+    num_train_steps: Required[int]
+    t_start: float
+    t_end: float
+    alpha: float
+    beta: float
+    disable_adaptive: bool
+
+
+class Schedule(Protocol):
+    """A controller in PyTorch: the reference's, or a checkout's."""
+
+    @property
+    def t(self) -> Tensor:
+        """Interpolation, float32 scalar."""
+        ...
+
+    @property
+    def momentum(self) -> Tensor:
+        """Running mean of the relative improvement."""
+        ...
+
+    def update(self, loss: Tensor, step: int) -> None:
+        """Advances on the loss of step `step`; the first call only keeps it."""
+        ...
 
 
 class PublishedSchedule:

@@ -3,11 +3,13 @@
 import math
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from parity.recordings import save_arrays
 from parity.runs import BATCH_KEYS, STEP_KEYS, Run, RunSettings, save_settings
 from parity.schedule import MakeSchedule
 from parity.subjects import TorchLoss
@@ -23,7 +25,11 @@ def new_run(folder: pathlib.Path, settings: RunSettings, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_settings(folder / "run.json", settings)
     torch.manual_seed(seed)
-    shared = {"vocab_size": _VOCAB, "max_position_embeddings": 128, "head_dim": 16}
+    shared: dict[str, Any] = {
+        "vocab_size": _VOCAB,
+        "max_position_embeddings": 128,
+        "head_dim": 16,
+    }
     teacher = LlamaConfig(
         hidden_size=64,
         intermediate_size=160,
@@ -47,7 +53,7 @@ def new_run(folder: pathlib.Path, settings: RunSettings, seed: int) -> None:
     for name, config in (("teacher", teacher), ("student_init", student)):
         LlamaForCausalLM(config).save_pretrained(folder / name)
     batches = _random_batches(settings, np.random.default_rng(seed))
-    np.savez_compressed(folder / "batches.npz", **batches)
+    save_arrays(folder / "batches.npz", batches)
 
 
 def _random_batches(
@@ -165,7 +171,7 @@ def finish_run(
     folder: pathlib.Path, steps: dict[str, np.ndarray], student: torch.nn.Module
 ) -> None:
     """Writes what a run ends with."""
-    np.savez_compressed(folder / "run.npz", **steps)
+    save_arrays(folder / "run.npz", steps)
     student.save_pretrained(folder / "student_final")  # pyright: ignore[reportCallIssue]
 
 
