@@ -76,7 +76,7 @@ class CTKD(DistilLoss):
         self.raw = torch.nn.Parameter(torch.ones(1, device="cuda"))
 
     def forward(self, lightning_module, logits, teacher_logits, mask, **kwargs):
-        assert lightning_module.current_epoch == 0
+        assert lightning_module.current_epoch in range(10)
         t = 1 + 20 * torch.sigmoid(self.raw)
         loss = -(p_of(teacher_logits / t) * log_of(logits / t)).sum(-1)
         return {"distil_loss": t**2 * mean(loss, mask), "temperature": t}
