@@ -29,7 +29,7 @@ MAX_SHARD_BYTES = 4 << 30
 """A model above this size is written in several files."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_METADATA = {"format": "pt"}  # `transformers` refuses files without it.
+_METADATA = {"format": "pt"}  # Transformers 4 refuses files without it.
 _OURS = re.compile(
     r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|"
     r"(added_tokens|merges|special_tokens_map|tokenizer|tokenizer_config|vocab)\.\w+|"
@@ -207,7 +207,7 @@ def _write_weights(
 
 
 def _write_json(path: pathlib.Path, values: Mapping[str, object]) -> None:
-    text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+    text = json.dumps(values, indent=2, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
 
 

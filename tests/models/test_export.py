@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from taid_jax.models import export
 from taid_jax.models.config import DecoderConfig, RopeConfig
@@ -131,6 +132,12 @@ def test_write_folder_stores_the_dtype_asked_for(tmp_path, params, dtype):
     same(load_model(tmp_path / "m").params, expected)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == dtype
+
+
+def test_write_folder_marks_its_files_as_transformers_4_needs_them(tmp_path, params):
+    write_folder(tmp_path / "m", CONFIG, params)
+    with safe_open(tmp_path / "m" / WEIGHTS, framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_write_folder_refuses_another_dtype(tmp_path, params):
