@@ -41,9 +41,7 @@ def head_entries(
 def adaptive(pair: softmax.Pair, head_threshold: float | int) -> Parts:
     """Returns `w_head * forward + w_tail * reverse`; the weights carry no gradient."""
     head = head_entries(pair.teacher, head_threshold)
-    q = pair.student.exp / pair.student.total
-    p = pair.teacher.exp / pair.teacher.total
-    gap = jnp.where(pair.excluded, 0.0, jnp.abs(p - q))
+    gap = jnp.abs(softmax.change(pair))
     head_gap = softmax.row_sum(jnp.where(head, gap, 0.0))
     tail_gap = softmax.row_sum(jnp.where(head, 0.0, gap))
     both = head_gap + tail_gap

@@ -152,7 +152,9 @@ class CTKD:
     ) -> dict[str, Float[Array, "..."]]:
         """Returns `kl`, KL(teacher || student) of every token at temperature 1."""
         check_shapes(student_logits, teacher_logits, labels)
-        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        pair = softmax.normalise_pair(
+            student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
+        )
         return {"kl": softmax.kl(pair)}
 
 
@@ -210,7 +212,9 @@ class DKD:
     ) -> dict[str, Float[Array, "..."]]:
         """Returns `kl`, KL(teacher || student) of every token at temperature 1."""
         check_shapes(student_logits, teacher_logits, labels)
-        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        pair = softmax.normalise_pair(
+            student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
+        )
         return {"kl": softmax.kl(pair)}
 
 
@@ -228,33 +232,53 @@ def _dkd(
         jnp.where(is_label, -jnp.inf, teacher_logits),
         temperature,
     )
-    # The label against all others as one: a softmax of two entries.
-    binary = softmax.normalise_pair(
-        _label_and_rest(student_logits, is_label, rest.student, temperature),
-        _label_and_rest(teacher_logits, is_label, rest.teacher, temperature),
+    label = softmax.normalise_pair(
+        softmax.row_max(jnp.where(is_label, student_logits, -jnp.inf)),
+        softmax.row_max(jnp.where(is_label, teacher_logits, -jnp.inf)),
+        temperature,
     )
+    binary = _label_and_rest(label, rest, temperature)
     value = temperature**2 * (alpha * softmax.kl(binary) + beta * softmax.kl(rest))
 
     def gradient() -> Float[Array, "*tokens vocab"]:
         _, in_binary = forward(binary)
         _, in_rest = forward(rest)
-        label, others = jnp.split(alpha * in_binary(), 2, axis=-1)
+        at_label, at_rest = jnp.split(alpha * in_binary(), 2, axis=-1)
         q = rest.student.exp / rest.student.total
-        return temperature * jnp.where(is_label, label, others * q + beta * in_rest())
+        in_logits = jnp.where(is_label, at_label, at_rest * q + beta * in_rest())
+        return temperature * in_logits
 
     return value, gradient
 
 
 def _label_and_rest(
-    logits: Array, is_label: Array, rest: softmax.Row, temperature: Array
-) -> Float[Array, "*tokens 2"]:
-    label = softmax.row_max(jnp.where(is_label, softmax.finite(logits), softmax.FLOOR))
-    others = rest.top / temperature + jnp.log(rest.total)
-    empty = softmax.row_max(rest.exp) == 0
-    return jnp.concatenate(
-        [
-            jnp.where(label <= softmax.FLOOR, softmax.FLOOR, label / temperature),
-            jnp.where(empty, softmax.FLOOR, others),
-        ],
-        axis=-1,
+    label: softmax.Pair, rest: softmax.Pair, temperature: Array
+) -> softmax.Pair:
+    """Returns the softmaxes of two entries: the label, and all others as one."""
+
+    def logits(label: softmax.Row, rest: softmax.Row) -> Float[Array, "*tokens 2"]:
+        parts = [
+            jnp.where(
+                softmax.row_max(row.exp) == 0,
+                softmax.FLOOR,
+                row.top / temperature + jnp.log(row.total),
+            )
+            for row in (label, rest)
+        ]
+        return jnp.concatenate(parts, axis=-1)
+
+    student = logits(label.student, rest.student)
+    binary = softmax.normalise_pair(student, logits(label.teacher, rest.teacher))
+    # Where student and teacher nearly agree, two rounded logarithms leave few digits of
+    # their difference; how much the label rises against the rest is known better.
+    rise = (label.shift - rest.shift) / temperature - softmax.exact_constant(rest)
+    zero = jnp.zeros_like(rise)
+    label_logit, rest_logit = jnp.split(student, 2, axis=-1)
+    difference = jnp.where(
+        label_logit >= rest_logit,
+        jnp.concatenate([zero, -rise], axis=-1),
+        jnp.concatenate([rise, zero], axis=-1),
     )
+    missing = jnp.logical_or(label.excluded, label.silent)
+    known = jnp.logical_and(jnp.abs(rise) < softmax.NEAR, jnp.logical_not(missing))
+    return binary._replace(difference=jnp.where(known, difference, binary.difference))

@@ -13,7 +13,7 @@ def soft_cross_entropy(
     student: softmax.Row,
     target: softmax.Row,
     difference: Float[Array, "*tokens vocab"],
-    gap: Float[Array, "*tokens 1"] | float,
+    gap: Float[Array, "*tokens 1"],
     kept: Float[Array, "*tokens 1"] | float = 1.0,
 ) -> Parts:
     """Returns `kept` times the cross-entropy of q to a target p, and `kept * (q - p)`.
@@ -42,13 +42,8 @@ def soft_cross_entropy(
 
 def forward(pair: softmax.Pair) -> Parts:
     """Returns the cross-entropy to the teacher, `-sum p log q`, in its parts."""
-    total = softmax.total(pair.shared)
     return soft_cross_entropy(
-        pair.student,
-        pair.teacher._replace(exp=pair.shared, total=total),
-        pair.difference,
-        gap=0.0,
-        kept=softmax.row_sum(pair.shared) / pair.teacher.total,
+        pair.student, pair.target, pair.difference, pair.gap, pair.kept
     )
 
 
@@ -58,13 +53,13 @@ def reverse(pair: softmax.Pair) -> Parts:
     silent_mass = softmax.row_sum(jnp.where(pair.silent, q.exp, 0.0)) / q.total
     difference = jnp.where(pair.silent, 0.0, pair.difference)
     mean = softmax.row_sum(q.exp * difference) / q.total
-    value = softmax.per_token((1 - silent_mass) * pair.log_totals - mean)
+    value = softmax.per_token((1 - silent_mass) * pair.constant - mean)
 
     def gradient() -> Float[Array, "*tokens vocab"]:
-        # Without silent entries this is q * (mean - difference): the normalisers, a
-        # constant over the vocabulary, drop out before they can cost digits.
+        # Without silent entries this is q * (mean - difference): the constant drops out
+        # before it can cost digits.
         dropped = silent_mass - jnp.where(pair.silent, 1.0, 0.0)
-        centred = (1 + pair.log_totals) * dropped + (mean - difference)
+        centred = (1 + pair.constant) * dropped + (mean - difference)
         return q.exp / q.total * centred
 
     return value, gradient

@@ -51,7 +51,9 @@ class _Divergence:
     ) -> dict[str, Float[Array, "..."]]:
         """Returns `kl`, KL(teacher || student) of every token at temperature 1."""
         check_shapes(student_logits, teacher_logits, labels)
-        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        pair = softmax.normalise_pair(
+            student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
+        )
         return {"kl": softmax.kl(pair)}
 
 
@@ -237,16 +239,15 @@ class TotalVariation(_Divergence):
 
 
 def _total_variation(pair: softmax.Pair) -> Parts:
-    q = pair.student.exp / pair.student.total
-    p = pair.teacher.exp / pair.teacher.total
-    gap = jnp.where(pair.excluded, 0.0, jnp.abs(p - q))
+    change = softmax.change(pair)
 
     def gradient() -> Float[Array, "*tokens vocab"]:
         # q (sign - sum q sign) / 2, with the mass on the other side of each entry in
         # place of a difference that cancels when one side has nearly all of it.
-        above = q >= p
+        q = pair.student.exp / pair.student.total
+        above = change <= 0
         mass_above = softmax.row_sum(jnp.where(above, q, 0.0))
         mass_below = softmax.row_sum(jnp.where(above, 0.0, q))
         return q * jnp.where(above, mass_below, -mass_above)
 
-    return softmax.per_token(0.5 * softmax.row_sum(gap)), gradient
+    return softmax.per_token(0.5 * softmax.row_sum(jnp.abs(change))), gradient

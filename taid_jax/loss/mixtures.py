@@ -34,9 +34,8 @@ class _Terms(NamedTuple):
 
 
 def _terms(pair: softmax.Pair, share: float | int) -> _Terms:
-    x = pair.difference - pair.log_totals
-    at_top = jnp.where(pair.student.shifted == 0, x, -jnp.inf)
-    far = softmax.row_max(at_top) < -1
+    x = pair.difference - pair.constant
+    far = pair.top_ratio < -1
 
     # In exp(-|x|) nothing overflows; for x > 0 the roles of q and p are exchanged.
     size = jnp.abs(x)
@@ -67,7 +66,7 @@ def jensen_shannon(pair: softmax.Pair, teacher_weight: float | int) -> Parts:
     terms = _terms(pair, teacher_weight)
     student_weight = 1 - teacher_weight
     mean = _mean(pair, terms.rho)
-    to_teacher = softmax.row_sum(pair.shared * terms.sigma) / pair.teacher.total
+    to_teacher = softmax.row_sum(pair.target.exp * terms.sigma) / pair.teacher.total
     value = student_weight * (mean - terms.offset) + teacher_weight * to_teacher
 
     def gradient() -> Float[Array, "*tokens vocab"]:
@@ -81,9 +80,9 @@ def skew_forward(pair: softmax.Pair, teacher_weight: float | int) -> Parts:
     """Returns `-sum p log m` for `m = w p + (1 - w) q`."""
     terms = _terms(pair, teacher_weight)
     p = pair.teacher
-    kept = softmax.row_sum(pair.shared) / p.total
-    mean = softmax.row_sum(pair.shared * (terms.sigma - p.shifted)) / p.total
-    value = mean + kept * jnp.log(p.total)
+    surprise = terms.sigma - p.shifted
+    mean = softmax.row_sum(pair.target.exp * surprise) / p.total
+    value = mean + pair.kept * jnp.log(p.total)
 
     def gradient() -> Float[Array, "*tokens vocab"]:
         q = pair.student.exp / pair.student.total

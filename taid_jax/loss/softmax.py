@@ -5,6 +5,7 @@ sharded over a mesh axis stays sharded. Exponentials of a row are taken once and
 by the value, the gradient and the metrics.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -40,21 +41,30 @@ class Pair(NamedTuple):
     Attributes:
         student: The student's row, q.
         teacher: The teacher's row, p, over all of its entries.
-        shared: Teacher's `exp` with 0 at entries that the student excludes.
+        target: The teacher's row over the entries that the student does not exclude.
+        kept: `(*tokens, 1)`, the teacher's mass on those entries.
         excluded: `(*tokens, vocab)`, where the student's logit is -inf.
         silent: `(*tokens, vocab)`, where the teacher's logit is -inf.
-        difference: `(*tokens, vocab)`, `log p - log q + log_totals`; large and negative
-            where the teacher is silent, large and positive where an entry is excluded.
-        log_totals: `(*tokens, 1)`, log of teacher's over student's `total`.
+        difference: `(*tokens, vocab)`, `log p - log q` up to a constant of the token: 0
+            at the student's largest entry, large and negative where the teacher is
+            silent, large and positive where an entry is excluded.
+        shift: `(*tokens, 1)`, what the difference of the logits had at that entry.
+        constant: `(*tokens, 1)`, `difference - (log p - log q)`.
+        gap: `(*tokens, 1)`, see `log_mass`.
+        top_ratio: `(*tokens, 1)`, `log p - log q` at the student's largest entry.
     """
 
     student: Row
     teacher: Row
-    shared: Float[Array, "*tokens vocab"]
+    target: Row
+    kept: Float[Array, "*tokens 1"]
     excluded: Bool[Array, "*tokens vocab"]
     silent: Bool[Array, "*tokens vocab"]
     difference: Float[Array, "*tokens vocab"]
-    log_totals: Float[Array, "*tokens 1"]
+    shift: Float[Array, "*tokens 1"]
+    constant: Float[Array, "*tokens 1"]
+    gap: Float[Array, "*tokens 1"]
+    top_ratio: Float[Array, "*tokens 1"]
 
 
 def row_sum(values: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens 1"]:
@@ -95,9 +105,52 @@ def normalise(
 ) -> Row:
     """Returns the softmax of `logits / temperature` in its parts."""
     top = largest(logits)
-    shifted = (finite(logits) - top) / temperature
+    # One division in all; at temperature 1 the product changes nothing.
+    shifted = (finite(logits) - top) * (1 / temperature)
     exp = jnp.exp(shifted)
     return Row(shifted, exp, top, total(exp))
+
+
+def at_top(
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+) -> Float[Array, "*tokens 1"]:
+    """Returns the teacher's logit at the student's largest entry."""
+    is_top = student_logits == largest(student_logits)
+    return row_max(jnp.where(is_top, teacher_logits, -jnp.inf))
+
+
+def anchored_difference(
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+) -> tuple[Float[Array, "*tokens vocab"], Float[Array, "*tokens 1"]]:
+    """Returns teacher less student logits, less the same at the student's largest.
+
+    A constant of the token means nothing to a softmax and much to float32. This one
+    leaves exactly 0 where a confident student has nearly all of its mass, and small
+    numbers where the two rows nearly agree up to a shift. What rounding takes from the
+    two subtractions is put back.
+
+    Returns:
+        The difference, and the teacher's logit at the student's largest entry. Where
+        the teacher is silent there, its own largest logit stands in for that.
+    """
+    anchor = at_top(student_logits, teacher_logits)
+    anchor = jnp.where(anchor <= FLOOR, largest(teacher_logits), anchor)
+    difference, lost = _subtract(finite(teacher_logits), finite(student_logits))
+    shift, shift_lost = _subtract(anchor, largest(student_logits))
+    return (difference - shift) + (lost - shift_lost), anchor
+
+
+def _subtract(a: Array, b: Array) -> tuple[Array, Array]:
+    """Returns the difference of two arrays and what rounding took from it.
+
+    References:
+        Knuth, The Art of Computer Programming 2, section 4.2.2, theorem B.
+    """
+    difference = a - b
+    back = difference - a
+    return difference, (a - (difference - back)) - (b + back)
 
 
 def normalise_pair(
@@ -106,21 +159,27 @@ def normalise_pair(
     temperature: Float[Array, ""] | float = 1.0,
 ) -> Pair:
     """Returns both softmaxes at a temperature, and the step between them."""
-    student, teacher = finite(student_logits), finite(teacher_logits)
-    excluded, silent = student <= FLOOR, teacher <= FLOOR
+    excluded = finite(student_logits) <= FLOOR
+    silent = finite(teacher_logits) <= FLOOR
     q = normalise(student_logits, temperature)
     p = normalise(teacher_logits, temperature)
-    # From the logits, not from two logarithms: for a teacher close to the student their
-    # difference is exact, and a constant over the vocabulary cannot drown it.
-    difference = ((teacher - student) - (p.top - q.top)) / temperature
+    difference, anchor = anchored_difference(student_logits, teacher_logits)
+    gap = (p.top - anchor) * (1 / temperature)
+    constant = gap + jnp.log(p.total / q.total)
+    silent_top = at_top(student_logits, teacher_logits) <= FLOOR
+    shared = jnp.where(excluded, 0.0, p.exp)
     return Pair(
         student=q,
         teacher=p,
-        shared=jnp.where(excluded, 0.0, p.exp),
+        target=p._replace(exp=shared, total=total(shared)),
+        kept=row_sum(shared) / p.total,
         excluded=excluded,
         silent=silent,
-        difference=difference,
-        log_totals=jnp.log(p.total / q.total),
+        difference=difference * (1 / temperature),
+        shift=anchor - q.top,
+        constant=constant,
+        gap=gap,
+        top_ratio=jnp.where(silent_top, FLOOR, -constant),
     )
 
 
@@ -130,11 +189,11 @@ def expm1_near(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     A polynomial: on CPUs the compiler's `expm1` takes as long as three exponentials.
     """
     x = jnp.clip(x, -NEAR, NEAR)
-    # x (1 + x/2 (1 + x/3 (1 + ... x/8))): the next term is below 1e-8 of the sum.
-    series = jnp.ones_like(x)
-    for n in range(8, 1, -1):
-        series = 1.0 + x * series * (1.0 / n)
-    return x * series
+    # Taylor's series: the first term left out is below 2e-8 of the sum.
+    series = jnp.full_like(x, 1 / math.factorial(8))
+    for n in range(7, 0, -1):
+        series = series * x + 1 / math.factorial(n)
+    return series * x
 
 
 def step(
@@ -154,20 +213,23 @@ def log_mass(
     student: Row,
     target: Row,
     difference: Float[Array, "*tokens vocab"],
-    gap: Float[Array, "*tokens 1"] | float,
+    gap: Float[Array, "*tokens 1"],
 ) -> Float[Array, "*tokens 1"]:
     """Returns `log sum_v q_v exp(difference_v)`, q the student's softmax.
 
     Args:
         student: The student's row.
         target: The row whose `exp` is `student.exp * exp(difference - gap)`.
-        difference: Logits of the target less the student's, up to a constant.
-        gap: At most about 0, so that nothing overflows.
+        difference: Logits of the target less the student's, less a constant of the
+            token; close to 0 where q has its mass if the two rows agree there.
+        gap: `(*tokens, 1)`, the constant that makes it so.
     """
-    change = step(student.exp, target.exp * jnp.exp(gap), difference)
+    # Capped against overflow: the sum is then far too large to be used below.
+    change = step(student.exp, target.exp * jnp.exp(jnp.minimum(gap, 30.0)), difference)
     relative = row_sum(change) / student.total
-    # Close to -1 the sum has lost its digits, but there the logarithms have not.
-    near = relative > -NEAR
+    # A small sum has digits that two logarithms would lose in their difference. Beyond
+    # it the two rows differ so much that nothing small is left to be lost.
+    near = jnp.abs(relative) < NEAR
     return jnp.where(
         near,
         jnp.log1p(jnp.where(near, relative, 0.0)),
@@ -175,9 +237,21 @@ def log_mass(
     )
 
 
+def exact_constant(pair: Pair) -> Float[Array, "*tokens 1"]:
+    """Returns `pair.constant` to all digits where the rows agree, in one more pass."""
+    mass = log_mass(pair.student, pair.target, pair.difference, pair.gap)
+    return mass - jnp.log(pair.kept)
+
+
+def change(pair: Pair) -> Float[Array, "*tokens vocab"]:
+    """Returns p - q, 0 at entries that the student excludes."""
+    q = pair.student.exp / pair.student.total
+    p = pair.target.exp / pair.teacher.total
+    return step(q, p, pair.difference - exact_constant(pair))
+
+
 def kl(pair: Pair) -> Float[Array, "*tokens"]:
     """Returns KL(teacher || student) of every token, in nats."""
-    mean = row_sum(pair.shared * pair.difference) / pair.teacher.total
-    kept = row_sum(pair.shared) / pair.teacher.total
+    mean = row_sum(pair.target.exp * pair.difference) / pair.teacher.total
     # Rounding can leave -1e-8 where the two agree.
-    return jnp.maximum(per_token(mean - kept * pair.log_totals), 0.0)
+    return jnp.maximum(per_token(mean - pair.kept * pair.constant), 0.0)

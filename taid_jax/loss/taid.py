@@ -24,15 +24,24 @@ class _Rows(NamedTuple):
 
 def _rows(student_logits: Array, teacher_logits: Array, t: Array) -> _Rows:
     student, teacher = softmax.finite(student_logits), softmax.finite(teacher_logits)
-    mixture = jnp.where(
-        student <= softmax.FLOOR, softmax.FLOOR, (1 - t) * student + t * teacher
+    excluded = student <= softmax.FLOOR
+
+    def mix(student: Array, teacher: Array) -> Array:
+        return (1 - t) * student + t * teacher
+
+    q = softmax.normalise(student_logits)
+    teacher_top = softmax.largest(teacher_logits)
+    mixture = jnp.where(excluded, softmax.FLOOR, mix(student, teacher))
+    top = softmax.largest(mixture) - mix(q.top, teacher_top)
+    # Mixed after the shift, where the entries that matter are small numbers.
+    shifted = jnp.where(
+        excluded, softmax.FLOOR, mix(q.shifted, teacher - teacher_top) - top
     )
-    q, p = softmax.normalise(student_logits), softmax.normalise(mixture)
-    # With the largest entries of student and teacher aligned, no entry of the mixture
-    # is above the student's largest.
-    offset = softmax.largest(teacher_logits) - q.top
-    difference = t * ((teacher - student) - offset)
-    return _Rows(q, p, difference, (p.top - q.top) - t * offset)
+    exp = jnp.exp(shifted)
+    p = softmax.Row(shifted, exp, top, softmax.total(exp))
+
+    difference, anchor = softmax.anchored_difference(student_logits, teacher_logits)
+    return _Rows(q, p, t * difference, top + t * (teacher_top - anchor))
 
 
 def _rule(student_logits: Array, teacher_logits: Array, t: Array) -> Parts:
