@@ -15,6 +15,7 @@ takes the one that suits it.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -57,6 +58,24 @@ def _terms(pair: softmax.Pair, share: float | int) -> _Terms:
     )
 
 
+def _teacher_share_above_top(
+    pair: softmax.Pair, share: float | int
+) -> Float[Array, "*tokens vocab"]:
+    """Returns `v p / m` less the same at the student's largest entry.
+
+    0 where a confident student has its mass, so that nothing is left to cancel there.
+    """
+    log_odds = math.log(share) - math.log1p(-share)
+    x = pair.difference - pair.constant + log_odds
+    top = pair.top_ratio + log_odds
+    here, there = jax.nn.sigmoid(x), jax.nn.sigmoid(top)
+    # Where the teacher is silent there, `difference` has another entry to start from.
+    away = jnp.where(pair.top_ratio <= softmax.FLOOR, -softmax.FLOOR, pair.difference)
+    near = jnp.abs(away) < softmax.NEAR
+    step = there * jax.nn.sigmoid(-x) * softmax.expm1_near(away)
+    return jnp.where(near, step, here - there)
+
+
 def _mean(pair: softmax.Pair, values: Array) -> Float[Array, "*tokens 1"]:
     return softmax.row_sum(pair.student.exp * values) / pair.student.total
 
@@ -87,7 +106,8 @@ def skew_forward(pair: softmax.Pair, teacher_weight: float | int) -> Parts:
     def gradient() -> Float[Array, "*tokens vocab"]:
         q = pair.student.exp / pair.student.total
         factor = (1 - teacher_weight) / teacher_weight
-        return factor * q * (_mean(pair, terms.tau) - terms.tau)
+        above = _teacher_share_above_top(pair, teacher_weight)
+        return factor * q * (_mean(pair, above) - above)
 
     return softmax.per_token(value), gradient
 
