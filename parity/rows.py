@@ -124,6 +124,11 @@ class Tally:
             error_exact: Of ours against float64.
             other_exact: Of the other side against float64.
         """
+        # Numbers of numpy are not JSON's.
+        error, error_exact, other_exact = (
+            None if value is None else float(value)
+            for value in (error, error_exact, other_exact)
+        )
         limit = self._tolerance.value
         fine = error_exact is None or error_exact <= limit
         if error is not None:

@@ -2,6 +2,7 @@ import io
 import json
 import math
 
+import numpy as np
 from rich.console import Console
 
 from parity.rows import Deviation, Tally, Tolerance, skipped
@@ -12,7 +13,7 @@ WHY = "because a sum of ten terms rounds ten times"
 
 def _rows():
     good = Tally("losses", "TAID", "float32 value", "PyTorch", Tolerance(1e-5, WHY))
-    good.add("first", 1e-6, 2e-6, 3e-6)
+    good.add("first", np.float64(1e-6), np.float32(2e-6), 3e-6)
     bad = Tally("losses", "JS", "float32 value", "PyTorch", Tolerance(1e-5, WHY))
     bad.add("first", math.nan, math.nan, 0.0)
     return [
