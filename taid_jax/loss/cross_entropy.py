@@ -81,14 +81,15 @@ def _label_parts(logits: Array, labels: Array) -> Parts:
     q = softmax.normalise(logits)
     is_label = label_entries(labels, logits.shape[-1])
     shifted = softmax.row_sum(jnp.where(is_label, q.shifted, 0.0))
-    # A label that is -inf in the student takes no part.
-    known = shifted > softmax.FLOOR / 2
-    value = softmax.per_token(jnp.where(known, jnp.log(q.total) - shifted, 0.0))
+    # A label that is -inf in the student takes no part; NaN is not hidden.
+    excluded = shifted <= softmax.FLOOR / 2
+    value = softmax.per_token(jnp.where(excluded, 0.0, jnp.log(q.total) - shifted))
 
     def gradient() -> Float[Array, "*tokens vocab"]:
         # 1 - q of the label from the other entries: exact also where q is nearly 1.
         others = softmax.row_sum(jnp.where(is_label, 0.0, q.exp))
-        return jnp.where(known, jnp.where(is_label, -others, q.exp) / q.total, 0.0)
+        in_logits = jnp.where(is_label, -others, q.exp) / q.total
+        return jnp.where(excluded, 0.0, in_logits)
 
     return value, gradient
 

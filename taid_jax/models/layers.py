@@ -21,6 +21,8 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 kv_heads, group, length, head_dim)`, keys and values `(batch, kv_heads, length,
 head_dim)`; what is kept (a cache) goes back to the caller."""
 
+_FEW_ROWS = 16
+
 Stream = Float[Array, "batch length d_model"]
 
 
@@ -51,7 +53,13 @@ class Linear(nnx.Module):
         outputs = kernel.shape[self.num_inputs :]
         # Plain matrices: neither pass then needs a transposed copy on any platform.
         rows = x.reshape(math.prod(lead), -1)
-        image = rows @ kernel.reshape(rows.shape[1], -1)
+        matrix = kernel.reshape(rows.shape[1], -1)
+        if rows.shape[0] <= _FEW_ROWS:
+            # A matrix times few columns reads the weights, which is all the work there
+            # is, up to twice as fast on a CPU as few rows times a matrix.
+            image = jax.lax.dot_general(matrix, rows, (((0,), (1,)), ((), ()))).T
+        else:
+            image = rows @ matrix
         if self.has_bias:
             image += self.bias[...].astype(x.dtype).reshape(1, -1)
         return image.reshape(*lead, *outputs)

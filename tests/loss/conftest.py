@@ -66,7 +66,9 @@ class Oracle:
             rise = rise + np.where(small, 0, np.exp(lq + d) - q)
             x = d - np.log1p(_sum(rise))
             gradient = np.where(
-                x <= 0, -q * np.expm1(x), np.exp(np.where(seen, lq, 0) + x) * np.expm1(-x)
+                x <= 0,
+                -q * np.expm1(x),
+                np.exp(np.where(seen, lq, 0) + x) * np.expm1(-x),
             )
         return value, np.where(seen, gradient, 0.0)
 
@@ -230,9 +232,7 @@ def _cases() -> dict[str, Case]:
         ),
         Case("total_variation", loss.TotalVariation, o.total_variation, {}, True),
         Case("skew_forward_kl", loss.SkewForwardKL, o.skew_forward_kl),
-        Case(
-            "skew_reverse_kl", loss.SkewReverseKL, o.skew_reverse_kl, {}, True
-        ),
+        Case("skew_reverse_kl", loss.SkewReverseKL, o.skew_reverse_kl, {}, True),
         Case("adaptive_kl", loss.AdaptiveKL, o.adaptive_kl),
         Case("ctkd", loss.CTKD, o.ctkd),
         Case("dkd", loss.DKD, o.dkd, {}, True),
@@ -273,6 +273,12 @@ def case(request: pytest.FixtureRequest) -> Case:
     return _cases()[request.param]
 
 
+@pytest.fixture(params=["taid", "jensen_shannon", "dkd", "ctkd", "cross_entropy"])
+def kind(request: pytest.FixtureRequest) -> Case:
+    """One objective of each kind, where trying all would only cost time."""
+    return _cases()[request.param]
+
+
 @pytest.fixture
 def oracle() -> Oracle:
     return Oracle()
@@ -297,7 +303,7 @@ class Inputs:
 MakeInputs = Callable[..., Inputs]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_inputs() -> MakeInputs:
     """Random inputs: `(shape, scale, noise, seed)`.
 
@@ -323,7 +329,7 @@ def make_inputs() -> MakeInputs:
 Evaluate = Callable[..., Pair]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def evaluate() -> Evaluate:
     """Loss of every token and the gradient of each in the student's logits, jitted."""
 
@@ -344,3 +350,28 @@ def evaluate() -> Evaluate:
         return np.asarray(losses), np.asarray(gradient)
 
     return evaluate
+
+
+MeanLoss = Callable[..., Pair]
+
+
+@pytest.fixture(scope="session")
+def mean_loss() -> MeanLoss:
+    """`distillation_loss` and its gradient in the student's logits, jitted once."""
+
+    @jax.jit
+    def run(objective, student, teacher, mask, labels):
+        from taid_jax.loss import distillation_loss
+
+        def loss(student):
+            return distillation_loss(objective, student, teacher, mask, labels)
+
+        return jax.value_and_grad(loss)(student)
+
+    def mean_loss(objective, inputs: Inputs, mask=None) -> Pair:
+        arrays = (inputs.student, inputs.teacher, mask, inputs.labels)
+        arrays = (None if x is None else jnp.asarray(x) for x in arrays)
+        value, gradient = run(objective, *arrays)
+        return np.asarray(value), np.asarray(gradient)
+
+    return mean_loss

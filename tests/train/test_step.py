@@ -136,7 +136,9 @@ def test_train_step_accumulation_changes_nothing(
         jax.tree.leaves(state.opt_state), jax.tree.leaves(other.opt_state), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
-    np.testing.assert_allclose(state.schedule.prev_loss, other.schedule.prev_loss)
+    np.testing.assert_allclose(
+        state.schedule.prev_loss, other.schedule.prev_loss, rtol=2e-6
+    )
 
 
 def test_train_step_schedule_advances_on_the_distillation_part(

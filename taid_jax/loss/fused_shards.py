@@ -1,0 +1,166 @@
+"""The fused head on every device of a mesh, or on the one there is."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from taid_jax.loss import fused_mesh
+from taid_jax.loss.fused_chunks import (
+    Gradients,
+    Outcome,
+    Tokens,
+    make_plan,
+    run_chunks,
+)
+from taid_jax.loss.fused_mesh import Partition
+from taid_jax.loss.fused_rows import Linear, Problem, Wanted, kernel_axes
+from taid_jax.loss.objective import Objective
+
+
+class Static(NamedTuple):
+    """What is known before tracing.
+
+    Attributes:
+        vocab_size: Entries that count.
+        softcaps: The student's and the teacher's.
+        chunk_size: Tokens of a chunk; chosen when None.
+        partition: How the work lies on a mesh; None on one device.
+        platform: "cpu", "gpu" or "tpu".
+        dtypes: Those of the student's hidden states, kernel and bias.
+    """
+
+    vocab_size: int
+    softcaps: tuple[float | None, float | None]
+    chunk_size: int | None
+    partition: Partition | None
+    platform: str
+    dtypes: tuple[jnp.dtype, jnp.dtype, jnp.dtype]
+
+
+class Moving(NamedTuple):
+    """What may be differentiated."""
+
+    objective: Objective
+    hidden: Array
+    head: Linear
+
+
+class Fixed(NamedTuple):
+    """What may not."""
+
+    hidden: Array | None
+    head: Linear | None
+    mask: Array | None
+    labels: Array | None
+
+
+def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> Outcome:
+    """Returns the sums over all tokens and their gradients, laid out as their arrays.
+
+    Args:
+        static: What is known before tracing.
+        wanted: Which gradients are formed.
+        moving: Objective, student's hidden states `(*tokens, d)` and head.
+        fixed: Teacher's hidden states and head, mask and labels.
+    """
+    partition = static.partition
+    if partition is None:
+        return _run_local(static, wanted, moving, fixed)
+    model = kernel_axes(moving.head.kernel, moving.hidden.shape[-1])[0]
+    kernel = fused_mesh.kernel_spec(moving.head.kernel, model, partition)
+    whole, tokens = PartitionSpec(), fused_mesh.tokens_spec(partition)
+    teacher_kernel = whole
+    if fixed.head is not None and fixed.hidden is not None:
+        model = kernel_axes(fixed.head.kernel, fixed.hidden.shape[-1])[0]
+        teacher_kernel = fused_mesh.kernel_spec(fixed.head.kernel, model, partition)
+
+    def local(moving: Moving, fixed: Fixed) -> Outcome:
+        head = _gather(moving.head, kernel, moving.hidden.dtype)
+        moving = moving._replace(head=head)
+        if fixed.head is not None and fixed.hidden is not None:
+            head = _gather(fixed.head, teacher_kernel, fixed.hidden.dtype)
+            fixed = fixed._replace(head=head)
+        outcome = _run_local(static, wanted, moving, fixed)
+        if not partition.tokens:
+            return outcome
+        loss, metrics, (in_leaves, in_hidden, in_kernel, in_bias) = outcome
+        loss, metrics, in_leaves, in_bias = lax.psum(
+            (loss, metrics, in_leaves, in_bias), partition.tokens
+        )
+        if in_kernel is not None:
+            in_kernel = fused_mesh.reduce_kernel(in_kernel, kernel, partition)
+        gradients = Gradients(in_leaves, in_hidden, in_kernel, in_bias)
+        return Outcome(loss, metrics, gradients)
+
+    return jax.shard_map(
+        local,
+        mesh=partition.mesh,
+        in_specs=(
+            Moving(whole, tokens, Linear(kernel, whole)),
+            Fixed(tokens, Linear(teacher_kernel, whole), tokens, tokens),
+        ),
+        out_specs=Outcome(whole, whole, Gradients(whole, tokens, kernel, whole)),
+        axis_names=set(partition.manual),
+        check_vma=False,
+    )(moving, fixed)
+
+
+def _gather(head: Linear, spec: PartitionSpec, dtype: Any) -> Linear:
+    # Cast first: half the bytes travel where parameters are float32.
+    return Linear(fused_mesh.gather_kernel(head.kernel.astype(dtype), spec), head.bias)
+
+
+def _cut(head: Linear, vocab: int, width: int, dtype: Any) -> Linear:
+    kernel = lax.slice_in_dim(head.kernel, 0, width, axis=vocab).astype(dtype)
+    return Linear(kernel, None if head.bias is None else head.bias[:width])
+
+
+def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> Outcome:
+    """Returns the sums over the tokens of one device; the heads are whole."""
+    hidden, partition = moving.hidden, static.partition
+    vocab = kernel_axes(moving.head.kernel, hidden.shape[-1])[1]
+    width = entries = moving.head.kernel.shape[vocab]
+    teacher, teacher_hidden = None, None
+    if fixed.head is not None and fixed.hidden is not None:
+        axis = kernel_axes(fixed.head.kernel, fixed.hidden.shape[-1])[1]
+        width = min(width, fixed.head.kernel.shape[axis])
+        teacher = _cut(fixed.head, axis, width, fixed.hidden.dtype)
+        kernel = fused_mesh.spread_vocabulary(teacher.kernel, axis, partition)
+        teacher = teacher._replace(kernel=kernel)
+        teacher_hidden = fixed.hidden.reshape(-1, fixed.hidden.shape[-1])
+
+    def spread(kernel: Array) -> Array:
+        return fused_mesh.spread_vocabulary(kernel, vocab, partition)
+
+    student = _cut(moving.head, vocab, width, hidden.dtype)
+    student = student._replace(kernel=spread(student.kernel))
+    weight = jnp.ones(hidden.shape[:-1], jnp.float32)
+    if fixed.mask is not None:
+        weight = fixed.mask.astype(jnp.float32)
+    tokens = Tokens(
+        hidden.reshape(-1, hidden.shape[-1]),
+        teacher_hidden,
+        weight.reshape(-1),
+        None if fixed.labels is None else fixed.labels.reshape(-1),
+    )
+    problem = Problem(
+        moving.objective, student, teacher, static.softcaps, static.vocab_size
+    )
+    on_device = width if partition is None else -(-width // partition.tensor)
+    plan = make_plan(weight.size, on_device, static.platform, static.chunk_size)
+    masked = fixed.mask is not None
+    loss, metrics, (in_leaves, in_hidden, in_kernel, in_bias) = run_chunks(
+        problem, tokens, masked, plan, wanted, spread
+    )
+    if in_hidden is not None:
+        in_hidden = in_hidden.reshape(hidden.shape)
+    rest = (0, entries - width)
+    if in_kernel is not None and entries > width:
+        in_kernel = jnp.pad(in_kernel, [rest if i == vocab else (0, 0) for i in (0, 1)])
+    if in_bias is not None and entries > width:
+        in_bias = jnp.pad(in_bias, rest)
+    metrics = {"weight": jnp.sum(weight), **metrics}
+    return Outcome(loss, metrics, Gradients(in_leaves, in_hidden, in_kernel, in_bias))

@@ -1,0 +1,198 @@
+"""Masks, weights and sums; and what every objective keeps of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax.loss import ForwardKL, Mix, distillation_loss, distillation_sums
+from taid_jax.loss.reduce import select_tokens, weighted_mean, weighted_sum
+
+MASK = np.array([[1, 1, 0, 1, 0], [0, 1, 1, 0, 1]])
+
+
+def test_select_tokens_replaces_what_does_not_count():
+    array = jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0], [3.0, 4.0]])
+    selected = select_tokens(array, jnp.array([0, 0, 2]))
+    np.testing.assert_array_equal(selected, [[0, 0], [0, 0], [3, 4]])
+
+
+def test_weighted_sum_skips_nan_at_weight_zero():
+    values = jnp.array([1.0, jnp.nan, 3.0])
+    assert weighted_sum(values, jnp.array([2.0, 0.0, 0.5])) == 3.5
+
+
+def test_weighted_mean_is_zero_without_weight():
+    value, gradient = jax.value_and_grad(weighted_mean)(jnp.float32(0), jnp.float32(0))
+    assert value == 0
+    assert np.isfinite(gradient)
+
+
+def test_distillation_loss_is_the_mean_over_counted_tokens(
+    case, make_inputs, mean_loss, evaluate
+):
+    inputs = make_inputs()
+    losses, gradient = evaluate(
+        case.make(), inputs.student, inputs.teacher, inputs.labels
+    )
+    value, mean_gradient = mean_loss(case.make(), inputs, MASK)
+    # Summing ten numbers in another order: a few units in the last place.
+    np.testing.assert_allclose(value, losses[MASK == 1].mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        mean_gradient, gradient * MASK[..., None] / MASK.sum(), rtol=1e-5, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_distillation_loss_ignores_what_masked_tokens_hold(
+    case, make_inputs, mean_loss, bad
+):
+    clean = make_inputs()
+    dirty = make_inputs()
+    dirty.student[MASK == 0] = bad
+    dirty.teacher[MASK == 0] = bad
+    dirty.labels[MASK == 0] = -100
+    expected = mean_loss(case.make(), clean, MASK)
+    value, gradient = mean_loss(case.make(), dirty, MASK)
+    np.testing.assert_array_equal(value, expected[0])
+    np.testing.assert_array_equal(gradient, expected[1])
+    assert not gradient[MASK == 0].any()
+
+
+def test_distillation_loss_does_not_hide_nan_in_a_counted_token(
+    case, make_inputs, mean_loss
+):
+    inputs = make_inputs()
+    inputs.student[0, 0, 3] = np.nan
+    value, _ = mean_loss(case.make(), inputs, MASK)
+    assert np.isnan(value)
+
+
+def test_distillation_loss_of_a_fully_masked_batch_is_zero(
+    case, make_inputs, mean_loss
+):
+    inputs = make_inputs()
+    inputs.student[...] = np.nan
+    value, gradient = mean_loss(case.make(), inputs, np.zeros_like(MASK))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros_like(inputs.student))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.float32, jnp.bfloat16])
+def test_distillation_loss_takes_masks_of_any_dtype(make_inputs, mean_loss, dtype):
+    inputs = make_inputs()
+    expected = mean_loss(ForwardKL(), inputs, MASK)
+    value, gradient = mean_loss(ForwardKL(), inputs, MASK.astype(dtype))
+    np.testing.assert_array_equal(value, expected[0])
+    np.testing.assert_array_equal(gradient, expected[1])
+
+
+def test_distillation_loss_weighs_tokens(make_inputs, mean_loss, evaluate):
+    inputs = make_inputs()
+    weights = np.linspace(0, 2, 10, dtype=np.float32).reshape(2, 5)
+    losses, _ = evaluate(ForwardKL(), inputs.student, inputs.teacher)
+    value, _ = mean_loss(ForwardKL(), inputs, weights)
+    expected = (losses * weights).sum() / weights.sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-6)  # order of a sum
+
+
+def test_distillation_sums_of_parts_add_up_to_the_whole(kind, make_inputs):
+    """Unequal parts: a mean of their means would weigh tokens differently."""
+    inputs = make_inputs()
+    mask = np.array([[1, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
+    objective = kind.make()
+
+    @jax.jit
+    def part(student, teacher, mask, labels):
+        def loss(student):
+            return distillation_sums(objective, student, teacher, mask, labels)
+
+        (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(student)
+        return total, sums, gradient
+
+    args = (inputs.student, inputs.teacher, mask, inputs.labels)
+    total, sums, gradient = part(*map(jnp.asarray, args))
+    parts = [part(*(jnp.asarray(x[i : i + 1]) for x in args)) for i in range(2)]
+    # Order of a sum.
+    np.testing.assert_allclose(sum(p[0] for p in parts), total, rtol=1e-6)
+    for name, value in sums.items():
+        added = sum(p[1][name] for p in parts)
+        np.testing.assert_allclose(added, value, rtol=1e-6)
+    both = np.concatenate([p[2] for p in parts])
+    np.testing.assert_allclose(both, gradient, rtol=1e-6, atol=1e-12)
+    assert sums["weight"] == 5
+
+
+def test_distillation_sums_gives_metrics_without_gradient(make_inputs):
+    inputs = make_inputs()
+    objective = Mix(ForwardKL(), 0.5)
+
+    def metrics(student):
+        _, sums = distillation_sums(
+            objective,
+            student,
+            jnp.asarray(inputs.teacher),
+            jnp.asarray(MASK),
+            jnp.asarray(inputs.labels),
+        )
+        return sum(sums.values())
+
+    gradient = jax.grad(metrics)(jnp.asarray(inputs.student))
+    np.testing.assert_array_equal(gradient, np.zeros_like(inputs.student))
+
+
+def test_distillation_loss_of_no_tokens_is_zero(kind):
+    logits = jnp.zeros((0, 7))
+    labels = jnp.zeros((0,), jnp.int32)
+    loss = distillation_loss(kind.make(), logits, logits, labels=labels)
+    assert loss == 0
+
+
+def test_distillation_loss_takes_any_number_of_token_axes(make_inputs):
+    inputs = make_inputs()
+    flat, _ = distillation_sums(
+        ForwardKL(),
+        jnp.asarray(inputs.student.reshape(10, 33)),
+        jnp.asarray(inputs.teacher.reshape(10, 33)),
+    )
+    deep, _ = distillation_sums(
+        ForwardKL(),
+        jnp.asarray(inputs.student.reshape(1, 2, 5, 33)),
+        jnp.asarray(inputs.teacher.reshape(1, 2, 5, 33)),
+    )
+    np.testing.assert_allclose(flat, deep, rtol=1e-6)  # order of a sum
+    single = distillation_loss(
+        ForwardKL(),
+        jnp.asarray(inputs.student[0, 0]),
+        jnp.asarray(inputs.teacher[0, 0]),
+    )
+    assert single.shape == ()
+
+
+def test_distillation_loss_reports_shapes_that_do_not_match(case):
+    student = jnp.zeros((2, 5, 33))
+    labels = jnp.zeros((2, 5), jnp.int32)
+    with pytest.raises(ValueError, match=r"\(2, 5, 33\).*\(2, 5, 40\)"):
+        distillation_loss(case.make(), student, jnp.zeros((2, 5, 40)), labels=labels)
+    with pytest.raises(ValueError, match=r"mask.*\(2, 5\).*\(2, 4\)"):
+        distillation_loss(
+            case.make(), student, student, jnp.ones((2, 4)), labels=labels
+        )
+    with pytest.raises(ValueError, match=r"labels.*\(2, 5\).*\(2, 6\)"):
+        distillation_loss(
+            case.make(), student, student, labels=jnp.zeros((2, 6), jnp.int32)
+        )
+
+
+def test_distillation_loss_scales_with_its_cotangent(kind, make_inputs, mean_loss):
+    inputs = make_inputs()
+    objective = kind.make()
+    arguments = (jnp.asarray(inputs.teacher), jnp.asarray(MASK))
+    labels = jnp.asarray(inputs.labels)
+    _, pull = jax.vjp(
+        lambda s: distillation_loss(objective, s, *arguments, labels),
+        jnp.asarray(inputs.student),
+    )
+    _, gradient = mean_loss(objective, inputs, MASK)
+    # The one is compiled as a whole, the other operation by operation.
+    np.testing.assert_allclose(pull(jnp.float32(4))[0], 4 * gradient, 1e-5, 1e-8)
