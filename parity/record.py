@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from parity import schedule as schedules
 from parity.cases import Case, Grid, random_cases
@@ -125,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    disable_progress_bar()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     record_losses(chosen.folder, chosen.seed)
     record_schedule(chosen.folder, chosen.seed)
