@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 
@@ -243,11 +244,13 @@ def _fused_forward(
 
 
 def _fused_backward(
-    static: Static, residuals: _Residuals, cotangents: tuple[Array, dict[str, Array]]
-) -> tuple[Moving, None]:
+    static: Static, residuals: _Residuals, cotangents: tuple[Any, dict[str, Any]]
+) -> tuple[Moving | None, None]:
     in_leaves, in_hidden, in_kernel, in_bias = residuals.gradients
     hidden_dtype, kernel_dtype, bias_dtype = static.dtypes
     scale = cotangents[0]
+    if isinstance(scale, SymbolicZero):
+        return None, None
 
     def scaled(gradient: Array | None, dtype: Any) -> Array | None:
         return None if gradient is None else (gradient * scale).astype(dtype)
