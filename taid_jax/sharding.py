@@ -38,7 +38,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
         ShardingError: On an unknown axis, a size that is no integer, or two -1.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         axis, _, size = part.partition("=")
         if axis.strip() not in sizes:

@@ -215,7 +215,10 @@ def log_mass(
     difference: Float[Array, "*tokens vocab"],
     gap: Float[Array, "*tokens 1"],
 ) -> Float[Array, "*tokens 1"]:
-    """Returns `log sum_v q_v exp(difference_v)`, q the student's softmax.
+    """Returns `log sum_v q_v exp(difference_v)`, q the student's softmax, if it is small.
+
+    Small, it has digits that the logarithms of two sums would lose in their difference.
+    Otherwise the rows differ so much that `step` needs no ratio: it is then inf.
 
     Args:
         student: The student's row.
@@ -224,21 +227,15 @@ def log_mass(
             token; close to 0 where q has its mass if the two rows agree there.
         gap: `(*tokens, 1)`, the constant that makes it so.
     """
-    # Capped against overflow: the sum is then far too large to be used below.
-    change = step(student.exp, target.exp * jnp.exp(jnp.minimum(gap, 30.0)), difference)
-    relative = row_sum(change) / student.total
-    # A small sum has digits that two logarithms would lose in their difference. Beyond
-    # it the two rows differ so much that nothing small is left to be lost.
+    # Capped against overflow: the sum is then far from small.
+    end = target.exp * jnp.exp(jnp.minimum(gap, 30.0))
+    relative = row_sum(step(student.exp, end, difference)) / student.total
     near = jnp.abs(relative) < NEAR
-    return jnp.where(
-        near,
-        jnp.log1p(jnp.where(near, relative, 0.0)),
-        gap + jnp.log(target.total / student.total),
-    )
+    return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0.0)), jnp.inf)
 
 
 def exact_constant(pair: Pair) -> Float[Array, "*tokens 1"]:
-    """Returns `pair.constant` to all digits where the rows agree, in one more pass."""
+    """Returns `pair.constant` to all digits where the rows nearly agree, else inf."""
     mass = log_mass(pair.student, pair.target, pair.difference, pair.gap)
     return mass - jnp.log(pair.kept)
 

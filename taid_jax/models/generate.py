@@ -63,9 +63,9 @@ def generate(
     length = input_ids.shape[1]
     if max_new_tokens < 1 or length + max_new_tokens > config.max_length:
         raise ModelError(
-            f"generate: a prompt of {length} tokens and {max_new_tokens} new ones (need "
-            f"at least 1) do not fit the model's context of {config.max_length}; give a "
-            "shorter prompt or ask for fewer tokens"
+            f"generate: a prompt of {length} tokens and {max_new_tokens} new ones "
+            "(need at least 1) do not fit the model's context of "
+            f"{config.max_length}; give a shorter prompt or ask for fewer tokens"
         )
     traced = isinstance(attention_mask, jax.core.Tracer)
     if not traced and not bool((attention_mask[:, -1] != 0).all()):
@@ -131,9 +131,7 @@ def _generate(
         layers = _laid_out(layers, config.num_layers)
         caches = _layer_by_layer(caches, config.num_layers)
     slots = jnp.arange(length + max_new_tokens)[None]
-    filled = jnp.pad(
-        attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1
-    )
+    filled = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
 
     def one_token(state: _State) -> _State:
         slot = length + state.step - 1
@@ -188,7 +186,7 @@ def _most_probable(
 ) -> Int[Array, " batch"]:
     """Returns the first id of the greatest logit."""
     logits = last.logits(hidden)
-    # Two plain reductions; argmax's reduction of pairs is several times slower on a CPU.
+    # Two plain reductions; argmax's reduction of pairs is much slower on a CPU.
     greatest = logits.max(axis=-1, keepdims=True)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     return jnp.where(logits == greatest, ids, logits.shape[-1]).min(axis=-1)

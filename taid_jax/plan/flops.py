@@ -2,8 +2,8 @@
 
 import math
 
-import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 
 def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
@@ -22,9 +22,9 @@ def _of_equation(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = np.shape(equation.invars[0].aval)
+        left = _shape(equation.invars[0])
         depth = math.prod(left[axis] for axis in contracted)
-        return 2 * depth * math.prod(np.shape(equation.outvars[0].aval))
+        return 2 * depth * math.prod(_shape(equation.outvars[0]))
     if name == "cond":
         return max(count_flops(branch) for branch in params["branches"])
     inner = sum(
@@ -36,5 +36,9 @@ def _of_equation(equation: JaxprEqn) -> int:
         return inner * params["length"]
     if name == "shard_map":
         shape = params["mesh"].shape
-        return inner * math.prod(shape[axis] for axis in params["manual_axes"])
+        return inner * math.prod(shape[axis] for axis in params["newly_manual_axes"])
     return inner
+
+
+def _shape(value: Var | Literal) -> tuple[int, ...]:
+    return value.aval.shape if isinstance(value.aval, ShapedArray) else ()

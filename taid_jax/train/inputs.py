@@ -44,7 +44,10 @@ def prepare_output(settings: Settings) -> pathlib.Path:
             or holds nothing and `resume` is set.
     """
     folder = pathlib.Path(settings.run.output).absolute()
-    filled = folder.is_dir() and any(folder.iterdir())
+    # A plan of this run may lie there already.
+    filled = folder.is_dir() and any(
+        entry.name != "plan.json" for entry in folder.iterdir()
+    )
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"output: {folder} is not a folder")
     if filled and not settings.run.resume:

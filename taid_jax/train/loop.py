@@ -134,8 +134,8 @@ class Loop:
                         self._log(*pending, batch)
                     pending = (step, metrics)
                     last = step == run.steps
-                    evaluating = last or (run.eval_every and step % run.eval_every == 0)
-                    saving = last or (run.save_every and step % run.save_every == 0)
+                    evaluating = last or _due(step, run.eval_every)
+                    saving = last or _due(step, run.save_every)
                     if evaluating or saving or stop:
                         self._log(*pending, batch)
                         pending = None
@@ -214,6 +214,11 @@ class Loop:
             if isinstance(value, float) and math.isfinite(value):
                 self._writer.add_scalar(f"train/{key}", value, step)
         self.progress.step(row)
+
+
+def _due(step: int, every: int) -> bool:
+    """Returns whether something is done at this step; never when `every` is 0."""
+    return every > 0 and step % every == 0
 
 
 class _stop_signals:  # noqa: N801 - read as a with-statement

@@ -115,7 +115,7 @@ def batch_loss(
     )
 
 
-def _micro_batches(batch: Batch, parts: int) -> dict[str, Array]:
+def _micro_batches(batch: Batch, parts: int) -> Batch:
     """Returns `(parts, batch / parts, length)`: each device keeps its own rows."""
     return {
         key: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1)

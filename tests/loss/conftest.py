@@ -73,14 +73,14 @@ class Oracle:
         return value, np.where(seen, gradient, 0.0)
 
     def forward_kl(self, s, u, labels=None, temperature=1.0) -> Pair:
-        lq, lp, q, p, seen, _ = self._start(s, u, temperature)
+        lq, _lp, q, p, seen, _ = self._start(s, u, temperature)
         p_seen = np.where(seen, p, 0.0)
         value = -(p_seen * np.where(seen, lq, 0)).sum(-1)
         gradient = _sum(p_seen) * q - p_seen
         return temperature**2 * value, temperature * gradient
 
     def reverse_kl(self, s, u, labels=None, temperature=1.0) -> Pair:
-        lq, lp, q, p, seen, heard = self._start(s, u, temperature)
+        lq, lp, q, _p, seen, heard = self._start(s, u, temperature)
         both = seen & heard
         ratio = np.where(both, np.where(both, lq, 0) - np.where(both, lp, 0), 0)
         value = (q * ratio).sum(-1)
@@ -88,7 +88,7 @@ class Oracle:
         return temperature**2 * value, temperature * gradient
 
     def total_variation(self, s, u, labels=None) -> Pair:
-        lq, lp, q, p, seen, _ = self._start(s, u)
+        _lq, _lp, q, p, seen, _ = self._start(s, u)
         value = 0.5 * np.where(seen, abs(p - q), 0).sum(-1)
         return value, self._gradient(q, 0.5 * np.where(q >= p, 1.0, -1.0), seen)
 
@@ -125,7 +125,7 @@ class Oracle:
     def skew_reverse_kl(
         self, s, u, labels=None, teacher_weight=0.1, temperature=1.0
     ) -> Pair:
-        lq, lp, q, p, seen, _ = self._start(s, u, temperature)
+        lq, lp, q, _p, seen, _ = self._start(s, u, temperature)
         w = teacher_weight
         lm, _ = self._mixture(lq, lp, 1 - w)
         with np.errstate(all="ignore"):
@@ -137,7 +137,7 @@ class Oracle:
     def adaptive_kl(
         self, s, u, labels=None, head_threshold=0.5, temperature=1.0
     ) -> Pair:
-        lq, lp, q, p, seen, _ = self._start(s, u, temperature)
+        _lq, _lp, q, p, seen, _ = self._start(s, u, temperature)
         order = np.argsort(-p, axis=-1, kind="stable")
         held = np.cumsum(np.take_along_axis(p, order, -1), -1)
         held -= np.take_along_axis(p, order, -1)
@@ -171,7 +171,7 @@ class Oracle:
 
     def dkd(self, s, u, labels, alpha=1.0, beta=0.5, temperature=1.0) -> Pair:
         onehot = np.arange(s.shape[-1]) == labels[..., None]
-        lq, lp, q, p, seen, heard = self._start(s, u, temperature)
+        _lq, _lp, q, p, seen, heard = self._start(s, u, temperature)
         a, b = (_sum(np.where(onehot, x, 0)) for x in (q, p))
         a_rest, b_rest = (_sum(np.where(onehot, 0, x)) for x in (q, p))
         with np.errstate(all="ignore"):
@@ -368,7 +368,7 @@ def mean_loss() -> MeanLoss:
 
         return jax.value_and_grad(loss)(student)
 
-    def mean_loss(objective, inputs: Inputs, mask=None) -> Pair:
+    def mean_loss(objective, inputs, mask=None) -> Pair:
         arrays = (inputs.student, inputs.teacher, mask, inputs.labels)
         arrays = (None if x is None else jnp.asarray(x) for x in arrays)
         value, gradient = run(objective, *arrays)

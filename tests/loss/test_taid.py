@@ -1,5 +1,7 @@
 """TAID: values, its exact gradient, and what it keeps at the edges."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,10 +64,10 @@ def test_taid_of_bfloat16_follows_float32_not_the_recorded_rounding(
     mask = golden_losses["bf16/mask"]
     loss, gradient = mean_loss(
         TAID(0.25),
-        type(inputs)(
-            jnp.asarray(inputs.student, jnp.bfloat16),
-            jnp.asarray(inputs.teacher, jnp.bfloat16),
-            inputs.labels,
+        SimpleNamespace(
+            student=jnp.asarray(inputs.student, jnp.bfloat16),
+            teacher=jnp.asarray(inputs.teacher, jnp.bfloat16),
+            labels=inputs.labels,
         ),
         mask,
     )
@@ -83,9 +85,7 @@ def test_taid_of_bfloat16_follows_float32_not_the_recorded_rounding(
     assert ours / np.linalg.norm(expected) < published / 4
 
 
-def _recorded(golden, name):
-    from types import SimpleNamespace
-
+def _recorded(golden, name: str) -> SimpleNamespace:
     return SimpleNamespace(
         student=golden[f"{name}/student"],
         teacher=golden[f"{name}/teacher"],
@@ -132,7 +132,7 @@ def test_subtracting_softmaxes_would_not_be_exact(make_inputs, oracle):
     assert relative_error(np.asarray(gradient), exact).min() > 1e-2
 
 
-@pytest.mark.parametrize("size", [50.0, 300.0, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize("size", [50.0, 300.0, 1e4, 1e6, 1e9, 1e20])
 def test_taid_of_enormous_differences_is_finite(evaluate, size):
     student = np.array([[0.0, size, -size, 1.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
     teacher = np.array([[size, -size, 0.0, 2.0], [-size, 0.0, size, 5.0]], np.float32)
@@ -328,7 +328,7 @@ def test_taid_loss_is_the_mean_of_taid(make_inputs):
     for t in (0, 0.3, jnp.float32(1)):
         assert taid_loss(*args, t=t) == distillation_loss(TAID(t), *args)
     assert taid_loss(*args[:2], t=0.3).shape == ()
-    with pytest.raises(ValueError, match="t = 1.5"):
+    with pytest.raises(ValueError, match=r"t = 1.5"):
         taid_loss(*args, t=1.5)
 
 
