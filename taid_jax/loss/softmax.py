@@ -215,7 +215,7 @@ def log_mass(
     difference: Float[Array, "*tokens vocab"],
     gap: Float[Array, "*tokens 1"],
 ) -> Float[Array, "*tokens 1"]:
-    """Returns `log sum_v q_v exp(difference_v)` where that is small, else inf.
+    """Returns `log sum_v q_v exp(difference_v)`, q the student's softmax, if small.
 
     Here q is the student's softmax. A small result has digits that the logarithms of
     two sums would lose in their difference. Otherwise the rows differ so much that
