@@ -117,8 +117,8 @@ class ScheduledT:
     """Lets any schedule of the step drive t, in the shape of `TAIDScheduler`.
 
     Attributes:
-        schedule: `step -> value`, such as an optax schedule. The step of index k runs
-            with its value at k, clipped to [0, 1].
+        schedule: `step -> value`, such as an optax schedule, called with a float32. The
+            step of index k runs with its value at k, clipped to [0, 1].
     """
 
     schedule: Callable[[Array], ArrayLike]
@@ -126,7 +126,7 @@ class ScheduledT:
     def init(self) -> TAIDState:
         """Returns the state before the first step."""
         return TAIDState(
-            t=self._at(jnp.zeros((), jnp.int32)),
+            t=self._at(jnp.zeros((), jnp.float32)),
             prev_loss=jnp.asarray(jnp.inf, jnp.float32),
             momentum=jnp.zeros((), jnp.float32),
         )
@@ -139,7 +139,7 @@ class ScheduledT:
     ) -> TAIDState:
         """Returns the state after an optimizer step; see `TAIDScheduler.update`."""
         loss = jnp.asarray(loss, jnp.float32)
-        t = self._at(jnp.asarray(step) + 1)
+        t = self._at(jnp.asarray(step, jnp.float32) + 1)
         return _if_finite(loss, TAIDState(t, loss, state.momentum), state)
 
     def _at(self, step: Array) -> Array:

@@ -87,7 +87,9 @@ def _reverse_gradient_jvp(
     return value, -strength * tangents[0]
 
 
-def ctkd_strength(epoch: ArrayLike, num_epochs: float | int = 10.0) -> Float[Array, ""]:
+def ctkd_strength(
+    epoch: ArrayLike, num_epochs: float | int = 10.0
+) -> Float[Array, "..."]:
     """Returns the strength of CTKD's reversed gradient, rising from 0 to 1 by a cosine.
 
     Args:

@@ -1,0 +1,221 @@
+"""Next-token cross-entropy, CTKD and DKD."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax.loss import (
+    CTKD,
+    DKD,
+    CrossEntropy,
+    ForwardKL,
+    ctkd_strength,
+    distillation_loss,
+)
+
+
+def _recorded(golden, name: str, dtype=np.float32) -> SimpleNamespace:
+    return SimpleNamespace(
+        student=jnp.asarray(golden[f"{name}/student"], dtype),
+        teacher=jnp.asarray(golden[f"{name}/teacher"], dtype),
+        labels=golden[f"{name}/labels"][:, 1:].astype(np.int32),
+    )
+
+
+def total_error(gradient, expected):
+    return np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
+
+
+def test_cross_entropy_of_two_entries_is_what_the_definition_says():
+    student = jnp.array([[0.0, 1.0]])
+    labels = jnp.array([1])
+    loss, gradient = jax.value_and_grad(lambda s: CrossEntropy()(s, None, labels)[0])(
+        student
+    )
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-1.0)), rtol=1e-6)
+    q = 1 / (1 + np.e)
+    np.testing.assert_allclose(gradient[0], [q, -q], rtol=1e-6)
+
+
+def test_cross_entropy_of_a_certain_student_keeps_its_digits(evaluate):
+    """1 - q of the label is 1e-13 here; a subtraction would give 0 or 6e-8."""
+    student = np.array([[30.0, 0.0, -1.0]], np.float32)
+    _, gradient = evaluate(CrossEntropy(), student, student, np.array([0], np.int32))
+    rest = np.exp([-30.0, -31.0])
+    np.testing.assert_allclose(gradient[0, 0], -rest.sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, 1:], rest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), DKD()])
+def test_labels_that_do_not_count_are_harmless(make_inputs, evaluate, objective):
+    inputs = make_inputs()
+    expected = evaluate(objective, inputs.student, inputs.teacher, inputs.labels)
+    labels = inputs.labels.copy()
+    labels[0, 1], labels[1, 2] = -100, 10**6
+    losses, gradient = evaluate(objective, inputs.student, inputs.teacher, labels)
+    assert np.isfinite(losses).all()
+    assert np.isfinite(gradient).all()
+    kept = labels == inputs.labels
+    np.testing.assert_array_equal(losses[kept], expected[0][kept])
+    np.testing.assert_array_equal(gradient[kept], expected[1][kept])
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), DKD()])
+def test_missing_labels_are_reported_with_the_shapes(objective):
+    logits = jnp.zeros((2, 5, 33))
+    name = type(objective).__name__
+    with pytest.raises(ValueError, match=rf"{name} needs labels .*\(2, 5\).*None"):
+        objective(logits, logits)
+    with pytest.raises(ValueError, match=rf"{name} needs labels"):
+        jax.eval_shape(lambda x: distillation_loss(objective, x, x), logits)
+
+
+def test_cross_entropy_needs_no_teacher(make_inputs):
+    inputs = make_inputs()
+    student, labels = jnp.asarray(inputs.student), jnp.asarray(inputs.labels)
+    np.testing.assert_array_equal(
+        CrossEntropy()(student, None, labels),
+        CrossEntropy()(student, jnp.full_like(student, jnp.nan), labels),
+    )
+
+
+@pytest.mark.parametrize("name", ["small", "wide", "peaked", "neg_inf"])
+def test_ctkd_agrees_with_the_recorded_outputs(golden_losses, name):
+    inputs = _recorded(golden_losses, name)
+    mask = jnp.asarray(golden_losses[f"{name}/mask"])
+    # Recorded in epoch 3 of 10 with the published ramp, which runs from 1 to 0.
+    published_ramp = 0.5 * (1 + np.cos(0.3 * np.pi))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(arguments):
+        objective, student = arguments
+        return distillation_loss(objective, student, inputs.teacher, mask)
+
+    value, (objective, gradient) = loss((CTKD(), inputs.student))
+    # Float32 on both sides.
+    np.testing.assert_allclose(value, golden_losses[f"{name}/ctkd/loss"], rtol=2e-6)
+    assert total_error(gradient, golden_losses[f"{name}/ctkd/grad"]) < 5e-6
+    slope = golden_losses[f"{name}/ctkd/grad_temperature"] / published_ramp
+    if np.isfinite(slope):
+        # The published gradient is not reversed.
+        np.testing.assert_allclose(objective.temperature, -slope, rtol=5e-6)
+    assert np.isfinite(objective.temperature)
+    assert objective.strength == 0
+
+
+@pytest.mark.parametrize("noise", [None, 0.1])
+@pytest.mark.parametrize("raw", [-3.0, 1.0, 4.0])
+def test_ctkd_slope_in_its_temperature_is_exact(make_inputs, oracle, noise, raw):
+    inputs = make_inputs((4, 33), noise=noise)
+    strength = 0.7
+
+    def loss(objective):
+        return jnp.sum(
+            objective(jnp.asarray(inputs.student), jnp.asarray(inputs.teacher))
+        )
+
+    gradient = jax.grad(loss)(CTKD(jnp.float32(raw), jnp.float32(strength)))
+    slope = oracle.ctkd_slope(inputs.student, inputs.teacher, raw).sum()
+    # Two terms of opposite sign, each some hundred nats.
+    np.testing.assert_allclose(gradient.temperature, -strength * slope, rtol=1e-5)
+
+
+def test_ctkd_leaves_the_students_gradient_alone(make_inputs, evaluate):
+    inputs = make_inputs()
+    temperature = 1 + 20 * jax.nn.sigmoid(jnp.float32(1))
+    expected = evaluate(ForwardKL(temperature), inputs.student, inputs.teacher)
+    for strength in (0.0, 1.0):
+        actual = evaluate(CTKD(1.0, strength), inputs.student, inputs.teacher)
+        np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
+        np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5, atol=1e-7)
+
+
+def test_ctkd_learns_the_temperature_that_is_hardest(make_inputs):
+    """A descent on the reversed gradient raises the loss."""
+    inputs = make_inputs((4, 33))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(raw):
+        objective = CTKD(raw)
+        return jnp.mean(
+            objective(jnp.asarray(inputs.student), jnp.asarray(inputs.teacher))
+        )
+
+    raw = jnp.float32(1)
+    values = []
+    for _ in range(20):
+        value, gradient = loss(raw)
+        values.append(float(value))
+        raw -= 1e-3 * gradient
+    assert all(np.diff(values) > 0)
+
+
+def test_ctkd_strength_rises_by_a_cosine_over_ten_epochs():
+    epochs = jnp.array([0.0, 2.5, 5.0, 10.0, 25.0])
+    quarter = 0.5 * (1 - np.cos(np.pi / 4))
+    np.testing.assert_allclose(
+        ctkd_strength(epochs), [0, quarter, 0.5, 1, 1], atol=1e-7
+    )
+    assert ctkd_strength(1, num_epochs=2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["small", "wide", "peaked"])
+def test_dkd_agrees_with_the_recorded_outputs(golden_losses, mean_loss, name):
+    inputs = _recorded(golden_losses, name)
+    mask = golden_losses[f"{name}/mask"]
+    loss, gradient = mean_loss(DKD(), inputs, mask)
+    # The published mean is over all positions, padding included.
+    share = mask.mean()
+    np.testing.assert_allclose(
+        loss * share, golden_losses[f"{name}/dkd/loss"], rtol=2e-6
+    )
+    assert total_error(gradient * share, golden_losses[f"{name}/dkd/grad"]) < 5e-6
+
+
+def test_dkd_of_three_entries_is_what_the_definition_says():
+    q, p = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.4, 0.4])
+    label = 0
+    tckd = p[0] * np.log(p[0] / q[0]) + (1 - p[0]) * np.log((1 - p[0]) / (1 - q[0]))
+    rest_q, rest_p = q[1:] / (1 - q[0]), p[1:] / (1 - p[0])
+    nckd = (rest_p * np.log(rest_p / rest_q)).sum()
+    logits = [jnp.log(jnp.asarray(x, jnp.float32))[None] for x in (q, p)]
+    loss = DKD(alpha=2.0, beta=3.0)(*logits, jnp.array([label]))
+    np.testing.assert_allclose(loss[0], 2 * tckd + 3 * nckd, rtol=1e-5)
+
+
+def test_dkd_weighed_by_the_teachers_confidence_is_forward_kl(make_inputs, evaluate):
+    """KL = TCKD + (1 - p of the label) NCKD: of two DKDs each part can be told."""
+    inputs = make_inputs()
+    arguments = (inputs.student, inputs.teacher, inputs.labels)
+    tckd, in_tckd = evaluate(DKD(1.0, 0.0), *arguments)
+    nckd, in_nckd = evaluate(DKD(0.0, 1.0), *arguments)
+    logits = inputs.teacher.astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    rest = 1 - np.take_along_axis(p, inputs.labels[..., None], -1)
+    entropy = -(p * np.log(p)).sum(-1)
+    loss, gradient = evaluate(ForwardKL(), inputs.student, inputs.teacher)
+    # Three float32 numbers of some nats each.
+    np.testing.assert_allclose(
+        tckd + rest[..., 0] * nckd, loss - entropy, rtol=1e-5, atol=2e-6
+    )
+    np.testing.assert_allclose(in_tckd + rest * in_nckd, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DKD(alpha=-1.0), r"0 <= alpha <= .*, got alpha = -1\.0"),
+        (lambda: DKD(beta=-0.5), r"0 <= beta <= .*, got beta = -0\.5"),
+        (lambda: DKD(temperature=0), r"temperature > 0 and finite, got .* 0"),
+        (lambda: CTKD(strength=1.5), r"0 <= strength <= 1, got strength = 1\.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

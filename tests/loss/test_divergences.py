@@ -1,0 +1,374 @@
+"""Every objective against float64 and the recordings, and what each promises alone."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax.loss import (
+    AdaptiveKL,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from taid_jax.loss.adaptive import head_entries
+from taid_jax.loss.softmax import expm1_near, normalise
+
+HALF = np.array([[np.log(0.5), np.log(0.25), np.log(0.25)]], np.float32)
+SKEW = np.array([[np.log(0.25), np.log(0.25), np.log(0.5)]], np.float32)
+"""Two distributions that are easy to do sums with."""
+
+
+def total_error(gradient, expected):
+    return np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 12.0, 30.0])
+@pytest.mark.parametrize("noise", [None, 1.0, 1e-3])
+def test_every_objective_agrees_with_float64(case, make_inputs, evaluate, scale, noise):
+    inputs = make_inputs((16, 257), scale, noise)
+    losses, gradient = evaluate(
+        case.make(), inputs.student, inputs.teacher, inputs.labels
+    )
+    expected, exact = case.expect(inputs.student, inputs.teacher, inputs.labels)
+    # Float32 sums of 257 terms; a divergence of nearly equal rows is a difference of
+    # numbers near 1, and DKD's temperature of 3 multiplies its errors by 9.
+    np.testing.assert_allclose(losses, expected, rtol=2e-6, atol=1e-5)
+    # The norm over all tokens: that of a single one can be 1e-12 where the student is
+    # certain, and JS, TVD and skew reverse KL then keep no more than its size.
+    assert total_error(gradient, exact) < 2e-6
+
+
+RECORDED = {
+    "fkl": ForwardKL(),
+    "rkl": ReverseKL(),
+    "tvd": TotalVariation(),
+    "js": JensenShannon(),
+    "js_0.5": JensenShannon(0.5),
+    "skew_fkl": SkewForwardKL(),
+    "skew_rkl": SkewReverseKL(),
+}
+
+
+@pytest.mark.parametrize("objective", RECORDED)
+@pytest.mark.parametrize("name", ["small", "wide", "peaked", "bf16", "neg_inf"])
+def test_divergences_agree_with_the_recorded_outputs(
+    golden_losses, mean_loss, name, objective
+):
+    dtype = jnp.bfloat16 if name == "bf16" else jnp.float32
+    inputs = SimpleNamespace(
+        student=jnp.asarray(golden_losses[f"{name}/student"], dtype),
+        teacher=jnp.asarray(golden_losses[f"{name}/teacher"], dtype),
+        labels=None,
+    )
+    mask = golden_losses[f"{name}/mask"]
+    loss, gradient = mean_loss(RECORDED[objective], inputs, mask)
+    gradient = gradient.astype(np.float32)
+    recorded = golden_losses[f"{name}/{objective}/grad"]
+    # Float32 on both sides.
+    np.testing.assert_allclose(
+        loss, golden_losses[f"{name}/{objective}/loss"], rtol=3e-6
+    )
+    assert np.isfinite(gradient).all()
+    if np.isfinite(recorded).all():
+        # The recorded gradient has no more digits than this where it is 1e-6.
+        limit = 5e-4 if name in ("peaked", "bf16") else 1e-5
+        assert total_error(gradient, recorded) < limit
+
+
+def test_adaptive_kl_differs_from_the_recording_by_the_published_mask(
+    golden_losses, mean_loss, oracle
+):
+    """The published mask is of another order than what it masks."""
+    inputs = SimpleNamespace(
+        student=golden_losses["small/student"],
+        teacher=golden_losses["small/teacher"],
+        labels=None,
+    )
+    mask = golden_losses["small/mask"]
+    loss, gradient = mean_loss(AdaptiveKL(), inputs, mask)
+    values, exact = oracle.adaptive_kl(inputs.student, inputs.teacher)
+    np.testing.assert_allclose(loss, values[mask == 1].mean(), rtol=1e-6)
+    assert total_error(gradient, exact * mask[..., None] / mask.sum()) < 1e-6
+    assert abs(loss - golden_losses["small/adaptive_kl/loss"]) > 0.1
+
+
+def test_forward_kl_is_the_cross_entropy_to_the_teacher():
+    loss = ForwardKL()(jnp.asarray(HALF), jnp.asarray(SKEW))
+    np.testing.assert_allclose(loss, 0.25 * np.log(2) + 0.75 * np.log(4), rtol=1e-6)
+
+
+def test_reverse_kl_is_the_divergence_from_the_student():
+    loss = ReverseKL()(jnp.asarray(HALF), jnp.asarray(SKEW))
+    np.testing.assert_allclose(loss, 0.25 * np.log(2), rtol=1e-6)
+
+
+def test_total_variation_is_half_the_absolute_difference():
+    loss = TotalVariation()(jnp.asarray(HALF), jnp.asarray(SKEW))
+    np.testing.assert_allclose(loss, 0.25, rtol=1e-6)
+
+
+def test_jensen_shannon_gives_its_weight_to_the_teacher():
+    student = np.log(np.array([[0.9, 0.1]], np.float32))
+    teacher = np.log(np.array([[0.1, 0.9]], np.float32))
+    p, q = np.array([0.1, 0.9]), np.array([0.9, 0.1])
+    w = 0.1
+    m = w * p + (1 - w) * q
+    expected = w * (p * np.log(p / m)).sum() + (1 - w) * (q * np.log(q / m)).sum()
+    swapped = w * p + (1 - w) * q  # weights of the two divergences exchanged
+    swapped = (1 - w) * (p * np.log(p / swapped)).sum() + w * (
+        q * np.log(q / swapped)
+    ).sum()
+    loss = JensenShannon(w)(jnp.asarray(student), jnp.asarray(teacher))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)  # a sum that cancels
+    assert abs(expected - swapped) > 0.5
+
+
+def test_skew_kls_mix_on_their_own_side():
+    p, q = np.exp(SKEW[0].astype(float)), np.exp(HALF[0].astype(float))
+    m = 0.1 * p + 0.9 * q
+    forward = SkewForwardKL()(jnp.asarray(HALF), jnp.asarray(SKEW))
+    np.testing.assert_allclose(forward[0], -(p * np.log(m)).sum(), rtol=1e-6)
+    m = 0.9 * p + 0.1 * q
+    reverse = SkewReverseKL()(jnp.asarray(HALF), jnp.asarray(SKEW))
+    np.testing.assert_allclose(reverse[0], (q * np.log(q / m)).sum(), rtol=1e-5)
+
+
+def test_adaptive_kl_weighs_by_the_gap_in_head_and_tail():
+    # The teacher's head is its last entry alone, which holds exactly one half.
+    p, q = np.exp(SKEW[0].astype(float)), np.exp(HALF[0].astype(float))
+    forward, reverse = -(p * np.log(q)).sum(), (q * np.log(q / p)).sum()
+    loss = AdaptiveKL()(jnp.asarray(HALF), jnp.asarray(SKEW))
+    np.testing.assert_allclose(loss[0], 0.5 * forward + 0.5 * reverse, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [1e-6, 0.3, 0.5, 0.9, 1.0])
+def test_head_entries_are_those_of_a_sort(make_inputs, threshold):
+    teacher = make_inputs((6, 40)).teacher
+    teacher[1, :] = 0.5
+    teacher[2, 3:] = -np.inf
+    row = normalise(jnp.asarray(teacher))
+    p = np.asarray(row.exp / row.total, np.float64)
+    head = np.asarray(jax.jit(head_entries, static_argnums=1)(row, threshold))
+    for row_head, row_p in zip(head, p, strict=True):
+        order = np.sort(row_p)[::-1]
+        before = np.concatenate([[0], np.cumsum(order)[:-1]])
+        # The last entry of a head of everything hangs on rounding: leave it some.
+        slack = min(1e-6, threshold / 2)
+        least = order[before < threshold - slack].min()
+        assert (row_head[row_p > least]).all()
+        assert row_p[row_head].sum() >= threshold - slack
+        # Equally probable entries belong together.
+        assert len({bool(x) for x in row_head[row_p == least]}) == 1
+        if threshold < 1:
+            np.testing.assert_array_equal(row_head, row_p >= least)
+
+
+def test_true_divergences_are_zero_at_equal_distributions(case, make_inputs, evaluate):
+    inputs = make_inputs()
+    losses, gradient = evaluate(
+        case.make(), inputs.student, inputs.student, inputs.labels
+    )
+    if case.divergence:
+        np.testing.assert_allclose(losses, 0, atol=1e-6)
+    if case.name not in ("cross_entropy", "dkd", "dkd_warm"):
+        assert not gradient.any()
+    # A shift of all logits changes nothing either.
+    _, shifted = evaluate(
+        case.make(), inputs.student, inputs.student + np.float32(8), inputs.labels
+    )
+    if case.name not in ("cross_entropy", "total_variation"):  # its slope is a sign
+        # Adding 8 rounds the logits by up to 5e-7, times T^2 of the warm ones.
+        np.testing.assert_allclose(shifted, gradient, atol=1e-5)
+
+
+def test_every_objective_ignores_the_order_of_the_vocabulary(
+    case, make_inputs, evaluate
+):
+    inputs = make_inputs()
+    order = np.random.default_rng(1).permutation(33)
+    losses, gradient = evaluate(
+        case.make(), inputs.student, inputs.teacher, inputs.labels
+    )
+    moved, moved_gradient = evaluate(
+        case.make(),
+        inputs.student[..., order],
+        inputs.teacher[..., order],
+        np.argsort(order)[inputs.labels].astype(np.int32),
+    )
+    # Order of the sums.
+    np.testing.assert_allclose(moved, losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        moved_gradient, gradient[..., order], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_every_objective_gives_the_teacher_no_gradient(
+    case, make_inputs, run_objective
+):
+    inputs = make_inputs()
+    _, student, teacher = run_objective(
+        case.make(), inputs.student, inputs.teacher, inputs.labels
+    )
+    assert student.any()
+    np.testing.assert_array_equal(teacher, np.zeros_like(teacher))
+
+
+def test_every_objective_leaves_out_entries_of_minus_infinity(
+    case, make_inputs, evaluate
+):
+    inputs = make_inputs()
+    student, teacher, labels = inputs.student, inputs.teacher, inputs.labels
+    student[0, 0, 3] = student[0, 1, :20] = -np.inf
+    teacher[0, 0, 4] = teacher[0, 2, :20] = -np.inf
+    student[0, 3, 5:9] = teacher[0, 3, 5:9] = -np.inf
+    teacher[0, 4, student[0, 4].argmax()] = -np.inf
+    student[1, 0, 1:] = -np.inf
+    labels[0, 1], labels[1, 0] = 25, 0
+    losses, gradient = evaluate(case.make(), student, teacher, labels)
+    assert np.isfinite(losses).all()
+    assert np.isfinite(gradient).all()
+    assert not gradient[np.isneginf(student)].any()
+    expected, exact = case.expect(student, teacher, labels)
+    if case.name.startswith("dkd"):
+        # KLs with terms left out can be below 0 and are cut off there; and with one
+        # entry left there is no rest to speak of.
+        expected[0, 1] = losses[0, 1]
+        expected[1, 0], exact[1, 0] = losses[1, 0], gradient[1, 0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vocabulary_padded_with_minus_infinity_is_the_smaller_one(
+    case, make_inputs, evaluate
+):
+    inputs = make_inputs()
+    student, teacher = inputs.student, inputs.teacher
+    student[..., 26:] = teacher[..., 26:] = -np.inf
+    labels = inputs.labels % 26
+    losses, gradient = evaluate(case.make(), student, teacher, labels)
+    expected, exact = case.expect(student[..., :26], teacher[..., :26], labels)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient[..., :26], exact, rtol=1e-4, atol=1e-6)
+    assert not gradient[..., 26:].any()
+
+
+def test_every_objective_of_large_logits_is_finite(case, make_inputs, evaluate):
+    inputs = make_inputs()
+    student, teacher = inputs.student, inputs.teacher
+    student[0, :3, :4] = [[0, 1e5, -1e5, 1], [1e4, 2, 3, 4], [0, 0, 0, 0]]
+    teacher[0, :3, :4] = [[1e5, 0, -1e5, 2], [4, 3, 1e4, 1], [-1e5, 9, 9, 0]]
+    inputs.labels[0, :3] = [2, 1, 0]
+    student[1] *= 1e3
+    losses, gradient = evaluate(case.make(), student, teacher, inputs.labels)
+    assert np.isfinite(losses).all()
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: ForwardKL(t),
+        lambda t: ReverseKL(t),
+        lambda t: JensenShannon(temperature=t),
+        lambda t: SkewForwardKL(temperature=t),
+        lambda t: SkewReverseKL(temperature=t),
+        lambda t: AdaptiveKL(temperature=t),
+    ],
+)
+def test_temperature_squared_multiplies_value_and_gradient(make_inputs, evaluate, make):
+    """At a high temperature the gradient of a divergence no longer depends on it."""
+    inputs = make_inputs((4, 33), scale=1.0)
+    at_one, gradient_at_one = evaluate(
+        make(jnp.float32(1)), inputs.student / 4, inputs.teacher / 4
+    )
+    losses, gradient = evaluate(make(jnp.float32(4)), inputs.student, inputs.teacher)
+    # T^2 f(s / T) and its derivative T f'(s / T); division by 4 is exact.
+    np.testing.assert_allclose(losses, 16 * at_one, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, 4 * gradient_at_one, rtol=1e-4, atol=1e-7)
+
+
+def test_temperature_does_not_compile_again(make_inputs):
+    inputs = make_inputs()
+    traces = []
+
+    @jax.jit
+    def loss(objective):
+        traces.append(1)
+        return jnp.sum(
+            objective(jnp.asarray(inputs.student), jnp.asarray(inputs.teacher))
+        )
+
+    assert len({float(loss(ForwardKL(t))) for t in (1.0, 2.0, 3.5)}) == 3
+    assert len(traces) == 1
+
+
+def test_every_divergence_names_kl_at_temperature_one(case, make_inputs, oracle):
+    objective = case.make()
+    if not hasattr(objective, "metrics") or case.name.startswith("taid"):
+        return
+    inputs = make_inputs()
+    metrics = objective.metrics(
+        jnp.asarray(inputs.student), jnp.asarray(inputs.teacher), None
+    )
+    cross, _ = oracle.forward_kl(inputs.student, inputs.teacher)
+    entropy, _ = oracle.forward_kl(inputs.teacher, inputs.teacher)
+    np.testing.assert_allclose(metrics["kl"], cross - entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_kl_sends_no_gradient_through_its_weights(make_inputs, evaluate):
+    """Its gradient is the weighted one of the two, with the weights held fixed."""
+    inputs = make_inputs((1, 9))
+    both, gradient = evaluate(AdaptiveKL(), inputs.student, inputs.teacher)
+    forward, in_forward = evaluate(ForwardKL(), inputs.student, inputs.teacher)
+    reverse, in_reverse = evaluate(ReverseKL(), inputs.student, inputs.teacher)
+    weight = (both - reverse) / (forward - reverse)
+    expected = weight * in_forward + (1 - weight) * in_reverse
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: JensenShannon(0.0), r"0 < teacher_weight < 1, got .* 0\.0"),
+        (lambda: JensenShannon(1.0), r"0 < teacher_weight < 1, got .* 1\.0"),
+        (lambda: SkewForwardKL(-0.1), r"0 < teacher_weight < 1, got .* -0\.1"),
+        (lambda: SkewReverseKL(1.5), r"0 < teacher_weight < 1, got .* 1\.5"),
+        (lambda: AdaptiveKL(0.0), r"head_threshold <= 1, got .* 0\.0"),
+        (lambda: AdaptiveKL(1.1), r"head_threshold <= 1, got .* 1\.1"),
+        (lambda: ForwardKL(0.0), r"temperature > 0 and finite, got .* 0\.0"),
+        (lambda: ReverseKL(-1.0), r"temperature > 0 and finite, got .* -1\.0"),
+        (lambda: ForwardKL(float("nan")), r"temperature > 0 and finite, got .* nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_expm1_near_is_exact():
+    x = np.concatenate([np.linspace(-0.5, 0.5, 2001), np.logspace(-30, -1, 200)])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    # Two units in the last place.
+    np.testing.assert_allclose(
+        expm1_near(jnp.asarray(x)), np.expm1(x.astype(np.float64)), rtol=2.4e-7
+    )
+
+
+def test_oracle_gradient_is_the_slope_of_its_value(case, make_inputs):
+    """The oracle itself, by differences in float64."""
+    inputs = make_inputs((3, 11), seed=3)
+    if case.name in ("taid", "taid_early", "adaptive_kl"):
+        return  # a target or weights without gradient: the value's slope has more
+    student = inputs.student.astype(np.float64)
+    _, gradient = case.expect(student, inputs.teacher, inputs.labels)
+    direction = np.random.default_rng(2).standard_normal(student.shape)
+    high, _ = case.expect(student + 1e-6 * direction, inputs.teacher, inputs.labels)
+    low, _ = case.expect(student - 1e-6 * direction, inputs.teacher, inputs.labels)
+    slope = (high - low) / 2e-6
+    np.testing.assert_allclose((gradient * direction).sum(-1), slope, rtol=1e-5)
