@@ -30,12 +30,14 @@ def batch_segments(batch: Batch) -> Segments:
     Padding is a segment of its own, so that no real token sees it. None when the batch
     is neither packed nor padded.
     """
-    mask = batch.get("attention_mask")
-    segments = batch.get("segment_ids")
-    if mask is None:
-        return segments
-    padding = jnp.full_like(mask, -1)
-    return jnp.where(mask != 0, mask if segments is None else segments, padding)
+    segments = batch.get("segment_ids", batch.get("attention_mask"))
+    if segments is None:
+        return None
+    segments = jnp.asarray(segments)
+    if "attention_mask" in batch:
+        real = jnp.asarray(batch["attention_mask"]) != 0
+        segments = jnp.where(real, segments, jnp.full_like(segments, -1))
+    return segments
 
 
 def batch_positions(batch: Batch) -> Int[Array, "rows length"]:
@@ -44,7 +46,7 @@ def batch_positions(batch: Batch) -> Int[Array, "rows length"]:
     `positions` of the batch; else counted from the first token that is not padding.
     """
     if "positions" in batch:
-        return batch["positions"]
+        return jnp.asarray(batch["positions"])
     if "attention_mask" in batch:
         seen = jnp.cumsum(batch["attention_mask"], axis=1, dtype=jnp.int32)
         return jnp.maximum(seen - 1, 0)
@@ -131,7 +133,8 @@ def _backward(kept, gradient):
     dtype = queries.dtype
     inner = gradient.astype(jnp.float32) * out.astype(jnp.float32)
     inner = inner.sum(axis=-1, keepdims=True)
-    by_query, by_key, by_value = [], 0.0, 0.0
+    by_query = []
+    by_key = by_value = jnp.zeros(keys.shape, jnp.float32)
     for rows in _blocks(queries.shape[3]):
         block, seen = gradient[:, :, :, rows], slice(rows.stop)
         weights = jnp.exp(

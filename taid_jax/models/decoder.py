@@ -74,14 +74,18 @@ def abstract_params(
 def param_axes(config: DecoderConfig) -> dict[str, Any]:
     """Returns the same tree with the logical name of each axis, a tuple per leaf."""
     module = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    axes: dict[str, Any] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
-        names = variable.get_metadata("axes")
-        node = axes
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = ("layers", *names) if path[0] == "layers" else names
-    return axes
+    axes = jax.tree.map(
+        lambda variable: variable.get_metadata("axes"),
+        nnx.state(module),
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    axes = nnx.to_pure_dict(axes)
+    stacked = jax.tree.map(
+        lambda names: ("layers", *names),
+        axes["layers"],
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    return {**axes, "layers": stacked}
 
 
 @functools.cache
@@ -138,7 +142,9 @@ def hidden_states(
         return nnx.merge(layer_graph, layer_params)(x, turn, attend)
 
     x, _ = jax.lax.scan(
-        step, decoder.embed(batch["input_ids"], dtype), params["layers"]
+        step,
+        decoder.embed(jnp.asarray(batch["input_ids"]), dtype),
+        params["layers"],
     )
     return decoder.final_norm(x)
 
@@ -194,3 +200,25 @@ def select_layers(
     layers = jax.tree.map(lambda leaf: leaf[chosen], params["layers"])
     shallow = dataclasses.replace(config, num_layers=num_layers)
     return {**params, "layers": layers}, shallow
+
+
+def forward_flops(config: DecoderConfig, batch: int, length: int) -> int:
+    """Returns the floating-point operations of one forward pass, head included.
+
+    A product of n and m numbers counts 2 n m. Attention counts the half of the square
+    that a causal mask leaves; norms, softmax and activations do not count.
+
+    Args:
+        config: The architecture.
+        batch: Sequences.
+        length: Tokens of each.
+    """
+    tokens = batch * length
+    heads = config.num_heads + config.num_kv_heads
+    attention_weights = 2 * config.d_model * config.head_dim * heads
+    mlp_weights = 3 * config.d_model * config.mlp_dim
+    head_weights = config.d_model * config.vocab_size
+    weights = config.num_layers * (attention_weights + mlp_weights) + head_weights
+    pairs = batch * length * (length + 1) // 2
+    attended = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 2 * (tokens * weights + attended)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -16,15 +17,19 @@ from taid_jax.models.attention import batch_positions, batch_segments, causal_at
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import head, merge
 from taid_jax.models.errors import ModelError
+from taid_jax.models.layers import Layer, Linear
 from taid_jax.models.rope import rotation
 from taid_jax.types import Head, Params
+
+Cache = tuple[Array, Array]
+"""Keys and values of a layer, `(batch, kv_heads, slots, head_dim)` each."""
 
 
 class _State(NamedTuple):
     step: Int[Array, ""]  # tokens given so far
     tokens: Int[Array, "batch max_new"]  # padding from `step` on
     done: Bool[Array, " batch"]  # rows that have ended
-    caches: Any  # keys and values of every layer, (batch, kv_heads, slots, head_dim)
+    caches: Any  # of every layer: a stacked one, or a list
 
 
 def generate(
@@ -67,7 +72,7 @@ def generate(
             "(need at least 1) do not fit the model's context of "
             f"{config.max_length}; give a shorter prompt or ask for fewer tokens"
         )
-    traced = isinstance(attention_mask, jax.core.Tracer)
+    traced = isinstance(attention_mask, Tracer)
     if not traced and not bool((attention_mask[:, -1] != 0).all()):
         raise ModelError(
             "generate: the last position of every prompt has to be a token; pad on the "
@@ -111,73 +116,80 @@ def _generate(
 ) -> Int[Array, "batch max_new_tokens"]:
     batch, length = input_ids.shape
     decoder, layer_graph = merge(params, config)
-    last = head(params, config)
     prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
     positions, segments = batch_positions(prompt), batch_segments(prompt)
-    turn = rotation(positions, config.rope, config.head_dim)
     room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
 
-    def read(queries: Array, keys: Array, values: Array) -> tuple[Array, Any]:
-        attended = causal_attention(queries, keys, values, segments)
-        return attended, (jnp.pad(keys, room), jnp.pad(values, room))
+    def choose(x: Array) -> Int[Array, " batch"]:
+        # The head is made where it is used: a transposed table that comes from outside
+        # the loop would be copied into it.
+        return _most_probable(decoder.final_norm(x)[:, -1], head(params, config))
 
-    def read_layer(x: Array, layer: Params) -> tuple[Array, Any]:
-        return nnx.merge(layer_graph, layer)(x, turn, read)
+    def read_layer(x: Array, layer: Params) -> tuple[Array, Cache]:
+        def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, Cache]:
+            attended = causal_attention(queries, keys, values, segments)
+            return attended, (jnp.pad(keys, room), jnp.pad(values, room))
 
-    layers = params["layers"]
-    x, caches = jax.lax.scan(read_layer, decoder.embed(input_ids, dtype), layers)
-    token = _most_probable(decoder.final_norm(x)[:, -1], last)
+        turn = rotation(positions, config.rope, config.head_dim)
+        return nnx.merge(layer_graph, layer)(x, turn, attend)
+
+    embedded = decoder.embed(input_ids, dtype)
+    x, caches = jax.lax.scan(read_layer, embedded, params["layers"])
+    first = choose(x)
+    layers: list[Layer] = []
     if unroll:
-        layers = _laid_out(layers, config.num_layers)
-        caches = _layer_by_layer(caches, config.num_layers)
-    slots = jnp.arange(length + max_new_tokens)[None]
+        apart = _apart(params["layers"], config.num_layers)
+        layers = [_turned(nnx.merge(layer_graph, layer)) for layer in apart]
+        caches = _apart(caches, config.num_layers)
     filled = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
 
     def one_token(state: _State) -> _State:
         slot = length + state.step - 1
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         turn = rotation(positions[:, -1:] + state.step, config.rope, config.head_dim)
-        visible = (filled != 0) & (slots <= slot)
+        visible = (filled != 0) & (jnp.arange(filled.shape[1])[None] <= slot)
 
-        def one_layer(x: Array, layer_and_cache: tuple[Params, Any]):
-            layer, (old_keys, old_values) = layer_and_cache
+        def one_layer(x: Array, layer: Layer, cache: Cache) -> tuple[Array, Cache]:
+            put = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
+            )
 
             def attend(queries: Array, keys: Array, values: Array):
-                put = functools.partial(
-                    jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
-                )
-                keys, values = put(old_keys, keys), put(old_values, values)
-                return _attend(queries, keys, values, visible), (keys, values)
+                cached = put(cache[0], keys), put(cache[1], values)
+                return _attend(queries, *cached, visible), cached
 
-            return nnx.merge(layer_graph, layer)(x, turn, attend)
+            return layer(x, turn, attend)
+
+        def stacked_layer(x: Array, part: tuple[Params, Cache]) -> tuple[Array, Cache]:
+            return one_layer(x, nnx.merge(layer_graph, part[0]), part[1])
 
         x = decoder.embed(token, dtype)
         if unroll:
             caches = []
             for layer, cache in zip(layers, state.caches, strict=True):
-                x, cache = one_layer(x, (_as_stored(layer), cache))
+                x, cache = one_layer(x, layer, cache)
                 caches.append(cache)
         else:
-            x, caches = jax.lax.scan(one_layer, x, (layers, state.caches))
-        token = _most_probable(decoder.final_norm(x)[:, -1], last)
-        token = jnp.where(state.done, jnp.int32(pad_token_id), token)
+            stacked = params["layers"], state.caches
+            x, caches = jax.lax.scan(stacked_layer, x, stacked)
+        token = jnp.where(state.done, jnp.int32(pad_token_id), choose(x))
         return put_token(state._replace(caches=caches), token)
 
     def put_token(state: _State, token: Int[Array, " batch"]) -> _State:
         tokens = jax.lax.dynamic_update_slice_in_dim(
             state.tokens, token[:, None], state.step, axis=1
         )
-        ended = functools.reduce(
+        done = functools.reduce(
             jnp.logical_or, [token == end for end in eos_token_ids], state.done
         )
-        return _State(state.step + 1, tokens, ended, state.caches)
+        return _State(state.step + 1, tokens, done, state.caches)
 
     empty = jnp.full((batch, max_new_tokens), pad_token_id, jnp.int32)
     start = _State(jnp.int32(0), empty, jnp.zeros(batch, bool), caches)
     return jax.lax.while_loop(
         lambda state: (state.step < max_new_tokens) & ~state.done.all(),
         one_token,
-        put_token(start, token),
+        put_token(start, first),
     ).tokens
 
 
@@ -189,7 +201,7 @@ def _most_probable(
     # Two plain reductions; argmax's reduction of pairs is much slower on a CPU.
     greatest = logits.max(axis=-1, keepdims=True)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.where(logits == greatest, ids, logits.shape[-1]).min(axis=-1)
+    return jnp.where(logits == greatest, ids, logits.shape[-1] - 1).min(axis=-1)
 
 
 def _attend(
@@ -207,19 +219,17 @@ def _attend(
     return product("bkgqm,bkmh->bkgqh", weights, values).astype(queries.dtype)
 
 
-def _layer_by_layer(stacked: Any, num_layers: int) -> list[Any]:
+def _apart(stacked: Any, num_layers: int) -> list[Any]:
+    """Returns the layers of a stacked tree, one by one."""
     return [
         jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
         for index in range(num_layers)
     ]
 
 
-def _laid_out(stacked: Params, num_layers: int) -> list[Any]:
-    return jax.tree.map(
-        lambda leaf: leaf.T if leaf.ndim > 1 else leaf,
-        _layer_by_layer(stacked, num_layers),
-    )
-
-
-def _as_stored(layer: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.T if leaf.ndim > 1 else leaf, layer)
+def _turned(layer: Layer) -> Layer:
+    """Returns the layer with its kernels laid out for few rows."""
+    for _, module in nnx.iter_modules(layer):
+        if isinstance(module, Linear):
+            module.turn()
+    return layer

@@ -21,8 +21,6 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 kv_heads, group, length, head_dim)`, keys and values `(batch, kv_heads, length,
 head_dim)`; what is kept (a cache) goes back to the caller."""
 
-_FEW_ROWS = 16
-
 Stream = Float[Array, "batch length d_model"]
 
 
@@ -45,24 +43,31 @@ class Linear(nnx.Module):
             zeros = jnp.zeros(tuple(outputs.values()))
             self.bias = nnx.Param(zeros, axes=tuple(outputs))
         self.has_bias, self.num_inputs = bias, len(inputs)
+        self.outputs = tuple(outputs.values())
+        self.turned = None
+
+    def turn(self) -> None:
+        """Keeps the kernel as (outputs, inputs), which a CPU reads best for few rows.
+
+        The barriers keep the compiler from turning it back.
+        """
+        matrix = self.kernel[...].reshape(-1, math.prod(self.outputs))
+        self.turned = jax.lax.optimization_barrier(matrix.T)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the image of the last axes, in the dtype of `x`."""
-        kernel = self.kernel[...].astype(x.dtype)
         lead = x.shape[: x.ndim - self.num_inputs]
-        outputs = kernel.shape[self.num_inputs :]
         # Plain matrices: neither pass then needs a transposed copy on any platform.
         rows = x.reshape(math.prod(lead), -1)
-        matrix = kernel.reshape(rows.shape[1], -1)
-        if rows.shape[0] <= _FEW_ROWS:
-            # A matrix times few columns reads the weights, which is all the work there
-            # is, up to twice as fast on a CPU as few rows times a matrix.
-            image = jax.lax.dot_general(matrix, rows, (((0,), (1,)), ((), ()))).T
+        if self.turned is None:
+            matrix = self.kernel[...].reshape(rows.shape[1], -1)
+            image = rows @ matrix.astype(x.dtype)
         else:
-            image = rows @ matrix
+            columns = self.turned.astype(x.dtype) @ rows.T
+            image = jax.lax.optimization_barrier(columns).T
         if self.has_bias:
             image += self.bias[...].astype(x.dtype).reshape(1, -1)
-        return image.reshape(*lead, *outputs)
+        return image.reshape(*lead, *self.outputs)
 
 
 class RMSNorm(nnx.Module):
