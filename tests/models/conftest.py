@@ -214,3 +214,90 @@ def varied_strings():
         joint = ["", " "][generator.integers(2)]
         strings.append(joint.join(pieces[index] for index in chosen))
     return strings
+
+
+@pytest.fixture(scope="session")
+def llama_pair():
+    """Returns a function that makes transformers' Llama and our parameters of it."""
+    reason = "PyTorch computes what is expected, and this environment has none"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers")
+
+    def make(config, seed=0):
+        torch.manual_seed(seed)
+        rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
+        if config.rope.kind != "default":
+            rope["factor"] = config.rope.factor
+        if config.rope.kind == "llama3":
+            rope["low_freq_factor"] = config.rope.low_freq_factor
+            rope["high_freq_factor"] = config.rope.high_freq_factor
+            rope["original_max_position_embeddings"] = config.rope.original_max_length
+        settings = transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_length,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=config.tie_embeddings,
+            attention_bias=config.attention_bias,
+            mlp_bias=config.mlp_bias,
+            pad_token_id=0,
+        )
+        model = transformers.LlamaForCausalLM(settings).eval()
+        with torch.no_grad():
+            for tensor in model.parameters():
+                # Weights far from zero and scales far from one, so that every part of
+                # the model shows in its output.
+                spread = 0.3 if tensor.ndim == 1 else tensor.shape[-1] ** -0.5
+                noise = spread * torch.randn_like(tensor)
+                tensor.copy_(tensor + noise if tensor.ndim == 1 else noise)
+        named = {name: leaf.detach().numpy() for name, leaf in model.named_parameters()}
+        return model, as_params(named, config)
+
+    def as_params(named, config):
+        """Our tree of tensors (or gradients) by transformers' names."""
+        d, h = config.d_model, config.head_dim
+
+        def kernel(name, *shape):
+            return named[name].T.reshape(shape)
+
+        def layer(index):
+            at = f"model.layers.{index}."
+            attention, mlp = {}, {}
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                shape = (-1, h, d) if part == "o_proj" else (d, -1, h)
+                attention[part] = {
+                    "kernel": kernel(f"{at}self_attn.{part}.weight", *shape)
+                }
+                if config.attention_bias:
+                    bias = named[f"{at}self_attn.{part}.bias"]
+                    shape = (d,) if part == "o_proj" else (-1, h)
+                    attention[part]["bias"] = bias.reshape(shape)
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                mlp[part] = {"kernel": named[f"{at}mlp.{part}.weight"].T}
+                if config.mlp_bias:
+                    mlp[part]["bias"] = named[f"{at}mlp.{part}.bias"]
+            return {
+                "attention_norm": {"scale": named[at + "input_layernorm.weight"]},
+                "attention": attention,
+                "mlp_norm": {"scale": named[at + "post_attention_layernorm.weight"]},
+                "mlp": mlp,
+            }
+
+        layers = [layer(index) for index in range(config.num_layers)]
+        params = {
+            "embed": {"embedding": named["model.embed_tokens.weight"]},
+            "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers),
+            "final_norm": {"scale": named["model.norm.weight"]},
+        }
+        if not config.tie_embeddings:
+            params["lm_head"] = {"kernel": named["lm_head.weight"].T}
+        return jax.tree.map(jnp.asarray, params)
+
+    make.as_params = as_params
+    return make
