@@ -23,11 +23,9 @@ RECORDED_NAMES: dict[str, ObjectiveName] = {
     "js": "jensen_shannon",
     "skew_fkl": "skew_forward_kl",
     "skew_rkl": "skew_reverse_kl",
-    "adaptive_kl": "adaptive_kl",
-    "dkd": "dkd",
 }
-"""What `run.json` may name as its loss, and our name of it. CTKD is not among them: the
-published code never moves its temperature, so that there is nothing to agree with."""
+"""What `run.json` may name as its loss, and our name of it. Adaptive KL, DKD and CTKD
+are not among them: what the published code computes there is not followed."""
 
 
 @dataclasses.dataclass(frozen=True)

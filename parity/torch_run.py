@@ -83,8 +83,9 @@ def train(
     loss: TorchLoss = published_loss,
     make_schedule: MakeSchedule = PublishedSchedule,
     last: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, np.ndarray], torch.nn.Module]:
-    """Trains a student in PyTorch as the published recipe does, on a CPU in float32.
+    """Trains a student in PyTorch as the published recipe does, on a CPU.
 
     Args:
         folder: With `teacher` and `student_init` in it.
@@ -93,14 +94,17 @@ def train(
         loss: Mean loss of a batch.
         make_schedule: TAID's controller.
         last: Stop after this many steps; all when None.
+        dtype: Of both models and of the optimizer.
 
     Returns:
-        The arrays of `run.npz`, and the student after the last step.
+        The arrays of `run.npz` in that dtype, and the student after the last step.
     """
     from transformers import LlamaForCausalLM
 
-    teacher = LlamaForCausalLM.from_pretrained(folder / "teacher").eval()
-    student = LlamaForCausalLM.from_pretrained(folder / "student_init").train()
+    teacher, student = (
+        LlamaForCausalLM.from_pretrained(folder / name).to(dtype)  # pyright: ignore[reportArgumentType]
+        for name in ("teacher", "student_init")
+    )
     optimizer = torch.optim.AdamW(
         student.parameters(),
         lr=settings.lr,
@@ -138,7 +142,8 @@ def train(
         )
         for key, value in zip(STEP_KEYS, values, strict=True):
             steps[key].append(float(torch.as_tensor(value).detach()))
-    return {key: np.array(value, np.float32) for key, value in steps.items()}, student
+    kept = np.float64 if dtype == torch.float64 else np.float32
+    return {key: np.array(value, kept) for key, value in steps.items()}, student
 
 
 def _mixed(ratio: float, distil: Tensor, lm: Tensor) -> Tensor:

@@ -47,6 +47,14 @@ def test_tally_forgives_the_other_sides_error_only():
     assert tally.row().passed
 
 
+def test_tally_lets_a_drifting_quantity_drift_as_far_as_the_other_side():
+    tally = Tally("section", "name", "quantity", "other", TOLERANCE, drifting=True)
+    tally.add("both drift", 4e-3, 4e-3, 4e-3)
+    assert tally.row().passed
+    tally.add("only ours drifts", 4e-3, 4e-3, 1e-3)
+    assert not tally.row().passed
+
+
 def test_tally_without_cases_does_not_pass():
     assert not _tally().row().passed
 
