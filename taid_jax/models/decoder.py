@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from taid_jax.models.errors import ModelError
 from taid_jax.models.layers import Embedding, Layer, Linear, RMSNorm
 from taid_jax.models.rope import rotation
 from taid_jax.types import Batch, Head, ModelFunctions, Params
-
-Remat = Literal["none", "dots", "full"]
 
 _SAVED: dict[str, tuple[str, ...]] = {
     "none": ("projected", "attended", "middle", "gated"),
@@ -110,7 +108,7 @@ def hidden_states(
     config: DecoderConfig,
     *,
     dtype: DTypeLike = jnp.float32,
-    remat: Remat = "none",
+    remat: str = "none",
 ) -> Float[Array, "batch length d_model"]:
     """Returns the hidden states after the last norm, in `dtype`.
 
@@ -127,7 +125,7 @@ def hidden_states(
         ModelError: If `remat` is none of the three.
     """
     if remat not in _SAVED:
-        raise ModelError(f"remat: need one of {get_args(Remat)}, got {remat!r}")
+        raise ModelError(f"remat: need one of {tuple(_SAVED)}, got {remat!r}")
     decoder, layer_graph = merge(params, config)
     turn = rotation(batch_positions(batch), config.rope, config.head_dim)
     segments = batch_segments(batch)
@@ -157,7 +155,7 @@ def head(params: Params, config: DecoderConfig) -> Head:
 
 
 def decoder_functions(
-    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
+    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
 ) -> ModelFunctions:
     """Returns what a train step needs of the decoder.
 

@@ -1,0 +1,383 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.decoder import (
+    abstract_params,
+    decoder_functions,
+    forward_flops,
+    head,
+    hidden_states,
+    init_params,
+    param_axes,
+    select_layers,
+)
+from taid_jax.models.errors import ModelError
+
+TINY = DecoderConfig(
+    vocab_size=61,
+    d_model=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=40,
+    max_length=64,
+)
+LLAMA3 = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, original_max_length=16)
+
+CONFIGS = {
+    "grouped": TINY,
+    "one_kv_head": dataclasses.replace(TINY, num_kv_heads=1, tie_embeddings=True),
+    "no_groups": dataclasses.replace(TINY, num_kv_heads=4, norm_eps=1e-3),
+    "narrow_heads": dataclasses.replace(TINY, num_heads=6, head_dim=2, num_kv_heads=3),
+    "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True),
+    "llama3": dataclasses.replace(TINY, rope=LLAMA3, tie_embeddings=True),
+    "linear": dataclasses.replace(TINY, rope=RopeConfig(100.0, "linear", 4.0)),
+}
+LENGTH = 21
+
+
+def tiny_params(config=TINY, dtype=np.float32):
+    """Random parameters without compiling their initialisation."""
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        normal = rng.normal(size=shape.shape)
+        spread = 0.2 * normal if len(shape.shape) > 2 else 1 + 0.1 * normal
+        return jnp.asarray(spread, dtype)
+
+    return jax.tree.map(draw, abstract_params(config))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def run_tiny(params, batch, config=TINY, dtype=jnp.float32):
+    return hidden_states(params, batch, config, dtype=dtype)
+
+
+def ids_of(config, batch=2, length=LENGTH, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, config.vocab_size, size=(batch, length)).astype(np.int32)
+
+
+def mask_of(side, batch=2, length=LENGTH):
+    mask = np.ones((batch, length), np.int32)
+    if side == "left":
+        mask[0, :5] = 0
+    elif side == "right":
+        mask[1, -7:] = 0
+    return mask
+
+
+def as_batch(**arrays):
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def scale_of(expected):
+    return np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_hidden_states_and_logits_are_those_of_transformers(name, side, llama_pair):
+    torch = pytest.importorskip("torch")
+    config = CONFIGS[name]
+    model, params = llama_pair(config)
+    ids, mask = ids_of(config), mask_of(side)
+    batch = as_batch(input_ids=ids)
+    if side:
+        batch["attention_mask"] = jnp.asarray(mask)
+    with torch.no_grad():
+        out = model(
+            torch.tensor(ids).long(),
+            attention_mask=torch.tensor(mask),
+            output_hidden_states=True,
+        )
+    functions = decoder_functions(config)
+    hidden = jax.jit(functions.hidden)(params, batch)
+    logits = functions.head(params).logits(hidden)
+    real = mask != 0
+    for ours, theirs in ((hidden, out.hidden_states[-1]), (logits, out.logits)):
+        expected = theirs.numpy()[real]
+        error = np.abs(np.asarray(ours)[real] - expected).max()
+        # Float32 rounding through three layers is near 1e-6 of the scale; what the
+        # project promises is 1e-4.
+        assert error < 1e-5 * scale_of(expected)
+
+
+@pytest.mark.parametrize("name", ["grouped", "biases", "llama3"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_hidden_states_gradients_are_those_of_transformers(name, remat, llama_pair):
+    torch = pytest.importorskip("torch")
+    config = CONFIGS[name]
+    model, params = llama_pair(config)
+    ids, mask = ids_of(config), mask_of("left")
+    weights = np.random.default_rng(1).normal(size=(2, LENGTH, config.vocab_size))
+    weights = (weights * mask[:, :, None]).astype(np.float32)
+    out = model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask)).logits
+    model.zero_grad()
+    (out * torch.tensor(weights)).sum().backward()
+    named = {key: leaf.grad.numpy() for key, leaf in model.named_parameters()}
+    expected = llama_pair.as_params(named, config)
+
+    def loss(params):
+        functions = decoder_functions(config, remat=remat)
+        batch = as_batch(input_ids=ids, attention_mask=mask)
+        hidden = functions.hidden(params, batch)
+        return (functions.head(params).logits(hidden) * weights).sum()
+
+    gradients = jax.jit(jax.grad(loss))(params)
+
+    def check(ours, theirs):
+        error = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
+        # Sums over 40 tokens and three layers in float32, forward and back.
+        assert error < 2e-5 * np.linalg.norm(theirs)
+
+    jax.tree.map(check, gradients, expected)
+
+
+def test_hidden_states_of_packed_segments_are_those_of_separate_sequences():
+    params = tiny_params()
+    pieces = [ids_of(TINY, 1, length, seed=length) for length in (5, 9, 7)]
+    batch = as_batch(
+        input_ids=np.concatenate(pieces, axis=1),
+        segment_ids=np.repeat([1, 2, 3], (5, 9, 7))[None].astype(np.int32),
+        positions=np.concatenate([np.arange(n) for n in (5, 9, 7)])[None],
+    )
+    packed = run_tiny(params, batch)
+    separate = [run_tiny(params, as_batch(input_ids=ids)) for ids in pieces]
+    # Sums of the same numbers in another order.
+    np.testing.assert_allclose(packed, jnp.concatenate(separate, axis=1), atol=2e-6)
+
+
+def test_hidden_states_see_no_later_token():
+    params = tiny_params()
+    # Each token occurs once, so a row of the embedding is one position.
+    ids = jnp.arange(1, 12, dtype=jnp.int32)[None]
+    at = 6
+
+    def middle(table):
+        changed = {**params, "embed": {"embedding": table}}
+        return (hidden_states(changed, {"input_ids": ids}, TINY)[0, at] ** 3).sum()
+
+    gradient = jax.jit(jax.grad(middle))(params["embed"]["embedding"])
+    reached = np.abs(gradient).max(axis=1)[np.asarray(ids[0])]
+    assert (reached[: at + 1] > 0).all()
+    assert (reached[at + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_do_not_depend_on_padding(side):
+    mask = mask_of(side)
+    ids = ids_of(TINY)
+    other = np.where(mask, ids, ids[::-1])
+
+    @jax.jit
+    def run(params, ids):
+        batch = as_batch(input_ids=ids, attention_mask=mask)
+        hidden = hidden_states(params, batch, TINY)
+        return (hidden * mask[:, :, None].astype(np.float32)).sum(), hidden
+
+    step = jax.value_and_grad(run, has_aux=True)
+    params = tiny_params()
+    (_, first), gradient = step(params, ids)
+    (_, second), other_gradient = step(params, other)
+    real = mask != 0
+    np.testing.assert_array_equal(np.asarray(first)[real], np.asarray(second)[real])
+    for part in ("layers", "final_norm"):
+        jax.tree.map(
+            np.testing.assert_array_equal, gradient[part], other_gradient[part]
+        )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_hidden_states_of_bfloat16_stay_near_float32():
+    params = tiny_params()
+    batch = as_batch(input_ids=ids_of(TINY))
+    exact = run_tiny(params, batch)
+    rounded = run_tiny(params, batch, TINY, jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16
+    # About twenty roundings to 8 bits of numbers of size 1, of which some add up.
+    assert np.abs(rounded.astype(jnp.float32) - exact).max() < 0.06
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert run_tiny(half, batch).dtype == jnp.float32
+    gradient = jax.eval_shape(
+        jax.grad(
+            lambda p: run_tiny(p, batch, TINY, jnp.bfloat16).mean(dtype=jnp.float32)
+        ),
+        params,
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype("float32")}
+
+
+def test_hidden_states_jitted_are_those_run_step_by_step():
+    params = tiny_params()
+    batch = as_batch(input_ids=ids_of(TINY))
+    eager = hidden_states(params, batch, TINY)
+    jitted = run_tiny(params, batch)
+    # The compiler sums in another order.
+    np.testing.assert_allclose(eager, jitted, atol=2e-6)
+
+
+@pytest.mark.multidevice
+def test_hidden_states_on_eight_devices_are_those_of_one():
+    params = tiny_params()
+    batch = as_batch(input_ids=ids_of(TINY, 8), attention_mask=mask_of("left", batch=8))
+
+    def run(params, batch):
+        return jax.value_and_grad(
+            lambda p: jnp.sin(hidden_states(p, batch, TINY)).sum()
+        )(params)
+
+    value, gradient = jax.jit(run)(params, batch)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    cut_value, cut_gradient = jax.jit(run)(
+        jax.device_put(params, everywhere), jax.device_put(batch, rows)
+    )
+    # A sum of 4,032 sines, in another order.
+    np.testing.assert_allclose(cut_value, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale_of(b)),
+        cut_gradient,
+        gradient,
+    )
+
+
+def test_hidden_states_keep_less_with_more_rematerialisation():
+    params = tiny_params()
+    batch = as_batch(input_ids=ids_of(TINY))
+
+    def kept(remat):
+        def run(params):
+            return hidden_states(params, batch, TINY, remat=remat)
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(run, params)[1]))
+
+    assert kept("none") > kept("dots") > kept("full")
+
+
+def test_hidden_states_refuse_an_unknown_rematerialisation():
+    params = tiny_params()
+    message = "need one of .*none.*dots.*full.*, got 'some'"
+    with pytest.raises(ModelError, match=message):
+        hidden_states(params, as_batch(input_ids=ids_of(TINY)), TINY, remat="some")
+
+
+def test_hidden_states_program_does_not_grow_with_the_layers():
+    def size(num_layers):
+        config = dataclasses.replace(TINY, num_layers=num_layers)
+        params = abstract_params(config)
+        batch = {"input_ids": jax.ShapeDtypeStruct((2, LENGTH), "int32")}
+
+        def loss(params, batch):
+            return hidden_states(params, batch, config).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, batch).compile()
+        return len(compiled.as_text().splitlines())
+
+    # The numbers in it are longer, and some fusions differ; nothing is repeated.
+    assert size(30) < 1.02 * size(4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_param_axes_and_abstract_params_have_the_tree_of_init_params(name):
+    config = CONFIGS[name]
+    params = init_params(config, jax.random.key(0), jnp.bfloat16)
+    shapes = abstract_params(config, jnp.bfloat16)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == (
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
+    )
+    sizes = {
+        "vocab": config.vocab_size,
+        "embed": config.d_model,
+        "norm": config.d_model,
+        "layers": config.num_layers,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "mlp": config.mlp_dim,
+    }
+    jax.tree.map(
+        lambda leaf, axes: leaf.shape == tuple(sizes[axis] for axis in axes) or 1 / 0,
+        params,
+        param_axes(config),
+    )
+    assert ("lm_head" in params) != config.tie_embeddings
+
+
+def test_init_params_are_independent_normals_of_the_asked_size():
+    config = dataclasses.replace(TINY, d_model=128, mlp_dim=256, initializer_range=0.05)
+    params = init_params(config, jax.random.key(0))
+    up = params["layers"]["mlp"]["up_proj"]["kernel"]
+    gate = params["layers"]["mlp"]["gate_proj"]["kernel"]
+    # The deviation of 32,768 normals is known to 0.4%; three of those.
+    np.testing.assert_allclose(up.std(axis=(1, 2)), 0.05, rtol=0.012)
+    for first, second in ((up[0], up[1]), (up[0], gate[0])):
+        assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
+    assert (params["final_norm"]["scale"] == 1).all()
+    again = init_params(config, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+def test_head_is_the_transposed_embedding_when_tied():
+    tied = dataclasses.replace(TINY, tie_embeddings=True)
+    params = tiny_params(tied)
+    np.testing.assert_array_equal(
+        head(params, tied).kernel, params["embed"]["embedding"].T
+    )
+    params = tiny_params()
+    assert head(params, TINY).kernel is params["lm_head"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [(1, [0]), (2, [0, 29]), (3, [0, 14, 29]), (30, list(range(30)))],
+)
+def test_select_layers_keeps_the_first_the_last_and_even_spaces(kept, expected):
+    config = dataclasses.replace(TINY, num_layers=30)
+    params = {"layers": {"scale": jnp.arange(30)}, "final_norm": {"scale": jnp.ones(3)}}
+    chosen, shallow = select_layers(params, config, kept)
+    np.testing.assert_array_equal(chosen["layers"]["scale"], expected)
+    assert shallow == dataclasses.replace(config, num_layers=kept)
+    assert chosen["final_norm"] is params["final_norm"]
+
+
+def test_select_layers_of_all_layers_is_the_model():
+    params = tiny_params()
+    chosen, config = select_layers(params, TINY, TINY.num_layers)
+    assert config == TINY
+    jax.tree.map(np.testing.assert_array_equal, chosen, params)
+
+
+@pytest.mark.parametrize("number", [0, 4, -1])
+def test_select_layers_refuses_numbers_that_are_not_there(number):
+    params = tiny_params()
+    with pytest.raises(ModelError, match=f"need 1 to 3.*got {number}"):
+        select_layers(params, TINY, number)
+
+
+def test_forward_flops_counts_products_by_hand():
+    config = DecoderConfig(
+        vocab_size=10,
+        d_model=4,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=2,
+        mlp_dim=6,
+        max_length=8,
+    )
+    # A layer: q and o 4x4 each, k and v 4x2 each, three of 4x6; the head 4x10.
+    weights = 2 * (16 + 16 + 8 + 8 + 3 * 24) + 40
+    # Three tokens: 1 + 2 + 3 pairs, two products of 2 numbers, two heads, two layers.
+    attended = 6 * 2 * 2 * 2 * 2
+    assert forward_flops(config, 1, 3) == 2 * (3 * weights + attended)
+    assert forward_flops(config, 5, 3) == 5 * forward_flops(config, 1, 3)

@@ -1,0 +1,192 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.decoder import head, hidden_states
+from taid_jax.models.errors import ModelError
+from taid_jax.models.generate import generate
+
+TINY = DecoderConfig(
+    vocab_size=67,
+    d_model=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=40,
+    max_length=128,
+)
+TIED = dataclasses.replace(
+    TINY,
+    tie_embeddings=True,
+    attention_bias=True,
+    rope=RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, original_max_length=16),
+)
+
+
+def prompts(config, lengths, seed=0):
+    """Random prompts, padded on the left."""
+    rng = np.random.default_rng(seed)
+    mask = np.arange(max(lengths))[None] >= max(lengths) - np.array(lengths)[:, None]
+    ids = np.where(mask, rng.integers(1, config.vocab_size, size=mask.shape), 0)
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def tiny_params(random_params):
+    # Wide weights: answers that wander, instead of one token over and over.
+    return jax.tree.map(lambda leaf: 0.5 * leaf, random_params(TINY))
+
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("unroll", [True, False])
+def test_generate_gives_the_tokens_of_transformers(config, unroll, llama_pair):
+    torch = pytest.importorskip("torch")
+    model, params = llama_pair(config)
+    ids, mask = prompts(config, (1, 2, 3, 5, 8, 11, 4, 9))
+    options = {
+        "attention_mask": torch.tensor(np.asarray(mask)),
+        "max_new_tokens": 64,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    given = torch.tensor(np.asarray(ids)).long()
+    free = model.generate(given, eos_token_id=None, **options)
+    free = free[:, ids.shape[1] :].numpy()
+    assert len(np.unique(free)) > 5
+    ours = generate(
+        params,
+        config,
+        ids,
+        mask,
+        max_new_tokens=64,
+        eos_token_ids=(),
+        pad_token_id=0,
+        unroll=unroll,
+    )
+    np.testing.assert_array_equal(ours, free)
+    # With ends that occur: rows stop at different times.
+    ends = [int(free[0, 20]), int(free[3, 2])]
+    stopped = model.generate(given, eos_token_id=ends, **options)
+    stopped = stopped[:, ids.shape[1] :].numpy()
+    ours = generate(
+        params,
+        config,
+        ids,
+        mask,
+        max_new_tokens=64,
+        eos_token_ids=ends,
+        pad_token_id=0,
+        unroll=unroll,
+    )
+    length = stopped.shape[1]
+    np.testing.assert_array_equal(ours[:, :length], stopped)
+    assert (np.asarray(ours[:, length:]) == 0).all()
+
+
+def test_generate_with_a_cache_gives_the_tokens_of_a_whole_pass(tiny_params):
+    ids, mask = prompts(TINY, (3, 7))
+    new = generate(
+        tiny_params,
+        TINY,
+        ids,
+        mask,
+        max_new_tokens=9,
+        eos_token_ids=(),
+        pad_token_id=0,
+    )
+    # One pass over prompt and answer: every position has to ask for the next token.
+    whole = {
+        "input_ids": jnp.concatenate([ids, new], axis=1),
+        "attention_mask": jnp.concatenate([mask, jnp.ones_like(new)], axis=1),
+    }
+    hidden = jax.jit(hidden_states, static_argnums=2)(tiny_params, whole, TINY)
+    logits = head(tiny_params, TINY).logits(hidden)
+    asked = jnp.argmax(logits, axis=-1)[:, ids.shape[1] - 1 : -1]
+    np.testing.assert_array_equal(new, asked)
+    assert len(np.unique(new)) > 3
+
+
+def test_generate_does_not_depend_on_the_padding(tiny_params):
+    options = {"max_new_tokens": 12, "eos_token_ids": (), "pad_token_id": 0}
+    ids, mask = prompts(TINY, (4, 10))
+    both = generate(tiny_params, TINY, ids, mask, **options)
+    other = jnp.where(mask == 0, 5, ids)
+    again = generate(tiny_params, TINY, other, mask, **options)
+    np.testing.assert_array_equal(both, again)
+    alone = generate(tiny_params, TINY, ids[:1, -4:], mask[:1, -4:], **options)
+    np.testing.assert_array_equal(both[:1], alone)
+
+
+def test_generate_stops_when_every_row_has_ended(tiny_params):
+    config = dataclasses.replace(TINY, max_length=10**6)
+    ids, mask = prompts(TINY, (3, 7))
+    # Any token ends a row. Were all of these tokens computed, this would take hours.
+    new = generate(
+        tiny_params,
+        config,
+        ids,
+        mask,
+        max_new_tokens=10**5,
+        eos_token_ids=tuple(range(TINY.vocab_size)),
+        pad_token_id=66,
+        unroll=False,
+    )
+    assert (np.asarray(new[:, 1:]) == 66).all()
+
+
+def test_generate_of_one_token_is_the_most_probable_next(tiny_params):
+    ids, mask = prompts(TINY, (6,))
+    new = generate(
+        tiny_params, TINY, ids, mask, max_new_tokens=1, eos_token_ids=(), pad_token_id=0
+    )
+    hidden = jax.jit(hidden_states, static_argnums=2)(
+        tiny_params, {"input_ids": ids}, TINY
+    )
+    logits = head(tiny_params, TINY).logits(hidden)
+    np.testing.assert_array_equal(new[:, 0], jnp.argmax(logits[:, -1], axis=-1))
+
+
+def test_generate_computes_in_bfloat16_when_asked(tiny_params):
+    ids, mask = prompts(TINY, (3, 7))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params)
+    options = {"max_new_tokens": 8, "eos_token_ids": (), "pad_token_id": 0}
+    new = generate(half, TINY, ids, mask, dtype=jnp.bfloat16, **options)
+    scanned = generate(
+        half, TINY, ids, mask, dtype=jnp.bfloat16, unroll=False, **options
+    )
+    assert new.shape == (2, 8)
+    np.testing.assert_array_equal(new, scanned)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 120])
+def test_generate_refuses_what_the_context_does_not_hold(new_tokens, tiny_params):
+    ids, mask = prompts(TINY, (9,))
+    with pytest.raises(ModelError, match=f"9 tokens and {new_tokens} new.*128"):
+        generate(
+            tiny_params,
+            TINY,
+            ids,
+            mask,
+            max_new_tokens=new_tokens,
+            eos_token_ids=(),
+            pad_token_id=0,
+        )
+
+
+def test_generate_refuses_prompts_padded_on_the_right(tiny_params):
+    ids, mask = prompts(TINY, (2, 5))
+    with pytest.raises(ModelError, match="pad on the left"):
+        generate(
+            tiny_params,
+            TINY,
+            ids[:, ::-1],
+            mask[:, ::-1],
+            max_new_tokens=3,
+            eos_token_ids=(),
+            pad_token_id=0,
+        )
