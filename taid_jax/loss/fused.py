@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 
 from taid_jax.loss.fused_chunks import Gradients
-from taid_jax.loss.fused_mesh import find_partition, platform_of
+from taid_jax.loss.fused_mesh import find_partition
 from taid_jax.loss.fused_rows import Linear, Wanted, is_smooth, kernel_axes
 from taid_jax.loss.fused_shards import Fixed, Moving, Static, run_shards
 from taid_jax.loss.objective import Objective
@@ -97,7 +97,7 @@ def fused_loss(
     if student_hidden.size == 0:
         # Nothing to differentiate either: the gradient of a constant is 0.
         return jnp.float32(0), {name: jnp.float32(0) for name in ("weight", *names)}
-    partition = find_partition(mesh, student_hidden.shape[0])
+    partition, platform = find_partition(mesh, student_hidden.shape[0])
     bias = student_head.bias
     bias_dtype = jnp.dtype(jnp.float32) if bias is None else bias.dtype
     static = Static(
@@ -105,7 +105,7 @@ def fused_loss(
         (student_head.softcap, teacher_head and teacher_head.softcap),
         chunk_size,
         partition,
-        platform_of(partition),
+        platform,
         (student_hidden.dtype, student_head.kernel.dtype, bias_dtype),
     )
     moving = Moving(objective, student_hidden, _linear(student_head))

@@ -27,14 +27,17 @@ from taid_jax.loss.fused_rows import (
 from taid_jax.loss.reduce import select_tokens, weighted_sum
 from taid_jax.types import IGNORE_INDEX
 
-_CPU_ROW_ENTRIES = 2**17
-"""Logits that the objective sees at once on a CPU: 512 KiB an array, in cache."""
+_ENTRIES = {
+    "cpu": (2**17, 2**23, 2**25),
+    "tpu": (2**24, 2**26, 2**27),
+    "gpu": (2**27, 2**27, 2**27),
+}
+"""Logits of rows, of a block and of a chunk, at most.
 
-_CPU_BLOCK = 128
-"""Tokens of a product into logits on a CPU: below it, packing the head dominates."""
-
-_CHUNK_BYTES = {"cpu": 2**27, "gpu": 5 * 2**27, "tpu": 5 * 2**27}
-"""Float32 logits of a chunk: the more, the fewer passes over the head's gradient."""
+Measured. On a CPU: rows of half a megabyte, and chunks that pass over the head's
+gradient rarely. On a TPU, by its compiler's own count of cycles and bytes: rows keep
+the objective's arrays small, which leaves room for larger products. A GPU starts every
+operation anew, so the three are one."""
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -99,6 +102,10 @@ class _Results(NamedTuple):
     hidden: Array | None
 
 
+_Carry = tuple[_Sums, Array | None]
+_Work = Callable[[_Carry, tuple[Array, Array]], tuple[_Carry, None]]
+
+
 def make_plan(tokens: int, vocab: int, platform: str, chunk_size: int | None) -> Plan:
     """Returns the sizes of the loop for the tokens of one device.
 
@@ -108,16 +115,20 @@ def make_plan(tokens: int, vocab: int, platform: str, chunk_size: int | None) ->
         platform: "cpu", "gpu" or "tpu".
         chunk_size: Tokens of a chunk, rounded up to whole rows; chosen when None.
     """
-    if chunk_size is None:
-        most = _CHUNK_BYTES.get(platform, _CHUNK_BYTES["gpu"]) // (4 * vocab)
-        # A power of two divides most batches; below 32 the products starve.
-        chunk_size = max(1 << max(most, 1).bit_length() - 1, 32)
-    chunk = _even(tokens, chunk_size)
-    if platform != "cpu":
-        return Plan(chunk, chunk, chunk, False)
-    rows = min(max(_CPU_ROW_ENTRIES // vocab, 1), chunk)
-    block = -(-_even(chunk, _CPU_BLOCK) // rows) * rows
-    return Plan(rows, block, -(-chunk // block) * block, True)
+    # Powers of two divide most batches.
+    rows, block, chunk = (
+        1 << max(entries // vocab, 1).bit_length() - 1
+        for entries in _ENTRIES.get(platform, _ENTRIES["gpu"])
+    )
+    # Of fewer tokens, a product spends its time on reading the head.
+    block, chunk = max(block, 128), max(chunk, 128)
+    chunk = _even(tokens, chunk if chunk_size is None else chunk_size)
+    block = _even(chunk, block)
+    rows = _even(block, rows)
+    # A TPU holds 8 rows in a tile.
+    rows = -(-rows // 8) * 8 if rows > 8 else rows
+    block = -(-block // rows) * rows
+    return Plan(rows, block, -(-chunk // block) * block, platform == "cpu")
 
 
 def _even(total: int, most: int) -> int:
@@ -160,7 +171,7 @@ def run_chunks(
         )
         order, total = None, None
 
-    def body(carry: tuple[_Sums, Array | None], index: Array):
+    def body(carry: _Carry, index: Array):
         start = index * plan.chunk
         if order is None:
             chunk = jax.tree.map(
@@ -283,10 +294,10 @@ def _products(
 
 def _flat_chunk(
     job: _Job,
-    carry: tuple[_Sums, Array | None],
+    carry: _Carry,
     chunk: Tokens,
     live: Array | None,
-) -> tuple[tuple[_Sums, Array | None], _Results]:
+) -> tuple[_Carry, _Results]:
     """Takes a chunk at once; `live` of its tokens count, all when None."""
 
     def work(sums: _Sums, chunk: Tokens) -> tuple[_Sums, _Results]:
@@ -315,10 +326,10 @@ def _flat_chunk(
 
 def _nested_chunk(
     job: _Job,
-    carry: tuple[_Sums, Array | None],
+    carry: _Carry,
     chunk: Tokens,
     live: Array | None,
-) -> tuple[tuple[_Sums, Array | None], _Results]:
+) -> tuple[_Carry, _Results]:
     """Takes a chunk in blocks and rows; `live` of its tokens count, all when None."""
     plan, problem = job.plan, job.problem
 
@@ -364,33 +375,37 @@ def _split(tree: X, size: int) -> X:
 def _chunk_products(
     job: _Job, sums: _Sums, in_logits: Array, hidden: Array, live: Array | None
 ) -> tuple[_Sums, Array | None]:
-    """Returns `_products` of the blocks of a chunk that hold counted tokens.
-
-    All blocks at once, or else those of each binary digit of their number: products
-    need static shapes, and a few large ones are faster than many small ones.
-    """
+    """Returns `_products` of a chunk, of which `live` tokens count, all when None."""
     if live is None:
         return _products(job, sums, in_logits, hidden)
     size, count = job.plan.block, job.plan.chunk // job.plan.block
     blocks = (live + size - 1) // size
-    in_hidden = jnp.zeros(hidden.shape, jnp.float32) if job.wanted.hidden else None
 
-    def part(number: int, start: Array) -> Callable:
-        def work(carry, x):
-            sums, in_hidden = carry
+    def part(number: int, start: Array) -> _Work:
+        def work(carry: _Carry, x: tuple[Array, Array]) -> tuple[_Carry, None]:
             g, h = (lax.dynamic_slice_in_dim(y, start, number * size) for y in x)
-            sums, new = _products(job, sums, g, h)
-            if in_hidden is not None and new is not None:
-                in_hidden = lax.dynamic_update_slice_in_dim(in_hidden, new, start, 0)
-            return (sums, in_hidden), None
+            sums, new = _products(job, carry[0], g, h)
+            if carry[1] is None or new is None:
+                return (sums, None), None
+            return (
+                sums,
+                lax.dynamic_update_slice_in_dim(carry[1], new, start, 0),
+            ), None
 
         return work
 
+    def by_digits(carry: _Carry, x: tuple[Array, Array]) -> tuple[_Carry, None]:
+        # Products have static shapes, and a few large ones are faster than many small
+        # ones: one for each binary digit of the number of blocks.
+        for digit in reversed(range((count - 1).bit_length())):
+            start = (blocks >> (digit + 1) << (digit + 1)) * size
+            held = (blocks & (1 << digit)) != 0
+            carry, _ = _when(held, part(1 << digit, start), carry, x)
+        return carry, None
+
+    whole = part(count, jnp.int32(0))
+    in_hidden = jnp.zeros(hidden.shape, jnp.float32) if job.wanted.hidden else None
     carry, x = (sums, in_hidden), (in_logits, hidden)
-    carry, _ = _when(blocks == count, part(count, jnp.int32(0)), carry, x)
-    for digit in reversed(range((count - 1).bit_length())):
-        number = 1 << digit
-        start = (blocks >> (digit + 1) << (digit + 1)) * size
-        pred = (blocks < count) & ((blocks & number) != 0)
-        carry, _ = _when(pred, part(number, start), carry, x)
-    return carry
+    if job.plan.cpu:
+        return lax.cond(blocks == count, whole, by_digits, carry, x)[0]
+    return _when(live > 0, whole, carry, x)[0]

@@ -29,8 +29,10 @@ class Partition(NamedTuple):
     tensor: int
 
 
-def find_partition(mesh: Mesh | None, leading: int) -> Partition | None:
-    """Returns how to spread the work, None for one device or the compiler's choice.
+def find_partition(mesh: Mesh | None, leading: int) -> tuple[Partition | None, str]:
+    """Returns how to spread the work, and the platform: "cpu", "gpu" or "tpu".
+
+    The partition is None on one device, and where the spreading is the compiler's.
 
     Args:
         mesh: The mesh of the call; that of `jax.set_mesh` when None. Axes over which
@@ -41,26 +43,26 @@ def find_partition(mesh: Mesh | None, leading: int) -> Partition | None:
     context = jax.sharding.get_abstract_mesh()
     found = context if mesh is None or context.manual_axes else mesh
     if found.empty:
-        return None
+        return None, jax.default_backend()
+    platform = _platform(found)
     free = [name for name in found.axis_names if name not in context.manual_axes]
     sizes = {name: found.shape[name] for name in free}
     tokens = tuple(name for name in (DATA, FSDP) if sizes.get(name, 1) > 1)
     tensor = sizes.get(TENSOR, 1)
     if not tokens and tensor == 1:
-        return None
+        return None, platform
     if leading % math.prod(sizes[name] for name in tokens):
-        return None
+        return None, platform
     known = (DATA, FSDP) if tensor > 1 else (DATA, FSDP, TENSOR)
     manual = frozenset(n for n in free if n in known or sizes[n] == 1)
-    return Partition(found, manual, tokens, sizes.get(FSDP, 1) > 1, tensor)
+    fsdp = sizes.get(FSDP, 1) > 1
+    return Partition(found, manual, tokens, fsdp, tensor), platform
 
 
-def platform_of(partition: Partition | None) -> str:
-    """Returns "cpu", "gpu" or "tpu": the mesh's devices, else JAX's default ones."""
-    mesh = partition and partition.mesh
+def _platform(mesh: Mesh | AbstractMesh) -> str:
     if isinstance(mesh, Mesh):
         return mesh.devices.flat[0].platform
-    if mesh is not None and mesh.abstract_device is not None:
+    if mesh.abstract_device is not None:
         return mesh.abstract_device.platform
     return jax.default_backend()
 
