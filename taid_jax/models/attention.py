@@ -16,10 +16,6 @@ Queries = Float[Array, "batch kv_heads group length head_dim"]
 Keys = Float[Array, "batch kv_heads length head_dim"]
 Segments = Int[Array, "batch length"] | None
 
-_BLOCKS = 4
-"""Query blocks: each sees only the keys up to its own end, (blocks + 1) / (2 blocks)
-of the full square of products."""
-
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """The score of a hidden key. Finite, so that a row without any stays finite too."""
 
@@ -72,9 +68,13 @@ def causal_attention(
 
 
 def _blocks(length: int) -> list[slice]:
-    """Returns the query blocks of a sequence, nearly equal in size."""
-    count = min(_BLOCKS, length)
-    edges = [length * i // count for i in range(count + 1)]
+    """Returns the blocks of queries: each takes only the keys up to its own end.
+
+    Four leave five eighths of the whole square to compute; more make the products
+    smaller without gain, until the square of a long sequence would not fit in memory.
+    """
+    count = max(1, min(length // 64, 4), min(length // 256, 16))
+    edges = [length * index // count for index in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 

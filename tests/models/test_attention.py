@@ -29,17 +29,17 @@ def some_segments(length, batch=2):
     return jnp.asarray(np.sort(rng.integers(0, 3, size=(batch, length)), axis=1))
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 17, 64])
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 130, 257])
 @pytest.mark.parametrize("packed", [False, True])
 def test_causal_attention_is_the_definition(length, packed):
     arrays = draw(length, scale=2.0)
     segments = some_segments(length) if packed else None
     attended = causal_attention(*arrays, segments)
-    # Sums of 8 products and of up to 64 weights that add up to 1, in float32.
-    np.testing.assert_allclose(attended, reference(*arrays, segments), atol=3e-6)
+    # Scores reach 50: their rounding, 4e-6, is the relative error of a weight.
+    np.testing.assert_allclose(attended, reference(*arrays, segments), atol=2e-5)
 
 
-@pytest.mark.parametrize("length", [1, 3, 17, 64])
+@pytest.mark.parametrize("length", [1, 3, 130, 257])
 @pytest.mark.parametrize("packed", [False, True])
 def test_causal_attention_gradient_is_the_definition_s(length, packed):
     arrays = draw(length)
@@ -54,7 +54,7 @@ def test_causal_attention_gradient_is_the_definition_s(length, packed):
     ours = jax.grad(loss(causal_attention), argnums=(0, 1, 2))(*arrays)
     theirs = jax.grad(loss(reference), argnums=(0, 1, 2))(*arrays)
     for mine, other in zip(ours, theirs, strict=True):
-        # As above, summed over 3 query heads and up to 64 positions.
+        # As above, summed over 3 query heads and up to 257 positions.
         np.testing.assert_allclose(mine, other, atol=2e-5)
 
 
@@ -79,7 +79,7 @@ def test_causal_attention_of_bfloat16_sums_in_float32():
 
 
 def test_causal_attention_keeps_nothing_that_grows_with_the_square():
-    arrays = draw(64, head_dim=8)
+    arrays = draw(257, head_dim=8)
     kept = jax.tree.leaves(jax.vjp(causal_attention, *arrays)[1])
     assert max(leaf.size for leaf in kept) <= arrays[0].size
 

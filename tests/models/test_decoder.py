@@ -339,7 +339,7 @@ def test_head_is_the_transposed_embedding_when_tied():
 
 @pytest.mark.parametrize(
     ("kept", "expected"),
-    [(1, [0]), (2, [0, 29]), (3, [0, 14, 29]), (30, list(range(30)))],
+    [(1, [0]), (2, [0, 29]), (4, [0, 10, 19, 29]), (30, list(range(30)))],
 )
 def test_select_layers_keeps_the_first_the_last_and_even_spaces(kept, expected):
     config = dataclasses.replace(TINY, num_layers=30)
