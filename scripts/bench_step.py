@@ -87,7 +87,10 @@ def torch_step(layers: int, batch: dict[str, np.ndarray]) -> Callable[[], float]
                 num_key_value_heads=SMOLLM2.num_kv_heads,
                 intermediate_size=SMOLLM2.mlp_dim,
                 max_position_embeddings=SMOLLM2.max_length,
-                rope_theta=SMOLLM2.rope.theta,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": SMOLLM2.rope.theta,
+                },
                 tie_word_embeddings=True,
             )
         )

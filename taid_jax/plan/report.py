@@ -102,7 +102,7 @@ def pair_configs(
     elif model.student_config is not None:
         student = find("student_config", model.student_config)
     else:
-        layers = model.layers_of_teacher or teacher.num_layers
+        layers = model.layers_of_teacher
         if layers > teacher.num_layers:
             raise PlanError(
                 f"student_layers: the teacher has {teacher.num_layers} layers, "

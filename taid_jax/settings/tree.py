@@ -73,11 +73,9 @@ class ModelSettings:
             )
 
     @property
-    def layers_of_teacher(self) -> int | None:
-        """Layers that the student takes from the teacher; None for another student."""
-        if self.student is None and self.student_config is None:
-            return self.student_layers or DEFAULT_STUDENT_LAYERS
-        return None
+    def layers_of_teacher(self) -> int:
+        """Layers that the student takes from the teacher, if it is made from it."""
+        return self.student_layers or DEFAULT_STUDENT_LAYERS
 
 
 @dataclasses.dataclass(frozen=True)

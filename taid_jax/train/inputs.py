@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from taid_jax.data import Dataset, load_dataset
+from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
@@ -86,7 +87,7 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
         configs["student"] = load_config(settings.student_config)
     else:
         layers = settings.layers_of_teacher
-        if layers is not None and layers > teacher.num_layers:
+        if layers > teacher.num_layers:
             raise SettingsError(
                 f"student_layers: the teacher has {teacher.num_layers} layers, "
                 f"got {layers}"
@@ -110,7 +111,8 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
     data = settings.data
     return load_dataset(
         data.data,
-        tokenizer,
+        # transformers declares some of these methods on its subclasses alone.
+        cast(DataTokenizer, tokenizer),
         seq_len=data.seq_len,
         held_out_fraction=data.held_out_fraction,
         count_prompts=data.count_prompts,
@@ -141,18 +143,18 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
         return tree_shardings(param_axes(config), abstract_params(config), mesh)
 
     teacher = load_model(model.teacher, dtype=model.dtype, shardings=shardings)
-    if model.layers_of_teacher is not None:
-        params, config = select_layers(
-            teacher.params, teacher.config, model.layers_of_teacher
-        )
-    elif model.student is not None:
+    if model.student is not None:
         student = load_model(model.student, dtype="float32", shardings=shardings)
         params, config = student.params, student.config
-    else:
+    elif model.student_config is not None:
         student = random_init(
             model.student_config, jax.random.key(settings.run.seed), shardings=shardings
         )
         params, config = student.params, student.config
+    else:
+        params, config = select_layers(
+            teacher.params, teacher.config, model.layers_of_teacher
+        )
     where = shardings(config)
     # A copy: the train step donates the student's arrays, and the teacher keeps its.
     own = jax.jit(

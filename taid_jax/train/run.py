@@ -127,7 +127,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         title=f"{settings.objective.objective}: {settings.model.teacher} -> "
         f"{pair.student_config.num_layers} layers",
     )
-    show_samples(settings, pair, state.params, dataset, console)
+    show_samples(settings, pair, state.params, dataset, tokenizer, console)
     return report
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from taid_jax.data import Dataset, held_out_batches
 from taid_jax.models.generate import generate
+from taid_jax.models.tokenizer import Tokenizer
 from taid_jax.settings import Settings
 from taid_jax.train.inputs import Pair
 from taid_jax.types import Params
@@ -30,17 +31,18 @@ def show_samples(
     pair: Pair,
     params: Params,
     dataset: Dataset,
+    tokenizer: Tokenizer,
     console: Console,
 ) -> None:
     """Prints how teacher and student go on with a few held-out beginnings."""
-    tokenizer = pair.teacher.tokenizer
     rows = held_out_batches(dataset.held_out, 1)
     chosen = rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
     length = min(SAMPLE_PROMPT, settings.data.seq_len)
     prompts = np.concatenate([row["input_ids"][:, :length] for row in chosen])
     # Only the first of the examples that share a row, without padding.
-    first = [row.get("segment_ids", row.get("attention_mask")) for row in chosen]
-    mask = np.concatenate([row[:, :length] == 1 for row in first]).astype(np.int32)
+    which = "segment_ids" if settings.data.pack else "attention_mask"
+    mask = np.concatenate([row[which][:, :length] == 1 for row in chosen])
+    mask = mask.astype(np.int32)
     prompts, mask = _padded_left(prompts, mask)
     sides = {
         "teacher": (pair.teacher.params, pair.teacher.config),
@@ -63,10 +65,9 @@ def show_samples(
     }
     for index, prompt in enumerate(prompts):
         console.rule(f"sample {index + 1}")
-        text = tokenizer.decode(prompt[mask[index] == 1])
+        text = str(tokenizer.decode(prompt[mask[index] == 1]))
         console.print(text, markup=False, highlight=False)
         for name, tokens in answers.items():
             console.print(f"[bold]{name}:[/bold]", end=" ")
-            console.print(
-                tokenizer.decode(tokens[index]), markup=False, highlight=False
-            )
+            answer = str(tokenizer.decode(tokens[index]))
+            console.print(answer, markup=False, highlight=False)
