@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ class CrossEntropy:
 
     It ignores the teacher, whose logits may be None.
     """
+
+    needs_teacher: ClassVar[bool] = False
 
     def __call__(
         self,

@@ -54,7 +54,7 @@ def weighted_mean(
 def token_metrics(
     objective: Objective,
     student_logits: Float[Array, "*tokens vocab"],
-    teacher_logits: Float[Array, "..."],
+    teacher_logits: Float[Array, "..."] | None,
     labels: Int[Array, "..."] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """Returns the metrics of an objective, `(*tokens,)` each; none if it names none."""

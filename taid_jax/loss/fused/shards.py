@@ -1,22 +1,23 @@
 """The fused head on every device of a mesh, or on the one there is."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from taid_jax.loss import fused_mesh
-from taid_jax.loss.fused_chunks import (
+from taid_jax.loss.fused import mesh as fused_mesh
+from taid_jax.loss.fused.chunks import (
     Gradients,
     Outcome,
     Tokens,
-    make_plan,
     run_chunks,
 )
-from taid_jax.loss.fused_mesh import Partition
-from taid_jax.loss.fused_rows import Linear, Problem, Wanted, kernel_axes
+from taid_jax.loss.fused.mesh import Partition
+from taid_jax.loss.fused.plan import make_plan
+from taid_jax.loss.fused.rows import Linear, Problem, Wanted, kernel_axes
 from taid_jax.loss.objective import Objective
 
 
@@ -66,51 +67,71 @@ def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
         moving: Objective, student's hidden states `(*tokens, d)` and head.
         fixed: Teacher's hidden states and head, mask and labels.
     """
+    context = jax.sharding.get_abstract_mesh()
+    mesh = static.partition and static.partition.mesh
+    if isinstance(mesh, Mesh) and context.empty and mesh.explicit_axes:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run_shards(static, wanted, moving, fixed)
+    if context.explicit_axes:
+        # Layouts are part of types there, which an objective knows nothing of: inside,
+        # they are the compiler's business.
+        whole: Any = PartitionSpec()
+        of_hidden, of_kernel, of_bias = map(_spec, (moving.hidden, *moving.head))
+        layouts = Gradients(whole, of_hidden, of_kernel, of_bias)
+        run: Any = jax.sharding.auto_axes(
+            functools.partial(run_shards, static, wanted),
+            axes=context.explicit_axes,
+            out_sharding=Outcome(whole, whole, layouts),
+        )
+        return run(moving, fixed)
     partition = static.partition
     if partition is None:
         return _run_local(static, wanted, moving, fixed)
-    model = kernel_axes(moving.head.kernel, moving.hidden.shape[-1])[0]
-    kernel = fused_mesh.kernel_spec(moving.head.kernel, model, partition)
-    whole, tokens = PartitionSpec(), fused_mesh.tokens_spec(partition)
-    teacher_kernel = whole
+    if not context.empty:
+        partition = partition._replace(mesh=context)
+        static = static._replace(partition=partition)
+    axes = kernel_axes(moving.head.kernel, moving.hidden.shape[-1])
+    kernel = moving.head.kernel.astype(moving.hidden.dtype)
+    # Cast first: half the bytes travel where parameters are float32.
+    kernel = fused_mesh.gather_kernel(kernel, axes, partition)
+    moving = moving._replace(head=moving.head._replace(kernel=kernel))
     if fixed.head is not None and fixed.hidden is not None:
-        model = kernel_axes(fixed.head.kernel, fixed.hidden.shape[-1])[0]
-        teacher_kernel = fused_mesh.kernel_spec(fixed.head.kernel, model, partition)
+        teacher_axes = kernel_axes(fixed.head.kernel, fixed.hidden.shape[-1])
+        kernel = fixed.head.kernel.astype(fixed.hidden.dtype)
+        kernel = fused_mesh.gather_kernel(kernel, teacher_axes, partition)
+        fixed = fixed._replace(head=fixed.head._replace(kernel=kernel))
 
     def local(moving: Moving, fixed: Fixed) -> Outcome:
-        head = _gather(moving.head, kernel, moving.hidden.dtype)
-        moving = moving._replace(head=head)
-        if fixed.head is not None and fixed.hidden is not None:
-            head = _gather(fixed.head, teacher_kernel, fixed.hidden.dtype)
-            fixed = fixed._replace(head=head)
-        outcome = _run_local(static, wanted, moving, fixed)
-        if not partition.tokens:
-            return outcome
-        loss, metrics, (in_leaves, in_hidden, in_kernel, in_bias) = outcome
-        loss, metrics, in_leaves, in_bias = lax.psum(
-            (loss, metrics, in_leaves, in_bias), partition.tokens
-        )
+        loss, metrics, gradients = _run_local(static, wanted, moving, fixed)
+        in_leaves, in_hidden, in_kernel, in_bias = gradients
+        if partition.tokens:
+            loss, metrics, in_leaves, in_bias = lax.psum(
+                (loss, metrics, in_leaves, in_bias), partition.tokens
+            )
         if in_kernel is not None:
-            in_kernel = fused_mesh.reduce_kernel(in_kernel, kernel, partition)
+            in_kernel = jnp.expand_dims(in_kernel, 0)
         gradients = Gradients(in_leaves, in_hidden, in_kernel, in_bias)
         return Outcome(loss, metrics, gradients)
 
-    return jax.shard_map(
+    # Layouts stand where the trees of arrays have arrays: hence Any.
+    whole: Any = PartitionSpec()
+    tokens: Any = fused_mesh.tokens_spec(partition)
+    loss, metrics, gradients = jax.shard_map(
         local,
         mesh=partition.mesh,
-        in_specs=(
-            Moving(whole, tokens, Linear(kernel, whole)),
-            Fixed(tokens, Linear(teacher_kernel, whole), tokens, tokens),
-        ),
-        out_specs=Outcome(whole, whole, Gradients(whole, tokens, kernel, whole)),
+        in_specs=(Moving(whole, tokens, whole), Fixed(tokens, whole, tokens, tokens)),
+        out_specs=Outcome(whole, whole, Gradients(whole, tokens, tokens, whole)),
         axis_names=set(partition.manual),
         check_vma=False,
     )(moving, fixed)
+    in_leaves, in_hidden, in_kernel, in_bias = gradients
+    if in_kernel is not None:
+        in_kernel = fused_mesh.reduce_kernel(in_kernel, axes, partition)
+    return Outcome(loss, metrics, Gradients(in_leaves, in_hidden, in_kernel, in_bias))
 
 
-def _gather(head: Linear, spec: PartitionSpec, dtype: Any) -> Linear:
-    # Cast first: half the bytes travel where parameters are float32.
-    return Linear(fused_mesh.gather_kernel(head.kernel.astype(dtype), spec), head.bias)
+def _spec(array: Array | None) -> Any:
+    return None if array is None else jax.typeof(array).sharding.spec
 
 
 def _cut(head: Linear, vocab: int, width: int, dtype: Any) -> Linear:

@@ -11,10 +11,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 
-from taid_jax.loss.fused_chunks import Gradients
-from taid_jax.loss.fused_mesh import find_partition
-from taid_jax.loss.fused_rows import Linear, Wanted, is_smooth, kernel_axes
-from taid_jax.loss.fused_shards import Fixed, Moving, Static, run_shards
+from taid_jax.loss.fused.chunks import Gradients
+from taid_jax.loss.fused.mesh import find_partition
+from taid_jax.loss.fused.rows import Linear, Wanted, is_smooth, kernel_axes
+from taid_jax.loss.fused.shards import Fixed, Moving, Static, run_shards
 from taid_jax.loss.objective import Objective
 from taid_jax.loss.reduce import token_metrics
 from taid_jax.types import Head
@@ -227,9 +227,9 @@ class _Residuals(NamedTuple):
 
 
 def _fused_forward(
-    static: Static, moving: Moving, fixed: Fixed
+    static: Static, moving: Any, fixed: Any
 ) -> tuple[tuple[Array, dict[str, Array]], _Residuals]:
-    # Symbolic zeros: every leaf says whether anything is differentiated in it.
+    # Leaves are no arrays here: each says whether it is differentiated.
     wanted = Wanted(
         objective=any(leaf.perturbed for leaf in jax.tree.leaves(moving.objective)),
         hidden=moving.hidden.perturbed,
@@ -245,17 +245,17 @@ def _fused_forward(
 
 def _fused_backward(
     static: Static, residuals: _Residuals, cotangents: tuple[Any, dict[str, Any]]
-) -> tuple[Moving | None, None]:
+) -> tuple[Any, None]:
     in_leaves, in_hidden, in_kernel, in_bias = residuals.gradients
     hidden_dtype, kernel_dtype, bias_dtype = static.dtypes
     scale = cotangents[0]
     if isinstance(scale, SymbolicZero):
         return None, None
 
-    def scaled(gradient: Array | None, dtype: Any) -> Array | None:
+    def scaled(gradient: Array | None, dtype: Any) -> Any:
         return None if gradient is None else (gradient * scale).astype(dtype)
 
-    objective = None
+    objective: Any = None
     if in_leaves is not None:
         leaves, tree = jax.tree.flatten(residuals.objective)
         new = iter(in_leaves)

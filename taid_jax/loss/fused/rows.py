@@ -1,7 +1,7 @@
 """A few tokens of the fused head: from the heads' products to losses and gradients."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,8 @@ def evaluate_rows(
         dtype: That of the gradient in the product.
     """
     caps, vocab_size = problem.softcaps, problem.vocab_size
-    teacher = None
+    # None for an objective that asks for it: hence Any.
+    teacher: Any = None
     if problem.teacher is not None and teacher_product is not None:
         teacher = logits_from_product(
             teacher_product, problem.teacher.bias, caps[1], vocab_size
