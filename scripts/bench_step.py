@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from taid_jax.schedule import TAIDScheduler
 
 from taid_jax import loss
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import decoder_functions, init_params
+from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import Settings
 from taid_jax.train.state import init_state, make_optimizer
 from taid_jax.train.step import make_train_step
