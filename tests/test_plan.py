@@ -210,6 +210,24 @@ def test_count_collectives_reads_the_way_of_tpu_programs():
     assert found.endless == 0
 
 
+def test_count_collectives_counts_one_that_spans_fusions_once():
+    from taid_jax.plan import count_collectives
+
+    gather = "  ROOT %g = bf16[32,256] all-gather(%x), channel_id={}\n"
+    fusions = "".join(
+        f"%f.{name} (x: bf16[8,256]) -> bf16[32,256] {{\n"
+        f"  %x = bf16[8,256] parameter(0)\n{gather.format(channel)}}}\n\n"
+        for name, channel in (("start", 5), ("middle", 5), ("end", 5), ("other", 6))
+    )
+    calls = "".join(
+        f"  %{name} = bf16[32,256] fusion(%x), kind=kCustom, calls=%f.{name}\n"
+        for name in ("start", "middle", "end", "other")
+    )
+    loop = "  ROOT %t = (s32[]{:T(128)}"
+    found = count_collectives(fusions + TPU_PROGRAM.replace(loop, calls + loop))
+    assert found.count["all-gather"] == 7 + 2 * 7
+
+
 def test_count_collectives_names_loops_without_a_fixed_length():
     from taid_jax.plan import count_collectives
 

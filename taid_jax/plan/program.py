@@ -26,6 +26,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
@@ -69,12 +70,19 @@ def count_collectives(text: str) -> Collectives:
     count: collections.Counter[str] = collections.Counter()
     size: collections.Counter[str] = collections.Counter()
     sent, endless = 0.0, set()
-    for computation, times, open_loops in _runs(entry, computations):
+    pieces: set[tuple[str, str]] = set()
+    for computation, times, open_loops, fused in _runs(entry, computations):
         types = {one.name: one.type for one in computations[computation]}
         for one in computations[computation]:
             kind = one.opcode.removesuffix("-start")
             if kind not in _KINDS:
                 continue
+            # A collective that runs beside products, as XLA for TPU arranges it, is
+            # in the fusions of its start, of its end, and of all that lie between.
+            if fused and (channel := _CHANNEL.search(one.rest)):
+                if (kind, channel[1]) in pieces:
+                    continue
+                pieces.add((kind, channel[1]))
             # Only the operands' list; the attributes after it may name computations.
             operands = re.findall(r"%([\w.-]+)", one.rest.split(")")[0])
             given = sum(_bytes(types.get(name, "")) for name in operands)
@@ -104,13 +112,15 @@ def _parse(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
 
 def _runs(
     entry: str, computations: Mapping[str, list[_Instruction]]
-) -> Iterator[tuple[str, int, frozenset[str]]]:
-    """Yields each call of a computation, with its loops' product and the open ones."""
-    stack: list[tuple[str, int, frozenset[str]]] = [(entry, 1, frozenset())]
+) -> Iterator[tuple[str, int, frozenset[str], bool]]:
+    """Yields each call of a computation: name, runs, open loops, inside a fusion."""
+    stack: list[tuple[str, int, frozenset[str], bool]] = [
+        (entry, 1, frozenset(), False)
+    ]
     holds = _holding(computations)
     while stack:
-        computation, times, open_loops = stack.pop()
-        yield computation, times, open_loops
+        computation, times, open_loops, fused = stack.pop()
+        yield computation, times, open_loops, fused
         for one in computations[computation]:
             for called in _called(one):
                 if called not in holds:
@@ -120,7 +130,8 @@ def _runs(
                     known = _trip_count(one, computations)
                     trips = 1 if known is None else known
                     still_open |= {one.name} if known is None else set()
-                stack.append((called, times * trips, still_open))
+                inside = fused or one.opcode == "fusion"
+                stack.append((called, times * trips, still_open, inside))
 
 
 def _called(instruction: _Instruction) -> list[str]:
