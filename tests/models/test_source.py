@@ -47,7 +47,10 @@ def test_resolve_expands_the_home_folder(tmp_path, monkeypatch):
         "folder/config.json",
     ],
 )
-def test_resolve_says_what_would_do(name):
+def test_resolve_says_what_would_do(name, tmp_path, monkeypatch):
+    # Where nothing lies beside the folder that a relative name could mean.
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ModelError, match=rf"Hub id .* or {DEFAULT_TEACHER}"):
         resolve(name)
 
