@@ -258,6 +258,31 @@ def test_count_flops_of_scan_cond_and_shard_map():
         assert count_flops(jax.make_jaxpr(function)(x, w)) == 6 * 2 * 16 * 4 * 4
 
 
+def test_compiled_anew_leaves_the_compile_cache_as_it_was(tmp_path):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from taid_jax.plan.compiled import compiled_anew
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = [getattr(jax.config, name) for name in names]
+    jax.config.update(names[0], str(tmp_path))
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()
+    try:
+        with compiled_anew():
+            jax.jit(lambda x: jnp.sin(x) * 3).lower(1.0).compile()
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: jnp.sin(x) * 4).lower(1.0).compile()
+        assert list(tmp_path.iterdir())
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def test_plan_step_over_the_limit_does_not_fit(planned, tiny):
     from taid_jax.plan import find_machine, plan_step
 

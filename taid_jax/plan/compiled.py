@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from taid_jax.models.config import DecoderConfig
@@ -98,7 +99,7 @@ def plan_step(
     step, arguments = abstract_step(settings, teacher, student, mesh)
     began = time.perf_counter()
     compiled, failure = None, ""
-    with standard_error() as said:
+    with standard_error() as said, compiled_anew():
         traced = step.trace(*arguments)
         try:
             compiled = traced.lower().compile()
@@ -188,6 +189,23 @@ def _needed(failure: str) -> int | None:
     """Returns the bytes that the compiler said it would need, if it did."""
     found = _NEEDED.search(failure)
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Keeps JAX from its compile cache on disk.
+
+    Programs for machines that are not there cannot be read back from it, and for those
+    that are, the partitioner would have nothing to say.
+    """
+    enabled = jax.config.read("jax_enable_compilation_cache")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting only once.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager
