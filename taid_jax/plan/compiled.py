@@ -25,6 +25,7 @@ from taid_jax.sharding import MESH_AXES, check_batch, make_mesh
 
 Resource = Literal["flops", "hbm", "interconnect"]
 
+_CACHE = "jax_enable_compilation_cache"
 _REMATERIALIZED = re.compile("involuntary full rematerialization", re.IGNORECASE)
 # "Used 23.4G of 15.7G hbm", or "required for HLO temporaries (320.00G) exceeds".
 _NEEDED = re.compile(r"(?:Used |required for [\w ]*\()([\d.]+)([KMGT]?)")
@@ -198,13 +199,13 @@ def compiled_anew() -> Iterator[None]:
     Programs for machines that are not there cannot be read back from it, and for those
     that are, the partitioner would have nothing to say.
     """
-    enabled = jax.config.read("jax_enable_compilation_cache")
-    jax.config.update("jax_enable_compilation_cache", False)
+    enabled = getattr(jax.config, _CACHE)
+    jax.config.update(_CACHE, False)
     compilation_cache.reset_cache()  # JAX looks at the setting only once.
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        jax.config.update(_CACHE, enabled)
         compilation_cache.reset_cache()
 
 
