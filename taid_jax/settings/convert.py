@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from taid_jax.settings.tree import Settings, SettingsError
+from taid_jax.settings.checks import SettingsError
+from taid_jax.settings.tree import Settings
 
 # Fields that a resumed run may change: they do not touch the numbers it computes.
 FREE_ON_RESUME = frozenset(

@@ -7,7 +7,7 @@ import pytest
 
 from taid_jax import loss
 from taid_jax.settings import ObjectiveSettings, from_dict
-from taid_jax.settings.tree import ObjectiveName
+from taid_jax.settings.objective import ObjectiveName
 from taid_jax.train.objective import make_objective, make_scheduler
 
 NAMES = typing.get_args(ObjectiveName)

@@ -1,0 +1,50 @@
+"""Settings of the models."""
+
+import dataclasses
+from typing import Literal
+
+from taid_jax.settings.checks import need
+
+DEFAULT_STUDENT_LAYERS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Which models, and how they are held.
+
+    Attributes:
+        teacher: A Hugging Face folder, a Hub id, a .gguf file, or
+            `smollm2-135m-instruct`, which is fetched from the package index.
+        student: The same, for a student that exists already.
+        student_layers: Build the student from this many evenly spaced layers of the
+            teacher, first and last kept. 10 when no other student is named.
+        student_config: A config.json (or its folder): a student with random weights.
+        dtype: What the models compute in; master weights and losses are float32.
+        remat: What the student's backward pass computes again: nothing, all but the
+            matrix products, or everything.
+    """
+
+    teacher: str = "smollm2-135m-instruct"
+    student: str | None = None
+    student_layers: int | None = None
+    student_config: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self):
+        need("teacher", self.teacher, bool(self.teacher), "a folder, Hub id or file")
+        named = [
+            name
+            for name in ("student", "student_layers", "student_config")
+            if getattr(self, name) is not None
+        ]
+        need("student", named, len(named) <= 1, "one source for the student")
+        if self.student_layers is not None:
+            need(
+                "student_layers", self.student_layers, self.student_layers >= 1, ">= 1"
+            )
+
+    @property
+    def layers_of_teacher(self) -> int:
+        """Layers that the student takes from the teacher, if it is made from it."""
+        return self.student_layers or DEFAULT_STUDENT_LAYERS
