@@ -1,0 +1,137 @@
+"""From settings, models and data to a loop and the state that it starts from."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+
+from taid_jax.data import Dataset, held_out_batches, train_iterator
+from taid_jax.evaluate import Comparison, HeldOut, evaluate
+from taid_jax.models.decoder import decoder_functions
+from taid_jax.settings import Settings, SettingsError
+from taid_jax.sharding import replicated
+from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.inputs import Pair
+from taid_jax.train.loop import Loop
+from taid_jax.train.objective import make_objective, make_scheduler
+from taid_jax.train.progress import ConsoleProgress
+from taid_jax.train.state import (
+    DistillState,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    state_shardings,
+)
+from taid_jax.train.step import make_eval_step, make_train_step
+from taid_jax.types import Params
+
+
+def assemble(
+    settings: Settings,
+    folder: pathlib.Path,
+    pair: Pair,
+    dataset: Dataset,
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+) -> tuple[Loop, DistillState]:
+    """Returns the loop and the state that it starts from, new or restored."""
+    data, run, opt = settings.data, settings.run, settings.optimizer
+    dtype = jnp.dtype(settings.model.dtype)
+    student = decoder_functions(
+        pair.student_config, dtype=dtype, remat=settings.model.remat
+    )
+    teacher = decoder_functions(pair.teacher.config, dtype=dtype)
+    rate = learning_rate_schedule(opt.learning_rate, run.steps, opt.warmup_steps)
+    optimizer = make_optimizer(
+        rate,
+        b1=opt.b1,
+        b2=opt.b2,
+        eps=opt.eps,
+        weight_decay=opt.weight_decay,
+        clip_norm=opt.clip_norm,
+    )
+    scheduler = make_scheduler(settings.objective, run.steps)
+    objective, learned = make_objective(settings.objective)
+
+    def start(params: Params) -> DistillState:
+        return init_state(
+            params,
+            optimizer=optimizer,
+            schedule=scheduler.init(),
+            learned=learned,
+            seed=run.seed,
+        )
+
+    shapes = jax.eval_shape(start, pair.student_params)
+    shardings = state_shardings(shapes, pair.shardings, optimizer, replicated(mesh))
+    batches = train_iterator(
+        dataset.train,
+        data.batch_size,
+        seed=run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if run.resume:
+        template = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=where
+            ),
+            shapes,
+            shardings,
+        )
+        restored = checkpoints.restore(template)
+        state = restored.state
+        if restored.data_state["fingerprint"] != dataset.info.fingerprint:
+            raise SettingsError(
+                f"the data of {data.data} are not those that checkpoint "
+                f"{restored.step} was trained on; give the same files, or start anew "
+                "with another --output"
+            )
+        batches.set_state(restored.data_state["iterator"])
+    else:
+        begin = jax.jit(start, out_shardings=shardings, donate_argnums=0)
+        state = begin(pair.student_params)
+
+    common = {
+        "chunk_size": run.chunk_size,
+        "mesh": mesh,
+        "logits_loss": run.logits_loss,
+    }
+    train_step = make_train_step(
+        student,
+        teacher,
+        make_objective=objective,
+        scheduler=scheduler,
+        optimizer=optimizer,
+        learning_rate=rate,
+        grad_accum=opt.grad_accum,
+        shardings=shardings,
+        **common,
+    )
+    eval_step = make_eval_step(student, teacher, Comparison(), **common)
+    held_out = held_out_batches(
+        dataset.held_out,
+        data.batch_size,
+        limit=data.held_out_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    def judge(params: Params) -> HeldOut:
+        return evaluate(eval_step, params, pair.teacher.params, held_out, mesh)
+
+    loop = Loop(
+        settings=settings,
+        folder=folder,
+        train_step=train_step,
+        teacher_params=pair.teacher.params,
+        batches=batches,
+        fingerprint=dataset.info.fingerprint,
+        evaluate=judge,
+        checkpoints=checkpoints,
+        mesh=mesh,
+        progress=ConsoleProgress(Console(quiet=True), run.steps),
+    )
+    return loop, state
