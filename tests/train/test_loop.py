@@ -11,6 +11,7 @@ from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import loop as lp
 from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.logbook import LOGGED
 from taid_jax.train.report import read_lines
 
 
@@ -88,7 +89,7 @@ def test_loop_logs_evaluates_and_saves(make_loop):
     assert int(state.step) == 12
     rows = read_lines(loop.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
-    wanted = {*lp.LOGGED, "step", "tokens_per_second"}
+    wanted = {*LOGGED, "step", "tokens_per_second"}
     assert all(wanted <= row.keys() for row in rows)
     assert all(isinstance(row["kl"], float) for row in rows)
     evaluated = read_lines(loop.folder / "evaluations.jsonl")

@@ -1,0 +1,101 @@
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from taid_jax.evaluate import HeldOut
+from taid_jax.train import logbook
+from taid_jax.train.report import EVALUATIONS, METRICS, read_lines
+
+
+class Told:
+    def __init__(self):
+        self.rows, self.evaluations, self.lines = [], [], []
+
+    def step(self, row):
+        self.rows.append(row)
+
+    def evaluation(self, step, found):
+        self.evaluations.append(step)
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def open_book(tmp_path, monkeypatch):
+    """A logbook of ten steps, and a clock that is set by hand."""
+
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(logbook, "time", clock)
+    books = []
+
+    def make(start=0, every=1):
+        book = logbook.Logbook(
+            tmp_path, start=start, last=10, every=every, progress=Told()
+        )
+        books.append(book)
+        return book, clock
+
+    yield make
+    for book in books:
+        book.close()
+
+
+def _metrics(loss=1.0, skipped=0.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(2), "skipped": skipped}
+
+
+def test_logbook_counts_tokens_of_the_time_that_is_not_paused(open_book, tmp_path):
+    book, clock = open_book(every=2)
+    clock.now += 1
+    book.step(1, _metrics(), 30)
+    with book.paused():
+        clock.now += 50
+    clock.now += 2
+    book.step(2, _metrics(), 30)
+    (row,) = read_lines(tmp_path / METRICS)
+    assert row["step"] == 2
+    assert row["tokens_per_second"] == 60 / 3
+
+
+def test_logbook_counts_skipped_steps_in_a_row(open_book, tmp_path):
+    book, _ = open_book()
+    counts = []
+    for step, skipped in enumerate([1.0, 1.0, 0.0, 1.0], start=1):
+        book.step(step, _metrics(jnp.nan if skipped else 1.0, skipped), 8)
+        counts.append(book.skipped_in_row)
+    assert counts == [1, 2, 0, 1]
+    rows = read_lines(tmp_path / METRICS)
+    assert [row["skipped"] for row in rows] == [True, True, False, True]
+    assert [row["loss"] for row in rows] == [None, None, 1.0, None]
+
+
+def test_logbook_writes_the_last_step_always(open_book, tmp_path):
+    book, _ = open_book(every=4)
+    for step in range(1, 11):
+        book.step(step, _metrics(), 8)
+    assert [row["step"] for row in read_lines(tmp_path / METRICS)] == [4, 8, 10]
+
+
+def test_logbook_resumed_drops_what_came_after_and_knows_what_came_before(
+    open_book, tmp_path
+):
+    book, _ = open_book()
+    for step in (2, 4):
+        book.step(step, _metrics(), 8)
+        book.evaluation(step, HeldOut(step / 10, 2, 3, 4))
+    book.close()
+    again, _ = open_book(start=3)
+    assert [row["kl"] for row in again.evaluations] == [0.2]
+    again.evaluation(5, HeldOut(0.5, 2, 3, 4))
+    assert [row["step"] for row in again.evaluations] == [2, 5]
+    lines = (tmp_path / EVALUATIONS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 5]
+    assert [row["step"] for row in read_lines(tmp_path / METRICS)] == [2]
