@@ -1,0 +1,42 @@
+import dataclasses
+
+import pytest
+
+ALL_CHANGES = [
+    {"mesh": "data=1,fsdp=8,tensor=1"},
+    {"remat": "full"},
+    {"grad_accum": 4},
+    {"grad_accum": 16},
+    {"seq_len": 1024},
+    {"seq_len": 512},
+    {"seq_len": 256},
+]
+
+
+@pytest.mark.parametrize("fitting", [1, 2, 4, 6, None])
+def test_find_fit_adds_changes_until_it_fits(
+    make_settings, planned, tiny, monkeypatch, fitting
+):
+    from taid_jax.plan import advice, find_machine
+
+    steps = []
+
+    def plan_step(settings, *_):
+        steps.append(settings)
+        return dataclasses.replace(planned, fits=len(steps) == fitting)
+
+    monkeypatch.setattr(advice, "plan_step", plan_step)
+    settings = make_settings(batch_size=128, seq_len=2048, mesh="data=8", remat="none")
+    seen = []
+    attempts = advice.find_fit(
+        settings, *tiny, find_machine("local:8"), compiled=seen.append
+    )
+    expected = [{}]
+    for change in ALL_CHANGES[:fitting]:
+        expected.append(expected[-1] | change)
+    assert [attempt.flags for attempt in attempts] == expected[1:]
+    assert seen == attempts
+    last = expected[-1]
+    assert steps[-1].run.mesh == last["mesh"]
+    assert steps[-1].optimizer.grad_accum == last.get("grad_accum", 1)
+    assert steps[-1].data.seq_len == last.get("seq_len", 2048)

@@ -1,0 +1,102 @@
+import json
+
+import pytest
+
+PROMISED = {
+    "chips",
+    "hbm_limit_bytes",
+    "argument_bytes",
+    "temp_bytes",
+    "peak_bytes",
+    "fits",
+    "flops_per_chip",
+    "collectives",
+    "compile_seconds",
+    "step_seconds_lower_bound",
+    "binds",
+}
+
+
+def test_make_plan_writes_what_it_promises_and_replaces_only_plans(
+    make_settings, folder, tmp_path, quiet
+):
+    from taid_jax.plan import PlanError, make_plan
+    from taid_jax.plan.report import FORMAT
+
+    output = tmp_path / "out"
+    settings = make_settings(
+        teacher=str(folder / "config.json"), student_layers=2, output=str(output)
+    )
+    output.mkdir()
+    (output / "plan.json").write_text(json.dumps({"format": FORMAT}))
+    make_plan(settings, "local:8", quiet)
+    values = json.loads((output / "plan.json").read_text())
+    assert values.keys() >= PROMISED
+    assert values["chips"] == 8
+    assert values["fits"] is True
+    gather = values["collectives"]["all-gather"]
+    assert gather["count"] > 0
+    assert gather["bytes"] > 0
+    assert values["settings"]["model"]["teacher"] == str(folder / "config.json")
+
+    (output / "plan.json").write_text('{"mine": 1}')
+    with pytest.raises(PlanError, match="left alone"):
+        make_plan(settings, "local:8", quiet)
+    assert (output / "plan.json").read_text() == '{"mine": 1}'
+
+
+def test_make_plan_leaves_room_for_the_run_itself(make_settings, tmp_path):
+    from taid_jax.train.inputs import prepare_output
+
+    (tmp_path / "plan.json").write_text("{}")
+    settings = make_settings(output=str(tmp_path))
+    assert prepare_output(settings) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher": "someone/model"}, "nothing is downloaded.*llama-3-8b"),
+        ({"teacher": "llama-2-7b", "student": "llama-3.2-1b"}, "tokenizer"),
+        ({"teacher": "llama-2-7b", "seq_len": 4097}, "context of 4096"),
+        ({"teacher": "llama-2-7b", "student_layers": 33}, "32 layers, got 33"),
+    ],
+)
+def test_pair_configs_refuses(make_settings, values, message):
+    from taid_jax.plan import PlanError, pair_configs
+
+    with pytest.raises(PlanError, match=message):
+        pair_configs(make_settings(**values))
+
+
+def test_pair_configs_of_presets(make_settings):
+    from taid_jax.plan import pair_configs
+
+    teacher, student, notes = pair_configs(make_settings())
+    assert (teacher.num_layers, student.num_layers, notes) == (30, 10, [])
+    teacher, student, notes = pair_configs(
+        make_settings(teacher="qwen2-72b", student="qwen2-1.5b")
+    )
+    assert teacher.vocab_size == student.vocab_size == 151936
+    assert len(notes) == 3
+    assert "padding" in notes[-1]
+
+
+@pytest.mark.tpu_compiler
+def test_make_plan_of_a_tpu(make_settings, folder, tmp_path, quiet):
+    from taid_jax.plan import make_plan
+
+    pytest.importorskip("libtpu", reason="compiles for a TPU")
+    settings = make_settings(
+        teacher=str(folder),
+        student_layers=2,
+        output=str(tmp_path / "out"),
+        mesh="data=2,fsdp=2,tensor=2",
+        dtype="bfloat16",
+    )
+    plan = make_plan(settings, "v5e:2x4", quiet)
+    assert plan.fits
+    assert plan.chips == 8
+    assert plan.binds in plan.seconds
+    assert plan.step_seconds_lower_bound == max(plan.seconds.values()) > 0
+    assert plan.collectives.count["all-gather"] > 0
