@@ -1,6 +1,7 @@
 """Shows, number by number, that this project and PyTorch agree.
 
-Runs all sections, or those that are named: losses, schedule, models, run, deviations.
+Runs all sections, or those that are named: losses, schedule, models, run, deviations,
+student (needs --run-folder).
 Exit status: 0 when every row passes, 1 when one does not, 2 for bad input.
 """
 
@@ -14,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-NAMES = ("losses", "schedule", "models", "run", "deviations")
+NAMES = ("losses", "schedule", "models", "run", "deviations", "student")
 REPORT = pathlib.Path("parity") / "report.json"
 
 
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkout of the published repository, to run the same cases against",
     )
     add("--fetch", action="store_true", help="fetch SmolLM2-135M-Instruct (93 MB)")
+    add(
+        "--run-folder",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a finished run, whose exported student PyTorch loads and scores",
+    )
     add(
         "--report",
         type=pathlib.Path,
@@ -85,6 +92,7 @@ def _run(chosen: argparse.Namespace) -> int:
     from parity.recordings import GOLDEN, RecordingError
     from parity.rows import AnyRow, failed
     from parity.sections import SECTIONS, Options
+    from parity.student import RunError
     from parity.table import markdown, print_rows, write_report
     from parity.upstream import Upstream, UpstreamError
     from taid_jax.models.errors import ModelError
@@ -101,13 +109,14 @@ def _run(chosen: argparse.Namespace) -> int:
             chosen.golden or GOLDEN,
             Upstream(chosen.upstream) if chosen.upstream else None,
             chosen.fetch,
+            chosen.run_folder,
         )
         for name in chosen.sections or NAMES:
             _complain(f"{name} ...")
             made = SECTIONS[name](options)
             print_rows(made)
             rows += made
-    except (RecordingError, UpstreamError, ModelError) as error:
+    except (RecordingError, UpstreamError, RunError, ModelError) as error:
         _complain(str(error))
         return 2
     report = chosen.report or (None if chosen.sections else REPORT)

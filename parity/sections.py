@@ -18,12 +18,14 @@ class Options:
         golden: A folder of recordings.
         upstream: The published code, where the user has a checkout of it.
         fetch: Fetch the real model if it is not in the cache.
+        run_folder: A finished run, whose student is scored.
     """
 
     seeds: int = 1
     golden: pathlib.Path = GOLDEN
     upstream: Upstream | None = None
     fetch: bool = False
+    run_folder: pathlib.Path | None = None
 
 
 def losses(options: Options) -> list[AnyRow]:
@@ -100,10 +102,18 @@ def deviations(options: Options) -> list[AnyRow]:
     return made
 
 
+def student(options: Options) -> list[AnyRow]:
+    """Returns the rows of a finished run's exported student."""
+    from parity.student import student_rows
+
+    return student_rows(options.run_folder)
+
+
 SECTIONS: dict[str, Callable[[Options], list[AnyRow]]] = {
     "losses": losses,
     "schedule": schedule,
     "models": models,
     "run": run,
     "deviations": deviations,
+    "student": student,
 }
