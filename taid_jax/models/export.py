@@ -145,26 +145,56 @@ def stored_tensors(
     todo = entries(config, "hf")
     leaves = {entry.path: _leaf(params, entry) for entry in todo}
 
-    def one(entry: Entry, layer: int) -> StoredTensor:
-        leaf = leaves[entry.path]
+    def stored(entry: Entry, layer: int) -> np.ndarray:
+        whole = np.asarray(leaves[entry.path])
+        part = whole[layer] if entry.stacked else whole
+        return entry.layout.to_stored(part, sizes)
 
-        def make() -> np.ndarray:
-            whole = np.asarray(leaf)
-            part = whole[layer] if entry.stacked else whole
-            return np.ascontiguousarray(entry.layout.to_stored(part, sizes))
+    def tensors(group: list[Entry], layer: int) -> Iterator[StoredTensor]:
+        # Several entries where one tensor holds the parameters of several modules.
+        first, names = group[0], group[0].names[layer]
+        dtype = np.dtype(leaves[first.path].dtype)
+        for index, name in enumerate(names):
 
-        shape = entry.layout.stored_shape(sizes)
-        return StoredTensor(entry.names[layer], shape, np.dtype(leaf.dtype), make)
+            def make(index: int = index) -> np.ndarray:
+                pieces = [stored(entry, layer) for entry in group]
+                if first.part is not None:
+                    return np.ascontiguousarray(first.part.join(pieces, sizes))
+                whole = pieces[0][index] if first.spread else pieces[0]
+                return np.ascontiguousarray(whole)
 
-    stacked = [index for index, entry in enumerate(todo) if entry.stacked]
-    first, last = (stacked[0], stacked[-1] + 1) if stacked else (len(todo), len(todo))
-    for entry in todo[:first]:
-        yield one(entry, 0)
+            yield StoredTensor(name, first.tensor_shape(sizes), dtype, make)
+
+    groups = _by_tensor(todo)
+    stacked = [index for index, group in enumerate(groups) if group[0].stacked]
+    first, last = (
+        (stacked[0], stacked[-1] + 1) if stacked else (len(groups), len(groups))
+    )
+    for group in groups[:first]:
+        yield from tensors(group, 0)
     for layer in range(config.num_layers):
-        for entry in todo[first:last]:
-            yield one(entry, layer)
-    for entry in todo[last:]:
-        yield one(entry, 0)
+        for group in groups[first:last]:
+            yield from tensors(group, layer)
+    for group in groups[last:]:
+        yield from tensors(group, 0)
+
+
+def _by_tensor(todo: Sequence[Entry]) -> list[list[Entry]]:
+    """Returns the entries that are pieces of the same tensors together, in order."""
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in todo:
+        groups.setdefault(entry.names[0], []).append(entry)
+    for names, group in groups.items():
+        part = group[0].part
+        wanted = list(range(len(part.sizes))) if part else [None]
+        group.sort(key=lambda entry: entry.part.index if entry.part else 0)
+        if [entry.part and entry.part.index for entry in group] != wanted:
+            raise ModelError(
+                f"{names[0]} is not made of the parameters "
+                f"{', '.join('.'.join(entry.path) for entry in group)}: the family has "
+                "to declare each of its pieces once"
+            )
+    return list(groups.values())
 
 
 def _leaf(params: Mapping[str, Any], entry: Entry) -> Array:

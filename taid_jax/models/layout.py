@@ -5,12 +5,16 @@ head width and whose columns are the model's width, and that the parameter has t
 three axes in the order on the right. Brackets hold axes that are one axis together, the
 slowest first. Both directions follow from the one text, and so does which part of the
 stored tensor a device needs for its part of the parameter.
+
+Some checkpoints store the parameters of several modules in one tensor, side by side;
+`Part` says which of them is meant.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +23,9 @@ Sizes = Mapping[str, int]
 
 Index = tuple[slice, ...]
 """A slice with start and stop for each axis."""
+
+Fetch = Callable[[Index], np.ndarray]
+"""Returns a part of a stored tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +51,13 @@ class Layout:
     def of_bias(self) -> "Layout":
         """Returns the layout of the bias of a linear map stored with this one.
 
-        Checkpoints store a matrix with its outputs first, and the bias along these.
+        A parameter's kernel has its outputs last. Checkpoints store them as the first
+        axis of a matrix, or as the last (GPT-2), and the bias along this axis.
         """
-        outputs = set(self.stored[0])
-        param = (tuple(x for x in axis if x in outputs) for axis in self.param)
-        return Layout(self.stored[:1], tuple(axis for axis in param if axis))
+        last = self.param[-1][-1]
+        stored = next(axis for axis in self.stored if last in axis)
+        param = (tuple(x for x in axis if x in stored) for axis in self.param)
+        return Layout((stored,), tuple(axis for axis in param if axis))
 
     def to_stored(self, param: np.ndarray, sizes: Sizes) -> np.ndarray:
         """Returns a parameter of one layer as the checkpoint stores it."""
@@ -57,9 +66,7 @@ class Layout:
         split = param.reshape([sizes[letter] for letter in letters])
         return split.transpose(order).reshape(self.stored_shape(sizes))
 
-    def read(
-        self, fetch: Callable[[Index], np.ndarray], index: Index, sizes: Sizes
-    ) -> np.ndarray:
+    def read(self, fetch: Fetch, index: Index, sizes: Sizes) -> np.ndarray:
         """Returns a part of a parameter from no more of the checkpoint than it needs.
 
         Args:
@@ -97,6 +104,81 @@ class Layout:
             for axis, cut in zip(self.param, index, strict=True)
         )
         return block[rest]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of several pieces that a checkpoint stores side by side in one tensor.
+
+    `Part(1, ("n h", "k h", "k h"))` is the second of three blocks of rows: first as
+    many as query heads times head width, then twice key heads times head width.
+    With `groups="n"` the rows are cut in `n` equal groups first, and each of them holds
+    a block of every piece: `Part(1, ("h", "h", "h"), groups="n")` is, of each head, the
+    second third.
+
+    Attributes:
+        index: Which of the pieces, from 0.
+        sizes: The length of each piece (of a group), as a product of axis letters.
+        axis: The stored axis along which they lie.
+        groups: The letter that counts the groups; None when there is one.
+    """
+
+    index: int
+    sizes: tuple[str, ...]
+    axis: int = 0
+    groups: str | None = None
+
+    def of_bias(self) -> "Part":
+        """Returns the same piece of the bias, which has but one axis."""
+        return dataclasses.replace(self, axis=0)
+
+    def whole_shape(self, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
+        """Returns the shape of the stored tensor, given that of the piece."""
+        lengths, groups = self._lengths(sizes)
+        before, after = shape[: self.axis], shape[self.axis + 1 :]
+        return (*before, groups * sum(lengths), *after)
+
+    def fetch_from(self, fetch: Fetch, sizes: Sizes) -> Fetch:
+        """Returns what fetches parts of the piece from the stored tensor."""
+        lengths, groups = self._lengths(sizes)
+        *ends, length = itertools.accumulate(lengths)
+        own, start = lengths[self.index], sum(lengths[: self.index])
+
+        def fetch_piece(index: Index) -> np.ndarray:
+            before, cut, after = self._around(index)
+            if groups == 1:
+                here = slice(start + cut.start, start + cut.stop)
+                return fetch((*before, here, *after))
+            first, last = cut.start // own, -(-cut.stop // own)
+            block = fetch((*before, slice(first * length, last * length), *after))
+            pieces = np.split(self._split(block, last - first), ends, self.axis + 1)
+            inside = slice(cut.start - first * own, cut.stop - first * own)
+            skipped = (slice(None),) * self.axis
+            return self._joint(pieces[self.index])[(*skipped, inside)]
+
+        return fetch_piece
+
+    def join(self, pieces: Sequence[np.ndarray], sizes: Sizes) -> np.ndarray:
+        """Returns the stored tensor that is made of all pieces, in their order."""
+        _, groups = self._lengths(sizes)
+        split = [self._split(piece, groups) for piece in pieces]
+        return self._joint(np.concatenate(split, axis=self.axis + 1))
+
+    def _lengths(self, sizes: Sizes) -> tuple[list[int], int]:
+        """Returns the length of each piece in a group, and the number of groups."""
+        lengths = [math.prod(sizes[x] for x in text.split()) for text in self.sizes]
+        return lengths, 1 if self.groups is None else sizes[self.groups]
+
+    def _around(self, index: Index) -> tuple[Index, slice, Index]:
+        return index[: self.axis], index[self.axis], index[self.axis + 1 :]
+
+    def _split(self, block: np.ndarray, groups: int) -> np.ndarray:
+        before, after = block.shape[: self.axis], block.shape[self.axis + 1 :]
+        return block.reshape(*before, groups, -1, *after)
+
+    def _joint(self, split: np.ndarray) -> np.ndarray:
+        before, after = split.shape[: self.axis], split.shape[self.axis + 2 :]
+        return split.reshape(*before, -1, *after)
 
 
 @functools.cache

@@ -56,9 +56,10 @@ def check_tensors(config: DecoderConfig, file_format: FileFormat, tensors: Tenso
     """
     family, sizes = family_named(config.family), axis_sizes(config)
     expected = {
-        name: entry.layout.stored_shape(sizes)
+        name: entry.tensor_shape(sizes)
         for entry in entries(config, file_format)
-        for name in entry.names
+        for names in entry.names
+        for name in names
     }
     shapes = tensors.shapes
     lines = [
@@ -139,14 +140,10 @@ def _read_part(
     entry: Entry, index: Index, tensors: Tensors, sizes: Sizes, dtype: np.dtype
 ) -> np.ndarray:
     layers, rest = (index[0], index[1:]) if entry.stacked else (slice(0, 1), index)
-    names = entry.names[layers]
-    buffer = np.empty((len(names), *(cut.stop - cut.start for cut in rest)), dtype)
-    for row, name in zip(buffer, names, strict=True):
-
-        def fetch(part: Index, name: str = name) -> np.ndarray:
-            return tensors.read(name, part)
-
-        row[...] = entry.layout.read(fetch, rest, sizes)
+    chosen = range(layers.start, layers.stop)
+    buffer = np.empty((len(chosen), *(cut.stop - cut.start for cut in rest)), dtype)
+    for row, layer in zip(buffer, chosen, strict=True):
+        row[...] = entry.read(tensors.read, layer, rest, sizes)
     return buffer if entry.stacked else buffer[0]
 
 

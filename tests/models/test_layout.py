@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_jax.models.layout import parse_layout
+from taid_jax.models.layout import Part, parse_layout
 
 SIZES = {"v": 7, "d": 6, "n": 4, "k": 2, "h": 6, "f": 5, "c": 2, "r": 3}
 LAYOUTS = [
@@ -89,10 +89,118 @@ def test_read_fetches_only_the_rows_of_the_heads_asked_for():
         ("(k r c) d -> d k (c r)", "(k r c) -> k (c r)"),
         ("d (n h) -> n h d", "d -> d"),
         ("f d -> d f", "f -> f"),
+        ("d (n h) -> d n h", "(n h) -> n h"),
+        ("(n h) d -> n h d", "d -> d"),
+        ("d f -> d f", "f -> f"),
     ],
 )
 def test_of_bias_keeps_the_outputs(kernel, bias):
     assert parse_layout(kernel).of_bias() == parse_layout(bias)
+
+
+PARTS = {
+    "rows": (
+        "(n h) d -> d n h",
+        ("(k h) d -> d k h", "(k h) d -> d k h"),
+        {"sizes": ("n h", "k h", "k h")},
+    ),
+    "columns": ("d f -> d f", ("d f -> d f",), {"sizes": ("f", "f"), "axis": 1}),
+    "groups": (
+        "(n h) d -> d n h",
+        ("(n h) d -> d n h", "(n h) d -> d n h"),
+        {"sizes": ("h", "h", "h"), "groups": "n"},
+    ),
+    "biases": ("(n h) -> n h", ("(n h) -> n h",), {"sizes": ("h", "h"), "groups": "n"}),
+}
+
+
+def parts(name):
+    first, others, options = PARTS[name]
+    layouts = [parse_layout(text) for text in (first, *others)]
+    return layouts, [Part(index, **options) for index in range(len(layouts))]
+
+
+def stored_whole(name):
+    layouts, pieces = parts(name)
+    shape = pieces[0].whole_shape(layouts[0].stored_shape(SIZES), SIZES)
+    return np.arange(np.prod(shape)).reshape(shape)
+
+
+def read_piece(stored, layout, part, index):
+    fetch = part.fetch_from(lambda index: stored[index], SIZES)
+    return layout.read(fetch, index, SIZES)
+
+
+def test_part_reads_blocks_of_rows():
+    layouts, pieces = parts("rows")
+    stored = stored_whole("rows")
+    assert stored.shape == (4 * 6 + 2 * 6 + 2 * 6, 6)
+    values = read_piece(stored, layouts[2], pieces[2], whole((6, 2, 6)))
+    np.testing.assert_array_equal(values[5, 1, 3], stored[24 + 12 + 6 + 3, 5])
+
+
+def test_part_reads_a_third_of_every_head():
+    layouts, pieces = parts("groups")
+    stored = stored_whole("groups")
+    keys = read_piece(stored, layouts[1], pieces[1], whole((6, 4, 6)))
+    # Head 2 begins after two heads of queries, keys and values; its keys after its
+    # queries.
+    np.testing.assert_array_equal(keys[5, 2, 3], stored[2 * 18 + 6 + 3, 5])
+
+
+def test_part_reads_blocks_of_columns():
+    layouts, pieces = parts("columns")
+    stored = stored_whole("columns")
+    second = read_piece(stored, layouts[1], pieces[1], whole((6, 5)))
+    np.testing.assert_array_equal(second, stored[:, 5:])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part_join_is_the_inverse_of_reading_all(name):
+    layouts, pieces = parts(name)
+    stored = stored_whole(name)
+    found = []
+    for layout, part in zip(layouts, pieces, strict=True):
+        index = whole(layout.param_shape(SIZES))
+        param = read_piece(stored, layout, part, index)
+        found.append(layout.to_stored(param, SIZES))
+    np.testing.assert_array_equal(pieces[0].join(found, SIZES), stored)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_part_of_a_piece_equals_that_part_of_the_whole_piece(name, data):
+    layouts, pieces = parts(name)
+    stored = stored_whole(name)
+    which = data.draw(st.integers(0, len(pieces) - 1))
+    layout, part = layouts[which], pieces[which]
+    shape = layout.param_shape(SIZES)
+    full = read_piece(stored, layout, part, whole(shape))
+    index = tuple(cuts(data.draw, size) for size in shape)
+    read = read_piece(stored, layout, part, index)
+    np.testing.assert_array_equal(read, full[index])
+
+
+@pytest.mark.parametrize("cut", [(0, 6), (2, 9), (5, 7), (18, 24), (23, 24)])
+def test_part_reads_ranges_that_begin_inside_a_group(cut):
+    part = Part(1, ("h", "h", "h"), groups="n")
+    stored = np.arange(4 * 18)
+    keys = stored.reshape(4, 3, 6)[:, 1].reshape(-1)
+    fetch = part.fetch_from(lambda index: stored[index], SIZES)
+    np.testing.assert_array_equal(fetch((slice(*cut),)), keys[slice(*cut)])
+
+
+def test_part_fetches_only_its_own_rows():
+    part, asked = Part(1, ("n h", "k h", "k h")), []
+
+    def watch(index):
+        asked.append(index)
+        return np.zeros((6, 3))
+
+    fetch = part.fetch_from(watch, SIZES)
+    fetch((slice(6, 12), slice(0, 3)))
+    assert asked == [(slice(24 + 6, 24 + 12), slice(0, 3))]
 
 
 @pytest.mark.parametrize("text", ["v d", "v d -> d", "v d -> d v v", "v v -> v v"])

@@ -14,3 +14,4 @@ from taid_jax.models.families.registry import is_ignored as is_ignored
 from taid_jax.models.families.registry import read_config as read_config
 from taid_jax.models.families.registry import supported as supported
 from taid_jax.models.families.registry import write_config as write_config
+from taid_jax.models.layout import Part as Part

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from taid_jax.models.fields import Required
+from taid_jax.models.layout import Part
 
 Default = int | float | bool | Required | Callable[[Mapping[str, int]], int]
 """A value, REQUIRED, or a function of the settings that stand before this one."""
@@ -35,11 +36,16 @@ class Weight:
         module: Path of the module in the parameter tree, joined by dots. Parameters
             under `layers` are stacked: there is one tensor for each layer.
         hf: Name in safetensors files; without the family's prefix if it is in a layer.
-        gguf: The same in GGUF files.
+            An axis letter in braces, as in `norms.{n}`, is an axis of the layout's left
+            side that is spread over as many tensors; it has to be the first.
+        gguf: The same in GGUF files; anything for a family without them.
         layout: Axes of the stored `.weight` and of the parameter (see `layout.py`):
             v vocabulary, d model, n query heads, k key/value heads, h head width,
             f MLP; a head's width is also `c r`, two halves of r rotary pairs.
         gguf_layout: The same for GGUF, where llama.cpp stores another order.
+        part: Which piece of the stored tensor it is, where one tensor holds several
+            modules side by side; the layout is then that of the piece.
+        gguf_offset: What llama.cpp adds to every number of it.
     """
 
     module: str
@@ -47,6 +53,8 @@ class Weight:
     gguf: str
     layout: str
     gguf_layout: str | None = None
+    part: Part | None = None
+    gguf_offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
