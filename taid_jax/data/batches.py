@@ -12,8 +12,9 @@ from taid_jax.data.packing import Rows
 from taid_jax.data.tokens import TokenTable
 from taid_jax.types import IGNORE_INDEX
 
-NumpyBatch = dict[str, Int32[np.ndarray, "batch length"]]
-"""`input_ids`, `labels`, and `segment_ids` with `positions`, or `attention_mask`."""
+NumpyBatch = dict[str, Int32[np.ndarray, "batch *length"]]
+"""`input_ids`, `labels`, and `segment_ids` with `positions`, or `attention_mask`; where
+they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ExampleSet:
         for row, index in enumerate(indices):
             done = 0
             for segment, number in enumerate(self.rows[index], start=1):
-                ids, counted = self.table[number]
+                ids, counted, *_ = self.table[number]
                 span = slice(done, done + len(ids))
                 input_ids[row, span] = ids
                 labels[row, span] = np.where(counted, ids, IGNORE_INDEX)
@@ -72,6 +73,23 @@ class ExampleSet:
             extra = {"attention_mask": segments}
         return {"input_ids": input_ids, "labels": labels, **extra}
 
+    def prompts(self, indices: Sequence[int] | np.ndarray, size: int) -> NumpyBatch:
+        """Returns where the last answer of each row's first example begins and ends.
+
+        `prompt_lengths`, `(size,)` int32, are the tokens before it; `answer_ends`,
+        `(size,)` int32, the place after its last token. Both are 0 where the example's
+        answer is not known, and in rows that are left.
+        """
+        firsts = [self.rows[index][0] for index in indices]
+        arrays = {
+            "prompt_lengths": self.table.prompts,
+            "answer_ends": self.table.answer_ends,
+        }
+        return {
+            name: np.pad(array[firsts].astype(np.int32), (0, size - len(firsts)))
+            for name, array in arrays.items()
+        }
+
 
 def train_iterator(
     examples: ExampleSet,
@@ -81,6 +99,7 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 4,
+    with_prompts: bool = False,
 ) -> grain.DatasetIterator[NumpyBatch]:
     """Returns an endless iterator over this process's part of every batch.
 
@@ -100,6 +119,7 @@ def train_iterator(
         process_index: This process, such as `jax.process_index()`.
         process_count: How many share the batch, such as `jax.process_count()`.
         prefetch: Batches made ahead, in one thread; 0 makes them when asked.
+        with_prompts: Add `prompt_lengths` and `answer_ends`: see `ExampleSet.prompts`.
 
     Raises:
         DataError: If there is nothing to train on, the seed is out of range or the
@@ -110,6 +130,7 @@ def train_iterator(
     if not 0 <= seed < 2**32:
         raise DataError(f"need 0 <= seed < 2**32, got {seed}")
     part = _part_of_batch(batch_size, process_index, process_count)
+
     # Only numbers of rows are drawn and cut; the process builds its own rows and no
     # others.
     batches = (
@@ -118,7 +139,7 @@ def train_iterator(
         .shuffle()
         .repeat()
         .batch(batch_size)
-        .map(lambda numbers: examples.batch(numbers[part], part.stop - part.start))
+        .map(lambda numbers: _make(examples, numbers[part], part, with_prompts))
     )
     options = grain.ReadOptions(
         num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
@@ -133,6 +154,7 @@ def held_out_batches(
     limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    with_prompts: bool = False,
 ) -> list[NumpyBatch]:
     """Returns this process's part of the held-out batches, always in the same order.
 
@@ -145,6 +167,7 @@ def held_out_batches(
         limit: At most this many batches; all when None.
         process_index: This process.
         process_count: How many share the batch.
+        with_prompts: Add `prompt_lengths` and `answer_ends`: see `ExampleSet.prompts`.
 
     Raises:
         DataError: If the batch does not divide by the processes.
@@ -153,11 +176,20 @@ def held_out_batches(
     numbers = range(len(examples))
     starts = numbers[::batch_size][:limit]
     return [
-        examples.batch(
-            numbers[start : start + batch_size][part], part.stop - part.start
-        )
+        _make(examples, numbers[start : start + batch_size][part], part, with_prompts)
         for start in starts
     ]
+
+
+def _make(
+    examples: ExampleSet,
+    numbers: Sequence[int] | np.ndarray,
+    part: slice,
+    with_prompts: bool,
+) -> NumpyBatch:
+    size = part.stop - part.start
+    extra = examples.prompts(numbers, size) if with_prompts else {}
+    return examples.batch(numbers, size) | extra
 
 
 def _part_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:

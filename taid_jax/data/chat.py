@@ -8,13 +8,25 @@ import numpy as np
 
 from taid_jax.data.documents import ANSWER_ROLE, Chat, Completion, Message
 from taid_jax.data.encoding import Rendered, Span, Tokenizer
-from taid_jax.data.errors import DataError
+from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.tokens import Example
 
 _MARKS_ANSWERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """A template that says itself which tokens the assistant writes."""
 
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
+
+class MissingTemplateError(DataError):
+    """There are conversations, and the tokenizer has no chat template."""
+
+    def __init__(self):
+        super().__init__(
+            "conversations need a chat template and this tokenizer has none; give one "
+            "by --chat-template FILE (a Jinja template), or put a chat_template.jinja "
+            "(or the key `chat_template` in tokenizer_config.json) into the model's "
+            "folder"
+        )
 
 
 class ChatRenderer:
@@ -42,52 +54,60 @@ class ChatRenderer:
         joined as they stand, with start and end tokens.
 
         Raises:
-            DataError: If the template refuses it.
+            RecordError: If the template refuses it.
         """
         if self.has_template:
             user = Message("user", content.prompt)
             return self.chat(Chat((user, Message(ANSWER_ROLE, content.completion))))
         text = content.prompt + content.completion
-        if self._count_prompts:
-            return Rendered(text, framed=True)
-        return Rendered(text, (Span(len(content.prompt), len(text)),), framed=True)
+        answers = (Span(len(content.prompt), len(text)),)
+        return Rendered(text, answers, self._count_prompts, framed=True)
 
     def chat(self, content: Chat) -> Rendered | Example:
         """Returns a conversation as text, or as ids where the template marks answers.
 
+        Where prompts count too, only the last answer is looked for, and it is no
+        problem if it is not found.
+
         Raises:
-            DataError: If there is no template, it refuses the conversation, or the
-                answers are not found in what it renders.
+            MissingTemplateError: If there is no template.
+            RecordError: If the template refuses the conversation or leaves a turn out,
+                or the answers are not found in what it renders.
         """
         if not self.has_template:
-            raise DataError(
-                "conversations need a chat template and this tokenizer has none; set "
-                "`tokenizer.chat_template`, or put a chat_template.jinja (or the key "
-                "`chat_template` in tokenizer_config.json) into the model's folder"
-            )
+            raise MissingTemplateError()
         messages = content.messages
-        if self._count_prompts:
-            return Rendered(self._render(messages))
+        whole = self._render(messages)
+        for turn, message in enumerate(messages, start=1):
+            if message.role != ANSWER_ROLE and message.content.strip() not in whole:
+                raise RecordError(
+                    "unknown_role",
+                    f"the chat template does not write turn {turn} "
+                    f"({message.role}) as it is; it may not know the role",
+                )
         if self._marked:
             return self._encode_marked(messages)
-        whole = self._render(messages)
-        answers = [
-            self._find_answer(whole, messages, turn)
-            for turn, message in enumerate(messages)
-            if message.role == ANSWER_ROLE
-        ]
-        return Rendered(whole, tuple(answers))
+        turns = [n for n, message in enumerate(messages) if message.role == ANSWER_ROLE]
+        if not self._count_prompts:
+            spans = [self._find_answer(whole, messages, turn) for turn in turns]
+            return Rendered(whole, tuple(spans))
+        try:
+            last = (self._find_answer(whole, messages, turns[-1]),)
+        except RecordError:
+            last = None
+        return Rendered(whole, last, counts_all=True)
 
     def _find_answer(self, whole: str, messages: Sequence[Message], turn: int) -> Span:
         before = self._render(messages[:turn], add_generation_prompt=True)
         said = messages[turn].content
-        problem = (
+        problem = RecordError(
+            "answer_not_found",
             f"the answer in turn {turn + 1} is not found where the chat template asks "
             "for it; mark answers in the template with {% generation %} ... "
-            "{% endgeneration %}, or count prompts too"
+            "{% endgeneration %}, or count prompts too",
         )
         if not whole.startswith(before):
-            raise DataError(problem)
+            raise problem
         start = len(before)
         # Templates may trim an answer, and may put a space before it.
         if whole.startswith(said, start):
@@ -96,7 +116,7 @@ class ChatRenderer:
             trimmed = said.strip()
             space = len(whole) - start - len(whole[start:].lstrip())
             if not whole.startswith(trimmed, start + space):
-                raise DataError(problem)
+                raise problem
             stop = start + space + len(trimmed)
         end = self._end.match(whole, stop)
         return Span(start, end.end() if end else stop)
@@ -108,9 +128,15 @@ class ChatRenderer:
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        counted = np.array(encoded["assistant_masks"], np.bool_)
+        inside = np.array(encoded["assistant_masks"], np.int8)
+        # The last run of marked tokens is the last answer.
+        borders = np.flatnonzero(np.diff(inside, prepend=0, append=0))
+        prompt, end = borders[-2:].tolist() if len(borders) else (0, 0)
+        counted = inside == 1
+        if self._count_prompts:
+            counted[:] = True
         counted[:1] = False
-        return Example(np.array(encoded["input_ids"], np.int32), counted)
+        return Example(np.array(encoded["input_ids"], np.int32), counted, prompt, end)
 
     def _render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False
@@ -125,6 +151,7 @@ class ChatRenderer:
                 [message._asdict() for message in messages], **options
             )
         except _RENDER_ERRORS as error:
-            raise DataError(
-                f"the chat template refuses this conversation: {error}"
+            raise RecordError(
+                "template_refuses",
+                f"the chat template refuses this conversation: {error}",
             ) from error

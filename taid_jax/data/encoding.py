@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool
 
-from taid_jax.data.errors import DataError
+from taid_jax.data.errors import RecordError
 from taid_jax.data.tokens import Example
 
 
@@ -49,7 +50,9 @@ class Rendered(NamedTuple):
 
     Attributes:
         text: What is encoded.
-        answers: The characters whose tokens count, in order; all when None.
+        answers: The characters of the answers, in order; not known when None.
+        counts_all: All tokens count, and not only those of the answers; the answers
+            only tell where the last of them lies. So it is without known answers.
         framed: Gets the tokenizer's start token and the end token, which the text of a
             chat template brings itself.
         windowed: Is cut into windows when it is too long, instead of being dropped.
@@ -57,16 +60,26 @@ class Rendered(NamedTuple):
 
     text: str
     answers: tuple[Span, ...] | None = None
+    counts_all: bool = False
     framed: bool = False
     windowed: bool = False
 
 
 class _Piece(NamedTuple):
-    """Text between two borders, whether it counts, and ids to skip at its start."""
+    """Text between two borders, whether it is an answer, ids to skip at its start."""
 
     text: str
-    counts: bool
+    answers: bool
     skip: int
+
+
+class _Found(NamedTuple):
+    """Ids of a text, which of them lie in answers, and where the last answer does."""
+
+    ids: list[int]
+    inside: Bool[np.ndarray, " tokens"]
+    prompt: int
+    answer_end: int
 
 
 class Encoder:
@@ -109,7 +122,7 @@ class Encoder:
         )
         return encoded["input_ids"]
 
-    def examples(self, rendered: Sequence[Rendered]) -> list[Example | DataError]:
+    def examples(self, rendered: Sequence[Rendered]) -> list[Example | RecordError]:
         """Returns the ids of every text and which of them count.
 
         Tokens count when they lie in an answer, and each text has to prove which do.
@@ -117,6 +130,7 @@ class Encoder:
         of the whole; or the ids of the text up to every border begin the ids of the
         whole; or (where a token of the whole crosses a border) the ids of the pieces,
         which are what generation sees, are taken and must decode to the whole text.
+        Where all tokens count, the ids of the whole are taken in any case.
 
         Returns:
             An example for each text, or the problem that keeps it from being one.
@@ -139,8 +153,10 @@ class Encoder:
         pieces.append((item.text[done:], False))
         guard = len(self._end) if self._guard else 0
         return [
-            _Piece(self._guard + text, counts, guard) if n else _Piece(text, counts, 0)
-            for n, (text, counts) in enumerate(pieces)
+            _Piece(self._guard + text, inside, guard)
+            if n
+            else _Piece(text, inside, 0)
+            for n, (text, inside) in enumerate(pieces)
             if text
         ]
 
@@ -150,52 +166,73 @@ class Encoder:
         whole: list[int],
         pieces: list[_Piece],
         piece_ids: list[list[int]],
-    ) -> Example | DataError:
-        ids = whole
+    ) -> Example | RecordError:
         if item.answers is None:
-            counted = [True] * len(whole)
+            found = _Found(whole, np.ones(len(whole), np.bool_), 0, 0)
         else:
-            joined = [token for part in piece_ids for token in part]
-            counted = [
-                piece.counts
-                for piece, part in zip(pieces, piece_ids, strict=True)
-                for _ in part
-            ]
-            if joined != whole:
-                by_prefix = self._count_by_prefixes(item, whole)
-                if by_prefix is not None:
-                    counted = by_prefix
-                elif self._text_of(joined) == item.text:
-                    ids = joined
-                else:
-                    return DataError(
-                        "the answer's tokens cannot be told from the prompt's: with "
-                        "this tokenizer one token crosses the border between the two; "
-                        "count prompts too, or put white space between them"
-                    )
+            found = self._find(item, whole, pieces, piece_ids)
+        if found is None:
+            return RecordError(
+                "answer_not_found",
+                "the answer's tokens cannot be told from the prompt's: with this "
+                "tokenizer one token crosses the border between the two; count prompts "
+                "too, or put white space between them",
+            )
+        ids, counted, prompt, answer_end = found
+        if item.counts_all:
+            counted = np.ones(len(ids), np.bool_)
         if item.framed:
+            before = len(self._start)
             end = self._end if ids[-1:] != self._end else []
             ids = [*self._start, *ids, *end]
-            counted = [*(False for _ in self._start), *counted, *(True for _ in end)]
-        if ids:
-            counted[0] = False
-        return Example(np.array(ids, np.int32), np.array(counted, np.bool_))
+            counted = np.pad(counted, (before, len(end)), constant_values=True)
+            if answer_end:
+                prompt, answer_end = prompt + before, answer_end + before + len(end)
+        counted[:1] = False
+        return Example(np.array(ids, np.int32), counted, prompt, answer_end)
 
-    def _count_by_prefixes(self, item: Rendered, whole: list[int]) -> list[bool] | None:
-        answers = item.answers or ()
-        borders = [border for answer in answers for border in answer]
-        counted = [False] * len(whole)
+    def _find(
+        self,
+        item: Rendered,
+        whole: list[int],
+        pieces: list[_Piece],
+        piece_ids: list[list[int]],
+    ) -> _Found | None:
+        """Returns where the answers lie, None where nothing proves it."""
+        joined = [token for part in piece_ids for token in part]
+        lengths = [len(part) for part in piece_ids]
+        inside = np.repeat([piece.answers for piece in pieces], lengths)
+        number = max(n for n, piece in enumerate(pieces) if piece.answers)
+        last = sum(lengths[:number]), sum(lengths[: number + 1])
+        if joined == whole:
+            return _Found(whole, inside, *last)
+        borders = [border for answer in item.answers or () for border in answer]
         starts = self.ids([item.text[:border] for border in borders])
-        if any(whole[: len(start)] != start for start in starts):
-            return None
-        for first, last in zip(starts[::2], starts[1::2], strict=True):
-            counted[len(first) : len(last)] = [True] * (len(last) - len(first))
-        return counted
+        if item.counts_all:
+            # A token that crosses into the answer is the answer's.
+            return _Found(whole, inside, *(_common_start(whole, s) for s in starts[-2:]))
+        if all(whole[: len(start)] == start for start in starts):
+            inside = np.zeros(len(whole), np.bool_)
+            for first, stop in zip(starts[::2], starts[1::2], strict=True):
+                inside[len(first) : len(stop)] = True
+            return _Found(whole, inside, len(starts[-2]), len(starts[-1]))
+        if self._text_of(joined) == item.text:
+            return _Found(joined, inside, *last)
+        return None
 
     def _text_of(self, ids: list[int]) -> str:
         return self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+
+def _common_start(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Returns how many ids both begin with."""
+    pairs = zip(ids, others, strict=False)
+    return next(
+        (place for place, (one, other) in enumerate(pairs) if one != other),
+        min(len(ids), len(others)),
+    )
 
 
 def cut_windows(example: Example, length: int) -> Iterator[Example]:
@@ -205,12 +242,16 @@ def cut_windows(example: Example, length: int) -> Iterator[Example]:
     counted: the first token of a window has nothing before it to be predicted from. So
     each token of the text but its very first is counted in exactly one window.
 
+    The second half of a window is its answer: text has none of its own, and to go on
+    from the first half is what a model can be asked for.
+
     Args:
         example: The whole text.
         length: Tokens of a window, >= 2.
     """
-    ids, counted = example
+    ids, counted = example.ids, example.counted
     for start in range(0, max(1, len(ids) - 1), length - 1):
         window = counted[start : start + length].copy()
         window[:1] = False
-        yield Example(ids[start : start + length], window)
+        size = len(window)
+        yield Example(ids[start : start + length], window, size // 2, size)

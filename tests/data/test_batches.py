@@ -46,6 +46,16 @@ def assert_equal(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+def test_train_iterator_adds_the_lengths_of_prompts_when_asked():
+    ids = np.arange(100, 106, dtype=np.int32)
+    pairs = [(n, Example(ids, ids > 100, prompt)) for n, prompt in enumerate((3, 0, 5))]
+    table = make_table(pairs)
+    rows = ExampleSet(table, [(0,), (1,), (2,)], SEQ_LEN, PAD, False)
+    batches = train_iterator(rows, 3, seed=0, with_prompts=True)
+    assert sorted(next(batches)["prompt_lengths"].tolist()) == [0, 3, 5]
+    assert "prompt_lengths" not in next(train_iterator(rows, 3, seed=0))
+
+
 def test_batch_has_aligned_labels_and_resets_at_segments(examples):
     batch = examples.batch(range(len(examples)), len(examples))
     for name, array in batch.items():
@@ -89,7 +99,7 @@ def test_batch_labels_predict_the_next_token_of_the_same_example(examples):
         }
     wanted = set()
     for number in range(len(examples.table)):
-        ids, counted = examples.table[number]
+        ids, counted, _ = examples.table[number]
         wanted |= {
             (int(ids[i]), int(ids[i + 1]))
             for i in range(len(ids) - 1)

@@ -57,6 +57,30 @@ def test_chat_counts_exactly_the_answers(
         assert found == answers
 
 
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_chat_prompt_is_all_that_comes_before_the_last_answer(
+    styled_tokenizer, make_conversations, count_prompts
+):
+    # White space at an answer's start may share a token with the prompt's end.
+    for messages in make_conversations(50, edges=("",)):
+        chat = parse_record({"messages": messages})
+        example = encode(styled_tokenizer, chat, count_prompts=count_prompts)
+        asked = styled_tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
+        found = styled_tokenizer.decode(
+            example.ids[: example.prompt].tolist(), clean_up_tokenization_spaces=False
+        )
+        assert found.rstrip(" ") == asked.rstrip(" ")
+
+
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_completion_prompt_of_a_base_model_is_the_prompt(base_tokenizer, count_prompts):
+    content = Completion("Whether?", " that is all.")
+    example = encode(base_tokenizer, content, count_prompts=count_prompts)
+    assert base_tokenizer.decode(example.ids[: example.prompt]) == "Whether?"
+
+
 def test_chat_keeps_the_ids_of_the_whole_text(styled_tokenizer, make_conversations):
     for messages in make_conversations(50, edges=[""]):
         example = encode(styled_tokenizer, parse_record({"messages": messages}))
