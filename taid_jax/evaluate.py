@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from taid_jax.loss import CrossEntropy
+from taid_jax.loss.objective import Objective, register_objective
+from taid_jax.settings import BestBy
 from taid_jax.sharding import place_batch
-from taid_jax.train.step import EvalStep
-from taid_jax.types import Params
+from taid_jax.train.state import DistillState
+from taid_jax.train.step import MakeObjective, Metrics, batch_loss
+from taid_jax.types import Batch, ModelFunctions, Params
+
+JudgeStep = Callable[[DistillState, Params, Batch], Metrics]
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +59,39 @@ class Comparison:
         }
 
 
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class Judging:
+    """`Comparison`, with the run's own objective as a further metric of the same pass.
+
+    Attributes:
+        objective: What the student is taught by.
+    """
+
+    objective: Objective
+
+    def __call__(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "*tokens vocab"],
+        labels: Int[Array, "*tokens"] | None = None,
+    ) -> Float32[Array, "*tokens"]:
+        """Returns KL(teacher || student) in nats per token, `(*tokens,)`."""
+        return Comparison()(student_logits, teacher_logits, labels)
+
+    def metrics(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "*tokens vocab"],
+        labels: Int[Array, "*tokens"] | None = None,
+    ) -> dict[str, Float32[Array, "*tokens"]]:
+        """Returns those of `Comparison` and `objective`, nats per token."""
+        return {
+            **Comparison().metrics(student_logits, teacher_logits, labels),
+            "objective": self.objective(student_logits, teacher_logits, labels),
+        }
+
+
 class HeldOut(NamedTuple):
     """What one evaluation found, over `tokens` counted tokens.
 
@@ -62,26 +100,94 @@ class HeldOut(NamedTuple):
         student_perplexity: Exponential of the student's mean cross-entropy.
         teacher_perplexity: Exponential of the teacher's mean cross-entropy.
         tokens: Tokens that counted.
+        loss: Mean of the run's own objective, nats per token: TAID's at the t that the
+            state has, CTKD's at the learned temperature.
+        rouge_l: ROUGE-L of the student's greedy answers, 0 to 1; None when not asked.
+        exact_match: Share of the answers that are the reference; None when not asked.
     """
 
     kl: float
     student_perplexity: float
     teacher_perplexity: float
     tokens: int
+    loss: float | None = None
+    rouge_l: float | None = None
+    exact_match: float | None = None
+
+
+def cost(found: HeldOut | Mapping[str, Any], best_by: BestBy) -> float:
+    """Returns the figure that decides, signed so that the lowest is the best.
+
+    Args:
+        found: An evaluation, or a row of `evaluations.jsonl`.
+        best_by: Its name. ROUGE-L and exact match are the better the higher.
+
+    Returns:
+        Infinity where the figure is missing or not a number.
+    """
+    values = found if isinstance(found, Mapping) else found._asdict()
+    value = values.get(best_by)
+    if value is None or math.isnan(value):
+        return math.inf
+    return -value if best_by in ("rouge_l", "exact_match") else value
+
+
+def make_judge_step(
+    student: ModelFunctions,
+    teacher: ModelFunctions,
+    make_objective: MakeObjective,
+    *,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    logits_loss: bool = False,
+) -> JudgeStep:
+    """Returns the jitted `(state, teacher_params, batch) -> sums`, without gradients.
+
+    The state is read and not donated: nothing of it can change.
+
+    Args:
+        student: Functions of the student.
+        teacher: Functions of the teacher.
+        make_objective: As in `make_train_step`.
+        chunk_size: Tokens of a chunk of the fused head; chosen when None.
+        mesh: Where the batch lives, when on several devices.
+        logits_loss: Build the logits instead of the fused head.
+
+    Returns:
+        A function whose result has the sums `loss` (of the KL), `student_nll`,
+        `teacher_nll`, `objective` and `weight`.
+    """
+
+    def step(state: DistillState, teacher_params: Params, batch: Batch) -> Metrics:
+        objective = make_objective(state.schedule, state.learned, state.step)
+        loss_sum, sums = batch_loss(
+            Judging(objective),
+            student,
+            state.params,
+            teacher,
+            teacher_params,
+            batch,
+            chunk_size=chunk_size,
+            mesh=mesh,
+            logits_loss=logits_loss,
+        )
+        return {"loss": loss_sum, **sums}
+
+    return jax.jit(step)
 
 
 def evaluate(
-    eval_step: EvalStep,
-    params: Params,
+    judge_step: JudgeStep,
+    state: DistillState,
     teacher_params: Params,
     batches: Iterable[Mapping[str, np.ndarray]],
     mesh: Mesh,
 ) -> HeldOut:
-    """Returns KL and perplexities over `batches`, weighted by token.
+    """Returns KL, perplexities and loss over `batches`, weighted by token.
 
     Args:
-        eval_step: `make_eval_step(student, teacher, Comparison())`.
-        params: The student's parameters; nothing is changed.
+        judge_step: From `make_judge_step`.
+        state: Holds the student; nothing is changed.
         teacher_params: The teacher's.
         batches: Held-out batches of one shape.
         mesh: Where they go.
@@ -91,7 +197,7 @@ def evaluate(
     """
     total: dict[str, float] = {}
     for batch in batches:
-        sums = eval_step(params, teacher_params, place_batch(batch, mesh))
+        sums = judge_step(state, teacher_params, place_batch(batch, mesh))
         for key, value in sums.items():
             # Python floats are float64: long sums of float32 batches stay exact enough.
             total[key] = total.get(key, 0.0) + float(value)
@@ -110,4 +216,5 @@ def evaluate(
         student_perplexity=perplexity(total["student_nll"]),
         teacher_perplexity=perplexity(total["teacher_nll"]),
         tokens=round(weight),
+        loss=total["objective"] / weight,
     )

@@ -1,10 +1,18 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from taid_jax import evaluate as ev
+from taid_jax import loss
+from taid_jax.schedule import TAIDScheduler
+from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh
+from taid_jax.train.objective import make_objective
+from taid_jax.train.state import DistillState
+from taid_jax.types import ModelFunctions
 
 
 def test_comparison_is_zero_for_equal_models_and_positive_otherwise():
@@ -32,28 +40,156 @@ def test_comparison_excluded_entries_stay_finite():
     assert np.isfinite(ev.Comparison()(student, teacher)).all()
 
 
+def test_judging_adds_the_objective_to_the_same_pass():
+    rng = np.random.default_rng(0)
+    student, teacher = jnp.asarray(rng.normal(size=(2, 5, 11)) * 3, "float32")
+    labels = jnp.asarray(rng.integers(0, 11, 5), "int32")
+    judging = ev.Judging(loss.TAID(jnp.float32(0.3)))
+    found = judging.metrics(student, teacher, labels)
+    np.testing.assert_array_equal(
+        judging(student, teacher, labels), ev.Comparison()(student, teacher)
+    )
+    np.testing.assert_array_equal(
+        found["objective"], loss.TAID(jnp.float32(0.3))(student, teacher, labels)
+    )
+    assert found.keys() == {"student_nll", "teacher_nll", "objective"}
+
+
 def test_evaluate_weights_by_token_over_batches():
     mesh = make_mesh("data=1", jax.devices()[:1])
 
-    def step(params, teacher_params, batch):
+    def step(state, teacher_params, batch):
         weight = jnp.sum(batch["labels"] >= 0).astype(jnp.float32)
         return {
             "loss": 2.0 * weight,
             "weight": weight,
             "student_nll": jnp.log(3.0) * weight,
             "teacher_nll": jnp.float32(0.0),
+            "objective": 5.0 * weight,
         }
 
     batches = [
         {"labels": np.array([[1, 2, -100]], np.int32)},
         {"labels": np.array([[1, -100, -100]], np.int32)},
     ]
-    found = ev.evaluate(step, {}, {}, batches, mesh)
+    found = ev.evaluate(step, _state({}), {}, batches, mesh)
     assert found.tokens == 3
     np.testing.assert_allclose(found[:3], [2.0, 3.0, 1.0], rtol=1e-6)  # float32
+    assert found.loss == 5.0
+    assert found.rouge_l is None
 
 
 def test_evaluate_nothing_counted_is_an_error():
     mesh = make_mesh("data=1", jax.devices()[:1])
     with pytest.raises(ValueError, match="no counted token"):
-        ev.evaluate(lambda *_: {}, {}, {}, [], mesh)
+        ev.evaluate(lambda *_: {}, _state({}), {}, [], mesh)
+
+
+@pytest.mark.parametrize(
+    ("best_by", "better", "worse"),
+    [
+        ("kl", 0.1, 0.2),
+        ("loss", 0.1, 0.2),
+        ("student_perplexity", 3.0, 4.0),
+        ("rouge_l", 0.4, 0.3),
+        ("exact_match", 0.4, 0.3),
+    ],
+)
+def test_cost_is_the_lower_the_better(best_by, better, worse):
+    assert ev.cost({best_by: better}, best_by) < ev.cost({best_by: worse}, best_by)
+    assert ev.cost({best_by: worse}, best_by) < ev.cost({best_by: None}, best_by)
+    assert ev.cost({best_by: math.nan}, best_by) == math.inf
+    assert ev.cost({}, best_by) == math.inf
+
+
+def test_cost_of_an_evaluation():
+    found = ev.HeldOut(1.0, 2.0, 3.0, 4, rouge_l=0.25)
+    assert ev.cost(found, "rouge_l") == -0.25
+    assert ev.cost(found, "student_perplexity") == 2.0
+
+
+def _state(params, t=0.4, learned=None):
+    return DistillState(
+        step=jnp.int32(7),
+        params=params,
+        opt_state=(),
+        schedule=TAIDScheduler(10).init()._replace(t=jnp.float32(t)),
+        learned=learned or {},
+        rng=jnp.zeros(2, jnp.uint32),
+    )
+
+
+VOCAB = 13
+
+
+@pytest.fixture
+def models():
+    """A model that is a table of logits, and its functions."""
+    rng = np.random.default_rng(0)
+
+    def table():
+        return {"table": jnp.asarray(rng.normal(size=(VOCAB, VOCAB)) * 2, "float32")}
+
+    def logits(params, batch):
+        return jnp.take(params["table"], batch["input_ids"], axis=0)
+
+    return ModelFunctions(logits=logits), table(), table()
+
+
+@pytest.fixture
+def batches():
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, VOCAB, (3, 2, 6)).astype(np.int32)
+    labels = np.where(rng.random(ids.shape) < 0.3, -100, ids).astype(np.int32)
+    return [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "learned"),
+    [
+        ({"objective": "taid"}, {}),
+        ({"objective": "taid", "distil_ratio": 0.4}, {}),
+        ({"objective": "ctkd"}, {"temperature": 1.5}),
+        ({"objective": "reverse_kl"}, {}),
+        ({"objective": "sft"}, {}),
+    ],
+)
+def test_evaluate_loss_is_the_mean_of_the_objective_as_the_state_has_it(
+    models, batches, settings, learned
+):
+    functions, student, teacher = models
+    learned = {key: jnp.float32(value) for key, value in learned.items()}
+    state = _state(student, t=0.7, learned=learned)
+    make, _ = make_objective(from_dict(settings).objective)
+    step = ev.make_judge_step(functions, functions, make)
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    found = ev.evaluate(step, state, teacher, batches, mesh)
+    objective = make(state.schedule, state.learned, state.step)
+    total = count = 0.0
+    for batch in batches:
+        labels = jnp.asarray(batch["labels"])[:, 1:]
+        loss_sum, sums = loss.distillation_sums(
+            objective,
+            functions.logits(student, batch)[:, :-1],
+            functions.logits(teacher, batch)[:, :-1],
+            labels != -100,
+            labels,
+        )
+        total, count = total + float(loss_sum), count + float(sums["weight"])
+    assert found.tokens == count
+    # The same float32 sums, in another order.
+    np.testing.assert_allclose(found.loss, total / count, rtol=1e-5)
+
+
+def test_evaluate_leaves_the_state_as_it_is_and_repeats_itself(models, batches):
+    functions, student, teacher = models
+    state = _state(student)
+    before = jax.tree.map(np.array, state)
+    make, _ = make_objective(from_dict({}).objective)
+    step = ev.make_judge_step(functions, functions, make)
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    first = ev.evaluate(step, state, teacher, batches, mesh)
+    again = ev.evaluate(step, state, teacher, batches, mesh)
+    assert first == again
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)

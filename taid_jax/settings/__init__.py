@@ -10,6 +10,8 @@ from taid_jax.settings.convert import to_dict as to_dict
 from taid_jax.settings.convert import to_json as to_json
 from taid_jax.settings.convert import to_yaml as to_yaml
 from taid_jax.settings.data import DataSettings as DataSettings
+from taid_jax.settings.judge import BestBy as BestBy
+from taid_jax.settings.judge import JudgeSettings as JudgeSettings
 from taid_jax.settings.model import ModelSettings as ModelSettings
 from taid_jax.settings.objective import ObjectiveSettings as ObjectiveSettings
 from taid_jax.settings.optimizer import OptimizerSettings as OptimizerSettings

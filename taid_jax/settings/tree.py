@@ -5,6 +5,7 @@ from dataclasses import field
 
 from taid_jax.settings.checks import need
 from taid_jax.settings.data import DataSettings
+from taid_jax.settings.judge import JudgeSettings
 from taid_jax.settings.model import ModelSettings
 from taid_jax.settings.objective import ObjectiveSettings
 from taid_jax.settings.optimizer import OptimizerSettings
@@ -20,6 +21,7 @@ class Settings:
         data: What is read and how it becomes batches.
         objective: What the student is taught by.
         optimizer: How its weights move.
+        judge: What decides which checkpoint is the best.
         run: How long, where, and what is kept.
     """
 
@@ -27,6 +29,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self):

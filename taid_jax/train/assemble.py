@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from taid_jax.data import Dataset, held_out_batches, train_iterator
-from taid_jax.evaluate import Comparison, HeldOut, evaluate
+from taid_jax.evaluate import HeldOut, evaluate, make_judge_step
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.settings import Settings, SettingsError
 from taid_jax.sharding import replicated
@@ -24,7 +24,7 @@ from taid_jax.train.state import (
     make_optimizer,
     state_shardings,
 )
-from taid_jax.train.step import make_eval_step, make_train_step
+from taid_jax.train.step import make_train_step
 from taid_jax.types import Params
 
 
@@ -110,7 +110,7 @@ def assemble(
         shardings=shardings,
         **common,
     )
-    eval_step = make_eval_step(student, teacher, Comparison(), **common)
+    judge_step = make_judge_step(student, teacher, objective, **common)
     held_out = held_out_batches(
         dataset.held_out,
         data.batch_size,
@@ -119,8 +119,8 @@ def assemble(
         process_count=jax.process_count(),
     )
 
-    def judge(params: Params) -> HeldOut:
-        return evaluate(eval_step, params, pair.teacher.params, held_out, mesh)
+    def judge(state: DistillState) -> HeldOut:
+        return evaluate(judge_step, state, pair.teacher.params, held_out, mesh)
 
     loop = Loop(
         settings=settings,

@@ -31,7 +31,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one output folder: the last few, and the best by held-out KL.
+    """The checkpoints of one output folder: the last few, and the best.
 
     Saving runs in the background and becomes visible by a rename, so that a killed
     process leaves the last good checkpoint as it was.
@@ -50,7 +50,7 @@ class Checkpoints:
                 [
                     managers.LatestN(keep),
                     managers.BestN(
-                        get_metric_fn=lambda metrics: metrics["kl"],
+                        get_metric_fn=lambda metrics: metrics["cost"],
                         reverse=True,
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -83,7 +83,7 @@ class Checkpoints:
         data_state: dict[str, Any],
         settings: Settings,
         *,
-        kl: float | None = None,
+        cost: float | None = None,
     ) -> None:
         """Starts saving; the state may be donated as soon as this returns.
 
@@ -92,7 +92,7 @@ class Checkpoints:
             state: What is saved; the teacher is not.
             data_state: Of the data iterator; JSON.
             settings: Of the run.
-            kl: Held-out KL of this state, where it was measured.
+            cost: Of this state where it was evaluated; the lowest is the best.
         """
         self._manager.save(
             step,
@@ -101,7 +101,7 @@ class Checkpoints:
                 data=ocp.args.JsonSave(data_state),
                 settings=ocp.args.JsonSave(to_dict(settings)),
             ),
-            metrics=None if kl is None else {"kl": kl},
+            metrics=None if cost is None else {"cost": cost},
             force=True,
         )
 

@@ -113,8 +113,9 @@ class Logbook:
         row = {"step": step, **found._asdict()}
         self.evaluations.append(row)
         self._evaluation_lines.write(row)
-        for key in ("kl", "student_perplexity", "teacher_perplexity"):
-            self._board.add_scalar(f"held_out/{key}", getattr(found, key), step)
+        for key, value in row.items():
+            if key not in ("step", "tokens") and value is not None:
+                self._board.add_scalar(f"held_out/{key}", value, step)
         self._progress.evaluation(step, found)
 
     def close(self) -> None:

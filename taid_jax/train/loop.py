@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
-from taid_jax.evaluate import HeldOut
+from taid_jax.evaluate import HeldOut, cost
 from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints
@@ -60,7 +60,7 @@ class Loop:
         teacher_params: Passed to every step.
         batches: Training batches.
         fingerprint: Of the data, saved beside their iterator's place.
-        evaluate: Held-out evaluation of some parameters.
+        evaluate: Held-out evaluation of a state, which it leaves as it is.
         checkpoints: Where states are saved.
         mesh: Where batches go.
         progress: Who is shown how it goes.
@@ -72,7 +72,7 @@ class Loop:
     teacher_params: Params
     batches: BatchIterator
     fingerprint: str
-    evaluate: Callable[[Params], HeldOut]
+    evaluate: Callable[[DistillState], HeldOut]
     checkpoints: Checkpoints
     mesh: Mesh
     progress: Progress
@@ -97,7 +97,10 @@ class Loop:
             progress=self.progress,
         )
         rows = self._log.evaluations
-        self._best = min((row["kl"] for row in rows), default=math.inf)
+        best_by = self.settings.judge.best_by
+        # The untrained student is never exported, however good it is.
+        trained = (cost(row, best_by) for row in rows if row["step"] > 0)
+        self._best = min(trained, default=math.inf)
         pending: tuple[int, Metrics] | None = None
         try:
             with stop_signals() as stop:
@@ -133,22 +136,23 @@ class Loop:
         self, step: int, state: DistillState, evaluating: bool, saving: bool
     ) -> None:
         """Evaluates and saves."""
-        kl = None
+        found = None
         if evaluating:
-            kl = self._evaluate(step, state)
-            saving = saving or kl < self._best
-            self._best = min(self._best, kl)
+            found = self._evaluate(step, state)
+            saving = saving or found < self._best
+            self._best = min(self._best, found)
         if saving:
             place = {
                 "iterator": self.batches.get_state(),
                 "fingerprint": self.fingerprint,
             }
-            self.checkpoints.save(step, state, place, self.settings, kl=kl)
+            self.checkpoints.save(step, state, place, self.settings, cost=found)
 
     def _evaluate(self, step: int, state: DistillState) -> float:
-        found = self.evaluate(state.params)
+        """Returns the figure that decides what is kept; the lowest is the best."""
+        found = self.evaluate(state)
         self._log.evaluation(step, found)
-        return found.kl
+        return cost(found, self.settings.judge.best_by)
 
     def _write(self, step: int, metrics: Metrics, tokens: int) -> None:
         """Writes a step down, and ends the run when too many were not finite."""

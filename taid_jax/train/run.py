@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from taid_jax.data import Dataset
-from taid_jax.evaluate import HeldOut
+from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
 from taid_jax.settings import Settings, to_dict, to_json
 from taid_jax.sharding import check_batch, make_mesh
@@ -134,12 +134,20 @@ def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None
 
 
 def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
-    """Returns the state with the lowest held-out KL, and what was found of it."""
+    """Returns the state that was judged the best, and what was found of it."""
+    best_by = loop.settings.judge.best_by
+    here = int(state.step)
+    kept = {here, *loop.checkpoints.steps()}
     rows = read_lines(loop.folder / EVALUATIONS)
-    best = min((row for row in rows if row["step"] > 0), key=lambda row: row["kl"])
-    if best["step"] != int(state.step):
+    # Of equals the last: exact match is often 0 throughout.
+    best = min(
+        (row for row in rows if row["step"] > 0 and row["step"] in kept),
+        key=lambda row: (cost(row, best_by), -row["step"]),
+    )
+    if best["step"] != here:
         state = loop.checkpoints.restore(state, best["step"]).state
-    return state, HeldOut(**{key: best[key] for key in HeldOut._fields})
+    values: dict[str, Any] = {key: best.get(key) for key in HeldOut._fields}
+    return state, HeldOut(**values)
 
 
 def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]:

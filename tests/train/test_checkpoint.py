@@ -22,7 +22,7 @@ def test_checkpoints_restore_gives_back_every_bit(tmp_path, state):
     settings = from_dict({"steps": 9, "seed": 4})
     store = c.Checkpoints(tmp_path / "checkpoints")
     state = state._replace(step=jnp.int32(3))
-    store.save(3, state, {"epoch": 1, "next": [2, 5]}, settings, kl=0.5)
+    store.save(3, state, {"epoch": 1, "next": [2, 5]}, settings, cost=0.5)
     store.close()
     again = c.Checkpoints(tmp_path / "checkpoints")
     found = again.restore(jax.tree.map(jnp.zeros_like, state))
@@ -35,8 +35,8 @@ def test_checkpoints_restore_gives_back_every_bit(tmp_path, state):
 
 def test_checkpoints_keep_the_last_and_the_best(tmp_path, state):
     store = c.Checkpoints(tmp_path, keep=2)
-    for step, kl in enumerate([3.0, 1.0, 2.0, None, 4.0]):
-        store.save(step, state, {}, Settings(), kl=kl)
+    for step, cost in enumerate([3.0, 1.0, 2.0, None, 4.0]):
+        store.save(step, state, {}, Settings(), cost=cost)
     store.wait()
     assert store.steps() == [1, 3, 4]
     assert store.latest_step() == 4

@@ -63,7 +63,9 @@ def make_loop(tmp_path, make_trainer, make_params, make_batch):
             batches=Batches(make_batch),
             fingerprint="abc",
             evaluate=evaluate
-            or (lambda params: HeldOut(float(params["mix"]["bias"].sum()), 2, 3, 4)),
+            or (
+                lambda state: HeldOut(float(state.params["mix"]["bias"].sum()), 2, 3, 4)
+            ),
             checkpoints=Checkpoints(folder / "checkpoints"),
             mesh=mesh,
             progress=Told(),
@@ -114,11 +116,11 @@ def test_loop_resumed_continues_bit_for_bit(make_loop):
 
     calls = []
 
-    def evaluate(params):
+    def evaluate(state):
         calls.append(1)
         if len(calls) == 3:  # at step 8, after the checkpoint of step 6
             raise KilledError
-        return HeldOut(float(params["mix"]["bias"].sum()), 2, 3, 4)
+        return HeldOut(float(state.params["mix"]["bias"].sum()), 2, 3, 4)
 
     cut, state = make_loop(evaluate=evaluate, folder="cut")
     with pytest.raises(KilledError):
@@ -138,7 +140,7 @@ def test_loop_resumed_continues_bit_for_bit(make_loop):
 def test_loop_signal_saves_and_can_go_on(make_loop, number):
     sent = []
 
-    def evaluate(params):
+    def evaluate(state):
         if len(sent) == 1:  # at step 4, which is not a step that is saved anyway
             os.kill(os.getpid(), number)
         sent.append(1)
@@ -175,7 +177,7 @@ def test_loop_stops_after_too_many_steps_that_are_not_finite(make_loop, make_par
 def test_loop_best_is_kept_although_older(make_loop):
     found = iter([5.0, 1.0, 3.0, 2.0])
     loop, state = make_loop(
-        evaluate=lambda params: HeldOut(next(found), 2, 3, 4), keep=1
+        evaluate=lambda state: HeldOut(next(found), 2, 3, 4), keep=1
     )
     loop.run(state)
     kept = loop.checkpoints.steps()
