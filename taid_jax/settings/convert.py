@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ FREE_ON_RESUME = frozenset(
         "run.output",
         "run.resume",
         "run.eval_every",
+        "run.evals_per_epoch",
         "run.save_every",
         "run.log_every",
         "run.keep",
@@ -70,30 +70,28 @@ def _cast(name: str, value: Any, kind: Any) -> Any:
     raise SettingsError(f"{name}: need {wanted}, got {value!r}")
 
 
-def from_dict(values: Mapping[str, Any], base: Settings | None = None) -> Settings:
-    """Returns settings with `values` laid over `base`.
+Changes = dict[str, dict[str, Any]]
+"""New values of some settings, by group and name."""
+
+_STUDENT_SOURCES = ("student", "student_layers", "student_config")
+
+
+def read_changes(values: Mapping[str, Any]) -> Changes:
+    """Returns the values in their groups, each of its setting's type.
 
     Args:
         values: Groups as in `Settings`, or the fields of any group at the top level.
-        base: What is not named stays as here; the defaults when None.
 
     Raises:
-        SettingsError: On an unknown name, a wrong type or a value out of range.
+        SettingsError: On an unknown name or a wrong type.
     """
-    base = base or Settings()
-    groups = {
-        field.name: getattr(base, field.name) for field in dataclasses.fields(base)
-    }
-    home = {
-        field.name: group
-        for group, part in groups.items()
-        for field in dataclasses.fields(part)
-    }
-    changes: dict[str, dict[str, Any]] = {group: {} for group in groups}
+    groups = {field.name: field.type for field in dataclasses.fields(Settings)}
+    kinds = {group: typing.get_type_hints(kind) for group, kind in groups.items()}
+    home = {name: group for group, fields in kinds.items() for name in fields}
+    changes: Changes = {group: {} for group in groups}
 
     def put(group: str, name: str, value: Any) -> None:
-        kind = typing.get_type_hints(type(groups[group]))[name]
-        changes[group][name] = _cast(name, value, kind)
+        changes[group][name] = _cast(name, value, kinds[group][name])
 
     for key, value in values.items():
         if key in groups and isinstance(value, Mapping):
@@ -107,36 +105,36 @@ def from_dict(values: Mapping[str, Any], base: Settings | None = None) -> Settin
             known = ", ".join(sorted([*groups, *home]))
             raise SettingsError(f"no setting is called {key!r}; known are {known}")
     # Another source of the student replaces the one that stood there.
-    sources = ("student", "student_layers", "student_config")
-    if any(changes["model"].get(name) is not None for name in sources):
-        changes["model"] = dict.fromkeys(sources) | changes["model"]
+    if any(changes["model"].get(name) is not None for name in _STUDENT_SOURCES):
+        changes["model"] = dict.fromkeys(_STUDENT_SOURCES) | changes["model"]
+    return changes
+
+
+def apply_changes(base: Settings, changes: Changes) -> Settings:
+    """Returns the settings with some of them changed.
+
+    Raises:
+        SettingsError: If a value is out of range, or contradicts another.
+    """
     return Settings(
         **{
-            group: dataclasses.replace(part, **changes[group])
-            for group, part in groups.items()
+            group: dataclasses.replace(getattr(base, group), **fields)
+            for group, fields in changes.items()
         }
     )
 
 
-def read_settings(path: str | pathlib.Path, base: Settings | None = None) -> Settings:
-    """Returns the settings in a YAML or JSON file, laid over `base`.
+def from_dict(values: Mapping[str, Any], base: Settings | None = None) -> Settings:
+    """Returns settings with `values` laid over `base`.
+
+    Args:
+        values: Groups as in `Settings`, or the fields of any group at the top level.
+        base: What is not named stays as here; the defaults when None.
 
     Raises:
-        SettingsError: If the file cannot be read or holds something else.
+        SettingsError: On an unknown name, a wrong type or a value out of range.
     """
-    path = pathlib.Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read the settings in {path}: {error}") from error
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise SettingsError(
-            f"{path}: need names and values, got {type(values).__name__}"
-        )
-    return from_dict(values, base)
+    return apply_changes(base or Settings(), read_changes(values))
 
 
 def to_json(settings: Settings) -> str:

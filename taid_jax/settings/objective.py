@@ -40,6 +40,8 @@ class ObjectiveSettings:
         dkd_alpha: Weight of DKD's target-class part.
         dkd_beta: Weight of DKD's part over the other classes.
         ctkd_ramp_steps: Steps over which CTKD's temperature gains its full strength.
+        ctkd_ramp_epochs: The same in passes over the training data; sets
+            `ctkd_ramp_steps` once the data are read.
     """
 
     objective: ObjectiveName = "taid"
@@ -55,6 +57,7 @@ class ObjectiveSettings:
     dkd_alpha: float = 1.0
     dkd_beta: float = 0.5
     ctkd_ramp_steps: int = 1000
+    ctkd_ramp_epochs: float | None = None
 
     def __post_init__(self):
         names = typing.get_args(ObjectiveName)
@@ -85,3 +88,6 @@ class ObjectiveSettings:
             need(name, value, math.isfinite(value) and value >= 0, ">= 0")
         ramp = self.ctkd_ramp_steps
         need("ctkd_ramp_steps", ramp, ramp >= 1, ">= 1")
+        epochs = self.ctkd_ramp_epochs
+        holds = epochs is None or (math.isfinite(epochs) and epochs > 0)
+        need("ctkd_ramp_epochs", epochs, holds, "> 0")

@@ -1,6 +1,7 @@
 """Settings of a run as a whole."""
 
 import dataclasses
+import math
 
 from taid_jax.settings.checks import need
 
@@ -12,6 +13,9 @@ class RunSettings:
     Attributes:
         output: Folder for checkpoints, metrics, the report and the student.
         steps: Optimizer steps.
+        epochs: Passes over the training data; sets `steps` once the data are read.
+        evals_per_epoch: Evaluations and checkpoints of every epoch; sets `eval_every`
+            and `save_every` once the data are read.
         seed: Of the data order and of random weights.
         resume: Go on from the last checkpoint in the output folder.
         eval_every: Steps between held-out evaluations; 0: only before and after.
@@ -27,6 +31,8 @@ class RunSettings:
 
     output: str = "runs/default"
     steps: int = 60
+    epochs: float | None = None
+    evals_per_epoch: int | None = None
     seed: int = 0
     resume: bool = False
     eval_every: int = 20
@@ -44,5 +50,18 @@ class RunSettings:
             need(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("seed", "eval_every", "save_every"):
             need(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        epochs, evaluations = self.epochs, self.evals_per_epoch
+        need(
+            "epochs",
+            epochs,
+            epochs is None or (math.isfinite(epochs) and epochs > 0),
+            "> 0",
+        )
+        need(
+            "evals_per_epoch",
+            evaluations,
+            evaluations is None or evaluations >= 1,
+            ">= 1",
+        )
         chunk = self.chunk_size
         need("chunk_size", chunk, chunk is None or chunk >= 1, ">= 1")

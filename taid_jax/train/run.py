@@ -11,7 +11,7 @@ from rich.console import Console
 from taid_jax.data import Dataset
 from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
-from taid_jax.settings import Settings, to_dict, to_json
+from taid_jax.settings import Settings, to_dict, to_json, with_steps
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.assemble import assemble
 from taid_jax.train.checkpoint import Checkpoints
@@ -66,6 +66,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     folder = prepare_output(settings)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
+    settings = with_steps(settings, len(dataset.train))
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
     if settings.run.resume:
         refuse_contradictions(checkpoints.settings(), settings)
