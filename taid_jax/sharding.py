@@ -24,6 +24,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": (TENSOR,),
     "vocab": (TENSOR,),
     "layers": (),
+    "positions": (),
     "norm": (),
 }
 

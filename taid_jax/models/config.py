@@ -4,7 +4,16 @@ import dataclasses
 
 from taid_jax.models.errors import ModelError
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+_CHOICES = {
+    "norm": ("rms", "rms_plus_one", "layer", "layer_no_bias"),
+    "norm_place": ("before", "after", "both"),
+    "residual": ("sequential", "parallel", "parallel_one_norm"),
+    "qk_norm": ("none", "head", "projection", "each_head"),
+    "activation": ACTIVATIONS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,14 +22,26 @@ class RopeConfig:
 
     Attributes:
         theta: Base of the wavelengths.
-        kind: "default"; "linear" divides the positions by `factor`; "llama3" divides
-            only the low frequencies by it.
-        factor: How many times the context was extended ("linear", "llama3").
+        kind: "default"; "linear" divides the frequencies by `factor`; "llama3" only the
+            low ones; "yarn" those that turn less than `beta_slow` times in the original
+            context, and those up to `beta_fast` in part; "dynamic" raises `theta` with
+            the length of a sequence beyond the original context; "longrope" divides
+            each by its own factor, of two lists: one for sequences that fit the
+            original context, one for those that do not.
+        factor: How many times the context was extended (all but "longrope").
         low_freq_factor: Wavelengths longer than `original_max_length / low_freq_factor`
             are divided whole ("llama3").
         high_freq_factor: Wavelengths shorter than `original_max_length /
             high_freq_factor` stay as they are ("llama3").
-        original_max_length: Context before the extension, in tokens ("llama3").
+        original_max_length: Context before the extension, in tokens ("llama3",
+            "dynamic", "yarn", "longrope").
+        fraction: Part of a head's width that is turned, from its start.
+        attention_factor: Multiplies cosine and sine ("yarn", "longrope").
+        beta_fast: Turns in the original context from which a frequency stays ("yarn").
+        beta_slow: Turns below which it is divided whole ("yarn").
+        truncate: Round the bounds between these two outwards to whole pairs ("yarn").
+        short_factors: Divisors of the frequencies, one each ("longrope").
+        long_factors: The same for sequences beyond the original context.
     """
 
     theta: float = 10000.0
@@ -29,6 +50,13 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_length: int = 8192
+    fraction: float = 1.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self):
         """Raises ModelError when a setting is out of range."""
@@ -39,18 +67,51 @@ class RopeConfig:
             wrong.append(f"theta > 0, got {self.theta}")
         if self.kind != "default" and not self.factor >= 1:
             wrong.append(f"factor >= 1, got {self.factor}")
-        if self.kind == "llama3":
-            if not 0 < self.low_freq_factor < self.high_freq_factor:
-                wrong.append(
-                    "0 < low_freq_factor < high_freq_factor, got "
-                    f"{self.low_freq_factor} and {self.high_freq_factor}"
-                )
-            if self.original_max_length < 1:
-                wrong.append(
-                    f"original_max_length >= 1, got {self.original_max_length}"
-                )
+        if self.kind == "llama3" and (
+            not 0 < self.low_freq_factor < self.high_freq_factor
+        ):
+            wrong.append(
+                "0 < low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+        if self.kind not in ("default", "linear") and self.original_max_length < 1:
+            wrong.append(f"original_max_length >= 1, got {self.original_max_length}")
+        if not 0 < self.fraction <= 1:
+            wrong.append(f"0 < fraction <= 1, got {self.fraction}")
+        if not self.attention_factor > 0:
+            wrong.append(f"attention_factor > 0, got {self.attention_factor}")
+        if self.kind == "yarn" and not (
+            0 < self.beta_slow <= self.beta_fast and self.theta != 1
+        ):
+            wrong.append(
+                "0 < beta_slow <= beta_fast and theta other than 1, got "
+                f"{self.beta_slow}, {self.beta_fast} and {self.theta}"
+            )
+        wrong += [
+            f"{name} > 0, got {min(getattr(self, name))}"
+            for name in ("short_factors", "long_factors")
+            if any(not factor > 0 for factor in getattr(self, name))
+        ]
         if wrong:
             raise ModelError("the rope settings need " + "; ".join(wrong))
+
+    def width(self, head_dim: int) -> int:
+        """Returns how many entries of a head are turned."""
+        return int(head_dim * self.fraction)
+
+    def problems(self, head_dim: int) -> list[str]:
+        """Returns what does not fit heads of this width."""
+        width, wrong = self.width(head_dim), []
+        if width < 2 or width % 2:
+            of_it = "" if self.fraction == 1 else f", of which {width} are turned"
+            wrong.append(f"an even head_dim (rotary pairs), got {head_dim}{of_it}")
+        if self.kind == "dynamic" and width == 2:
+            wrong.append("more than one rotary pair for dynamic rope, got a width of 2")
+        for name in ("short_factors", "long_factors"):
+            count = len(getattr(self, name))
+            if self.kind == "longrope" and count != width // 2:
+                wrong.append(f"{width // 2} rope {name}, one for a pair, got {count}")
+        return wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +126,40 @@ class DecoderConfig:
         num_layers: Layers.
         num_heads: Query heads.
         num_kv_heads: Key and value heads; divides `num_heads`.
-        head_dim: Width of a head, even.
-        mlp_dim: Width between the two halves of the gated MLP.
+        head_dim: Width of a head, even where it is turned whole.
+        mlp_dim: Width between the two halves of the MLP.
         max_length: Longest sequence the model was made for, in tokens.
         family: Name of the file under `families` that reads and writes its weights.
-        norm_eps: Added to the mean square in RMSNorm.
-        rope: Rotary positions.
+        norm_eps: Added to the mean square (the variance) in a norm.
+        rope: Rotary positions; None when nothing is turned.
         tie_embeddings: The head is the transposed embedding.
         attention_bias: The four projections of the attention have a bias.
-        mlp_bias: The three projections of the MLP have a bias.
+        mlp_bias: The projections of the MLP have a bias.
         initializer_range: Standard deviation of random weights.
+        norm: "rms"; "rms_plus_one", whose scale is one more than its parameter;
+            "layer", which takes off the mean and has a bias; "layer_no_bias".
+        norm_place: The norms stand "before" the sublayers, "after" them, or "both".
+        residual: The MLP reads what the attention wrote ("sequential"), or both read
+            the same stream ("parallel"), through one and the same norm
+            ("parallel_one_norm").
+        qk_norm: Queries and keys are normed: "none"; with one scale for each "head"'s
+            width; over all heads together ("projection"); by a LayerNorm without bias
+            whose scale is another in "each_head".
+        activation: "silu", "gelu", "gelu_tanh" (its usual approximation) or "relu".
+        gated_mlp: `down(act(gate(x)) * up(x))`; else `down(act(up(x)))`.
+        qkv_bias: The projections to queries, keys and values have a bias.
+        head_bias: The head has a bias, where it is not the embedding.
+        scale_embedding: Embedded tokens are multiplied by the root of `d_model`.
+        query_scalar: Scores are divided by its root; that of `head_dim` when None.
+        attention_softcap: Scores become `cap * tanh(score / cap)` when not None.
+        head_softcap: The same for the logits.
+        window: Tokens that a layer sees, each one itself included; all when None.
+        window_layers: Which layers have the window; every one when None.
+        local_rope: Rotary positions of the layers with a window; `rope` when None.
+        rope_layers: Which layers turn at all; every one when None.
+        learned_positions: A learned row for each position is added to the tokens.
+        num_tokens: Entries of the vocabulary that the tokenizer has an id for; those
+            from here on are padding and take no part. All are real when None.
     """
 
     vocab_size: int
@@ -87,11 +172,29 @@ class DecoderConfig:
     max_length: int
     family: str = "llama"
     norm_eps: float = 1e-5
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig | None = RopeConfig()
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
+    norm: str = "rms"
+    norm_place: str = "before"
+    residual: str = "sequential"
+    qk_norm: str = "none"
+    activation: str = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    head_bias: bool = False
+    scale_embedding: bool = False
+    query_scalar: int | None = None
+    attention_softcap: float | None = None
+    head_softcap: float | None = None
+    window: int | None = None
+    window_layers: tuple[bool, ...] | None = None
+    local_rope: RopeConfig | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    learned_positions: bool = False
+    num_tokens: int | None = None
 
     def __post_init__(self):
         """Raises ModelError, which lists every setting that is out of range."""
@@ -115,11 +218,63 @@ class DecoderConfig:
                 "num_kv_heads that divides num_heads, got "
                 f"{self.num_kv_heads} and {self.num_heads}"
             )
-        if self.head_dim % 2:
-            wrong.append(f"an even head_dim (rotary pairs), got {self.head_dim}")
-        if not self.norm_eps > 0:
-            wrong.append(f"norm_eps > 0, got {self.norm_eps}")
-        if not self.initializer_range > 0:
-            wrong.append(f"initializer_range > 0, got {self.initializer_range}")
+        for rope in filter(None, {self.rope, self.local_rope}):
+            wrong += rope.problems(self.head_dim)
+        for name in ("norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                wrong.append(f"{name} > 0, got {getattr(self, name)}")
+        if self.num_tokens is not None and not 1 <= self.num_tokens <= self.vocab_size:
+            wrong.append(
+                f"1 <= num_tokens <= vocab_size, got {self.num_tokens} and "
+                f"{self.vocab_size}"
+            )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                can = ", ".join(choices)
+                wrong.append(f"{name} one of {can}, got {getattr(self, name)}")
+        for name in ("query_scalar", "attention_softcap", "head_softcap", "window"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                wrong.append(f"{name} > 0, got {value}")
+        for name in ("window_layers", "rope_layers"):
+            count = len(getattr(self, name) or range(self.num_layers))
+            if count != self.num_layers:
+                wrong.append(f"{self.num_layers} {name}, one for a layer, got {count}")
+        wrong += self._contradictions()
         if wrong:
             raise ModelError("the model's settings need " + "; ".join(wrong))
+
+    def _contradictions(self) -> list[str]:
+        """Returns which settings only make sense with another one that is not there."""
+        wrong = []
+        if self.rope is None and (self.local_rope or self.rope_layers is not None):
+            wrong.append("rope where local_rope or rope_layers are given")
+        fractions = {rope.fraction for rope in (self.rope, self.local_rope) if rope}
+        if len(fractions) == 2:
+            wrong.append(
+                "rope and local_rope that turn the same fraction of a head, got "
+                f"{' and '.join(map(str, sorted(fractions)))}"
+            )
+        if self.window is None and (self.local_rope or self.window_layers is not None):
+            wrong.append("window where local_rope or window_layers are given")
+        if self.norm_place != "before" and self.residual != "sequential":
+            wrong.append("norms before the sublayers where the residual is parallel")
+        if self.head_bias and self.tie_embeddings:
+            wrong.append("a head of its own where head_bias is given")
+        return wrong
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None where it sees everything."""
+        has = self.window_layers or (True,) * self.num_layers
+        return tuple(self.window if windowed else None for windowed in has)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig | None, ...]:
+        """The rotary positions of each layer, None where it does not turn."""
+        local = self.local_rope or self.rope
+        turns = self.rope_layers or (True,) * self.num_layers
+        return tuple(
+            (self.rope if window is None else local) if turning else None
+            for turning, window in zip(turns, self.windows, strict=True)
+        )

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,24 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from taid_jax.models.attention import batch_positions, batch_segments, causal_attention
+from taid_jax.models.attention import (
+    Window,
+    batch_positions,
+    batch_segments,
+    causal_attention,
+    scoring_of,
+)
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
-from taid_jax.models.layers import Embedding, Layer, Linear, RMSNorm
-from taid_jax.models.rope import rotation
+from taid_jax.models.layers import Embedding, Layer, Linear, Stream, stream_norm
+from taid_jax.models.rope import Rotation, layer_rotations
 from taid_jax.types import Batch, Head, ModelFunctions, Params
 
 _SAVED: dict[str, tuple[str, ...]] = {
-    "none": ("projected", "attended", "middle", "gated"),
-    "dots": ("projected", "middle", "gated"),
+    "none": ("projected", "attended", "part", "middle", "gated"),
+    "dots": ("projected", "part", "middle", "gated"),
     "full": (),
 }
 """What the backward pass of a layer keeps beside the layer's input: every product; all
@@ -32,18 +39,72 @@ class Decoder(nnx.Module):
     """The whole model; its layers are one `Layer` with a leading axis everywhere."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.embed = Embedding(config, rngs)
+        self.embed = Embedding("vocab", config.vocab_size, config, rngs)
         stack = nnx.vmap(Layer, in_axes=(None, 0))
         self.layers = stack(config, rngs.split(config.num_layers))
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.final_norm = stream_norm(config)
         if not config.tie_embeddings:
             self.lm_head = Linear(
                 {"embed": config.d_model},
                 {"vocab": config.vocab_size},
-                bias=False,
+                bias=config.head_bias,
                 scale=config.initializer_range,
                 rngs=rngs,
             )
+        self.has_positions = config.learned_positions
+        if self.has_positions:
+            self.positions = Embedding("positions", config.max_length, config, rngs)
+        self.scale = math.sqrt(config.d_model) if config.scale_embedding else None
+
+    def stream(
+        self,
+        ids: Int[Array, "batch length"],
+        positions: Int[Array, "rows length"],
+        dtype: DTypeLike,
+    ) -> Stream:
+        """Returns what the first layer reads of the tokens."""
+        x = self.embed(ids, dtype)
+        if self.scale is not None:
+            x *= jnp.asarray(self.scale, x.dtype)
+        if self.has_positions:
+            x += jnp.broadcast_to(self.positions(positions, dtype), x.shape)
+        return x
+
+
+class Pattern(NamedTuple):
+    """What differs from layer to layer beside the parameters: arrays to scan along.
+
+    None where all layers are alike, so that nothing is computed for it.
+
+    Attributes:
+        window: `(layers,)`, how far each sees; beyond any sequence if it sees all.
+        turn: `(layers,)`, which of several rotations each takes.
+    """
+
+    window: Int[Array, "*layers"] | None
+    turn: Int[Array, "*layers"] | None
+
+    def window_of(self, config: DecoderConfig) -> Window:
+        """Returns the window of the layer that this is a slice for."""
+        return config.windows[0] if self.window is None else self.window
+
+    def turn_of(self, turns: Rotation | None) -> Rotation | None:
+        """Returns the rotation of the layer that this is a slice for."""
+        if self.turn is None:
+            return turns
+        return jax.tree.map(lambda stacked: stacked[self.turn], turns)
+
+
+def layer_pattern(
+    positions: Int[Array, "rows length"], config: DecoderConfig
+) -> tuple[Pattern, Rotation | None]:
+    """Returns what differs between the layers, and the rotations they take from."""
+    turns, index = layer_rotations(positions, config)
+    window = None
+    if len(set(config.windows)) > 1:
+        whole = int(np.iinfo(np.int32).max)
+        window = jnp.asarray([each or whole for each in config.windows], jnp.int32)
+    return Pattern(window, None if index is None else jnp.asarray(index)), turns
 
 
 def init_params(
@@ -127,31 +188,56 @@ def hidden_states(
     if remat not in _SAVED:
         raise ModelError(f"remat: need one of {tuple(_SAVED)}, got {remat!r}")
     decoder, layer_graph = merge(params, config)
-    turn = rotation(batch_positions(batch), config.rope, config.head_dim)
-    segments = batch_segments(batch)
-
-    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
-        return causal_attention(queries, keys, values, segments), None
+    ids, positions = jnp.asarray(batch["input_ids"]), batch_positions(batch)
+    check_length(ids.shape[1], config)
+    segments, scoring = batch_segments(batch), scoring_of(config)
+    pattern, turns = layer_pattern(positions, config)
 
     policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
 
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
-    def step(x: Array, layer_params: Params) -> tuple[Array, None]:
-        return nnx.merge(layer_graph, layer_params)(x, turn, attend)
+    def step(x: Array, part: tuple[Params, Pattern]) -> tuple[Array, None]:
+        layer_params, own = part
 
-    x, _ = jax.lax.scan(
-        step,
-        decoder.embed(jnp.asarray(batch["input_ids"]), dtype),
-        params["layers"],
-    )
+        def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
+            attended = causal_attention(
+                queries,
+                keys,
+                values,
+                segments,
+                window=own.window_of(config),
+                scoring=scoring,
+            )
+            return attended, None
+
+        return nnx.merge(layer_graph, layer_params)(x, own.turn_of(turns), attend)
+
+    x = decoder.stream(ids, positions, dtype)
+    x, _ = jax.lax.scan(step, x, (params["layers"], pattern))
     return decoder.final_norm(x)
+
+
+def check_length(length: int, config: DecoderConfig) -> None:
+    """Raises if a sequence has positions for which there is no learned row.
+
+    Raises:
+        ModelError: If it is longer than the model's context, and positions are learned.
+    """
+    if config.learned_positions and length > config.max_length:
+        raise ModelError(
+            f"a sequence of {length} tokens is too long: the model has learned "
+            f"{config.max_length} positions; give shorter sequences"
+        )
 
 
 def head(params: Params, config: DecoderConfig) -> Head:
     """Returns the head; of tied embeddings, the transposed table."""
+    cap, real = config.head_softcap, config.num_tokens
     if config.tie_embeddings:
-        return Head(params["embed"]["embedding"].T)
-    return Head(params["lm_head"]["kernel"])
+        table = params["embed"]["embedding"]
+        return Head(table.T, softcap=cap, vocab_size=real)
+    own = params["lm_head"]
+    return Head(own["kernel"], own.get("bias"), softcap=cap, vocab_size=real)
 
 
 def decoder_functions(
@@ -196,15 +282,27 @@ def select_layers(
         )
     chosen = np.linspace(0, config.num_layers - 1, num_layers).round().astype(int)
     layers = jax.tree.map(lambda leaf: leaf[chosen], params["layers"])
-    shallow = dataclasses.replace(config, num_layers=num_layers)
+    shallow = dataclasses.replace(
+        config,
+        num_layers=num_layers,
+        window_layers=_chosen(config.window_layers, chosen),
+        rope_layers=_chosen(config.rope_layers, chosen),
+    )
     return {**params, "layers": layers}, shallow
+
+
+def _chosen(
+    pattern: tuple[bool, ...] | None, layers: np.ndarray
+) -> tuple[bool, ...] | None:
+    return pattern and tuple(pattern[layer] for layer in layers)
 
 
 def forward_flops(config: DecoderConfig, batch: int, length: int) -> int:
     """Returns the floating-point operations of one forward pass, head included.
 
     A product of n and m numbers counts 2 n m. Attention counts the half of the square
-    that a causal mask leaves; norms, softmax and activations do not count.
+    that a causal mask leaves, and of it what a layer's window leaves; norms, softmax
+    and activations do not count.
 
     Args:
         config: The architecture.
@@ -214,9 +312,15 @@ def forward_flops(config: DecoderConfig, batch: int, length: int) -> int:
     tokens = batch * length
     heads = config.num_heads + config.num_kv_heads
     attention_weights = 2 * config.d_model * config.head_dim * heads
-    mlp_weights = 3 * config.d_model * config.mlp_dim
+    mlp_weights = (3 if config.gated_mlp else 2) * config.d_model * config.mlp_dim
     head_weights = config.d_model * config.vocab_size
     weights = config.num_layers * (attention_weights + mlp_weights) + head_weights
-    pairs = batch * length * (length + 1) // 2
-    attended = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
+    pairs = sum(_visible_pairs(length, window) for window in config.windows)
+    attended = 2 * config.num_heads * config.head_dim * batch * pairs
     return 2 * (tokens * weights + attended)
+
+
+def _visible_pairs(length: int, window: int | None) -> int:
+    """Returns how many pairs of a query and a key that it sees a sequence has."""
+    hidden = max(0, length - (window or length))
+    return (length * (length + 1) - hidden * (hidden + 1)) // 2

@@ -2,11 +2,12 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from taid_jax.models.config import RopeConfig
+from taid_jax.models.config import DecoderConfig, RopeConfig
 
 Rotation = tuple[
     Float32[Array, "rows length pairs"], Float32[Array, "rows length pairs"]
@@ -14,34 +15,116 @@ Rotation = tuple[
 """Cosine and sine of every position and pair; one row when all sequences share it."""
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float32[np.ndarray, " pairs"]:
+def rope_frequencies(
+    rope: RopeConfig, head_dim: int, *, long: bool = False
+) -> Float32[np.ndarray, " pairs"]:
     """Returns the angle that each pair of a head turns per position, in radians.
+
+    Args:
+        rope: The settings; of "dynamic", as within the original context.
+        head_dim: Width of a head.
+        long: For a sequence beyond the original context ("longrope").
 
     References:
         Su et al., RoFormer (arXiv:2104.09864), section 3.2.2; Chen et al., position
-        interpolation (arXiv:2306.15595) for "linear"; the Llama 3.1 model card and
-        `_compute_llama3_parameters` of transformers for "llama3".
+        interpolation (arXiv:2306.15595) for "linear"; Peng et al., YaRN
+        (arXiv:2309.00071), section 3.2; Ding et al., LongRoPE (arXiv:2402.13753); the
+        Llama 3.1 model card and `modeling_rope_utils.py` of transformers for "llama3".
     """
-    frequencies = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    width = rope.width(head_dim)
+    frequencies = rope.theta ** (-np.arange(0, width, 2) / width)
     if rope.kind == "linear":
         frequencies = frequencies / rope.factor
-    elif rope.kind == "llama3":
-        turns = rope.original_max_length * frequencies / (2 * math.pi)
-        span = rope.high_freq_factor - rope.low_freq_factor
-        # 0: fewer turns in the original context than the low bound, divided whole;
-        # 1: more than the high bound, kept.
-        kept = np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
-        frequencies = frequencies * (kept + (1 - kept) / rope.factor)
+    elif rope.kind == "longrope":
+        factors = rope.long_factors if long else rope.short_factors
+        frequencies = frequencies / np.array(factors)
+    elif rope.kind in ("llama3", "yarn"):
+        kept = _kept_in_llama3 if rope.kind == "llama3" else _kept_in_yarn
+        share = kept(rope, frequencies)
+        frequencies = frequencies * (share + (1 - share) / rope.factor)
     return frequencies.astype(np.float32)
+
+
+def _kept_in_llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
+    """Returns 1 for a frequency that stays, 0 for one that is divided whole."""
+    turns = rope.original_max_length * frequencies / (2 * math.pi)
+    span = rope.high_freq_factor - rope.low_freq_factor
+    return np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
+
+
+def _kept_in_yarn(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
+    """Returns the same; between the bounds it falls evenly from pair to pair."""
+    pairs = len(frequencies)
+
+    def pair_that_turns(times: float) -> float:
+        ratio = rope.original_max_length / (2 * math.pi * times)
+        return pairs * math.log(ratio) / math.log(rope.theta)
+
+    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    # As transformers bounds them: by the width, not by the number of pairs.
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    span = last - first if last != first else 0.001
+    return 1 - np.clip((np.arange(pairs) - first) / span, 0.0, 1.0)
 
 
 def rotation(
     positions: Int[Array, "rows length"], rope: RopeConfig, head_dim: int
 ) -> Rotation:
-    """Returns the cosine and sine by which `rotate` turns the heads."""
+    """Returns the cosine and sine by which `rotate` turns the heads.
+
+    The kinds that depend on a sequence's length take the longest of the batch, as
+    transformers does.
+    """
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
+    if rope.kind in ("dynamic", "longrope"):
+        length = positions.max() + 1
+        if rope.kind == "longrope":
+            long = jnp.asarray(rope_frequencies(rope, head_dim, long=True))
+            frequencies = jnp.where(
+                length > rope.original_max_length, long, frequencies
+            )
+        else:
+            frequencies *= _dynamic_growth(rope, head_dim, length)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    scale = rope.attention_factor
+    if scale == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return scale * jnp.cos(angles), scale * jnp.sin(angles)
+
+
+def _dynamic_growth(
+    rope: RopeConfig, head_dim: int, length: Int[Array, ""]
+) -> Float32[Array, " pairs"]:
+    """Returns what the frequencies are multiplied by: 1 within the original context."""
+    width = rope.width(head_dim)
+    beyond = jnp.maximum(length, rope.original_max_length).astype(jnp.float32)
+    growth = rope.factor * (beyond / rope.original_max_length - 1) + 1
+    return growth ** jnp.asarray(-np.arange(0, width, 2) / (width - 2), jnp.float32)
+
+
+def layer_rotations(
+    positions: Int[Array, "rows length"], config: DecoderConfig
+) -> tuple[Rotation | None, Int[np.ndarray, " layers"] | None]:
+    """Returns how the layers turn their heads.
+
+    Returns:
+        The cosine and sine of all layers, and None; or, when layers differ, those of
+        every kind of layer on a leading axis, and the index of each layer's kind. None
+        twice when no layer turns.
+    """
+    kinds = list(dict.fromkeys(config.ropes))
+    if kinds == [None]:
+        return None, None
+    turns = [rope and rotation(positions, rope, config.head_dim) for rope in kinds]
+    cos, sin = next(turn for turn in turns if turn is not None)
+    still = jnp.ones_like(cos), jnp.zeros_like(sin)
+    turns = [still if turn is None else turn for turn in turns]
+    if len(kinds) == 1:
+        return turns[0], None
+    index = np.array([kinds.index(rope) for rope in config.ropes], np.int32)
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *turns), index
 
 
 def rotate(
@@ -49,7 +132,8 @@ def rotate(
 ) -> Float[Array, "batch *groups length head_dim"]:
     """Returns the heads turned by their positions, in float32 inside.
 
-    Pairs are entry i and entry i + head_dim / 2, as in Hugging Face's weights.
+    Pairs are entry i and entry i + width / 2 of the width that is turned, as in Hugging
+    Face's weights; entries behind it stay as they are.
     """
     rows, length, pairs = turn[0].shape
     shape = (rows,) + (1,) * (heads.ndim - 3) + (length, pairs)
@@ -57,8 +141,10 @@ def rotate(
         jnp.broadcast_to(part.reshape(shape), (*heads.shape[:-1], pairs))
         for part in turn
     )
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return turned.astype(heads.dtype)
+    wide = heads[..., : 2 * pairs].astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+    if 2 * pairs == heads.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, heads[..., 2 * pairs :]], axis=-1)

@@ -53,7 +53,7 @@ def test_decoder_config_lists_everything_that_is_wrong():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "spiral"}, "default, linear, llama3, got spiral"),
+        ({"kind": "spiral"}, "longrope, llama3, got spiral"),
         ({"theta": 0.0}, "theta > 0, got 0.0"),
         ({"kind": "linear", "factor": 0.5}, "factor >= 1, got 0.5"),
         (
