@@ -11,7 +11,12 @@ from taid_jax.data.batches import ExampleSet
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Chat, Completion, Content, Document, Text
 from taid_jax.data.encoding import Encoder, Rendered, Tokenizer, cut_windows
-from taid_jax.data.errors import BadRecordPolicy, BadRecords, DataError
+from taid_jax.data.errors import (
+    BadRecordPolicy,
+    BadRecords,
+    DataError,
+    RecordError,
+)
 from taid_jax.data.packing import pack_rows
 from taid_jax.data.sources import Source, describe_source, read_documents
 from taid_jax.data.split import cut_only_text, hold_out
@@ -171,8 +176,8 @@ class _Intake:
                 continue
             try:
                 rendered = self._render(document.content)
-            except DataError as error:
-                self._bad.report(document.origin, str(error))
+            except RecordError as error:
+                self._bad.report(document.origin, error)
                 continue
             group.append((number, rendered))
             if isinstance(rendered, Rendered):
@@ -200,8 +205,8 @@ class _Intake:
         encoded = iter(self._encoder.examples(texts))
         for number, item in group:
             example = next(encoded) if isinstance(item, Rendered) else item
-            if isinstance(example, DataError):
-                self._bad.report(documents[number].origin, str(example))
+            if isinstance(example, RecordError):
+                self._bad.report(documents[number].origin, example)
                 continue
             if isinstance(item, Rendered) and item.windowed:
                 windows = cut_windows(example, self._seq_len)

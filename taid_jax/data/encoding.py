@@ -153,9 +153,7 @@ class Encoder:
         pieces.append((item.text[done:], False))
         guard = len(self._end) if self._guard else 0
         return [
-            _Piece(self._guard + text, inside, guard)
-            if n
-            else _Piece(text, inside, 0)
+            _Piece(self._guard + text, inside, guard) if n else _Piece(text, inside, 0)
             for n, (text, inside) in enumerate(pieces)
             if text
         ]
@@ -210,7 +208,8 @@ class Encoder:
         starts = self.ids([item.text[:border] for border in borders])
         if item.counts_all:
             # A token that crosses into the answer is the answer's.
-            return _Found(whole, inside, *(_common_start(whole, s) for s in starts[-2:]))
+            prompt, answer_end = (_common_start(whole, s) for s in starts[-2:])
+            return _Found(whole, inside, prompt, answer_end)
         if all(whole[: len(start)] == start for start in starts):
             inside = np.zeros(len(whole), np.bool_)
             for first, stop in zip(starts[::2], starts[1::2], strict=True):

@@ -1,8 +1,25 @@
 """The error of data that cannot be used, and what one bad record does to a run."""
 
-from typing import Literal
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 BadRecordPolicy = Literal["raise", "count"]
+
+REASONS: Mapping[str, str] = {
+    "not_utf8": "bytes that are not UTF-8, or half of a surrogate pair",
+    "not_json": "a line that is not JSON",
+    "wrong_shape": "other keys or types than a record has",
+    "damaged_file": "a Parquet file that cannot be read, or not to its end",
+    "too_large": "a record above the limit of bytes, never parsed",
+    "starts_with_assistant": "a conversation that does not start with the user",
+    "empty_turn": "a turn without text",
+    "unknown_role": "a role that no chat has, or that the template does not write",
+    "no_answer": "a conversation without an assistant turn",
+    "template_refuses": "a conversation that the chat template refuses",
+    "answer_not_found": "answers whose tokens cannot be told from the prompts'",
+}
+"""Why a record cannot be used."""
 
 _KEPT_MESSAGES = 20
 """So many problems are kept word for word; the rest are only counted."""
@@ -16,33 +33,72 @@ class DataError(ValueError):
     """
 
 
+class RecordError(DataError):
+    """One record that cannot be used; the others can.
+
+    Args:
+        reason: A key of `REASONS`.
+        message: What was needed, what came and the way out, without the place.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Problem(NamedTuple):
+    """A record that cannot be used.
+
+    Attributes:
+        origin: Where it stands, such as `chat.jsonl, line 3`.
+        reason: A key of `REASONS`.
+        message: What was needed, what came and the way out.
+    """
+
+    origin: str
+    reason: str
+    message: str
+
+
 class BadRecords:
     """Ends the run at the first bad record, or counts it and lets the rest go on.
 
     Attributes:
         policy: `raise` or `count`.
-        count: How many records were bad.
-        messages: The first of their problems, each with its file and line.
+        reasons: How many records were bad, by reason.
+        problems: The first of them.
     """
 
-    def __init__(self, policy: BadRecordPolicy = "raise"):
+    def __init__(
+        self, policy: BadRecordPolicy = "raise", kept: int | None = _KEPT_MESSAGES
+    ):
         self.policy: BadRecordPolicy = policy
-        self.count = 0
-        self.messages: list[str] = []
+        self.reasons: Counter[str] = Counter()
+        self.problems: list[Problem] = []
+        self._kept = kept
 
-    def report(self, origin: str, problem: str) -> None:
+    @property
+    def count(self) -> int:
+        """How many records were bad."""
+        return self.reasons.total()
+
+    @property
+    def messages(self) -> list[str]:
+        """The first problems, each with its file and line."""
+        return [f"{problem.origin}: {problem.message}" for problem in self.problems]
+
+    def report(self, origin: str, error: RecordError) -> None:
         """Takes note of a record that cannot be used.
 
         Args:
             origin: Where it stands, such as `chat.jsonl, line 3`.
-            problem: What was needed, what came and the way out.
+            error: What is wrong with it.
 
         Raises:
             DataError: Under the policy `raise`.
         """
-        message = f"{origin}: {problem}"
         if self.policy == "raise":
-            raise DataError(message)
-        self.count += 1
-        if len(self.messages) < _KEPT_MESSAGES:
-            self.messages.append(message)
+            raise DataError(f"{origin}: {error}") from error
+        self.reasons[error.reason] += 1
+        if self._kept is None or len(self.problems) < self._kept:
+            self.problems.append(Problem(origin, error.reason, str(error)))

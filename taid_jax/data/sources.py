@@ -1,29 +1,25 @@
 """Files to documents: plain text, JSON lines, Parquet, folders, the built-in corpus."""
 
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 from taid_jax.data.corpus import PYDOC, pydoc_sections
-from taid_jax.data.documents import (
-    EXPECTED_KEYS,
-    RECORD_KEYS,
-    Document,
-    Text,
-    make_document,
-    parse_record,
-)
-from taid_jax.data.errors import BadRecords, DataError
+from taid_jax.data.documents import Document, Text, make_document
+from taid_jax.data.errors import BadRecords, DataError, RecordError
+from taid_jax.data.records import MAX_RECORD_BYTES, Piece, read_jsonl, read_parquet
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """`pydoc`, a file, a folder, or several files and folders."""
 
-_PARQUET_ROWS = 1024
-"""Rows read at a time: bounds memory, and enough to hide the cost of a read."""
 
-
-def read_documents(source: Source, *, seed: int, bad: BadRecords) -> Iterator[Document]:
+def read_documents(
+    source: Source,
+    *,
+    seed: int,
+    bad: BadRecords,
+    max_record_bytes: int = MAX_RECORD_BYTES,
+) -> Iterator[Document]:
     """Yields the documents of the source, in order.
 
     A .txt file is one document. A line of a .jsonl file, or a row of a .parquet file,
@@ -33,7 +29,8 @@ def read_documents(source: Source, *, seed: int, bad: BadRecords) -> Iterator[Do
     Args:
         source: `pydoc`, a file, a folder, or a sequence of them.
         seed: Of the documents' ranks.
-        bad: Told of records that cannot be used.
+        bad: Told of records that cannot be used, and of damaged Parquet files.
+        max_record_bytes: Lines and rows above it are such records.
 
     Raises:
         DataError: If a file is missing, empty, unreadable or of a kind not supported.
@@ -44,8 +41,8 @@ def read_documents(source: Source, *, seed: int, bad: BadRecords) -> Iterator[Do
             for name, text in pydoc_sections():
                 yield make_document(f"{PYDOC}, {name}", Text(text), seed)
             continue
-        for path in _find_files(pathlib.Path(entry)):
-            yield from _read_file(path, seed, bad)
+        for path in find_files(pathlib.Path(entry)):
+            yield from read_piece(Piece(str(path)), seed, bad, max_record_bytes)
 
 
 def describe_source(source: Source) -> str:
@@ -55,7 +52,16 @@ def describe_source(source: Source) -> str:
     return ", ".join(str(entry) for entry in source) or "no files"
 
 
-def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
+def find_files(path: pathlib.Path, prefix: str = "") -> list[pathlib.Path]:
+    """Returns the file, or the files of the folder that can be read, sorted by path.
+
+    Args:
+        path: A file, or a folder whose files are found at any depth.
+        prefix: What the files of a folder have to be called at the start.
+
+    Raises:
+        DataError: If there are none.
+    """
     supported = ", ".join(_READERS)
     if not path.exists():
         raise DataError(
@@ -73,25 +79,46 @@ def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
         file
         for file in sorted(path.rglob("*"))
         if file.suffix.lower() in _READERS
+        and file.name.startswith(prefix)
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not files:
-        raise DataError(f"the folder {path} holds no file ending in {supported}")
+        start = f" and beginning with {prefix!r}" if prefix else ""
+        raise DataError(f"the folder {path} holds no file ending in {supported}{start}")
     return files
 
 
-def _read_file(path: pathlib.Path, seed: int, bad: BadRecords) -> Iterator[Document]:
+def read_piece(
+    piece: Piece, seed: int, bad: BadRecords, max_record_bytes: int
+) -> Iterator[Document]:
+    """Yields the documents of a file, or of a part of it.
+
+    Args:
+        piece: Which part.
+        seed: Of the documents' ranks.
+        bad: Told of records that cannot be used.
+        max_record_bytes: Lines and rows above it are such records.
+
+    Raises:
+        DataError: If the file is empty or cannot be read.
+    """
+    path = pathlib.Path(piece.path)
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty (0 bytes)")
-        yield from _READERS[path.suffix.lower()](path, seed, bad)
+        yield from _READERS[path.suffix.lower()](piece, seed, bad, max_record_bytes)
+    except RecordError as error:
+        bad.report(str(path), error)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path} cannot be read: {reason}") from error
 
 
-def _read_text(path: pathlib.Path, seed: int, bad: BadRecords) -> Iterator[Document]:
+def _read_text(
+    piece: Piece, seed: int, bad: BadRecords, max_record_bytes: int
+) -> Iterator[Document]:
+    path = pathlib.Path(piece.path)
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -106,79 +133,8 @@ def _read_text(path: pathlib.Path, seed: int, bad: BadRecords) -> Iterator[Docum
     yield make_document(str(path), Text(text.replace("\r\n", "\n")), seed)
 
 
-def _read_jsonl(path: pathlib.Path, seed: int, bad: BadRecords) -> Iterator[Document]:
-    empty = True
-    # Bytes, so that one line that is not UTF-8 has a number and spoils no other.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            empty = False
-            origin = f"{path}, line {number}"
-            try:
-                content = parse_record(_parse_json(line))
-            except DataError as error:
-                bad.report(origin, str(error))
-                continue
-            yield make_document(origin, content, seed)
-    if empty:
-        raise DataError(f"{path} is empty (blank lines only)")
-
-
-def _parse_json(line: bytes) -> object:
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start} of the "
-            "line); save the file as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not JSON ({error.msg}, column {error.colno}); a .jsonl file has one JSON "
-            "object per line"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON that can be read ({error})") from error
-
-
-def _read_parquet(path: pathlib.Path, seed: int, bad: BadRecords) -> Iterator[Document]:
-    # Imported here: most runs read no Parquet.
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            columns = [name for name in RECORD_KEYS if name in found]
-            if not columns or columns in (["prompt"], ["completion"]):
-                raise DataError(
-                    f"{path}: need the columns {EXPECTED_KEYS}; found "
-                    f"{', '.join(f'`{name}`' for name in found) or 'none'}"
-                )
-            if file.metadata.num_rows == 0:
-                raise DataError(f"{path} is empty (0 rows)")
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    row += 1
-                    origin = f"{path}, row {row}"
-                    try:
-                        content = parse_record(record)
-                    except DataError as error:
-                        bad.report(origin, str(error))
-                        continue
-                    yield make_document(origin, content, seed)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is no intact Parquet file (after row {row}): {error}"
-        ) from error
-
-
-_READERS: dict[str, Callable[[pathlib.Path, int, BadRecords], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Piece, int, BadRecords, int], Iterator[Document]]] = {
     ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
 }

@@ -66,7 +66,8 @@ class TokenTable:
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that change when any example does."""
         digest = hashlib.blake2b(digest_size=8)
-        for array in (self.ids, self.counted, self.starts, self.prompts, self.answer_ends):
+        answers = (self.prompts, self.answer_ends)
+        for array in (self.ids, self.counted, self.starts, *answers):
             digest.update(array.tobytes())
         return digest.hexdigest()
 

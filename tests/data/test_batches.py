@@ -27,7 +27,7 @@ def examples(request):
     for number, length in enumerate(lengths):
         counted = np.arange(length) % 3 != 0  # the first, and some others, do not count
         tokens = np.array([next(ids) for _ in range(length)], np.int32)
-        pairs.append((number, Example(tokens, counted)))
+        pairs.append((number, Example(tokens, counted, length // 2, length)))
     rows = pack_rows(lengths, SEQ_LEN) if request.param else [(i,) for i in range(11)]
     return ExampleSet(make_table(pairs), rows, SEQ_LEN, PAD, request.param)
 
@@ -99,7 +99,7 @@ def test_batch_labels_predict_the_next_token_of_the_same_example(examples):
         }
     wanted = set()
     for number in range(len(examples.table)):
-        ids, counted, _ = examples.table[number]
+        ids, counted, *_ = examples.table[number]
         wanted |= {
             (int(ids[i]), int(ids[i + 1]))
             for i in range(len(ids) - 1)
@@ -205,6 +205,27 @@ def test_held_out_batches_count_every_token_once(examples, size):
         assert (filling["labels"] == IGNORE_INDEX).all()
         assert (filling[mask] == 0).all()
         assert (filling["input_ids"] == PAD).all()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_batches_tell_where_the_last_answer_is(examples, count):
+    """Of each row's first example, in training and of the held-out rows."""
+    places = {
+        int(examples.table[row[0]].ids[0]): examples.table[row[0]][2:]
+        for row in examples.rows
+    }
+    options = {"process_count": count, "with_prompts": True}
+    for process in range(count):
+        train = train_iterator(examples, 4, seed=2, process_index=process, **options)
+        held_out = held_out_batches(examples, 4, process_index=process, **options)
+        for batch in [*itertools.islice(train, 5), *held_out]:
+            found = zip(batch["prompt_lengths"], batch["answer_ends"], strict=True)
+            wanted = [
+                places.get(int(first), (0, 0)) for first in batch["input_ids"][:, 0]
+            ]
+            assert list(found) == wanted
+            assert batch["prompt_lengths"].dtype == np.int32
+            assert batch["answer_ends"].shape == (4 // count,)
 
 
 def test_held_out_batches_divide_by_processes(examples):

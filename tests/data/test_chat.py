@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from taid_jax.data.chat import ChatRenderer
+from taid_jax.data.chat import ChatRenderer, MissingTemplateError
 from taid_jax.data.documents import Chat, Completion, Message, parse_record
 from taid_jax.data.encoding import Encoder, Rendered
-from taid_jax.data.errors import DataError
+from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.tokens import Example
 
 QUESTION = Message("user", "Whether?")
@@ -127,8 +127,14 @@ def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):
         "{{ '<|im_end|>\n' }}{% endfor %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", marked)
-    example = encode(tokenizer, Chat((QUESTION, ANSWER, QUESTION, ANSWER)))
+    chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
+    example = encode(tokenizer, chat)
     assert counted_texts(tokenizer, example) == ["that is all."] * 2
+    last = example.ids[example.prompt : example.answer_end].tolist()
+    assert tokenizer.decode(last) == "that is all."
+    everything = encode(tokenizer, chat, count_prompts=True)
+    assert everything.counted[1:].all()
+    assert everything[2:] == example[2:]
 
 
 def test_chat_does_not_count_the_next_turns_header(tokenizer, monkeypatch):
@@ -161,11 +167,57 @@ def test_chat_refuses_answers_it_cannot_find(tokenizer, monkeypatch, template):
     chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
     with pytest.raises(DataError, match=r"answer in turn 2 .* \{% generation %\}"):
         encode(tokenizer, chat)
-    encode(tokenizer, chat, count_prompts=True)  # needs no answers
+    everything = encode(tokenizer, chat, count_prompts=True)  # needs no answers
+    assert (everything.prompt, everything.answer_end) == (0, 0)
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_chat_refuses_a_turn_that_the_template_leaves_out(
+    tokenizer, monkeypatch, role, count_prompts
+):
+    """No error of the template tells it: the turn would be missing, no more."""
+    silent = (
+        "{% for m in messages if m['role'] in ('user', 'assistant') %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", silent)
+    encode(tokenizer, Chat((QUESTION, ANSWER)), count_prompts=count_prompts)
+    chat = Chat((QUESTION, ANSWER, Message(role, "22 degrees"), QUESTION, ANSWER))
+    with pytest.raises(RecordError, match=rf"does not write turn 3 \({role}\)") as e:
+        encode(tokenizer, chat, count_prompts=count_prompts)
+    assert e.value.reason == "unknown_role"
+
+
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_chat_knows_where_the_last_answer_is(
+    style, styled_tokenizer, make_conversations, count_prompts
+):
+    """The prompt is what generation is given, the answer what it should write."""
+    for messages in make_conversations(40, edges=[""]):
+        content = parse_record({"messages": messages})
+        example = encode(styled_tokenizer, content, count_prompts=count_prompts)
+        asked = styled_tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=False
+        )
+        assert example.ids[: example.prompt].tolist() == asked
+        counted = encode(styled_tokenizer, content).counted
+        assert counted[example.prompt : example.answer_end].all()
+        assert not counted[example.answer_end :].any()
+
+
+def test_chat_with_prompts_gives_a_crossing_token_to_the_answer(tokenizer):
+    answer = Message("assistant", "\n\nmoves")
+    example = encode(tokenizer, Chat((QUESTION, answer)), count_prompts=True)
+    text = tokenizer.decode(example.ids[: example.prompt].tolist())
+    assert text.endswith("<|im_start|>assistant")  # its line end is in the next token
+    assert example.answer_end == len(example.ids) - 1  # a line end after the turn
 
 
 def test_chat_says_how_to_give_a_template(base_tokenizer):
-    with pytest.raises(DataError, match=r"chat_template\.jinja"):
+    with pytest.raises(MissingTemplateError, match=r"--chat-template FILE.*\.jinja"):
         encode(base_tokenizer, Chat((QUESTION, ANSWER)))
 
 

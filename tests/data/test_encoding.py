@@ -19,7 +19,7 @@ def example_of(length):
 @given(st.integers(2, 200), st.integers(2, 40))
 def test_cut_windows_counts_every_token_once(tokens, length):
     times = np.zeros(tokens, int)
-    for ids, counted, _ in cut_windows(example_of(tokens), length):
+    for ids, counted, *_ in cut_windows(example_of(tokens), length):
         assert 2 <= len(ids) <= length
         assert not counted[0]
         np.testing.assert_array_equal(np.diff(ids), 1)  # the text as it stands
@@ -32,6 +32,11 @@ def test_cut_windows_keeps_short_text_whole():
     [window] = cut_windows(example_of(5), 5)
     np.testing.assert_array_equal(window.ids, np.arange(5))
     assert [len(w.ids) for w in cut_windows(example_of(6), 5)] == [5, 2]
+
+
+def test_cut_windows_asks_for_the_second_half():
+    windows = list(cut_windows(example_of(10), 5))
+    assert [(w.prompt, w.answer_end) for w in windows] == [(2, 5), (2, 5), (1, 2)]
 
 
 def test_cut_windows_leaves_the_text_as_it_was():
@@ -67,6 +72,8 @@ def test_encoder_adds_the_start_token_where_the_tokenizer_does(tokenizers):
     assert example.ids[-1] == llama.eos_token_id
     assert llama.decode(example.ids[example.counted].tolist()).endswith("cat</s>")
     assert not example.counted[:2].any()
+    assert example.prompt == np.flatnonzero(example.counted)[0]
+    assert example.answer_end == len(example.ids)
 
 
 def test_encoder_does_not_double_the_end_token(tokenizer):
