@@ -295,32 +295,3 @@ def _chosen(
     pattern: tuple[bool, ...] | None, layers: np.ndarray
 ) -> tuple[bool, ...] | None:
     return pattern and tuple(pattern[layer] for layer in layers)
-
-
-def forward_flops(config: DecoderConfig, batch: int, length: int) -> int:
-    """Returns the floating-point operations of one forward pass, head included.
-
-    A product of n and m numbers counts 2 n m. Attention counts the half of the square
-    that a causal mask leaves, and of it what a layer's window leaves; norms, softmax
-    and activations do not count.
-
-    Args:
-        config: The architecture.
-        batch: Sequences.
-        length: Tokens of each.
-    """
-    tokens = batch * length
-    heads = config.num_heads + config.num_kv_heads
-    attention_weights = 2 * config.d_model * config.head_dim * heads
-    mlp_weights = (3 if config.gated_mlp else 2) * config.d_model * config.mlp_dim
-    head_weights = config.d_model * config.vocab_size
-    weights = config.num_layers * (attention_weights + mlp_weights) + head_weights
-    pairs = sum(_visible_pairs(length, window) for window in config.windows)
-    attended = 2 * config.num_heads * config.head_dim * batch * pairs
-    return 2 * (tokens * weights + attended)
-
-
-def _visible_pairs(length: int, window: int | None) -> int:
-    """Returns how many pairs of a query and a key that it sees a sequence has."""
-    hidden = max(0, length - (window or length))
-    return (length * (length + 1) - hidden * (hidden + 1)) // 2

@@ -11,7 +11,6 @@ from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import (
     abstract_params,
     decoder_functions,
-    forward_flops,
     head,
     hidden_states,
     init_params,
@@ -362,22 +361,3 @@ def test_select_layers_refuses_numbers_that_are_not_there(number):
     params = tiny_params()
     with pytest.raises(ModelError, match=f"need 1 to 3.*got {number}"):
         select_layers(params, TINY, number)
-
-
-def test_forward_flops_counts_products_by_hand():
-    config = DecoderConfig(
-        vocab_size=10,
-        d_model=4,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=2,
-        mlp_dim=6,
-        max_length=8,
-    )
-    # A layer: q and o 4x4 each, k and v 4x2 each, three of 4x6; the head 4x10.
-    weights = 2 * (16 + 16 + 8 + 8 + 3 * 24) + 40
-    # Three tokens: 1 + 2 + 3 pairs, two products of 2 numbers, two heads, two layers.
-    attended = 6 * 2 * 2 * 2 * 2
-    assert forward_flops(config, 1, 3) == 2 * (3 * weights + attended)
-    assert forward_flops(config, 5, 3) == 5 * forward_flops(config, 1, 3)
