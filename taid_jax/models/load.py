@@ -21,6 +21,7 @@ from taid_jax.models.gguf import open_gguf, read_gguf_config
 from taid_jax.models.hf import GENERATION_CONFIG, open_folder, read_folder_config
 from taid_jax.models.source import Source, resolve
 from taid_jax.models.tokenizer import Tokenizer, find_tokenizer
+from taid_jax.models.vocabulary import count_tokens, with_tokenizer
 from taid_jax.models.weights import Shardings, load_params, shardings_for
 
 
@@ -29,7 +30,8 @@ class LoadedModel:
     """A model that was read.
 
     Attributes:
-        config: The architecture.
+        config: The architecture; what its vocabulary has beyond the tokenizer's ids is
+            marked as padding.
         params: The parameters: a nested dict of arrays, layers stacked on axis 0.
         tokenizer: Its tokenizer; None when its folder has none.
         source: What the user called it.
@@ -155,4 +157,8 @@ def _loaded(
     path = _folder(found) / GENERATION_CONFIG
     has_one = found.kind != "gguf" and path.is_file()
     generation = read_json(path) if has_one else {}
-    return LoadedModel(config, params, find_tokenizer(found), found.name, generation)
+    tokenizer = find_tokenizer(found)
+    # A tokenizer with more ids than embeddings is the business of whoever uses it.
+    if tokenizer is not None and count_tokens(tokenizer) <= config.vocab_size:
+        config = with_tokenizer(config, tokenizer)
+    return LoadedModel(config, params, tokenizer, found.name, generation)

@@ -117,8 +117,7 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
     ours, theirs = teacher.get_vocab(), student.get_vocab()
     if ours == theirs:
         return
-    by_id = {number: token for token, number in ours.items()}
-    other_by_id = {number: token for token, number in theirs.items()}
+    by_id, other_by_id = _by_id(ours), _by_id(theirs)
     different = [
         f"{number} is {by_id.get(number)!r} and {other_by_id.get(number)!r}"
         for number in sorted(by_id.keys() | other_by_id.keys())
@@ -129,8 +128,18 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
         f"({len(theirs):,} tokens) differ in {len(different):,} ids: "
         f"{'; '.join(different[:_EXAMPLES])}. Both models need the same tokenizer, "
         "since the student learns the teacher's probability of each id; take a pair "
-        "of one family, or build the student from the teacher"
+        "of one family, build the student from the teacher, or give "
+        "--resize-embeddings, which makes both vocabularies that of the teacher's "
+        "tokenizer and exports the student with it"
     )
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:
+    """Returns id to token; where several tokens have one id, all of them."""
+    found: dict[int, str] = {}
+    for token, number in sorted(vocabulary.items()):
+        found[number] = f"{found[number]} {token}" if number in found else token
+    return found
 
 
 _GGUF_KEYS: Mapping[str, str] = {

@@ -19,6 +19,9 @@ class ModelSettings:
         student_layers: Build the student from this many evenly spaced layers of the
             teacher, first and last kept. 10 when no other student is named.
         student_config: A config.json (or its folder): a student with random weights.
+        resize_embeddings: Make both vocabularies that of the teacher's tokenizer: new
+            entries are the mean of the old, those beyond it are cut off. Then the
+            student may have had any other tokenizer.
         dtype: What the models compute in; master weights and losses are float32.
         remat: What the student's backward pass computes again: nothing, all but the
             matrix products, or everything.
@@ -28,6 +31,7 @@ class ModelSettings:
     student: str | None = None
     student_layers: int | None = None
     student_config: str | None = None
+    resize_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
 

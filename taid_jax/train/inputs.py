@@ -13,8 +13,14 @@ from taid_jax.data import Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
+from taid_jax.models.errors import ModelError
 from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
 from taid_jax.models.tokenizer import Tokenizer, load_tokenizer, same_tokenizer
+from taid_jax.models.vocabulary import (
+    count_tokens,
+    resize_vocabulary,
+    with_tokenizer,
+)
 from taid_jax.settings import ModelSettings, Settings, SettingsError, contradictions
 from taid_jax.sharding import tree_shardings
 from taid_jax.types import Params
@@ -82,7 +88,8 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
     configs = {"teacher": teacher}
     if settings.student is not None:
         configs["student"] = load_config(settings.student)
-        same_tokenizer(tokenizer, load_tokenizer(settings.student))
+        if not settings.resize_embeddings:
+            same_tokenizer(tokenizer, load_tokenizer(settings.student))
     elif settings.student_config is not None:
         configs["student"] = load_config(settings.student_config)
     else:
@@ -98,11 +105,8 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
                 f"seq_len: {seq_len} is beyond the {name}'s context of "
                 f"{config.max_length} tokens"
             )
-        if config.vocab_size < len(tokenizer):
-            raise SettingsError(
-                f"the {name} has {config.vocab_size} embeddings for the tokenizer's "
-                f"{len(tokenizer)} entries"
-            )
+        if not settings.resize_embeddings:
+            with_tokenizer(config, tokenizer)
     return tokenizer
 
 
@@ -155,10 +159,30 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
         params, config = select_layers(
             teacher.params, teacher.config, model.layers_of_teacher
         )
+    tokenizer = teacher.tokenizer
+    if tokenizer is None:  # `check_models` refuses such a teacher before.
+        raise ModelError(f"{model.teacher} has no tokenizer")
+    size = count_tokens(tokenizer)
+
+    def fitted(config: DecoderConfig) -> DecoderConfig:
+        if not model.resize_embeddings:
+            return with_tokenizer(config, tokenizer)
+        return dataclasses.replace(config, vocab_size=size, num_tokens=None)
+
+    def resized(params: Params) -> Params:
+        return resize_vocabulary(params, size) if model.resize_embeddings else params
+
+    if model.resize_embeddings and teacher.config.vocab_size != size:
+        new = fitted(teacher.config)
+        resize = jax.jit(resized, out_shardings=shardings(new))
+        teacher = dataclasses.replace(
+            teacher, config=new, params=resize(teacher.params)
+        )
+    config = fitted(config)
     where = shardings(config)
+
     # A copy: the train step donates the student's arrays, and the teacher keeps its.
-    own = jax.jit(
-        lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree),
-        out_shardings=where,
-    )
-    return Pair(teacher, config, own(params), where)
+    def own(params: Params) -> Params:
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), resized(params))
+
+    return Pair(teacher, config, jax.jit(own, out_shardings=where)(params), where)

@@ -106,13 +106,22 @@ def batch_loss(
             chunk_size=chunk_size,
             mesh=mesh,
         )
-    return distillation_sums(
-        objective,
-        student_out if student_head is None else student_head.logits(student_out),
-        teacher_out if teacher_head is None else teacher_head.logits(teacher_out),
-        mask,
-        labels,
+    student_logits, teacher_logits = (
+        out if head is None else head.logits(out)
+        for out, head in ((student_out, student_head), (teacher_out, teacher_head))
     )
+    if student_head is not None and teacher_head is not None:
+        # As in the fused head: of padded vocabularies the entries that both share.
+        shared = min(
+            logits.shape[-1] if head.vocab_size is None else head.vocab_size
+            for logits, head in (
+                (student_logits, student_head),
+                (teacher_logits, teacher_head),
+            )
+        )
+        student_logits = student_logits[..., :shared]
+        teacher_logits = teacher_logits[..., :shared]
+    return distillation_sums(objective, student_logits, teacher_logits, mask, labels)
 
 
 def _micro_batches(batch: Batch, parts: int) -> Batch:

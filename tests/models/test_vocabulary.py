@@ -1,0 +1,211 @@
+"""Vocabularies: padding takes no part, and another tokenizer's is grown or cut."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from taid_jax.loss import ForwardKL
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.decoder import decoder_functions, head
+from taid_jax.models.errors import ModelError
+from taid_jax.models.generate import generate
+from taid_jax.models.load import export_model, load_model
+from taid_jax.models.vocabulary import (
+    count_tokens,
+    resize_vocabulary,
+    with_tokenizer,
+)
+from taid_jax.train.step import batch_loss
+
+CONFIG = DecoderConfig(
+    vocab_size=40,
+    d_model=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=12,
+    max_length=64,
+)
+TOKENS = 33
+
+
+def make_tokenizer(size=TOKENS):
+    vocab = {chr(97 + index): index for index in range(size)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a")
+
+
+def wider(params, config, size, value):
+    """The same model with padded entries that win every softmax they take part in."""
+    more = size - config.vocab_size
+    kernel = params["lm_head"]["kernel"]
+    embedding = params["embed"]["embedding"]
+    padding = jnp.full((embedding.shape[0] + more - len(embedding), 16), value)
+    grown = {
+        **params,
+        "embed": {"embedding": jnp.concatenate([embedding, padding])},
+        "lm_head": {
+            "kernel": jnp.concatenate([kernel, jnp.full((16, more), value)], axis=1)
+        },
+    }
+    return grown, dataclasses.replace(config, vocab_size=size)
+
+
+@pytest.fixture
+def batch():
+    generator = np.random.default_rng(1)
+    ids = generator.integers(0, TOKENS, (2, 10), dtype=np.int32)
+    return {"input_ids": ids, "labels": ids, "attention_mask": np.ones_like(ids)}
+
+
+def test_count_tokens_is_the_largest_id_and_one():
+    tokenizer = make_tokenizer()
+    assert count_tokens(tokenizer) == TOKENS
+    tokenizer.add_tokens(["<new>"])
+    assert count_tokens(tokenizer) == TOKENS + 1
+
+
+def test_count_tokens_counts_the_ids_that_are_left_out():
+    vocab = {"a": 0, "b": 7}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Backend(models.BPE(vocab=vocab, merges=[]))
+    )
+    assert len(tokenizer) == 2
+    assert count_tokens(tokenizer) == 8
+
+
+def test_with_tokenizer_marks_the_padding_and_nothing_else():
+    config = with_tokenizer(CONFIG, make_tokenizer())
+    assert config == dataclasses.replace(CONFIG, num_tokens=TOKENS)
+    assert with_tokenizer(CONFIG, make_tokenizer(40)) == CONFIG
+
+
+def test_with_tokenizer_refuses_ids_without_an_embedding():
+    with pytest.raises(ModelError, match=r"40 embeddings, .* ids up to 40.*resize"):
+        with_tokenizer(CONFIG, make_tokenizer(41))
+
+
+def test_load_model_marks_the_padding_and_exports_it_again(tmp_path, random_params):
+    params = random_params(CONFIG)
+    export_model(tmp_path / "a", CONFIG, params, make_tokenizer())
+    loaded = load_model(tmp_path / "a")
+    assert loaded.config == dataclasses.replace(CONFIG, num_tokens=TOKENS)
+    export_model(tmp_path / "b", loaded.config, loaded.params, loaded.tokenizer)
+    again = load_model(tmp_path / "b")
+    assert again.config == loaded.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+@pytest.mark.parametrize("logits_loss", [False, True], ids=["fused", "logits"])
+def test_batch_loss_ignores_padding_of_either_model(random_params, batch, logits_loss):
+    config = dataclasses.replace(CONFIG, vocab_size=TOKENS)
+    student, teacher = random_params(config, 1), random_params(config, 2)
+
+    def value(student, student_config, teacher, teacher_config):
+        def loss(params):
+            return batch_loss(
+                ForwardKL(),
+                decoder_functions(student_config),
+                params,
+                decoder_functions(teacher_config),
+                teacher,
+                batch,
+                logits_loss=logits_loss,
+            )[0]
+
+        return jax.value_and_grad(loss)(student)
+
+    expected, gradient = value(student, config, teacher, config)
+    # Padded entries are the most probable ones, in numbers that would overwhelm.
+    padded_student, student_config = wider(student, config, 40, 50.0)
+    padded_teacher, teacher_config = wider(teacher, config, 48, 70.0)
+    got, padded_gradient = value(
+        padded_student,
+        dataclasses.replace(student_config, num_tokens=TOKENS),
+        padded_teacher,
+        dataclasses.replace(teacher_config, num_tokens=TOKENS),
+    )
+    # The same sums over more columns, which the compiler may group in another way.
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    kernel = padded_gradient["lm_head"]["kernel"]
+    np.testing.assert_array_equal(kernel[:, TOKENS:], 0)
+    np.testing.assert_allclose(
+        kernel[:, :TOKENS], gradient["lm_head"]["kernel"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_generate_never_gives_a_padded_id(random_params):
+    config = dataclasses.replace(CONFIG, vocab_size=TOKENS)
+    params = random_params(config)
+    prompt = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+
+    def answer(params, config):
+        return generate(
+            params,
+            config,
+            prompt,
+            jnp.ones_like(prompt),
+            max_new_tokens=8,
+            eos_token_ids=(),
+            pad_token_id=0,
+        )
+
+    expected = answer(params, config)
+    # Twice the largest column of a real token: it wins wherever it takes part at all.
+    padded, padded_config = wider(params, config, 40, 0.0)
+    kernel = padded["lm_head"]["kernel"]
+    best = 2 * jnp.concatenate([kernel[:, :3], -kernel[:, :4]], axis=1)
+    padded["lm_head"] = {"kernel": kernel.at[:, TOKENS:].set(best)}
+    assert (answer(padded, padded_config) >= TOKENS).any()
+    marked = dataclasses.replace(padded_config, num_tokens=TOKENS)
+    np.testing.assert_array_equal(answer(padded, marked), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resize_vocabulary_adds_the_mean_of_what_there_was(random_params, tied):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    params = random_params(config)
+    grown = resize_vocabulary(params, 50)
+    old, new = params["embed"]["embedding"], grown["embed"]["embedding"]
+    np.testing.assert_array_equal(new[:40], old)
+    # A mean of 40 float32 numbers, added up in another order.
+    expected = np.asarray(old, np.float64).mean(axis=0)
+    np.testing.assert_allclose(new[45], expected, rtol=1e-4, atol=1e-6)
+    config = dataclasses.replace(config, vocab_size=50)
+    kernel = head(grown, config).kernel
+    assert kernel.shape == (16, 50)
+    before = np.asarray(head(params, CONFIG if not tied else config).kernel)
+    np.testing.assert_array_equal(kernel[:, :40], before[:, :40])
+    np.testing.assert_allclose(
+        kernel[:, 49], before[:, :40].mean(axis=1), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_resize_vocabulary_cuts_off_what_is_too_much(random_params):
+    params = random_params(CONFIG)
+    params["lm_head"]["bias"] = jnp.arange(40.0)
+    cut = resize_vocabulary(params, 7)
+    np.testing.assert_array_equal(
+        cut["embed"]["embedding"], params["embed"]["embedding"][:7]
+    )
+    np.testing.assert_array_equal(
+        cut["lm_head"]["kernel"], params["lm_head"]["kernel"][:, :7]
+    )
+    np.testing.assert_array_equal(cut["lm_head"]["bias"], jnp.arange(7.0))
+
+
+def test_resize_vocabulary_keeps_the_dtype_and_leaves_the_rest(random_params):
+    params = random_params(CONFIG, dtype=jnp.bfloat16)
+    grown = resize_vocabulary(params, 50)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grown)} == {jnp.dtype(jnp.bfloat16)}
+    assert grown["layers"] is params["layers"]
+    assert params["embed"]["embedding"].shape == (40, 16)
