@@ -8,6 +8,9 @@ from taid_jax.data.errors import DataError
 PYDOC = "pydoc"
 """The name that asks for Python's own documentation instead of a file."""
 
+PYDOC_QUESTIONS = "pydoc-questions"
+"""The same as questions and answers: small data for all that needs prompts."""
+
 _HEADING = re.compile(r"^(\S.*)\n([*=~^-])\2{2,}\n", re.MULTILINE)
 
 
@@ -39,6 +42,25 @@ def pydoc_sections() -> Iterator[tuple[str, str]]:
             if body and body not in given:
                 given.add(body)
                 yield f"{topic}: {heading}", text
+
+
+def pydoc_questions() -> Iterator[tuple[str, str, str]]:
+    """Yields (name, question, answer) for the sections of Python's documentation.
+
+    The question asks for the section by its heading; the answer is its first paragraph
+    of prose. Nobody asked these questions: they only have the form of a chat.
+
+    Raises:
+        DataError: If this Python was built without its documentation.
+    """
+    for name, text in pydoc_sections():
+        topic, _, heading = name.partition(": ")
+        body = _HEADING.sub("", text, count=1).strip("\n")
+        # What is indented is grammar or code.
+        prose = [part for part in re.split(r"\n\s*\n", body) if part[:1].strip()]
+        if prose:
+            question = f"What does Python's reference say about {heading or topic}?"
+            yield name, question, " ".join(prose[0].split())
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:

@@ -4,13 +4,18 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
-from taid_jax.data.corpus import PYDOC, pydoc_sections
-from taid_jax.data.documents import Document, Text, make_document
+from taid_jax.data.corpus import (
+    PYDOC,
+    PYDOC_QUESTIONS,
+    pydoc_questions,
+    pydoc_sections,
+)
+from taid_jax.data.documents import Completion, Document, Text, make_document
 from taid_jax.data.errors import BadRecords, DataError, RecordError
 from taid_jax.data.records import MAX_RECORD_BYTES, Piece, read_jsonl, read_parquet
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""`pydoc`, a file, a folder, or several files and folders."""
+"""`pydoc`, `pydoc-questions`, a file, a folder, or several files and folders."""
 
 
 def read_documents(
@@ -27,7 +32,7 @@ def read_documents(
     by path; hidden files and files with other endings are passed over.
 
     Args:
-        source: `pydoc`, a file, a folder, or a sequence of them.
+        source: `pydoc`, `pydoc-questions`, a file, a folder, or a sequence of them.
         seed: Of the documents' ranks.
         bad: Told of records that cannot be used, and of damaged Parquet files.
         max_record_bytes: Lines and rows above it are such records.
@@ -40,6 +45,11 @@ def read_documents(
         if entry == PYDOC:
             for name, text in pydoc_sections():
                 yield make_document(f"{PYDOC}, {name}", Text(text), seed)
+            continue
+        if entry == PYDOC_QUESTIONS:
+            for name, question, answer in pydoc_questions():
+                content = Completion(question, answer)
+                yield make_document(f"{PYDOC_QUESTIONS}, {name}", content, seed)
             continue
         for path in find_files(pathlib.Path(entry)):
             yield from read_piece(Piece(str(path)), seed, bad, max_record_bytes)

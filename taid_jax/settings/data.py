@@ -10,8 +10,9 @@ class DataSettings:
     """What is read and how it becomes batches.
 
     Attributes:
-        data: `pydoc` (Python's own documentation), or a .txt, .jsonl or .parquet file
-            or a folder of them, with `text`, `prompt` and `completion`, or `messages`.
+        data: `pydoc` (Python's own documentation), `pydoc-questions` (the same as
+            questions and answers), or a .txt, .jsonl or .parquet file or a folder of
+            them, with `text`, `prompt` and `completion`, or `messages`.
         batch_size: Sequences of one optimizer step, over all devices.
         seq_len: Tokens of one sequence.
         held_out_fraction: Share of the documents that is never trained on.

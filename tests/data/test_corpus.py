@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from taid_jax.data.corpus import pydoc_sections
+from taid_jax.data.corpus import pydoc_questions, pydoc_sections
 from taid_jax.data.errors import DataError
 
 
@@ -62,3 +62,16 @@ def test_pydoc_sections_say_when_python_lacks_them(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DataError, match=r"pydoc_data\.topics.*give a \.txt"):
         list(pydoc_sections())
+
+
+def test_pydoc_questions_are_answered_with_prose():
+    found = list(pydoc_questions())
+    assert len(found) > 100
+    names, questions, answers = zip(*found, strict=True)
+    assert all(question.endswith("?") for question in questions)
+    assert all(answer and "\n" not in answer for answer in answers)
+    answer = dict(zip(names, answers, strict=True))['break: The "break" statement']
+    # Not the grammar, which comes first.
+    assert answer.startswith('"break" may only occur')
+    first = dict(zip(names, answers, strict=True))['assert: The "assert" statement']
+    assert first.startswith("Assert statements are a convenient way")
