@@ -1,7 +1,6 @@
-"""Greedy answers, with a cache of the keys and values that were already computed."""
+"""Answers token by token, with a cache of the keys and values already computed."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,23 +10,45 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
-from taid_jax.models.attention import batch_positions, batch_segments, causal_attention
+from taid_jax.models.attention import (
+    Scoring,
+    batch_positions,
+    batch_segments,
+    causal_attention,
+    key_scores,
+    scoring_of,
+)
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import head, merge
+from taid_jax.models.decoder import Pattern, head, layer_pattern, merge
 from taid_jax.models.errors import ModelError
 from taid_jax.models.layers import Layer, Linear
-from taid_jax.models.rope import rotation
-from taid_jax.types import Head, Params
+from taid_jax.models.sampling import GREEDY, Sampling, draw, first_greatest, row_keys
+from taid_jax.types import Params
 
 Cache = tuple[Array, Array]
 """Keys and values of a layer, `(batch, kv_heads, slots, head_dim)` each."""
 
 
+class Answers(NamedTuple):
+    """What was generated.
+
+    Attributes:
+        tokens: `(batch, max_new_tokens)` int32; padding behind a row's end.
+        lengths: `(batch,)` int32, tokens of each row, the one that ended it included.
+        steps: int32 scalar, tokens of the longest row: no more were computed.
+    """
+
+    tokens: Int[Array, "batch max_new_tokens"]
+    lengths: Int[Array, " batch"]
+    steps: Int[Array, ""]
+
+
 class _State(NamedTuple):
     step: Int[Array, ""]  # tokens given so far
     tokens: Int[Array, "batch max_new"]  # padding from `step` on
+    lengths: Int[Array, " batch"]  # tokens of each row so far
     done: Bool[Array, " batch"]  # rows that have ended
     caches: Any  # of every layer: a stacked one, or a list
 
@@ -41,12 +62,46 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
+    sampling: Sampling = GREEDY,
+    key: Key[Array, "*rows"] | None = None,
     dtype: DTypeLike = jnp.float32,
     unroll: bool | None = None,
 ) -> Int[Array, "batch max_new_tokens"]:
-    """Returns the most probable continuation of each prompt, token by token.
+    """Returns the tokens of `answer`, with the same arguments."""
+    return answer(
+        params,
+        config,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+        sampling=sampling,
+        key=key,
+        dtype=dtype,
+        unroll=unroll,
+    ).tokens
 
-    Stops when every row has ended. Compiled once per shape of the prompts.
+
+def answer(
+    params: Params,
+    config: DecoderConfig,
+    input_ids: Int[Array, "batch length"],
+    attention_mask: Int[Array, "batch length"],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    sampling: Sampling = GREEDY,
+    key: Key[Array, "*rows"] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    unroll: bool | None = None,
+) -> Answers:
+    """Returns how the model goes on from each prompt, by default most probably.
+
+    Stops when every row has ended. Compiled once per shape of the prompts and setting
+    of `sampling`. What is drawn for a row depends on its key and its prompt, not on
+    the rows beside it or on how wide its padding is.
 
     Args:
         params: Parameters of the decoder.
@@ -56,14 +111,16 @@ def generate(
         max_new_tokens: Tokens to give at most.
         eos_token_ids: Tokens that end a row; the one that ended it is given too.
         pad_token_id: Fills a row behind its end.
+        sampling: How the next token is taken; the most probable one by default.
+        key: Of `jax.random`, or one for each row; needed when tokens are drawn.
         dtype: Of the computation.
         unroll: Lay the layers out one after the other, with a copy of their weights as
             a CPU reads them best: about twice the tokens per second there, but
             compilation grows with the layers. On a CPU when None.
 
     Raises:
-        ModelError: If prompt and answer exceed the model's context, or a prompt does
-            not end with a token.
+        ModelError: If prompt and answer exceed the model's context, a prompt does not
+            end with a token, or tokens are to be drawn and there is no key.
     """
     length = input_ids.shape[1]
     if max_new_tokens < 1 or length + max_new_tokens > config.max_length:
@@ -78,14 +135,18 @@ def generate(
             "generate: the last position of every prompt has to be a token; pad on the "
             "left, and give no empty prompt"
         )
+    if sampling.temperature and key is None:
+        raise ModelError("generate: tokens that are drawn need a random key")
     return _generate(
         params,
         config,
         input_ids.astype(jnp.int32),
         attention_mask.astype(jnp.int32),
+        row_keys(key, len(input_ids)) if key is not None else None,
         max_new_tokens=max_new_tokens,
         eos_token_ids=tuple(eos_token_ids),
         pad_token_id=pad_token_id,
+        sampling=sampling,
         dtype=jnp.dtype(dtype),
         unroll=jax.default_backend() == "cpu" if unroll is None else unroll,
     )
@@ -98,6 +159,7 @@ def generate(
         "max_new_tokens",
         "eos_token_ids",
         "pad_token_id",
+        "sampling",
         "dtype",
         "unroll",
     ),
@@ -107,72 +169,101 @@ def _generate(
     config: DecoderConfig,
     input_ids: Int[Array, "batch length"],
     attention_mask: Int[Array, "batch length"],
+    keys: Key[Array, " batch"] | None,
     *,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
     pad_token_id: int,
+    sampling: Sampling,
     dtype: DTypeLike,
     unroll: bool,
-) -> Int[Array, "batch max_new_tokens"]:
+) -> Answers:
     batch, length = input_ids.shape
     decoder, layer_graph = merge(params, config)
     prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
     positions, segments = batch_positions(prompt), batch_segments(prompt)
+    scoring = scoring_of(config)
     room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
 
-    def choose(x: Array) -> Int[Array, " batch"]:
+    def choose(x: Array, step: Int[Array, ""]) -> Int[Array, " batch"]:
         # The head is made where it is used: a transposed table that comes from outside
         # the loop would be copied into it.
-        return _most_probable(decoder.final_norm(x)[:, -1], head(params, config))
+        logits = head(params, config).logits(decoder.final_norm(x)[:, -1])
+        if not sampling.temperature or keys is None:
+            return first_greatest(logits)
+        turn_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+        return draw(logits, turn_keys, sampling)
 
-    def read_layer(x: Array, layer: Params) -> tuple[Array, Cache]:
+    pattern, turns = layer_pattern(positions, config)
+
+    def read_layer(x: Array, part: tuple[Params, Pattern]) -> tuple[Array, Cache]:
+        layer, own = part
+
         def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, Cache]:
-            attended = causal_attention(queries, keys, values, segments)
+            attended = causal_attention(
+                queries,
+                keys,
+                values,
+                segments,
+                window=own.window_of(config),
+                scoring=scoring,
+            )
             return attended, (jnp.pad(keys, room), jnp.pad(values, room))
 
-        turn = rotation(positions, config.rope, config.head_dim)
-        return nnx.merge(layer_graph, layer)(x, turn, attend)
+        return nnx.merge(layer_graph, layer)(x, own.turn_of(turns), attend)
 
-    embedded = decoder.embed(input_ids, dtype)
-    x, caches = jax.lax.scan(read_layer, embedded, params["layers"])
-    first = choose(x)
+    x = decoder.stream(input_ids, positions, dtype)
+    x, caches = jax.lax.scan(read_layer, x, (params["layers"], pattern))
+    first = choose(x, jnp.int32(0))
     layers: list[Layer] = []
+    patterns: list[Pattern] = []
     if unroll:
         apart = _apart(params["layers"], config.num_layers)
         layers = [_turned(nnx.merge(layer_graph, layer)) for layer in apart]
         caches = _apart(caches, config.num_layers)
+        patterns = _apart(pattern, config.num_layers)
     filled = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
 
     def one_token(state: _State) -> _State:
         slot = length + state.step - 1
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        turn = rotation(positions[:, -1:] + state.step, config.rope, config.head_dim)
-        visible = (filled != 0) & (jnp.arange(filled.shape[1])[None] <= slot)
+        here = positions[:, -1:] + state.step
+        _, turns = layer_pattern(here, config)
+        behind = slot - jnp.arange(filled.shape[1], dtype=jnp.int32)[None]
+        before = (filled != 0) & (behind >= 0)
 
-        def one_layer(x: Array, layer: Layer, cache: Cache) -> tuple[Array, Cache]:
+        def one_layer(
+            x: Array, layer: Layer, own: Pattern, cache: Cache
+        ) -> tuple[Array, Cache]:
+            window = own.window_of(config)
+            visible = before if window is None else before & (behind < window)
             put = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
             )
 
             def attend(queries: Array, keys: Array, values: Array):
                 cached = put(cache[0], keys), put(cache[1], values)
-                return _attend(queries, *cached, visible), cached
+                return _attend(queries, *cached, visible, scoring), cached
 
-            return layer(x, turn, attend)
+            return layer(x, own.turn_of(turns), attend)
 
-        def stacked_layer(x: Array, part: tuple[Params, Cache]) -> tuple[Array, Cache]:
-            return one_layer(x, nnx.merge(layer_graph, part[0]), part[1])
+        def stacked_layer(
+            x: Array, part: tuple[Params, Pattern, Cache]
+        ) -> tuple[Array, Cache]:
+            return one_layer(x, nnx.merge(layer_graph, part[0]), *part[1:])
 
-        x = decoder.embed(token, dtype)
+        x = decoder.stream(token, here, dtype)
         if unroll:
             caches = []
-            for layer, cache in zip(layers, state.caches, strict=True):
-                x, cache = one_layer(x, layer, cache)
+            each = zip(layers, patterns, state.caches, strict=True)
+            for layer, own, cache in each:
+                x, cache = one_layer(x, layer, own, cache)
                 caches.append(cache)
         else:
-            stacked = params["layers"], state.caches
+            stacked = params["layers"], pattern, state.caches
             x, caches = jax.lax.scan(stacked_layer, x, stacked)
-        token = jnp.where(state.done, jnp.int32(pad_token_id), choose(x))
+        chosen = choose(x, state.step)
+        token = jnp.where(state.done, jnp.int32(pad_token_id), chosen)
         return put_token(state._replace(caches=caches), token)
 
     def put_token(state: _State, token: Int[Array, " batch"]) -> _State:
@@ -182,26 +273,18 @@ def _generate(
         done = functools.reduce(
             jnp.logical_or, [token == end for end in eos_token_ids], state.done
         )
-        return _State(state.step + 1, tokens, done, state.caches)
+        lengths = state.lengths + (~state.done).astype(jnp.int32)
+        return _State(state.step + 1, tokens, lengths, done, state.caches)
 
     empty = jnp.full((batch, max_new_tokens), pad_token_id, jnp.int32)
-    start = _State(jnp.int32(0), empty, jnp.zeros(batch, bool), caches)
-    return jax.lax.while_loop(
+    none = jnp.zeros(batch, jnp.int32)
+    start = _State(jnp.int32(0), empty, none, none != 0, caches)
+    end = jax.lax.while_loop(
         lambda state: (state.step < max_new_tokens) & ~state.done.all(),
         one_token,
         put_token(start, first),
-    ).tokens
-
-
-def _most_probable(
-    hidden: Float[Array, "batch d_model"], last: Head
-) -> Int[Array, " batch"]:
-    """Returns the first id of the greatest logit."""
-    logits = last.logits(hidden)
-    # Two plain reductions; argmax's reduction of pairs is much slower on a CPU.
-    greatest = logits.max(axis=-1, keepdims=True)
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.where(logits == greatest, ids, logits.shape[-1] - 1).min(axis=-1)
+    )
+    return Answers(end.tokens, end.lengths, end.step)
 
 
 def _attend(
@@ -209,11 +292,11 @@ def _attend(
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
     visible: Bool[Array, "batch slots"],
+    scoring: Scoring,
 ) -> Float[Array, "batch kv_heads group 1 head_dim"]:
     """Returns the attended values of one query per row over the filled slots."""
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("bkgqh,bkmh->bkgqm", queries, keys)
-    scores *= 1 / math.sqrt(queries.shape[-1])
+    scores = key_scores(queries, keys, scoring)
     scores = jnp.where(visible[:, None, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return product("bkgqm,bkmh->bkgqh", weights, values).astype(queries.dtype)
