@@ -10,7 +10,6 @@ from jaxtyping import Float, Float32, Int, Key
 
 from taid_jax.models.errors import ModelError
 
-
 LEAST_TEMPERATURE = 1e-6
 """Below it logits divided by it would not be numbers any more in float32."""
 
