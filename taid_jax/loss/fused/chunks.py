@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """What the loop gives per token."""
+    """What the loop gives per token; `hidden` has an axis of parts before that."""
 
     losses: Array
     metrics: dict[str, Array]
@@ -76,7 +76,8 @@ def run_chunks(
     masked: bool,
     plan: Plan,
     wanted: Wanted,
-    spread: Callable[[Array], Array] = lambda kernel: kernel,
+    spread: Callable[[Array, int], Array] = lambda array, axis: array,
+    parts: int = 1,
 ) -> Outcome:
     """Returns the sums over the tokens of one device.
 
@@ -87,12 +88,13 @@ def run_chunks(
             together first, and what holds none does no work.
         plan: Sizes of the loop.
         wanted: Which gradients are formed; without any, none of their work is done.
-        spread: Lays the head's gradient out over a mesh as its kernel is.
+        spread: Lays an axis of an array out over the devices that share the vocabulary.
+        parts: How many those are.
     """
     count = tokens.weight.shape[0]
     chunks = -(-count // plan.chunk)
     pad = chunks * plan.chunk - count
-    job = Job(problem, plan, wanted, tokens.student.dtype)
+    job = Job(problem, plan, wanted, tokens.student.dtype, spread, parts)
     step = _flat_chunk if plan.rows == plan.chunk else _nested_chunk
     counted = tokens.weight != 0
     if masked:
@@ -117,14 +119,19 @@ def run_chunks(
             live = jnp.clip(total - start, 0, plan.chunk)
         return step(job, carry, chunk, live)
 
-    carry = _start(job, tokens, spread)
+    carry = _start(job, tokens)
     if chunks == 1:
         carry, results = body(carry, jnp.int32(0))
+        results = jax.tree.map(lambda x: jnp.expand_dims(x, 0), results)
     else:
         carry, results = lax.scan(body, carry, jnp.arange(chunks, dtype=jnp.int32))
-        results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
     sums = carry[0]
     hidden = results.hidden
+    if hidden is not None:
+        hidden = jnp.squeeze(hidden, 1) if parts == 1 else jnp.sum(hidden, axis=1)
+    losses, metrics, hidden = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (results.losses, results.metrics, hidden)
+    )
     weight = tokens.weight
     if order is not None:
         weight = jnp.take(weight, order, mode="fill", fill_value=0)
@@ -135,8 +142,8 @@ def run_chunks(
     elif hidden is not None:
         hidden = hidden[:count]
     return Outcome(
-        weighted_sum(results.losses, weight),
-        {name: weighted_sum(x, weight) for name, x in results.metrics.items()},
+        weighted_sum(losses, weight),
+        {name: weighted_sum(x, weight) for name, x in metrics.items()},
         Gradients(sums.objective, hidden, sums.kernel, sums.bias),
     )
 
@@ -155,16 +162,17 @@ def _gather(tokens: Tokens, order: Int[Array, " chunk"]) -> Tokens:
     return Tokens(student, teacher, weight, labels)
 
 
-def _start(job: Job, tokens: Tokens, spread: Callable[[Array], Array]) -> LoopCarry:
+def _start(job: Job, tokens: Tokens) -> LoopCarry:
     """Returns the loop's first carry: sums of 0, room for the gradient of logits."""
     wanted, student = job.wanted, job.problem.student
     leaves = split_objective(job.problem.objective)[0]
-    vocab = student.kernel.shape[
-        kernel_axes(student.kernel, tokens.student.shape[1])[1]
-    ]
+    axis = kernel_axes(student.kernel, tokens.student.shape[1])[1]
+    vocab, kernel = student.kernel.shape[axis], None
+    if wanted.kernel:
+        kernel = job.spread(jnp.zeros(student.kernel.shape, jnp.float32), axis)
     sums = Sums(
         [jnp.zeros_like(leaf) for leaf in leaves] if wanted.objective else None,
-        spread(jnp.zeros(student.kernel.shape, jnp.float32)) if wanted.kernel else None,
+        kernel,
         jnp.zeros((vocab,), jnp.float32) if wanted.bias else None,
     )
     nested = job.plan.rows != job.plan.chunk

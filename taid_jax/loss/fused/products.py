@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from taid_jax.loss.fused.plan import Plan
 from taid_jax.loss.fused.rows import Problem, Wanted, dot, kernel_axes
@@ -16,12 +17,24 @@ Y = TypeVar("Y")
 
 
 class Job(NamedTuple):
-    """What the loop is to do; `dtype` is that of products."""
+    """What the loop is to do.
+
+    Attributes:
+        problem: Objective and heads.
+        plan: Sizes of the loop.
+        wanted: Which gradients are formed.
+        dtype: That of products.
+        spread: Lays an array out with an axis over the devices that share the
+            vocabulary.
+        parts: How many those are.
+    """
 
     problem: Problem
     plan: Plan
     wanted: Wanted
     dtype: jnp.dtype
+    spread: Callable[[Array, int], Array]
+    parts: int
 
 
 class Sums(NamedTuple):
@@ -59,12 +72,15 @@ def work_when(
 def head_products(
     job: Job, sums: Sums, in_logits: Array, hidden: Array
 ) -> tuple[Sums, Array | None]:
-    """Adds the gradients of the head, returns that of the hidden states."""
+    """Adds the gradients of the head, returns that of the hidden states.
+
+    The latter is `(parts, tokens, d_model)`, to be summed over the first axis.
+    """
     student = job.problem.student
     model, vocab = kernel_axes(student.kernel, hidden.shape[1])
     kernel, bias, in_hidden = sums.kernel, sums.bias, None
     if job.wanted.hidden:
-        in_hidden = dot(in_logits, student.kernel, 1, vocab)
+        in_hidden = _hidden_parts(job, in_logits, vocab)
     if kernel is not None and model == 0:
         turned = hidden.T
         if job.plan.cpu:
@@ -78,6 +94,31 @@ def head_products(
         ones = jnp.ones((1, in_logits.shape[0]), in_logits.dtype)
         bias += jnp.squeeze(dot(ones, in_logits, 1, 0), 0)
     return Sums(sums.objective, kernel, bias), in_hidden
+
+
+def _hidden_parts(
+    job: Job, in_logits: Float[Array, "tokens vocab"], vocab: int
+) -> Float[Array, "parts tokens d_model"]:
+    """Returns the gradient of the hidden states from each part of the vocabulary.
+
+    Devices that share the vocabulary would have to add up their parts in every chunk;
+    as a leading axis of the result the parts stay where they are.
+    """
+    kernel, parts = job.problem.student.kernel, job.parts
+    if parts == 1:
+        return jnp.expand_dims(dot(in_logits, kernel, 1, vocab), 0)
+    model = kernel.shape[1 - vocab]
+    in_logits = in_logits.reshape(in_logits.shape[0], parts, -1)
+    shape = (parts, -1, model) if vocab == 0 else (model, parts, -1)
+    kernel = kernel.reshape(shape)
+    contracted = ((2,), (1 if vocab == 0 else 2,))
+    product = lax.dot_general(
+        in_logits,
+        kernel,
+        (contracted, ((1,), (vocab,))),
+        preferred_element_type=jnp.float32,
+    )
+    return job.spread(product, 0)
 
 
 def chunk_products(
@@ -103,7 +144,7 @@ def chunk_products(
             sums, new = head_products(job, carry[0], g, h)
             in_hidden = carry[1]
             if in_hidden is not None and new is not None:
-                in_hidden = lax.dynamic_update_slice_in_dim(in_hidden, new, start, 0)
+                in_hidden = lax.dynamic_update_slice_in_dim(in_hidden, new, start, 1)
             return (sums, in_hidden), None
 
         return work
@@ -118,7 +159,10 @@ def chunk_products(
         return carry, None
 
     whole = part(count, jnp.int32(0))
-    in_hidden = jnp.zeros(hidden.shape, jnp.float32) if job.wanted.hidden else None
+    in_hidden = None
+    if job.wanted.hidden:
+        in_hidden = jnp.zeros((job.parts, *hidden.shape), jnp.float32)
+        in_hidden = job.spread(in_hidden, 0)
     carry, x = (sums, in_hidden), (in_logits, hidden)
     if job.plan.cpu:
         return lax.cond(blocks == count, whole, by_digits, carry, x)[0]

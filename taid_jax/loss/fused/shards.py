@@ -153,11 +153,11 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
         teacher = teacher._replace(kernel=kernel)
         teacher_hidden = fixed.hidden.reshape(-1, fixed.hidden.shape[-1])
 
-    def spread(kernel: Array) -> Array:
-        return fused_mesh.spread_vocabulary(kernel, vocab, partition)
+    def spread(array: Array, axis: int) -> Array:
+        return fused_mesh.spread_vocabulary(array, axis, partition)
 
     student = _cut(moving.head, vocab, width, hidden.dtype)
-    student = student._replace(kernel=spread(student.kernel))
+    student = student._replace(kernel=spread(student.kernel, vocab))
     weight = jnp.ones(hidden.shape[:-1], jnp.float32)
     if fixed.mask is not None:
         weight = fixed.mask.astype(jnp.float32)
@@ -170,11 +170,13 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     problem = Problem(
         moving.objective, student, teacher, static.softcaps, static.vocab_size
     )
-    on_device = width if partition is None else -(-width // partition.tensor)
+    tensor = 1 if partition is None else partition.tensor
+    on_device = -(-width // tensor)
+    parts = 1 if width % tensor else tensor
     plan = make_plan(weight.size, on_device, static.platform, static.chunk_size)
     masked = fixed.mask is not None
     loss, metrics, (in_leaves, in_hidden, in_kernel, in_bias) = run_chunks(
-        problem, tokens, masked, plan, wanted, spread
+        problem, tokens, masked, plan, wanted, spread, parts
     )
     if in_hidden is not None:
         in_hidden = in_hidden.reshape(hidden.shape)
