@@ -2,30 +2,17 @@
 
 import dataclasses
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from taid_jax.data.batches import ExampleSet
-from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Chat, Completion, Content, Document, Text
-from taid_jax.data.encoding import Encoder, Rendered, Tokenizer, cut_windows
-from taid_jax.data.errors import (
-    BadRecordPolicy,
-    BadRecords,
-    DataError,
-    RecordError,
-)
+from taid_jax.data.encoding import Encoder, Tokenizer
+from taid_jax.data.errors import BadRecordPolicy, BadRecords, DataError
+from taid_jax.data.intake import Intake, Limits
 from taid_jax.data.packing import pack_rows
 from taid_jax.data.sources import Source, describe_source, read_documents
 from taid_jax.data.split import cut_only_text, hold_out
-from taid_jax.data.tokens import Example, TokenTable, make_table
-
-_GROUP_DOCUMENTS = 512
-_GROUP_CHARACTERS = 4_000_000
-"""Documents go to the tokenizer in groups of at most this: enough for it to use its
-threads, and little memory."""
+from taid_jax.data.tokens import TokenTable, make_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +43,8 @@ class DatasetInfo:
     Attributes:
         train: What is trained on.
         held_out: What is not.
-        dropped: Documents left out, by reason: `too_long` (a conversation of more than
-            `seq_len` tokens), `empty` (white space only, or a single token),
-            `nothing_counted` (no token of an answer), `bad` (see `problems`).
+        dropped: How many records were left out, by reason: the keys of
+            `errors.REASONS` (see `problems`) and `errors.FILTERS`.
         problems: The first records that could not be used, with file and line.
         fingerprint: 16 hexadecimal digits; other examples or sides, other digits.
     """
@@ -125,11 +111,12 @@ def load_dataset(
     if held_out_fraction:
         documents = cut_only_text(documents, held_out_fraction)
     encoder = Encoder(tokenizer)
-    intake = _Intake(encoder, seq_len, count_prompts=count_prompts, bad=bad)
-    table = make_table(intake.examples(documents))
-    dropped = dict(intake.dropped) | ({"bad": bad.count} if bad.count else {})
+    intake = Intake(encoder, Limits(seq_len), count_prompts=count_prompts, bad=bad)
+    table = make_table(
+        (number, example) for number, _, example in intake.examples(documents)
+    )
     if not len(table):
-        raise DataError(_nothing_left(source, seq_len, dropped, intake, bad))
+        raise DataError(_nothing_left(source, seq_len, intake, bad))
     ranks = np.array([documents[number].rank for number in table.documents])
     held_out = hold_out(
         ranks, table.lengths, held_out_fraction, describe_source(source)
@@ -146,88 +133,11 @@ def load_dataset(
     info = DatasetInfo(
         train=_describe(train),
         held_out=_describe(held),
-        dropped=dropped,
+        dropped=dict(bad.reasons),
         problems=tuple(bad.messages),
         fingerprint=_fingerprint(table, train, held),
     )
     return Dataset(train, held, info)
-
-
-class _Intake:
-    """Documents to examples, with a count of those left out."""
-
-    def __init__(
-        self, encoder: Encoder, seq_len: int, *, count_prompts: bool, bad: BadRecords
-    ):
-        self._encoder = encoder
-        self._renderer = ChatRenderer(encoder.tokenizer, count_prompts=count_prompts)
-        self._seq_len = seq_len
-        self._bad = bad
-        self.dropped: Counter[str] = Counter()
-        self.shortest_dropped: int | None = None
-
-    def examples(self, documents: Sequence[Document]) -> Iterator[tuple[int, Example]]:
-        """Yields examples with the number of their document, in order."""
-        group: list[tuple[int, Rendered | Example]] = []
-        characters = 0
-        for number, document in enumerate(documents):
-            if isinstance(document.content, Text) and not document.content.text.strip():
-                self.dropped["empty"] += 1
-                continue
-            try:
-                rendered = self._render(document.content)
-            except RecordError as error:
-                self._bad.report(document.origin, error)
-                continue
-            group.append((number, rendered))
-            if isinstance(rendered, Rendered):
-                characters += len(rendered.text)
-            if len(group) >= _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
-                yield from self._encode(group, documents)
-                group, characters = [], 0
-        yield from self._encode(group, documents)
-
-    def _render(self, content: Content) -> Rendered | Example:
-        match content:
-            case Text():
-                return Rendered(content.text, framed=True, windowed=True)
-            case Completion():
-                return self._renderer.completion(content)
-            case Chat():
-                return self._renderer.chat(content)
-
-    def _encode(
-        self,
-        group: Sequence[tuple[int, Rendered | Example]],
-        documents: Sequence[Document],
-    ) -> Iterator[tuple[int, Example]]:
-        texts = [item for _, item in group if isinstance(item, Rendered)]
-        encoded = iter(self._encoder.examples(texts))
-        for number, item in group:
-            example = next(encoded) if isinstance(item, Rendered) else item
-            if isinstance(example, RecordError):
-                self._bad.report(documents[number].origin, example)
-                continue
-            if isinstance(item, Rendered) and item.windowed:
-                windows = cut_windows(example, self._seq_len)
-            else:
-                windows = iter([example])
-            for window in windows:
-                if self._keep(documents[number], window):
-                    yield number, window
-
-    def _keep(self, document: Document, example: Example) -> bool:
-        length = len(example.ids)
-        if isinstance(document.content, Text):
-            reason = "empty" if length < 2 else None
-        elif length > self._seq_len:
-            reason = "too_long"
-            self.shortest_dropped = min(length, self.shortest_dropped or length)
-        else:
-            reason = None if example.counted.any() else "nothing_counted"
-        if reason:
-            self.dropped[reason] += 1
-        return reason is None
 
 
 def _fair_order(held_out: np.ndarray, ranks: np.ndarray) -> np.ndarray:
@@ -263,19 +173,18 @@ def _fingerprint(table: TokenTable, *sides: ExampleSet) -> str:
 def _nothing_left(
     source: Source,
     seq_len: int,
-    dropped: dict[str, int],
-    intake: _Intake,
+    intake: Intake,
     bad: BadRecords,
 ) -> str:
     name = describe_source(source)
-    counts = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+    counts = ", ".join(f"{reason}: {count}" for reason, count in bad.reasons.items())
     message = f"{name}: no example is left to train on ({counts or 'no records'})"
-    if intake.shortest_dropped is not None:
+    if intake.shortest_too_long is not None:
         message += (
-            f"; the shortest conversation has {intake.shortest_dropped} tokens and "
+            f"; the shortest conversation has {intake.shortest_too_long} tokens and "
             f"seq_len is {seq_len}: raise seq_len or shorten the conversations"
         )
-    elif dropped.get("nothing_counted"):
+    elif bad.reasons["nothing_counted"]:
         message += "; every token is masked: check the answers, or count prompts too"
     if bad.messages:
         message += f"; the first problem: {bad.messages[0]}"

@@ -21,6 +21,17 @@ REASONS: Mapping[str, str] = {
 }
 """Why a record cannot be used."""
 
+FILTERS: Mapping[str, str] = {
+    "too_long": "more tokens than a row holds",
+    "prompt_too_long": "more tokens before the last answer than the limit",
+    "answer_too_long": "more tokens in the last answer than the limit",
+    "empty": "white space only, or a single token",
+    "nothing_counted": "no token of an answer",
+    "copy": "the same record, under the same name, as one before it",
+    "beyond_limit": "validation conversations beyond the number asked for",
+}
+"""Why a sound record is left out."""
+
 _KEPT_MESSAGES = 20
 """So many problems are kept word for word; the rest are only counted."""
 
@@ -47,11 +58,11 @@ class RecordError(DataError):
 
 
 class Problem(NamedTuple):
-    """A record that cannot be used.
+    """A record that is left out.
 
     Attributes:
         origin: Where it stands, such as `chat.jsonl, line 3`.
-        reason: A key of `REASONS`.
+        reason: A key of `REASONS` or `FILTERS`.
         message: What was needed, what came and the way out.
     """
 
@@ -63,24 +74,36 @@ class Problem(NamedTuple):
 class BadRecords:
     """Ends the run at the first bad record, or counts it and lets the rest go on.
 
+    Sound records that a filter leaves out are counted under either policy.
+
+    Args:
+        policy: `raise` or `count`.
+        kept: How many are kept in `problems`; all when None.
+        filtered: Whether those that a filter leaves out are among them.
+
     Attributes:
         policy: `raise` or `count`.
-        reasons: How many records were bad, by reason.
-        problems: The first of them.
+        reasons: How many records were left out, by reason.
+        problems: The first of them, in order.
     """
 
     def __init__(
-        self, policy: BadRecordPolicy = "raise", kept: int | None = _KEPT_MESSAGES
+        self,
+        policy: BadRecordPolicy = "raise",
+        *,
+        kept: int | None = _KEPT_MESSAGES,
+        filtered: bool = False,
     ):
         self.policy: BadRecordPolicy = policy
         self.reasons: Counter[str] = Counter()
         self.problems: list[Problem] = []
         self._kept = kept
+        self._filtered = filtered
 
     @property
     def count(self) -> int:
-        """How many records were bad."""
-        return self.reasons.total()
+        """How many records could not be used, filters left aside."""
+        return sum(n for reason, n in self.reasons.items() if reason in REASONS)
 
     @property
     def messages(self) -> list[str]:
@@ -99,6 +122,19 @@ class BadRecords:
         """
         if self.policy == "raise":
             raise DataError(f"{origin}: {error}") from error
-        self.reasons[error.reason] += 1
-        if self._kept is None or len(self.problems) < self._kept:
-            self.problems.append(Problem(origin, error.reason, str(error)))
+        self._note(Problem(origin, error.reason, str(error)))
+
+    def leave_out(self, origin: str, reason: str, detail: str) -> None:
+        """Takes note of a sound record that is left out.
+
+        Args:
+            origin: Where it stands.
+            reason: A key of `FILTERS`.
+            detail: What kept it out.
+        """
+        self._note(Problem(origin, reason, detail), keep=self._filtered)
+
+    def _note(self, problem: Problem, *, keep: bool = True) -> None:
+        self.reasons[problem.reason] += 1
+        if keep and (self._kept is None or len(self.problems) < self._kept):
+            self.problems.append(problem)

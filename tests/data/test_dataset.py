@@ -175,7 +175,7 @@ def test_load_dataset_counts_bad_records_on_request(write_jsonl, tokenizer):
     with pytest.raises(DataError, match="line 2: need the keys"):
         load_dataset(path, tokenizer, seq_len=16)
     dataset = load_dataset(path, tokenizer, seq_len=16, bad_records="count")
-    assert dataset.info.dropped == {"bad": 2}
+    assert dataset.info.dropped == {"wrong_shape": 1, "no_answer": 1}
     assert "line 2" in dataset.info.problems[0]
     assert "line 4" in dataset.info.problems[1]
 
@@ -210,7 +210,7 @@ def test_load_dataset_says_when_everything_is_masked(
 def test_load_dataset_says_when_nothing_is_left(write_jsonl, tokenizer):
     with pytest.raises(DataError, match=r"no example is left .*empty: 2"):
         load_dataset(write_jsonl([{"text": " "}] * 2), tokenizer, seq_len=64)
-    with pytest.raises(DataError, match=r"bad: 1.*first problem: .*line 1"):
+    with pytest.raises(DataError, match=r"wrong_shape: 1.*first problem: .*line 1"):
         load_dataset(
             write_jsonl([{"x": 1}]), tokenizer, seq_len=64, bad_records="count"
         )
