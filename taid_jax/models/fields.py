@@ -78,6 +78,23 @@ class Fields:
         # Anything that lets the reading go on; `finish` raises before it is used.
         return kind(1)
 
+    def optional(self, key: str, default: _T | None, kind: type[_T]) -> _T | None:
+        """Returns the entry, None where it is null, or the default when absent."""
+        if key in self:
+            return self.get(key, REQUIRED, kind)
+        self._seen.add(key)
+        return None if key in self._values else default
+
+    def sequence(self, key: str, kind: type[_T]) -> tuple[_T, ...] | None:
+        """Returns the entries of a list, all of one type; None when absent."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if isinstance(value, list) and all(_fits(entry, kind) for entry in value):
+            return tuple(kind(entry) for entry in value)  # type: ignore[arg-type]
+        self.problem(key, f"need a list, each {_WANTED[kind]}, got {_shown(value)}")
+        return None
+
     def section(self, key: str) -> "Fields | None":
         """Returns the mapping at `key`, read in the same way; None when absent."""
         value = self.raw(key)

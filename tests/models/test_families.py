@@ -106,7 +106,7 @@ def test_read_config_reads_the_old_name_of_linear_scaling(tiny_settings):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type.*yarn"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope_type.*spiral"),
         ({"rope_scaling": {"type": "linear"}}, "factor: is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor >= 1"),
         ({"rope_scaling": {**LLAMA3, "beta": 1}}, "rope_scaling.beta"),

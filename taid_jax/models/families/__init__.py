@@ -4,7 +4,9 @@ A new family is a file like `llama.py` and an entry in `registry.FAMILIES`; what
 differently from the others is a setting of `DecoderConfig`.
 """
 
+from taid_jax.models.families.family import ACTIVATIONS as ACTIVATIONS
 from taid_jax.models.families.family import Family as Family
+from taid_jax.models.families.family import Group as Group
 from taid_jax.models.families.family import Setting as Setting
 from taid_jax.models.families.family import Weight as Weight
 from taid_jax.models.families.registry import FAMILIES as FAMILIES

@@ -2,12 +2,30 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from taid_jax.models.fields import Required
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.fields import Fields, Required
 from taid_jax.models.layout import Part
 
-Default = int | float | bool | Required | Callable[[Mapping[str, int]], int]
+Value = int | float | bool | str | None
+Got = Mapping[str, Any]
+"""Fields of `DecoderConfig` that were read so far."""
+
+Default = Value | Required | Callable[[Got], int]
 """A value, REQUIRED, or a function of the settings that stand before this one."""
+
+ACTIVATIONS: Mapping[object, Value] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "relu": "relu",
+}
+"""Names of `transformers` -> `activation` of `DecoderConfig`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,13 +34,30 @@ class Setting:
 
     Attributes:
         field: Name of the field; its type there is the type that the file must have.
-        key: Name in config.json.
+            Null means absent, unless the field may be None.
+        key: Name in config.json; None when the default is all there is.
         default: What `transformers` takes where config.json says nothing.
+        words: What the file says -> what the field is then, where they differ; of
+            several for the same, the first is written.
     """
 
     field: str
-    key: str
+    key: str | None
     default: Default
+    words: Mapping[object, Value] | None = None
+
+
+class Group(NamedTuple):
+    """Keys of config.json that are read and written together.
+
+    Attributes:
+        read: Returns the fields of `DecoderConfig` that they give, from the file and
+            the fields read before; problems are left with the `Fields`.
+        write: Returns the keys for an architecture.
+    """
+
+    read: Callable[[Fields, Got], dict[str, Any]]
+    write: Callable[[DecoderConfig], dict[str, object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +100,8 @@ class Family:
         name: `model_type` in config.json, and `family` in `DecoderConfig`.
         architecture: The class in `transformers`, in `architectures` of config.json.
         settings: What config.json may set.
+        groups: What it sets with several keys together: rotary positions, windows.
+        constants: Fields of `DecoderConfig` that all models of the family share.
         fixed: Keys that ask for something the decoder does in one way only, with the
             values that mean this way; the first is written on export.
         harmless: Keys that change nothing that is computed here.
@@ -78,9 +115,11 @@ class Family:
     name: str
     architecture: str
     settings: tuple[Setting, ...]
+    groups: tuple[Group, ...]
     fixed: Mapping[str, tuple[object, ...]]
     harmless: frozenset[str]
     weights: tuple[Weight, ...]
+    constants: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     hf_layer: str = "model.layers.{layer}."
     gguf_layer: str = "blk.{layer}."
     ignored: tuple[str, ...] = ()

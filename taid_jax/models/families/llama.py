@@ -1,6 +1,7 @@
 """Llama 1 to 3, and what is built like it: TinyLlama, SmolLM2, ..."""
 
 from taid_jax.models.families.family import Family, Setting, Weight
+from taid_jax.models.families.rope import rope
 from taid_jax.models.fields import REQUIRED
 
 # llama.cpp keeps the two halves (c) of each rotary pair side by side; Hugging Face has
@@ -26,6 +27,7 @@ LLAMA = Family(
         Setting("attention_bias", "attention_bias", False),
         Setting("mlp_bias", "mlp_bias", False),
     ),
+    groups=(rope(),),
     fixed={"hidden_act": ("silu", "swish")},
     harmless=frozenset({"attention_dropout", "pretraining_tp", "is_llama_config"}),
     weights=(

@@ -2,17 +2,20 @@
 
 import dataclasses
 import re
+import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
-from taid_jax.models.families.family import Family
+from taid_jax.models.families.family import Family, Setting
 from taid_jax.models.families.llama import LLAMA
-from taid_jax.models.families.rope import read_rope, write_rope
+from taid_jax.models.families.mistral import MISTRAL
+from taid_jax.models.families.qwen2 import QWEN2
+from taid_jax.models.families.qwen3 import QWEN3
 from taid_jax.models.fields import Fields
 
-FAMILIES = (LLAMA,)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 MOST_LAYERS = 10_000
 """More layers than this are a broken file, not a model."""
@@ -139,27 +142,62 @@ def read_config(values: Mapping[str, object], origin: str) -> DecoderConfig:
         )
     fields = Fields(values, origin)
     got = _read_settings(family, fields)
-    rope = read_rope(fields)
+    for group in family.groups:
+        got |= group.read(fields, got)
     for key, allowed in {**ONE_WAY, **family.fixed}.items():
         fields.only(key, allowed)
     fields.finish(HARMLESS | family.harmless)
     try:
-        return DecoderConfig(family=family.name, rope=rope, **got)
+        return DecoderConfig(family=family.name, **got)
     except ModelError as error:
         raise ModelError(f"{origin}: {error}") from error
 
 
 def write_config(config: DecoderConfig) -> dict[str, object]:
-    """Returns the keys of config.json for an architecture, defaults spelled out."""
+    """Returns the keys of config.json for an architecture, defaults spelled out.
+
+    Raises:
+        ModelError: If the architecture is none of its family's.
+    """
     family = family_named(config.family)
     values: dict[str, object] = {
         "architectures": [family.architecture],
         "model_type": family.name,
     }
     for setting in family.settings:
-        values[setting.key] = getattr(config, setting.field)
+        if setting.key is not None:
+            values[setting.key] = _written(setting, getattr(config, setting.field))
     values |= {key: allowed[0] for key, allowed in family.fixed.items()}
-    return values | write_rope(config.rope)
+    for group in family.groups:
+        values |= group.write(config)
+    origin = f"the config.json of a {family.name}"
+    meant, said = _meaning(config), _meaning(read_config(values, origin))
+    if lost := [name for name in meant if meant[name] != said[name]]:
+        raise ModelError(
+            f"{origin} cannot describe this model: "
+            + "; ".join(
+                f"it means {name} {said[name]!r}, the model has {meant[name]!r}"
+                for name in lost
+            )
+        )
+    return values
+
+
+def _written(setting: Setting, value: object) -> object:
+    for word, meant in (setting.words or {}).items():
+        if meant == value:
+            return word
+    return value
+
+
+def _meaning(config: DecoderConfig) -> dict[str, object]:
+    """Returns what the settings say, the same for two ways to say it."""
+    values = {name: getattr(config, name) for name in _TYPES}
+    # The padding of the vocabulary is a matter of the tokenizer.
+    told = ("rope", "local_rope", "rope_layers", "window", "window_layers")
+    for name in (*told, "num_tokens"):
+        del values[name]
+    return values | {"ropes": config.ropes, "windows": config.windows}
 
 
 def _family_of(values: Mapping[str, object], origin: str) -> Family:
@@ -181,17 +219,34 @@ _TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
 
 
 def _read_settings(family: Family, fields: Fields) -> dict[str, Any]:
-    got: dict[str, Any] = {}
+    got: dict[str, Any] = dict(family.constants)
     for setting in family.settings:
         default = setting.default
         if callable(default):
             # Stand-ins for missing sizes let the reading go on; they are never zero.
             default = default({key: value or 1 for key, value in got.items()})
-        kind: Any = _TYPES[setting.field]
-        got[setting.field] = fields.get(setting.key, default, kind)
+        got[setting.field] = _read_setting(setting, default, fields)
         if setting.field == "num_layers" and got["num_layers"] > MOST_LAYERS:
-            fields.problem(setting.key, f"need at most {MOST_LAYERS:,} layers")
+            fields.problem(setting.key or "", f"need at most {MOST_LAYERS:,} layers")
+            got["num_layers"] = 1
     return got
+
+
+def _read_setting(setting: Setting, default: Any, fields: Fields) -> object:
+    key, words = setting.key, setting.words
+    kind: Any = _TYPES[setting.field]
+    if key is None:
+        return default
+    if words is not None:
+        kind = type(next(iter(words)))
+        word = fields.get(key, default, kind)
+        if word not in words:
+            can = ", ".join(map(str, words))
+            fields.problem(key, f"the decoder can do {can}, not {word!r}")
+        return words.get(word)
+    if isinstance(kind, types.UnionType):
+        return fields.optional(key, default, get_args(kind)[0])
+    return fields.get(key, default, kind)
 
 
 def is_ignored(family: Family, tensor: str) -> bool:

@@ -1,0 +1,33 @@
+"""Mistral 7B and its kin: Llama with a sliding window."""
+
+from taid_jax.models.families.family import ACTIVATIONS, Family, Setting
+from taid_jax.models.families.rope import rope
+from taid_jax.models.families.usual import (
+    ATTENTION,
+    EMBED,
+    HEAD_DIM,
+    LAST,
+    MLP,
+    NORMS,
+    ROTARY_BUFFERS,
+    SIZES,
+)
+
+MISTRAL = Family(
+    name="mistral",
+    architecture="MistralForCausalLM",
+    settings=(
+        *SIZES,
+        HEAD_DIM,
+        Setting("max_length", "max_position_embeddings", 4096 * 32),
+        Setting("norm_eps", "rms_norm_eps", 1e-6),
+        Setting("tie_embeddings", "tie_word_embeddings", False),
+        Setting("activation", "hidden_act", "silu", ACTIVATIONS),
+        Setting("window", "sliding_window", 4096),
+    ),
+    groups=(rope(),),
+    fixed={},
+    harmless=frozenset({"attention_dropout"}),
+    weights=(EMBED, *NORMS, *ATTENTION, *MLP, *LAST),
+    ignored=ROTARY_BUFFERS,
+)
