@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from taid_jax.data import Dataset, held_out_batches, train_iterator
-from taid_jax.evaluate import HeldOut, evaluate, make_judge_step
+from taid_jax.data import Dataset, train_iterator
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.settings import Settings, SettingsError
 from taid_jax.sharding import replicated
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.inputs import Pair
+from taid_jax.train.judge import Judge
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.progress import ConsoleProgress
@@ -25,6 +25,7 @@ from taid_jax.train.state import (
     state_shardings,
 )
 from taid_jax.train.step import make_train_step
+from taid_jax.train.utilisation import make_meter
 from taid_jax.types import Params
 
 
@@ -35,6 +36,7 @@ def assemble(
     dataset: Dataset,
     checkpoints: Checkpoints,
     mesh: Mesh,
+    judge: Judge,
 ) -> tuple[Loop, DistillState]:
     """Returns the loop and the state that it starts from, new or restored."""
     data, run, opt = settings.data, settings.run, settings.optimizer
@@ -94,11 +96,6 @@ def assemble(
         begin = jax.jit(start, out_shardings=shardings, donate_argnums=0)
         state = begin(pair.student_params)
 
-    common = {
-        "chunk_size": run.chunk_size,
-        "mesh": mesh,
-        "logits_loss": run.logits_loss,
-    }
     train_step = make_train_step(
         student,
         teacher,
@@ -108,20 +105,10 @@ def assemble(
         learning_rate=rate,
         grad_accum=opt.grad_accum,
         shardings=shardings,
-        **common,
+        chunk_size=run.chunk_size,
+        mesh=mesh,
+        logits_loss=run.logits_loss,
     )
-    judge_step = make_judge_step(student, teacher, objective, **common)
-    held_out = held_out_batches(
-        dataset.held_out,
-        data.batch_size,
-        limit=data.held_out_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-    def judge(state: DistillState) -> HeldOut:
-        return evaluate(judge_step, state, pair.teacher.params, held_out, mesh)
-
     loop = Loop(
         settings=settings,
         folder=folder,
@@ -133,5 +120,6 @@ def assemble(
         checkpoints=checkpoints,
         mesh=mesh,
         progress=ConsoleProgress(Console(quiet=True), run.steps),
+        meter=make_meter(settings, pair.student_config, pair.teacher.config, mesh),
     )
     return loop, state

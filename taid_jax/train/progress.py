@@ -16,7 +16,7 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 class ConsoleProgress:
-    """Shows loss, KL, t, tokens per second and the time left.
+    """Shows loss, KL, t, tokens per second, MFU where it is known, and the time left.
 
     On a terminal a bar with the last step's numbers is kept up to date; elsewhere about
     twenty lines are printed over the whole run.
@@ -62,10 +62,11 @@ class ConsoleProgress:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Shows a logged step."""
-        step = row["step"]
+        step, mfu = row["step"], row.get("mfu")
+        busy = "" if mfu is None else f"  MFU {mfu:.1%}"
         numbers = (
             f"loss {_number(row['loss'])}  kl {_number(row['kl'])}  "
-            f"t {_number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"t {_number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s{busy}  "
             f"{self._left(step)} left"
         )
         if self._console.is_terminal:
@@ -75,11 +76,17 @@ class ConsoleProgress:
 
     def evaluation(self, step: int, found: HeldOut) -> None:
         """Shows a held-out evaluation."""
-        self.say(
+        text = (
             f"held out at step {step}: KL {found.kl:.4f} nats, perplexity of the "
             f"student {found.student_perplexity:.2f}, of the teacher "
             f"{found.teacher_perplexity:.2f}"
         )
+        if found.rouge_l is not None:
+            text += (
+                f"; answers: ROUGE-L {_number(found.rouge_l)}, exact match "
+                f"{_number(found.exact_match)}"
+            )
+        self.say(text)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -13,6 +13,7 @@ from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
 from taid_jax.settings import Settings, to_dict, to_json, with_steps
 from taid_jax.sharding import check_batch, make_mesh
+from taid_jax.train.answers import find_questions
 from taid_jax.train.assemble import assemble
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.inputs import (
@@ -23,6 +24,7 @@ from taid_jax.train.inputs import (
     read_data,
     refuse_contradictions,
 )
+from taid_jax.train.judge import make_judge
 from taid_jax.train.loop import Loop
 from taid_jax.train.progress import ConsoleProgress
 from taid_jax.train.report import (
@@ -36,6 +38,7 @@ from taid_jax.train.report import (
 )
 from taid_jax.train.samples import show_samples
 from taid_jax.train.state import DistillState
+from taid_jax.train.utilisation import summarize
 from taid_jax.types import Params
 
 
@@ -67,6 +70,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     settings = with_steps(settings, len(dataset.train))
+    questions = find_questions(dataset.held_out, settings.judge.answer_examples)
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
     if settings.run.resume:
         refuse_contradictions(checkpoints.settings(), settings)
@@ -74,7 +78,10 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     describe(pair, dataset, mesh, console)
     (folder / "settings.json").write_text(to_json(settings) + "\n", encoding="utf-8")
 
-    loop, state = assemble(settings, folder, pair, dataset, checkpoints, mesh)
+    judge = make_judge(
+        settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
+    )
+    loop, state = assemble(settings, folder, pair, dataset, checkpoints, mesh, judge)
     with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
         loop.progress = progress
         state = loop.run(state)
@@ -94,6 +101,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         **summary(evaluations, found),
         "seconds": round(time.perf_counter() - began, 1),
         "tokens_per_second": median_rate(read_lines(folder / METRICS)),
+        "utilisation": summarize(loop.meter, read_lines(folder / METRICS)),
         "held_out_tokens": evaluations[0]["tokens"],
         "settings": to_dict(settings),
     }
@@ -152,14 +160,21 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
 
 
 def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]:
-    """Returns KL and perplexities before and after."""
+    """Returns KL, perplexities and what else was judged, before and after."""
     before = evaluations[0]
+    others = {
+        f"{key}_{when}": row[key]
+        for key in ("loss", "rouge_l", "exact_match")
+        for when, row in (("before", before), ("after", found._asdict()))
+        if row.get(key) is not None
+    }
     return {
         "teacher_perplexity": found.teacher_perplexity,
         "student_perplexity_before": before["student_perplexity"],
         "student_perplexity_after": found.student_perplexity,
         "kl_before": before["kl"],
         "kl_after": found.kl,
+        **others,
     }
 
 

@@ -1,0 +1,85 @@
+"""How a state of a run is judged: held-out figures, and the answers of the student."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from taid_jax.data import Dataset, held_out_batches
+from taid_jax.evaluate import HeldOut, evaluate, make_judge_step
+from taid_jax.models.decoder import decoder_functions
+from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.scores import score_answers
+from taid_jax.settings import Settings
+from taid_jax.train.answers import Question, prepare_examination
+from taid_jax.train.inputs import Pair
+from taid_jax.train.objective import make_objective
+from taid_jax.train.state import DistillState
+
+Judge = Callable[[DistillState], HeldOut]
+
+
+def make_judge(
+    settings: Settings,
+    pair: Pair,
+    dataset: Dataset,
+    mesh: Mesh,
+    *,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question] = (),
+) -> Judge:
+    """Returns the evaluation of a state.
+
+    It depends on the state and the held-out data alone and changes neither, so that one
+    that is cut off and begun again gives the same.
+
+    Args:
+        settings: Of the run.
+        pair: Teacher and student.
+        dataset: Its held-out side is judged on.
+        mesh: Where batches go.
+        tokenizer: Of both models.
+        questions: From `find_questions`; answers are not scored without any.
+
+    Raises:
+        SettingsError: If no question leaves room for an answer.
+    """
+    data, run, dtype = settings.data, settings.run, settings.model.dtype
+    judge_step = make_judge_step(
+        decoder_functions(pair.student_config, dtype=jnp.dtype(dtype)),
+        decoder_functions(pair.teacher.config, dtype=jnp.dtype(dtype)),
+        make_objective(settings.objective)[0],
+        chunk_size=run.chunk_size,
+        mesh=mesh,
+        logits_loss=run.logits_loss,
+    )
+    held_out = held_out_batches(
+        dataset.held_out,
+        data.batch_size,
+        limit=data.held_out_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    examination = None
+    if questions:
+        examination = prepare_examination(
+            questions,
+            tokenizer,
+            pair.student_config,
+            pair.teacher.generation,
+            answer_tokens=settings.judge.answer_tokens,
+            batch_size=data.batch_size,
+            dtype=dtype,
+            mesh=mesh,
+        )
+
+    def judge(state: DistillState) -> HeldOut:
+        found = evaluate(judge_step, state, pair.teacher.params, held_out, mesh)
+        if examination is None:
+            return found
+        answers = examination.answers(state.params)
+        scores = score_answers(answers, examination.references)
+        return found._replace(**scores._asdict())
+
+    return judge
