@@ -1,0 +1,63 @@
+"""GPT-NeoX and Pythia: parallel residual, partial rotary positions, biases, GELU."""
+
+from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
+from taid_jax.models.families.rope import rope
+from taid_jax.models.families.usual import SIZES
+from taid_jax.models.layout import Part
+
+_RESIDUAL = {True: "parallel", False: "sequential"}
+# Of each head, in one tensor: the rows of its queries, its keys and its values.
+_OF_A_HEAD = ("h", "h", "h")
+_LAYOUTS = {
+    "q_proj": "(n h) d -> d n h",
+    "k_proj": "(k h) d -> d k h",
+    "v_proj": "(k h) d -> d k h",
+}
+
+GPT_NEOX = Family(
+    name="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    settings=(
+        *(setting for setting in SIZES if setting.field != "num_kv_heads"),
+        Setting("num_kv_heads", None, lambda got: got["num_heads"]),
+        Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
+        Setting("max_length", "max_position_embeddings", 2048),
+        Setting("norm_eps", "layer_norm_eps", 1e-5),
+        Setting("tie_embeddings", "tie_word_embeddings", False),
+        Setting("attention_bias", "attention_bias", True),
+        Setting("activation", "hidden_act", "gelu", ACTIVATIONS),
+        Setting("residual", "use_parallel_residual", True, _RESIDUAL),
+    ),
+    groups=(
+        rope(theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25),
+    ),
+    constants={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
+    fixed={},
+    harmless=frozenset({"attention_dropout", "classifier_dropout", "hidden_dropout"}),
+    weights=(
+        Weight("embed", "gpt_neox.embed_in", "", "v d -> v d"),
+        Weight("layers.attention_norm", "input_layernorm", "", "d -> d"),
+        *(
+            Weight(
+                f"layers.attention.{name}",
+                "attention.query_key_value",
+                "",
+                layout,
+                part=Part(index, _OF_A_HEAD, groups="n"),
+            )
+            for index, (name, layout) in enumerate(_LAYOUTS.items())
+        ),
+        Weight("layers.attention.o_proj", "attention.dense", "", "d (n h) -> n h d"),
+        Weight("layers.mlp_norm", "post_attention_layernorm", "", "d -> d"),
+        Weight("layers.mlp.up_proj", "mlp.dense_h_to_4h", "", "f d -> d f"),
+        Weight("layers.mlp.down_proj", "mlp.dense_4h_to_h", "", "d f -> f d"),
+        Weight("final_norm", "gpt_neox.final_layer_norm", "", "d -> d"),
+        Weight("lm_head", "embed_out", "", "v d -> d v"),
+    ),
+    hf_layer="gpt_neox.layers.{layer}.",
+    # Early versions of transformers saved them with the weights.
+    ignored=(
+        r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias",
+        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq",
+    ),
+)
