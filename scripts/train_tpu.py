@@ -5,6 +5,10 @@ index, teaches a student made from some of its layers on Python's own documentat
 
 With --plan nothing is loaded, fetched or trained: the train step is compiled for a
 machine that need not be there, and its memory, traffic and least time are shown.
+
+Several processes (one per host) are one run: start the same command on each. TPU pods,
+Slurm and Kubernetes are detected; elsewhere give each --coordinator, --num-processes
+and --process-id.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import dataclasses
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -22,6 +27,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from taid_jax import hosts
 from taid_jax.data import DataError
 from taid_jax.models.errors import ModelError
 from taid_jax.models.pypi import cache_folder
@@ -39,6 +45,7 @@ BAD_INPUT = (
     DataError,
     CheckpointError,
     PlanError,
+    hosts.HostsError,
 )
 
 
@@ -86,6 +93,9 @@ def main(arguments: Sequence[str]) -> int:
         settings = command.settings
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        if command.plan is None:
+            hosts.join(settings.hosts)
+            console.quiet = not hosts.is_first()
         console.print(to_yaml(settings), markup=False, highlight=False)
         if command.plan is not None:
             make_plan(settings, command.plan, console)
@@ -93,10 +103,18 @@ def main(arguments: Sequence[str]) -> int:
         report = distil(settings, console)
     except BAD_INPUT as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return hosts.leave(2, str(error))
     except (TrainingError, Interrupted) as error:
+        # Of several processes all are here: each saved its part and waited for it.
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        hosts.finish()
         return 1
+    except Exception as error:
+        if hosts.is_alone():
+            raise
+        traceback.print_exc()
+        return hosts.leave(1, f"{type(error).__name__}: {error}")
+    hosts.finish()
     console.print(
         f"held-out KL {report['kl_before']:.4f} -> {report['kl_after']:.4f}, student's "
         f"perplexity {report['student_perplexity_before']:.2f} -> "

@@ -163,10 +163,38 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Returns which part of every batch this process gives, and how many there are.
+
+    Processes that hold the same rows, where the tensor axis spans them, give the same
+    part. Parts are numbered by their first row: in order, they are the batch.
+
+    Raises:
+        ShardingError: If the mesh has processes that share only some of their rows.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    where = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    rows: dict[int, set[int]] = {}
+    for device, (cut,) in where.devices_indices_map((parts,)).items():
+        rows.setdefault(device.process_index, set()).update(range(parts)[cut])
+    distinct = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sum(len(held) for held in distinct) != parts or len(set(map(len, distinct))) > 1:
+        shown = {process: sorted(held) for process, held in sorted(rows.items())}
+        raise ShardingError(
+            f"mesh: the processes share the {parts} parts of a batch unevenly ({shown} "
+            "by process); choose data and fsdp so that each process has whole parts"
+        )
+    mine = tuple(sorted(rows[jax.process_index()]))
+    return distinct.index(mine), len(distinct)
+
+
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a batch on its devices; each process gives its own rows."""
+    """Returns a batch on its devices; each process gives its part (`batch_part`)."""
     sharding = batch_sharding(mesh)
+    _, parts = batch_part(mesh)
     return {
-        key: jax.make_array_from_process_local_data(sharding, value)
+        key: jax.make_array_from_process_local_data(
+            sharding, value, (len(value) * parts, *value.shape[1:])
+        )
         for key, value in batch.items()
     }

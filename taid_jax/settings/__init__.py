@@ -11,10 +11,12 @@ from taid_jax.settings.convert import to_yaml as to_yaml
 from taid_jax.settings.data import DataSettings as DataSettings
 from taid_jax.settings.epochs import with_steps as with_steps
 from taid_jax.settings.files import read_settings as read_settings
+from taid_jax.settings.hosts import HostSettings as HostSettings
 from taid_jax.settings.judge import BestBy as BestBy
 from taid_jax.settings.judge import JudgeSettings as JudgeSettings
 from taid_jax.settings.model import ModelSettings as ModelSettings
 from taid_jax.settings.objective import ObjectiveSettings as ObjectiveSettings
 from taid_jax.settings.optimizer import OptimizerSettings as OptimizerSettings
 from taid_jax.settings.run import RunSettings as RunSettings
+from taid_jax.settings.samples import SampleSettings as SampleSettings
 from taid_jax.settings.tree import Settings as Settings

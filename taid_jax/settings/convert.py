@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from taid_jax.settings.checks import SettingsError
+from taid_jax.settings.hosts import HostSettings
 from taid_jax.settings.tree import Settings
 
 # Fields that a resumed run may change: they do not touch the numbers it computes.
@@ -24,6 +25,7 @@ FREE_ON_RESUME = frozenset(
         "run.keep",
         "run.max_skipped",
         "run.mesh",
+        *(f"hosts.{field.name}" for field in dataclasses.fields(HostSettings)),
     }
 )
 
@@ -150,8 +152,12 @@ def to_yaml(settings: Settings) -> str:
 def contradictions(saved: Settings, asked: Settings) -> list[str]:
     """Returns what a resumed run may not change, one line per difference."""
     old, new = flatten(saved), flatten(asked)
+    free = FREE_ON_RESUME
+    if saved.samples.sampler == "adaptive":
+        # Its threshold moves with every held-out evaluation.
+        free = free - {"run.eval_every", "run.evals_per_epoch"}
     return [
         f"{name}: the checkpoint has {old[name]!r}, now {new[name]!r}"
         for name in old
-        if name not in FREE_ON_RESUME and old[name] != new[name]
+        if name not in free and old[name] != new[name]
     ]
