@@ -7,6 +7,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
+from taid_jax.data.buckets import EMPTY, BucketBatches, bucket_of
 from taid_jax.data.errors import DataError
 from taid_jax.data.packing import Rows
 from taid_jax.data.tokens import TokenTable
@@ -27,6 +28,8 @@ class ExampleSet:
         seq_len: Tokens of a row.
         pad_id: What fills a row up.
         packed: Whether batches have segments and positions, or an attention mask.
+        buckets: Lengths of batches, rising, the last of them `seq_len`; all are of
+            `seq_len` when empty.
     """
 
     table: TokenTable
@@ -34,12 +37,23 @@ class ExampleSet:
     seq_len: int
     pad_id: int
     packed: bool
+    buckets: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: Sequence[int] | np.ndarray, size: int) -> NumpyBatch:
-        """Returns the rows as int32 arrays of shape (size, seq_len).
+    def tokens_of_rows(self) -> list[int]:
+        """Returns the tokens of every row, padding left out."""
+        lengths = self.table.lengths.tolist()
+        return [sum(lengths[number] for number in row) for row in self.rows]
+
+    def batch(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        size: int,
+        length: int | None = None,
+    ) -> NumpyBatch:
+        """Returns the rows as int32 arrays of shape (size, length).
 
         Labels are aligned with inputs: the model's output at position i predicts
         `labels[i + 1]`. They are -100 at padding, at the first token of every segment
@@ -48,15 +62,19 @@ class ExampleSet:
 
         Args:
             indices: Numbers of the rows, at most `size`.
-            size: Rows of the batch; those that are left are padding throughout.
+            size: Rows of the batch; those that are left, and those whose number is
+                `EMPTY`, are padding throughout.
+            length: Tokens of a row, enough for all; `seq_len` when None.
         """
-        shape = (size, self.seq_len)
+        shape = (size, length or self.seq_len)
         input_ids = np.full(shape, self.pad_id, np.int32)
         labels = np.full(shape, IGNORE_INDEX, np.int32)
         segments = np.zeros(shape, np.int32)
         positions = np.zeros(shape, np.int32)
         steps = np.arange(self.seq_len, dtype=np.int32)
         for row, index in enumerate(indices):
+            if index == EMPTY:
+                continue
             done = 0
             for segment, number in enumerate(self.rows[index], start=1):
                 ids, counted, *_ = self.table[number]
@@ -80,15 +98,12 @@ class ExampleSet:
         `(size,)` int32, the place after its last token. Both are 0 where the example's
         answer is not known, and in rows that are left.
         """
-        firsts = [self.rows[index][0] for index in indices]
-        arrays = {
-            "prompt_lengths": self.table.prompts,
-            "answer_ends": self.table.answer_ends,
-        }
-        return {
-            name: np.pad(array[firsts].astype(np.int32), (0, size - len(firsts)))
-            for name, array in arrays.items()
-        }
+        found = np.zeros((2, size), np.int32)
+        for row, index in enumerate(indices):
+            if index != EMPTY:
+                first = self.rows[index][0]
+                found[:, row] = self.table.prompts[first], self.table.answer_ends[first]
+        return {"prompt_lengths": found[0], "answer_ends": found[1]}
 
 
 def train_iterator(
@@ -107,6 +122,9 @@ def train_iterator(
     epoch and the start of the next, so every row comes once an epoch and all batches
     have one shape. The global batch does not depend on the number of processes: process
     p takes the p-th part of its rows.
+
+    With buckets a batch has one of their lengths, the same on all processes, and an
+    epoch ends with its last batch, some of whose rows may be empty (`BucketBatches`).
 
     The iterator's `get_state()` is a small dict that goes through JSON; after
     `set_state` with it, the next batch is the one that would have come next. States are
@@ -133,14 +151,23 @@ def train_iterator(
 
     # Only numbers of rows are drawn and cut; the process builds its own rows and no
     # others.
-    batches = (
-        grain.MapDataset.source(range(len(examples)))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size)
-        .map(lambda numbers: _make(examples, numbers[part], part, with_prompts))
-    )
+    if examples.buckets:
+        tokens = examples.tokens_of_rows()
+        draws = BucketBatches(tokens, examples.buckets, batch_size, seed)
+        batches = grain.MapDataset.source(draws).map(
+            lambda draw: _make(
+                examples, draw.rows[part], part, with_prompts, draw.length
+            )
+        )
+    else:
+        batches = (
+            grain.MapDataset.source(range(len(examples)))
+            .seed(seed)
+            .shuffle()
+            .repeat()
+            .batch(batch_size)
+            .map(lambda numbers: _make(examples, numbers[part], part, with_prompts))
+        )
     options = grain.ReadOptions(
         num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
     )
@@ -159,7 +186,8 @@ def held_out_batches(
     """Returns this process's part of the held-out batches, always in the same order.
 
     Every row comes once. All batches have one shape: the last is filled up with rows
-    that are padding throughout and count nothing.
+    that are padding throughout and count nothing. With buckets a batch has the length
+    of the shortest that holds its rows.
 
     Args:
         examples: The rows to evaluate on.
@@ -174,11 +202,14 @@ def held_out_batches(
     """
     part = _part_of_batch(batch_size, process_index, process_count)
     numbers = range(len(examples))
-    starts = numbers[::batch_size][:limit]
-    return [
-        _make(examples, numbers[start : start + batch_size][part], part, with_prompts)
-        for start in starts
-    ]
+    tokens = examples.tokens_of_rows() if examples.buckets else []
+    found = []
+    for start in numbers[::batch_size][:limit]:
+        rows = numbers[start : start + batch_size]
+        longest = max((tokens[row] for row in rows), default=0) if tokens else 0
+        length = bucket_of(longest, examples.buckets) if tokens else None
+        found.append(_make(examples, rows[part], part, with_prompts, length))
+    return found
 
 
 def _make(
@@ -186,10 +217,11 @@ def _make(
     numbers: Sequence[int] | np.ndarray,
     part: slice,
     with_prompts: bool,
+    length: int | None = None,
 ) -> NumpyBatch:
     size = part.stop - part.start
     extra = examples.prompts(numbers, size) if with_prompts else {}
-    return examples.batch(numbers, size) | extra
+    return examples.batch(numbers, size, length) | extra
 
 
 def _part_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -2,14 +2,22 @@
 
 import dataclasses
 import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from taid_jax.data.batches import ExampleSet
+from taid_jax.data.buckets import check_buckets
 from taid_jax.data.encoding import Encoder, Tokenizer
 from taid_jax.data.errors import BadRecordPolicy, BadRecords, DataError
 from taid_jax.data.intake import Intake, Limits
+from taid_jax.data.manifest import Manifest, read_manifest
 from taid_jax.data.packing import pack_rows
+from taid_jax.data.shards import read_prepared
 from taid_jax.data.sources import Source, describe_source, read_documents
 from taid_jax.data.split import cut_only_text, hold_out
 from taid_jax.data.tokens import TokenTable, make_table
@@ -22,7 +30,7 @@ class SideInfo:
     Attributes:
         documents: Documents with at least one example.
         examples: Windows of text and conversations.
-        rows: Rows of `seq_len` tokens.
+        rows: Rows of `seq_len` tokens, or of a bucket's.
         tokens: Tokens in them, padding left out.
         counted_tokens: Tokens that are predicted and counted.
         fill: Share of the rows' slots that is not padding.
@@ -74,6 +82,7 @@ def load_dataset(
     split_seed: int = 0,
     count_prompts: bool = False,
     pack: bool = True,
+    buckets: Sequence[int] = (),
     bad_records: BadRecordPolicy = "raise",
 ) -> Dataset:
     """Reads a source, encodes it and splits it into train and held-out rows.
@@ -82,10 +91,13 @@ def load_dataset(
     (`cut_windows`). A conversation of more than `seq_len` tokens is left out and
     counted, because half of one would teach answers to unseen questions.
 
+    A folder that `scripts/prepare_data.py` has made is encoded and split already: its
+    validation side is held out.
+
     Args:
         source: `pydoc` for Python's own documentation; a .txt, .jsonl or .parquet file
-            with `text`, `prompt` and `completion`, or `messages`; a folder of them; or
-            a list of any of these.
+            with `text`, `prompt` and `completion`, or `messages`; a folder of them, or
+            of prepared data; or a list of any of these but prepared data.
         tokenizer: The teacher's, which must be the student's too.
         seq_len: Tokens of a row, >= 2.
         held_out_fraction: Share of the documents that is held out, in [0, 1).
@@ -94,6 +106,8 @@ def load_dataset(
         count_prompts: Count every token, as the published recipe of TAID does, and not
             only the assistant's.
         pack: Several examples in a row, kept apart by segments; else one, with padding.
+        buckets: Lengths of batches that are not packed, rising; `seq_len` is the last
+            of them in any case.
         bad_records: `raise` ends at the first record that cannot be used; `count`
             leaves it out and names it in `info`.
 
@@ -106,11 +120,77 @@ def load_dataset(
         raise DataError(f"need 0 <= held_out_fraction < 1, got {held_out_fraction}")
     if not 0 <= split_seed < 2**63:
         raise DataError(f"need 0 <= split_seed < 2**63, got {split_seed}")
+    lengths = check_buckets(buckets, seq_len) if buckets else ()
+    if pack and lengths:
+        raise DataError("buckets are for rows that are not packed; give --no-pack too")
     bad = BadRecords(bad_records)
+    encoder = Encoder(tokenizer)
+    prepared = _find_prepared(source)
+    if prepared is None:
+        encoded = _read_and_encode(
+            source,
+            encoder,
+            seq_len=seq_len,
+            held_out_fraction=held_out_fraction,
+            split_seed=split_seed,
+            count_prompts=count_prompts,
+            bad=bad,
+        )
+    else:
+        table, held_out = read_prepared(
+            *prepared, tokenizer, seq_len, count_prompts=count_prompts, bad=bad
+        )
+        # Shuffled when they were made.
+        encoded = _Encoded(table, held_out, np.flatnonzero(held_out))
+    table = encoded.table
+    sides = []
+    for examples in (np.flatnonzero(~encoded.held_out), encoded.held_out_order):
+        if pack:
+            places = pack_rows(table.lengths[examples].tolist(), seq_len)
+        else:
+            places = [(place,) for place in range(len(examples))]
+        rows = [tuple(examples[list(row)].tolist()) for row in places]
+        sides.append(ExampleSet(table, rows, seq_len, encoder.pad_id, pack, lengths))
+    train, held = sides
+    info = DatasetInfo(
+        train=_describe(train),
+        held_out=_describe(held),
+        dropped=dict(bad.reasons),
+        problems=tuple(bad.messages),
+        fingerprint=_fingerprint(table, train, held),
+    )
+    return Dataset(train, held, info)
+
+
+class _Encoded(NamedTuple):
+    """Examples, which are held out, and the order of those that are."""
+
+    table: TokenTable
+    held_out: Bool[np.ndarray, " examples"]
+    held_out_order: Int[np.ndarray, " held_out"]
+
+
+def _find_prepared(source: Source) -> tuple[pathlib.Path, Manifest] | None:
+    """Returns the folder and the manifest of prepared data, None of other data."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    manifest = read_manifest(source)
+    return None if manifest is None else (pathlib.Path(source), manifest)
+
+
+def _read_and_encode(
+    source: Source,
+    encoder: Encoder,
+    *,
+    seq_len: int,
+    held_out_fraction: float,
+    split_seed: int,
+    count_prompts: bool,
+    bad: BadRecords,
+) -> _Encoded:
     documents = list(read_documents(source, seed=split_seed, bad=bad))
     if held_out_fraction:
         documents = cut_only_text(documents, held_out_fraction)
-    encoder = Encoder(tokenizer)
     intake = Intake(encoder, Limits(seq_len), count_prompts=count_prompts, bad=bad)
     table = make_table(
         (number, example) for number, _, example in intake.examples(documents)
@@ -121,23 +201,7 @@ def load_dataset(
     held_out = hold_out(
         ranks, table.lengths, held_out_fraction, describe_source(source)
     )
-    sides = []
-    for examples in (np.flatnonzero(~held_out), _fair_order(held_out, ranks)):
-        if pack:
-            places = pack_rows(table.lengths[examples].tolist(), seq_len)
-        else:
-            places = [(place,) for place in range(len(examples))]
-        rows = [tuple(examples[list(row)].tolist()) for row in places]
-        sides.append(ExampleSet(table, rows, seq_len, encoder.pad_id, pack))
-    train, held = sides
-    info = DatasetInfo(
-        train=_describe(train),
-        held_out=_describe(held),
-        dropped=dict(bad.reasons),
-        problems=tuple(bad.messages),
-        fingerprint=_fingerprint(table, train, held),
-    )
-    return Dataset(train, held, info)
+    return _Encoded(table, held_out, _fair_order(held_out, ranks))
 
 
 def _fair_order(held_out: np.ndarray, ranks: np.ndarray) -> np.ndarray:
@@ -160,8 +224,16 @@ def _describe(side: ExampleSet) -> SideInfo:
         rows=len(side),
         tokens=tokens,
         counted_tokens=counted,
-        fill=tokens / (len(side) * side.seq_len) if len(side) else 0.0,
+        fill=tokens / _slots(side) if len(side) else 0.0,
     )
+
+
+def _slots(side: ExampleSet) -> int:
+    """Returns the tokens that all rows have room for."""
+    if not side.buckets:
+        return len(side) * side.seq_len
+    places = np.searchsorted(side.buckets, side.tokens_of_rows())
+    return int(np.asarray(side.buckets)[places].sum())
 
 
 def _fingerprint(table: TokenTable, *sides: ExampleSet) -> str:
