@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib
+import importlib.metadata
 import itertools
 import json
+import platform
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -13,11 +15,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from taid_jax.hosts.errors import HostsError
+from taid_jax.settings import Settings, flatten
 
 # One process may prepare data or write a model while the others wait. A process that
 # dies meanwhile is noticed by JAX, so that this need not be short.
 _WAIT_MS = 24 * 3600 * 1000
 _MOST_LINES = 20
+# Those that decide what is computed, what is read and what is written.
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 _numbers = itertools.count()
 
 Value = TypeVar("Value")
@@ -81,6 +86,23 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
         f"({cards[others[0]][1]}):\n  " + "\n  ".join(lines) + "\nstart all processes "
         "with the same settings, files and versions"
     )
+
+
+def agree_on_settings(settings: Settings) -> None:
+    """Raises unless all processes have the same settings and versions.
+
+    How each found the others is its own affair: `settings.hosts` may differ.
+
+    Raises:
+        HostsError: On every process, with what differs and where.
+    """
+    theirs = {name for name in flatten(settings) if name.startswith("hosts.")}
+    facts = {k: v for k, v in flatten(settings).items() if k not in theirs}
+    versions = {
+        f"version of {name}": importlib.metadata.version(name) for name in _VERSIONS
+    }
+    python = {"version of Python": platform.python_version()}
+    agree("settings", facts | versions | python)
 
 
 def from_first(make: Callable[[], Value]) -> Value:

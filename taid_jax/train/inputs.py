@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import pathlib
+import socket
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from taid_jax import hosts
 from taid_jax.data import Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.models.config import DecoderConfig
@@ -73,6 +75,22 @@ def prepare_output(settings: Settings) -> pathlib.Path:
         raise SettingsError(f"output: cannot make {folder}: {error}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SettingsError(f"output: {folder} is not writable")
+    return folder
+
+
+def share_output(settings: Settings) -> pathlib.Path:
+    """Returns the output folder, which process 0 prepares for all processes.
+
+    Raises:
+        SettingsError: On process 0, as `prepare_output`.
+        HostsError: If another process does not see the folder.
+    """
+    folder = pathlib.Path(hosts.from_first(lambda: str(prepare_output(settings))))
+    if not folder.is_dir():
+        raise hosts.HostsError(
+            f"output: process 0 has made {folder}, which is not on this host "
+            f"({socket.gethostname()}); it has to be on storage that all hosts share"
+        )
     return folder
 
 

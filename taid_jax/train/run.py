@@ -1,5 +1,6 @@
 """A whole run: from settings to a trained student, its report and its picture."""
 
+import dataclasses
 import time
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from taid_jax import hosts
 from taid_jax.data import Dataset
 from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
@@ -20,9 +22,9 @@ from taid_jax.train.inputs import (
     Pair,
     check_models,
     load_pair,
-    prepare_output,
     read_data,
     refuse_contradictions,
+    share_output,
 )
 from taid_jax.train.judge import make_judge
 from taid_jax.train.loop import Loop
@@ -45,6 +47,8 @@ from taid_jax.types import Params
 def distil(settings: Settings, console: Console) -> dict[str, Any]:
     """Runs a whole distillation and returns its report.
 
+    Of several processes each calls this; process 0 alone writes and prints.
+
     Everything that can be wrong with the input is looked at before the weights are read
     and before anything is compiled.
 
@@ -62,13 +66,16 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         DataError: If the data cannot be used.
         TrainingError: If training stopped because of non-finite steps.
         Interrupted: If a signal stopped it; the state is saved.
+        HostsError: If the processes disagree in settings or data.
     """
     began = time.perf_counter()
+    hosts.agree_on_settings(settings)
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size // settings.optimizer.grad_accum, mesh)
-    folder = prepare_output(settings)
+    folder = share_output(settings)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
+    hosts.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
@@ -76,7 +83,9 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         refuse_contradictions(checkpoints.settings(), settings)
     pair = load_pair(settings, mesh)
     describe(pair, dataset, mesh, console)
-    (folder / "settings.json").write_text(to_json(settings) + "\n", encoding="utf-8")
+    if hosts.is_first():
+        path = folder / "settings.json"
+        path.write_text(to_json(settings) + "\n", encoding="utf-8")
 
     judge = make_judge(
         settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
@@ -88,31 +97,38 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     state, found = best_state(loop, state)
     checkpoints.close()
 
-    export_model(
-        folder / "student",
-        pair.student_config,
-        state.params,
-        tokenizer,
-        generation=pair.teacher.generation,
-        replace=settings.run.resume,
-    )
-    evaluations = read_lines(folder / EVALUATIONS)
-    report = {
-        **summary(evaluations, found),
-        "seconds": round(time.perf_counter() - began, 1),
-        "tokens_per_second": median_rate(read_lines(folder / METRICS)),
-        "utilisation": summarize(loop.meter, read_lines(folder / METRICS)),
-        "held_out_tokens": evaluations[0]["tokens"],
-        "settings": to_dict(settings),
-    }
-    write_json(folder / REPORT, report)
-    draw_curves(
-        folder / CURVES,
-        read_lines(folder / METRICS),
-        evaluations,
-        title=f"{settings.objective.objective}: {settings.model.teacher} -> "
-        f"{pair.student_config.num_layers} layers",
-    )
+    params = hosts.gather(state.params)
+
+    def publish() -> dict[str, Any]:
+        export_model(
+            folder / "student",
+            pair.student_config,
+            params,
+            tokenizer,
+            generation=pair.teacher.generation,
+            replace=settings.run.resume,
+        )
+        evaluations = read_lines(folder / EVALUATIONS)
+        metrics = read_lines(folder / METRICS)
+        report = {
+            **summary(evaluations, found),
+            "seconds": round(time.perf_counter() - began, 1),
+            "tokens_per_second": median_rate(metrics),
+            "utilisation": summarize(loop.meter, metrics),
+            "held_out_tokens": evaluations[0]["tokens"],
+            "settings": to_dict(settings),
+        }
+        write_json(folder / REPORT, report)
+        draw_curves(
+            folder / CURVES,
+            metrics,
+            evaluations,
+            title=f"{settings.objective.objective}: {settings.model.teacher} -> "
+            f"{pair.student_config.num_layers} layers",
+        )
+        return report
+
+    report = hosts.from_first(publish)
     show_samples(settings, pair, state.params, dataset, tokenizer, console)
     return report
 
@@ -147,7 +163,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     best_by = loop.settings.judge.best_by
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
-    rows = read_lines(loop.folder / EVALUATIONS)
+    rows = hosts.from_first(lambda: read_lines(loop.folder / EVALUATIONS))
     # Of equals the last: exact match is often 0 throughout.
     best = min(
         (row for row in rows if row["step"] > 0 and row["step"] in kept),
