@@ -18,7 +18,8 @@ class JudgeSettings:
             loss or perplexity, or the highest ROUGE-L or exact match. TAID's loss
             changes with its t, so that it tells little between steps.
         answer_examples: Held-out prompts that the student answers at every evaluation,
-            for ROUGE-L and exact match; 0: none. Needs data with prompts.
+            for ROUGE-L and exact match; 0: none. Of running text, the second half of a
+            row is the answer to the first.
         answer_tokens: Tokens of an answer at most.
     """
 

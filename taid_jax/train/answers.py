@@ -39,8 +39,9 @@ class Question(NamedTuple):
 def find_questions(examples: ExampleSet, limit: int) -> list[Question]:
     """Returns the questions in the first rows of a data set.
 
-    A row asks the question of its first example. The order does not depend on anything
-    but the data, and is the same on all processes.
+    A row asks the question of its first example; running text is asked to be gone on
+    with from its middle. The order does not depend on anything but the data, and is the
+    same on all processes.
 
     Args:
         examples: Held out.
@@ -50,7 +51,7 @@ def find_questions(examples: ExampleSet, limit: int) -> list[Question]:
         DataError: If there is none.
     """
     questions: list[Question] = []
-    # Rows of running text ask nothing; twice as many are enough where a half does.
+    # More than are wanted: the last answer is not found in every conversation.
     rows = held_out_batches(examples, 1, limit=2 * limit, with_prompts=True)
     for row in rows if limit else []:
         start, stop = int(row["prompt_lengths"][0]), int(row["answer_ends"][0])

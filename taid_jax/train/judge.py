@@ -14,8 +14,9 @@ from taid_jax.scores import score_answers
 from taid_jax.settings import Settings
 from taid_jax.train.answers import Question, prepare_examination
 from taid_jax.train.inputs import Pair
-from taid_jax.train.objective import make_objective
+from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.state import DistillState
+from taid_jax.types import Params
 
 Judge = Callable[[DistillState], HeldOut]
 
@@ -83,3 +84,25 @@ def make_judge(
         return found._replace(**scores._asdict())
 
     return judge
+
+
+def finished_state(settings: Settings, params: Params) -> DistillState:
+    """Returns a student as a state at the end of a run, to be judged.
+
+    Its loss is TAID's at `t_end`, CTKD's at the temperature that training starts with:
+    what a run learned beside the student is not exported with it.
+
+    Args:
+        settings: Of the objective.
+        params: The student's parameters.
+    """
+    steps = settings.run.steps
+    schedule = make_scheduler(settings.objective, steps).init()
+    return DistillState(
+        step=jnp.asarray(steps, jnp.int32),
+        params=params,
+        opt_state=(),
+        schedule=schedule._replace(t=jnp.asarray(settings.objective.t_end, "float32")),
+        learned=make_objective(settings.objective)[1],
+        rng=jax.random.key_data(jax.random.key(0, impl="threefry2x32")),
+    )

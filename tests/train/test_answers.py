@@ -1,0 +1,191 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from taid_jax.data import DataError, load_dataset
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.decoder import init_params
+from taid_jax.models.generate import generate
+from taid_jax.settings import SettingsError
+from taid_jax.sharding import make_mesh
+from taid_jax.train import answers as an
+
+WORDS = [f"w{number}" for number in range(30)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocab = {"<end>": 0, "<turn>": 1, "<unk>": 2}
+    vocab |= {word: number for number, word in enumerate(WORDS, start=3)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<end>",
+        unk_token="<unk>",
+        additional_special_tokens=["<turn>"],
+    )
+
+
+@pytest.fixture
+def dataset(tokenizer, tmp_path):
+    """Twenty questions of different lengths; each answer is its question's first."""
+
+    def make(pack=False, count_prompts=True, texts=0):
+        path = tmp_path / "questions.jsonl"
+        records = [
+            {
+                "prompt": " ".join(WORDS[i % 9 : i % 9 + 2 + i % 5]) + f" w{i}",
+                "completion": f" {WORDS[i % 9]} w{i}",
+            }
+            for i in range(20)
+        ]
+        records += [{"text": f"w{i} w{i + 1} w3"} for i in range(texts)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return load_dataset(
+            str(path),
+            tokenizer,
+            seq_len=16,
+            held_out_fraction=0.5,
+            count_prompts=count_prompts,
+            pack=pack,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = DecoderConfig(
+        vocab_size=len(WORDS) + 3,
+        d_model=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=32,
+        max_length=48,
+        initializer_range=0.5,
+    )
+    return config, init_params(config, jax.random.key(0))
+
+
+def _prepared(questions, tokenizer, model, **changes):
+    options = {
+        "answer_tokens": 5,
+        "batch_size": 8,
+        "dtype": "float32",
+        "mesh": make_mesh("data=1,fsdp=-1"),
+    }
+    return an.prepare_examination(
+        questions, tokenizer, model[0], {}, **(options | changes)
+    )
+
+
+@pytest.mark.parametrize("count_prompts", [True, False])
+@pytest.mark.parametrize("pack", [True, False])
+def test_find_questions_parts_prompt_and_answer(
+    dataset, tokenizer, pack, count_prompts
+):
+    found = an.find_questions(dataset(pack, count_prompts).held_out, 100)
+    assert found
+    for question in found:
+        prompt = tokenizer.decode(question.prompt.tolist()).split()
+        answer = tokenizer.decode(question.answer.tolist()).split()
+        # What the fixture wrote: the answer repeats the prompt's first word and last.
+        assert answer == [prompt[0], prompt[-1], "<end>"]
+
+
+def test_find_questions_limit_and_order(dataset):
+    held_out = dataset().held_out
+    every = an.find_questions(held_out, 100)
+    few = an.find_questions(held_out, 3)
+    assert len(few) == 3
+    for a, b in zip(few, every, strict=False):
+        np.testing.assert_array_equal(a.prompt, b.prompt)
+    assert an.find_questions(held_out, 0) == []
+
+
+def test_find_questions_running_text_is_asked_to_be_gone_on_with(dataset):
+    found = an.find_questions(dataset(texts=20).held_out, 100)
+    halves = [question for question in found if len(question.answer) == 2]
+    assert halves
+    # "w0 w1 w3" and the end: two tokens each.
+    assert all(question.answer.tolist() == [6, 0] for question in halves)
+
+
+def test_find_questions_none_is_an_error(dataset):
+    held_out = dataset().held_out
+    zeros = np.zeros_like(held_out.table.prompts)
+    table = dataclasses.replace(held_out.table, prompts=zeros, answer_ends=zeros)
+    held_out = dataclasses.replace(held_out, table=table)
+    with pytest.raises(DataError, match=r"no held-out example has a prompt.*0"):
+        an.find_questions(held_out, 4)
+
+
+def test_end_ids_of_tokenizer_model_and_template(tokenizer):
+    def asked(last):
+        return an.Question(np.array([4, 5], np.int32), np.array([6, last], np.int32))
+
+    assert an.end_ids(tokenizer, {}) == (0,)
+    assert an.end_ids(tokenizer, {"eos_token_id": 7}) == (0, 7)
+    assert an.end_ids(tokenizer, {"eos_token_id": [7, 9]}) == (0, 7, 9)
+    # What a template ends a turn with, but no word.
+    assert an.end_ids(tokenizer, {}, [asked(1), asked(12)]) == (0, 1)
+
+
+def test_decode_stops_before_the_end(tokenizer):
+    ids = np.array([3, 4, 0, 5], np.int32)
+    assert an.decode(tokenizer, ids, (0,)) == "w0 w1"
+    assert an.decode(tokenizer, ids[:2], (0,)) == "w0 w1"
+    assert an.decode(tokenizer, np.array([0], np.int32), (0,)) == ""
+
+
+def test_answers_are_those_of_each_prompt_alone(dataset, tokenizer, model):
+    config, params = model
+    questions = an.find_questions(dataset().held_out, 100)
+    assert len(questions) % 8  # The last batch is filled up.
+    examination = _prepared(questions, tokenizer, model)
+    found = examination.answers(params)
+    assert len(found) == len(questions)
+    for question, answer in zip(questions, found, strict=True):
+        tokens = generate(
+            params,
+            config,
+            jnp.asarray(question.prompt)[None],
+            jnp.ones((1, len(question.prompt)), jnp.int32),
+            max_new_tokens=5,
+            eos_token_ids=(0,),
+            pad_token_id=0,
+        )
+        assert answer == an.decode(tokenizer, np.asarray(tokens[0]), (0,))
+    assert len(set(found)) > 1
+    assert examination.references == tuple(
+        an.decode(tokenizer, question.answer, (0,)) for question in questions
+    )
+
+
+def test_answers_repeat_and_leave_the_parameters(dataset, tokenizer, model):
+    _, params = model
+    before = jax.tree.map(np.array, params)
+    questions = an.find_questions(dataset().held_out, 3)
+    examination = _prepared(questions, tokenizer, model)
+    assert examination.answers(params) == examination.answers(params)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_prepare_examination_leaves_out_prompts_without_room(dataset, tokenizer, model):
+    questions = an.find_questions(dataset().held_out, 100)
+    lengths = sorted(len(question.prompt) for question in questions)
+    room = model[0].max_length - lengths[-1] + 1
+    kept = _prepared(questions, tokenizer, model, answer_tokens=room).questions
+    assert 0 < len(kept) < len(questions)
+    with pytest.raises(SettingsError, match="context of 48"):
+        _prepared(questions, tokenizer, model, answer_tokens=47)
