@@ -1,9 +1,9 @@
 """Compiling a run's train step for a machine that need not be there."""
 
+from taid_jax.chips import CHIPS as CHIPS
+from taid_jax.chips import Chip as Chip
 from taid_jax.plan.advice import Attempt as Attempt
 from taid_jax.plan.advice import find_fit as find_fit
-from taid_jax.plan.chips import CHIPS as CHIPS
-from taid_jax.plan.chips import Chip as Chip
 from taid_jax.plan.compiled import Plan as Plan
 from taid_jax.plan.compiled import plan_step as plan_step
 from taid_jax.plan.flops import count_flops as count_flops

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from taid_jax.plan.chips import CHIPS, Chip
+from taid_jax.chips import CHIPS, Chip
 
 LOCAL = "local"
 

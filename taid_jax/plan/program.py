@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from taid_jax.plan.hlo import Instruction, called_by, parse_program, trip_count
+
 _KINDS = (
     "all-gather",
     "all-reduce",
@@ -15,19 +17,8 @@ _KINDS = (
 )
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
 
-# `%name (parameters) -> type {`, with ENTRY before it for the whole program.
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-# `%name = type opcode(operands)...`; a tuple's type is in brackets.
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?)(?<= )([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"\b([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)"
-    r"=%?([\w.-]+)"
-)
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +43,13 @@ class Collectives:
         return sum(self.bytes.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    opcode: str
-    rest: str
-
-
 def count_collectives(text: str) -> Collectives:
     """Returns the collectives of a program.
 
     Args:
         text: What `compiled.as_text()` gives: the program of one device.
     """
-    entry, computations = _parse(text)
+    entry, computations = parse_program(text)
     count: collections.Counter[str] = collections.Counter()
     size: collections.Counter[str] = collections.Counter()
     sent, endless = 0.0, set()
@@ -83,9 +66,7 @@ def count_collectives(text: str) -> Collectives:
                 if (kind, channel[1]) in pieces:
                     continue
                 pieces.add((kind, channel[1]))
-            # Only the operands' list; the attributes after it may name computations.
-            operands = re.findall(r"%([\w.-]+)", one.rest.split(")")[0])
-            given = sum(_bytes(types.get(name, "")) for name in operands)
+            given = sum(_bytes(types.get(name, "")) for name in one.operands)
             # An asynchronous start has its operands and buffers in its type as well.
             got = _bytes(one.type) - (given if one.opcode.endswith("-start") else 0)
             moved = max(given, got)
@@ -96,22 +77,8 @@ def count_collectives(text: str) -> Collectives:
     return Collectives(dict(count), dict(size), sent, len(endless))
 
 
-def _parse(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
-    """Returns the name of the entry, and the instructions of each computation."""
-    entry, current = "", ""
-    computations: dict[str, list[_Instruction]] = {}
-    for line in text.splitlines():
-        if begins := _COMPUTATION.match(line):
-            current = begins[2]
-            computations[current] = []
-            entry = current if begins[1] else entry
-        elif current and (found := _INSTRUCTION.match(line)):
-            computations[current].append(_Instruction(*found.groups()))
-    return entry, computations
-
-
 def _runs(
-    entry: str, computations: Mapping[str, list[_Instruction]]
+    entry: str, computations: Mapping[str, list[Instruction]]
 ) -> Iterator[tuple[str, int, frozenset[str], bool]]:
     """Yields each call of a computation: name, runs, open loops, inside a fusion."""
     stack: list[tuple[str, int, frozenset[str], bool]] = [
@@ -122,32 +89,25 @@ def _runs(
         computation, times, open_loops, fused = stack.pop()
         yield computation, times, open_loops, fused
         for one in computations[computation]:
-            for called in _called(one):
+            for called in called_by(one):
                 if called not in holds:
                     continue
                 trips, still_open = 1, open_loops
                 if one.opcode == "while":
-                    known = _trip_count(one, computations)
+                    known = trip_count(one, computations[computation], computations)
                     trips = 1 if known is None else known
                     still_open |= {one.name} if known is None else set()
                 inside = fused or one.opcode == "fusion"
                 stack.append((called, times * trips, still_open, inside))
 
 
-def _called(instruction: _Instruction) -> list[str]:
-    names = _CALLED.findall(instruction.rest)
-    for branches in _BRANCHES.findall(instruction.rest):
-        names += re.findall(r"%?([\w.-]+)", branches)
-    return names
-
-
-def _holding(computations: Mapping[str, list[_Instruction]]) -> set[str]:
+def _holding(computations: Mapping[str, list[Instruction]]) -> set[str]:
     """Returns the computations with a collective in them, or in one that they call."""
     callers: dict[str, set[str]] = {name: set() for name in computations}
     found = []
     for name, instructions in computations.items():
         for one in instructions:
-            for called in _called(one):
+            for called in called_by(one):
                 callers.setdefault(called, set()).add(name)
             if one.opcode.removesuffix("-start") in _KINDS:
                 found.append(name)
@@ -158,30 +118,6 @@ def _holding(computations: Mapping[str, list[_Instruction]]) -> set[str]:
             holds.add(name)
             found += callers[name]
     return holds
-
-
-def _trip_count(
-    loop: _Instruction, computations: Mapping[str, list[_Instruction]]
-) -> int | None:
-    """Returns how often a loop runs, if that is fixed.
-
-    XLA for CPU and GPU writes it beside the loop. That for TPU does not; but its scans
-    count from 0 to a constant in the condition, the only one there.
-    """
-    if told := _TRIPS.search(loop.rest):
-        return int(told[1])
-    condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
-    if condition is None:
-        return None
-    instructions = computations.get(condition[1], [])
-    bounds = [
-        int(bound[1])
-        for one in instructions
-        if (bound := _BOUND.search(f"{one.type}{one.opcode}({one.rest}"))
-    ]
-    tests = [one for one in instructions if one.opcode == "compare"]
-    fixed = len(bounds) == 1 and len(tests) == 1 and "direction=LT" in tests[0].rest
-    return bounds[0] if fixed else None
 
 
 def _bytes(text: str) -> int:

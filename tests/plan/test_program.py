@@ -100,3 +100,28 @@ def test_count_collectives_names_loops_without_a_fixed_length():
     found = count_collectives(text)
     assert found.endless == 1
     assert found.count["all-gather"] == 1
+
+
+def test_count_collectives_of_loops_that_take_two_steps_a_turn():
+    from taid_jax.plan import count_collectives
+
+    turned = (
+        "  %i = s32[]{:T(128)} get-tuple-element(%p), index=0\n"
+        "  %two = s32[]{:T(128)} constant(2)\n"
+        "  %next = s32[]{:T(128)} add(%i, %two)\n"
+    )
+    text = TPU_PROGRAM.replace("  %x = bf16", turned + "  %x = bf16", 1)
+    text = text.replace("tuple(%i, %ar.2)", "tuple(%next, %ar.2)")
+    # 0, 2, 4 and 6 are below 7.
+    assert count_collectives(text).count["all-gather"] == 4
+
+    begun = (
+        "  %three = s32[]{:T(128)} constant(3)\n"
+        "  %copied = s32[]{:T(128)} copy(%three)\n"
+        "  %tuple = (s32[], bf16[8,256]) tuple(%copied, %x.1)\n"
+    )
+    text = text.replace("  %loop =", begun + "  %loop =")
+    # 3 and 5.
+    found = count_collectives(text)
+    assert found.count["all-gather"] == 2
+    assert found.endless == 0
