@@ -75,8 +75,8 @@ def step_flops(
 
     A product of (m, k) and (k, n) counts 2 m k n; its gradient is two more such
     products. Attention counts the pairs that the causal mask leaves of whole sequences,
-    also where several are packed into one. The fused head passes over tokens that do not count, so its
-    operations are given by token.
+    also where several are packed into one. The fused head passes over tokens that do
+    not count, so its operations are given by token.
 
     Args:
         student: Its architecture.
@@ -134,7 +134,10 @@ class Meter:
 
     @contextlib.contextmanager
     def measured(self, part: str) -> Iterator[None]:
-        """Within it the time goes to a part: data, sample, dispatch, wait, evaluate, save."""
+        """Within it the time goes to a part of a step, or to what is none of it.
+
+        Parts are data, sample, dispatch and wait; outside are evaluate and save.
+        """
         began = time.perf_counter()
         try:
             yield
@@ -165,10 +168,10 @@ class Meter:
             on its devices, `sample_seconds` until the student has answered,
             `dispatch_seconds` handing the step over (on several CPU devices JAX
             computes meanwhile), `host_seconds` all that the host does beside these and
-            beside waiting, data included. `save_seconds` is the whole
-            time that checkpoints took; it is in no other figure, nor are evaluations.
-            Operations are those of both models without what is repeated; MFU is their
-            share of the peak.
+            beside waiting, data included. `save_seconds` is the whole time that
+            checkpoints took; it is in no other figure, nor are evaluations. Operations
+            are those of both models without what is repeated; MFU is their share of
+            the peak.
         """
         now = time.perf_counter()
         spent = self._spent
@@ -190,9 +193,7 @@ class Meter:
         if self.flops is not None:
             done = steps * self.flops.total(self._counted / steps)
             found["flops_per_second_per_chip"] = done / seconds / self.chips
-            found["mfu"] = (
-                done / seconds / self.chips / self.peak if self.peak else None
-            )
+            found["mfu"] = self._share_of_peak(done / seconds / self.chips)
         self.start()
         return found
 
