@@ -23,7 +23,7 @@ from taid_jax.models.attention import (
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
 from taid_jax.models.layers import Embedding, Layer, Linear, Stream, stream_norm
-from taid_jax.models.rope import Rotation, layer_rotations
+from taid_jax.models.rope import Rotation, Rotations, layer_rotations
 from taid_jax.types import Batch, Head, ModelFunctions, Params
 
 _SAVED: dict[str, tuple[str, ...]] = {
@@ -88,7 +88,7 @@ class Pattern(NamedTuple):
         """Returns the window of the layer that this is a slice for."""
         return config.windows[0] if self.window is None else self.window
 
-    def turn_of(self, turns: Rotation | None) -> Rotation | None:
+    def turn_of(self, turns: Rotations | None) -> Rotation | None:
         """Returns the rotation of the layer that this is a slice for."""
         if self.turn is None:
             return turns
@@ -97,7 +97,7 @@ class Pattern(NamedTuple):
 
 def layer_pattern(
     positions: Int[Array, "rows length"], config: DecoderConfig
-) -> tuple[Pattern, Rotation | None]:
+) -> tuple[Pattern, Rotations | None]:
     """Returns what differs between the layers, and the rotations they take from."""
     turns, index = layer_rotations(positions, config)
     window = None

@@ -14,6 +14,12 @@ Rotation = tuple[
 ]
 """Cosine and sine of every position and pair; one row when all sequences share it."""
 
+Rotations = tuple[
+    Float32[Array, "*kinds rows length pairs"],
+    Float32[Array, "*kinds rows length pairs"],
+]
+"""The same, or those of several kinds of layers on a leading axis."""
+
 
 def rope_frequencies(
     rope: RopeConfig, head_dim: int, *, long: bool = False
@@ -106,7 +112,7 @@ def _dynamic_growth(
 
 def layer_rotations(
     positions: Int[Array, "rows length"], config: DecoderConfig
-) -> tuple[Rotation | None, Int[np.ndarray, " layers"] | None]:
+) -> tuple[Rotations | None, Int[np.ndarray, " layers"] | None]:
     """Returns how the layers turn their heads.
 
     Returns:

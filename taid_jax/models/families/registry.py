@@ -9,13 +9,34 @@ from typing import Any, get_args
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families.family import Family, Setting
+from taid_jax.models.families.gemma2 import GEMMA2
+from taid_jax.models.families.gemma3 import GEMMA3
+from taid_jax.models.families.gpt2 import GPT2
+from taid_jax.models.families.gpt_neox import GPT_NEOX
 from taid_jax.models.families.llama import LLAMA
 from taid_jax.models.families.mistral import MISTRAL
+from taid_jax.models.families.olmo2 import OLMO2
+from taid_jax.models.families.phi3 import PHI3
 from taid_jax.models.families.qwen2 import QWEN2
 from taid_jax.models.families.qwen3 import QWEN3
+from taid_jax.models.families.smollm3 import SMOLLM3
+from taid_jax.models.families.stablelm import STABLELM
 from taid_jax.models.fields import Fields
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    OLMO2,
+    SMOLLM3,
+    STABLELM,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    GPT_NEOX,
+    GPT2,
+)
 
 MOST_LAYERS = 10_000
 """More layers than this are a broken file, not a model."""
@@ -167,7 +188,7 @@ def write_config(config: DecoderConfig) -> dict[str, object]:
     for setting in family.settings:
         if setting.key is not None:
             values[setting.key] = _written(setting, getattr(config, setting.field))
-    values |= {key: allowed[0] for key, allowed in family.fixed.items()}
+    values |= {key: allowed[0] for key, allowed in family.fixed.items() if allowed}
     for group in family.groups:
         values |= group.write(config)
     origin = f"the config.json of a {family.name}"

@@ -1,0 +1,40 @@
+"""Every family against transformers in PyTorch: values, gradients, words."""
+
+import numpy as np
+import pytest
+
+
+def largest_error(ours, theirs):
+    """The largest difference in units of the largest number expected."""
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def check_values(expected, got):
+    # Padding on both sides, packed sequences, more tokens than window and context.
+    # Rounding of float32 through the layers is near 1e-6; the project promises 1e-4.
+    assert largest_error(got.hidden, expected.hidden) < 2e-5
+    assert largest_error(got.logits, expected.logits) < 2e-5
+
+
+def check_gradients(expected, got):
+    assert set(got.gradient) == set(expected.gradient)
+    for name, theirs in expected.gradient.items():
+        ours = got.gradient[name]
+        assert ours.shape == theirs.shape, name
+        # Rounding is near 1e-6 of the norm; the project promises 1e-3.
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        assert error < 1e-4, name
+
+
+def test_hidden_states_and_logits_are_those_of_transformers(case, outcomes):
+    check_values(*outcomes(case))
+
+
+def test_gradients_are_those_of_transformers(case, outcomes):
+    check_gradients(*outcomes(case))
+
+
+@pytest.mark.slow
+def test_variants_agree_with_transformers(variant, outcomes):
+    check_values(*outcomes(variant))
+    check_gradients(*outcomes(variant))
