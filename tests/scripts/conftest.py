@@ -21,14 +21,24 @@ SENTENCES = [
 
 
 @pytest.fixture(scope="session")
-def train_tpu():
+def load_script():
+    """`load_script(name)`: a script as a module."""
+
+    def load(name):
+        path = ROOT / "scripts" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def train_tpu(load_script):
     """The script as a module."""
-    path = ROOT / "scripts" / "train_tpu.py"
-    spec = importlib.util.spec_from_file_location("train_tpu", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_tpu")
 
 
 @pytest.fixture(autouse=True, scope="session")

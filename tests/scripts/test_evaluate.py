@@ -1,0 +1,225 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from taid_jax.scores import score_answers
+
+
+@pytest.fixture(scope="session")
+def evaluate(load_script):
+    return load_script("evaluate")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Questions whose answers the words of the tiny tokenizer can write."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    records = [
+        {
+            "prompt": f"Where does the {animal} go, {number}?",
+            "completion": f" The {animal} takes the {thing}.",
+        }
+        for animal in ("cat", "dog", "bird", "horse", "mouse")
+        for number, thing in enumerate(("house", "ball", "river") * 4)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def judged(train_tpu, teacher, questions, tmp_path_factory):
+    """The folder of a run that was judged by its answers."""
+    folder = tmp_path_factory.mktemp("judged") / "run"
+    status = train_tpu.main(
+        [
+            f"--teacher={teacher}",
+            "--student-layers=2",
+            f"--data={questions}",
+            f"--output={folder}",
+            "--steps=6",
+            "--batch-size=8",
+            "--seq-len=40",
+            "--no-pack",
+            "--eval-every=2",
+            "--save-every=0",
+            "--held-out-fraction=0.3",
+            "--learning-rate=0.01",
+            "--answer-examples=10",
+            "--answer-tokens=6",
+            "--best-by=rouge_l",
+        ]
+    )
+    assert status == 0
+    return folder
+
+
+def _evaluations(folder):
+    lines = (folder / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_train_tpu_writes_all_that_is_judged(judged):
+    rows = _evaluations(judged)
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for row in rows:
+        assert 0 <= row["rouge_l"] <= 1
+        assert 0 <= row["exact_match"] <= 1
+        assert row["loss"] > 0
+    report = json.loads((judged / "report.json").read_text())
+    assert report["loss_before"] == rows[0]["loss"]
+    assert report["rouge_l_before"] == rows[0]["rouge_l"]
+    best = max(rows[1:], key=lambda row: (row["rouge_l"], row["step"]))
+    assert report["rouge_l_after"] == best["rouge_l"]
+    assert report["kl_after"] == best["kl"]
+
+
+def test_evaluate_finds_what_the_run_found(evaluate, judged, tmp_path, capsys):
+    path = tmp_path / "scores.json"
+    flags = [
+        f"--config={judged / 'settings.json'}",
+        f"--student={judged / 'student'}",
+        f"--json={path}",
+    ]
+    assert evaluate.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "rouge l" in out
+    found = json.loads(path.read_text())
+    report = json.loads((judged / "report.json").read_text())
+    # The same arithmetic on the same float32 weights.
+    for key in ("kl", "student_perplexity", "rouge_l", "exact_match"):
+        assert found[key] == report[f"{key}_after"], key
+    assert found["teacher_perplexity"] == report["teacher_perplexity"]
+    assert found["tokens"] == report["held_out_tokens"]
+    assert found["settings"]["model"]["student"] == str(judged / "student")
+
+
+def test_evaluate_teacher_as_the_student_is_at_no_distance(
+    evaluate, teacher, questions, tmp_path
+):
+    path = tmp_path / "scores.json"
+    flags = [
+        f"--teacher={teacher}",
+        f"--student={teacher}",
+        f"--data={questions}",
+        "--batch-size=8",
+        "--seq-len=40",
+        f"--json={path}",
+    ]
+    assert evaluate.main(flags) == 0
+    found = json.loads(path.read_text())
+    assert found["kl"] == 0
+    assert found["student_perplexity"] == found["teacher_perplexity"]
+    assert found["rouge_l"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--student=/nowhere"], ["/nowhere"]),
+        ([], ["student", "need the folder"]),
+        (["--student={teacher}", "--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
+        (["--student={teacher}", "--json=/nowhere/x.json"], ["/nowhere"]),
+        (["--student={teacher}", "--config=/nowhere.yaml"], ["/nowhere.yaml"]),
+        (["--student={teacher}", "--batch-size=6"], ["6 sequences", "8 devices"]),
+        (
+            ["--student={teacher}", "--answer-examples=4", "--answer-tokens=64"],
+            ["answer_tokens", "context of 64"],
+        ),
+    ],
+)
+def test_evaluate_bad_input_is_one_message(
+    evaluate, teacher, questions, capsys, flags, messages
+):
+    flags = [flag.format(teacher=teacher) for flag in flags]
+    first = [f"--teacher={teacher}", f"--data={questions}", "--seq-len=40"]
+    assert evaluate.main([*first, "--batch-size=8", *flags]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    for message in messages:
+        assert message in err
+
+
+def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(
+    train_tpu, judged, tmp_path, monkeypatch
+):
+    from taid_jax.train import judge
+
+    settings = json.loads((judged / "settings.json").read_text())
+    settings["run"]["output"] = str(tmp_path / "run")
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+
+    class KilledError(Exception):
+        pass
+
+    calls = []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # at step 4, with the checkpoint of step 2
+            raise KilledError
+        return score_answers(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "score_answers", killed)
+        with pytest.raises(KilledError):
+            train_tpu.main([f"--config={path}"])
+    assert not (tmp_path / "run" / "report.json").exists()
+    assert train_tpu.main([f"--config={path}", "--resume"]) == 0
+    assert _evaluations(tmp_path / "run") == _evaluations(judged)
+    first, second = (
+        load_file(folder / "student" / "model.safetensors")
+        for folder in (judged, tmp_path / "run")
+    )
+    for key, array in first.items():
+        np.testing.assert_array_equal(array, second[key], err_msg=key)
+
+
+def test_judge_leaves_state_iterator_and_rng_as_they_are(teacher, questions, tmp_path):
+    from taid_jax.settings import from_dict
+    from taid_jax.sharding import make_mesh
+    from taid_jax.train.answers import find_questions
+    from taid_jax.train.assemble import assemble
+    from taid_jax.train.checkpoint import Checkpoints
+    from taid_jax.train.inputs import check_models, load_pair, read_data
+    from taid_jax.train.judge import make_judge
+
+    settings = from_dict(
+        {
+            "teacher": str(teacher),
+            "student_layers": 2,
+            "data": {"data": str(questions), "held_out_fraction": 0.3},
+            "batch_size": 8,
+            "seq_len": 40,
+            "pack": False,
+            "answer_examples": 4,
+            "answer_tokens": 4,
+        }
+    )
+    mesh = make_mesh(settings.run.mesh)
+    tokenizer = check_models(settings.model, 40)
+    dataset = read_data(settings, tokenizer)
+    pair = load_pair(settings, mesh)
+    judge = make_judge(
+        settings,
+        pair,
+        dataset,
+        mesh,
+        tokenizer=tokenizer,
+        questions=find_questions(dataset.held_out, 4),
+    )
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    loop, state = assemble(settings, tmp_path, pair, dataset, checkpoints, mesh, judge)
+    next(loop.batches)
+    place = loop.batches.get_state()
+    before = jax.tree.map(np.array, state)
+    first, again = judge(state), judge(state)
+    assert first == again
+    assert first.rouge_l is not None
+    assert loop.batches.get_state() == place
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    checkpoints.close()
