@@ -17,7 +17,8 @@ from taid_jax.models.decoder import init_params
 from taid_jax.models.export import MAX_SHARD_BYTES, write_folder
 from taid_jax.models.families import read_config
 from taid_jax.models.fields import read_json
-from taid_jax.models.gguf import open_gguf, read_gguf_config
+from taid_jax.models.gguf import open_gguf
+from taid_jax.models.gguf_config import read_gguf_config
 from taid_jax.models.hf import GENERATION_CONFIG, open_folder, read_folder_config
 from taid_jax.models.source import Source, resolve
 from taid_jax.models.tokenizer import Tokenizer, find_tokenizer

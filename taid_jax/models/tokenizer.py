@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from gguf import TokenType
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from taid_jax.models.errors import ModelError
@@ -142,6 +143,21 @@ def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:
     return found
 
 
+def _without_padding(tokens: list, kinds: object) -> int:
+    """Returns how many tokens there are without what fills a padded vocabulary.
+
+    llama.cpp names each such entry by its id and marks it as unused.
+    """
+    count = len(tokens)
+    if isinstance(kinds, list) and len(kinds) == count:
+        while count > 1 and (
+            kinds[count - 1] == TokenType.UNUSED
+            and tokens[count - 1] == f"[PAD{count - 1}]"
+        ):
+            count -= 1
+    return count
+
+
 _GGUF_KEYS: Mapping[str, str] = {
     "tokenizer_type": "model",
     "pre_tokenizer_type": "pre",
@@ -180,6 +196,11 @@ def gguf_tokenizer(metadata: Mapping[str, object], origin: str) -> Tokenizer | N
     tokens = entries.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         return None
+    real = _without_padding(tokens, entries.get("token_type"))
+    entries["tokens"] = tokens = tokens[:real]
+    for name in ("scores", "token_type"):
+        if isinstance(listed := entries.get(name), list):
+            entries[name] = listed[:real]
     options: dict[str, object] = {}
     for name in ("bos", "eos", "unk", "pad"):
         number = entries.get(f"{name}_token_id")

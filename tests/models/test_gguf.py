@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families import write_config
-from taid_jax.models.gguf import open_gguf, read_gguf_config
+from taid_jax.models.gguf import open_gguf
+from taid_jax.models.gguf_config import read_gguf_config
 from taid_jax.models.load import load_config, load_model
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
@@ -176,7 +177,8 @@ def test_read_gguf_config_refuses_other_rotary_factors(
         ("llama.expert_count", (8, TYPE.UINT32), "llama.expert_count"),
         ("llama.logit_scale", (0.5, TYPE.FLOAT32), "llama.logit_scale"),
         ("llama.attention.key_length", (32, TYPE.UINT32), "rope.dimension_count"),
-        ("llama.rope.scaling.type", ("yarn", TYPE.STRING), "rope.scaling.type.*yarn"),
+        ("llama.rope.scaling.type", ("ntk", TYPE.STRING), "rope.scaling.type.*ntk"),
+        ("llama.rope.scaling.type", ("longrope", TYPE.STRING), "rope_factors_long"),
         ("llama.rope.scaling.factor", (0.5, TYPE.FLOAT32), "factor >= 1"),
         ("split.count", (3, TYPE.UINT16), "one of several parts"),
     ],

@@ -112,6 +112,21 @@ def test_load_tokenizer_begins_with_bos_where_llama_cpp_does(tmp_path, write_ggu
     assert load_tokenizer(tmp_path / "m.gguf")("the")["input_ids"][0] == 1
 
 
+def test_load_tokenizer_leaves_out_what_fills_a_padded_vocabulary(tmp_path, write_gguf):
+    def padded(writer):
+        count = len(BPE_TOKENS)
+        fill = [f"[PAD{index}]" for index in range(count, count + 7)]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([*BPE_TOKENS, *fill])
+        writer.add_token_types([TYPE.NORMAL] * count + [TYPE.UNUSED] * 7)
+        writer.add_token_merges(BPE_MERGES)
+
+    write_gguf(tmp_path / "m.gguf", tokens=padded)
+    tokens = load_tokenizer(tmp_path / "m.gguf").get_vocab()
+    assert max(tokens.values()) == len(BPE_TOKENS) - 1
+    assert not any(token.startswith("[PAD") for token in tokens)
+
+
 @pytest.mark.parametrize("key", ["bos", "eos", "unk", "pad"])
 @pytest.mark.parametrize("number", [-1, 10**6, "1"])
 def test_gguf_tokenizer_refuses_special_ids_outside_the_vocabulary(key, number):

@@ -183,7 +183,7 @@ def _read(
                 section.problem(field, "is missing")
             values[f"{field}s"] = factors or ()
         stretched = section.get("factor", stretched, float)
-        derived = _longrope_attention(stretched, values["original_max_length"])
+        derived = longrope_attention(stretched, values["original_max_length"])
         values["attention_factor"] = section.get("attention_factor", derived, float)
     elif kind == "yarn":
         factor = section.get("factor", stretched, float)
@@ -208,7 +208,7 @@ def _read(
         return RopeConfig()
 
 
-def _longrope_attention(factor: float, original: int) -> float:
+def longrope_attention(factor: float, original: int) -> float:
     """Returns what multiplies cosine and sine, as transformers derives it."""
     if factor <= 1 or original <= 1:
         return 1.0
@@ -245,7 +245,7 @@ def _write(
     # Transformers 4 wants these three and nothing else, and derives the rest.
     old = {"type": "longrope", **factors}
     stretched = max_length / rope.original_max_length
-    if rope.attention_factor != _longrope_attention(
+    if rope.attention_factor != longrope_attention(
         stretched, rope.original_max_length
     ):
         old["attention_factor"] = rope.attention_factor
