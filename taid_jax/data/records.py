@@ -39,12 +39,19 @@ class Piece(NamedTuple):
         start: First byte of JSON lines, first row group of Parquet.
         stop: The one after the last; the end of the file when None.
         first: Number of its first line or row, from 1.
+        shown: What the file is called in messages; its path when empty.
     """
 
     path: str
     start: int = 0
     stop: int | None = None
     first: int = 1
+    shown: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the file is called in messages."""
+        return self.shown or self.path
 
 
 def cut_jsonl(path: pathlib.Path, size: int) -> list[Piece]:
@@ -114,7 +121,7 @@ def read_jsonl(
             if not line.strip():
                 continue
             empty = False
-            origin = f"{piece.path}, line {number}"
+            origin = f"{piece.name}, line {number}"
             try:
                 if len(line) > max_record_bytes and not line.endswith(b"\n"):
                     raise _too_large(len(line) + _pass_line(file), max_record_bytes)
@@ -122,7 +129,7 @@ def read_jsonl(
             except RecordError as error:
                 bad.report(origin, error)
     if empty:
-        raise DataError(f"{piece.path} is empty (blank lines only)")
+        raise DataError(f"{piece.name} is empty (blank lines only)")
 
 
 def _pass_line(file: IO[bytes]) -> int:
@@ -187,11 +194,11 @@ def read_parquet(
             known = [name for name in RECORD_KEYS if name in found]
             if not known or known in (["prompt"], ["completion"]):
                 raise DataError(
-                    f"{piece.path}: need the columns {EXPECTED_KEYS}; found "
+                    f"{piece.name}: need the columns {EXPECTED_KEYS}; found "
                     f"{', '.join(f'`{name}`' for name in found) or 'none'}"
                 )
             if file.metadata.num_rows == 0:
-                raise DataError(f"{piece.path} is empty (0 rows)")
+                raise DataError(f"{piece.name} is empty (0 rows)")
             columns = [*known, *(name for name in ID_KEYS if name in found)]
             stop = file.num_row_groups if piece.stop is None else piece.stop
             groups = range(piece.start, stop)
@@ -200,7 +207,7 @@ def read_parquet(
             ):
                 for index in range(batch.num_rows):
                     row += 1
-                    origin = f"{piece.path}, row {row}"
+                    origin = f"{piece.name}, row {row}"
                     one = batch.slice(index, 1)
                     try:
                         if one.nbytes > max_record_bytes:

@@ -37,10 +37,30 @@ SHARD_SCHEMA = pyarrow.schema(EXAMPLE_FIELDS)
 _ROW_GROUP = 4096
 
 
-def counted_runs(example: Example) -> list[int]:
-    """Returns the borders of the runs of counted tokens, rising."""
-    inside = example.counted.astype(np.int8)
-    return np.flatnonzero(np.diff(inside, prepend=0, append=0)).tolist()
+def example_columns(
+    examples: Sequence[Example], text: Sequence[bool]
+) -> dict[str, pyarrow.Array]:
+    """Returns the columns of `EXAMPLE_FIELDS`.
+
+    Args:
+        examples: The rows.
+        text: Whether each is running text.
+    """
+    inside = [example.counted.astype(np.int8) for example in examples]
+    runs = [np.flatnonzero(np.diff(row, prepend=0, append=0)) for row in inside]
+    return {
+        "input_ids": _lists([example.ids for example in examples]),
+        "counted": _lists(runs),
+        "prompt": pyarrow.array([e.prompt for e in examples], pyarrow.int32()),
+        "answer_end": pyarrow.array([e.answer_end for e in examples], pyarrow.int32()),
+        "text": pyarrow.array(list(text), pyarrow.bool_()),
+    }
+
+
+def _lists(rows: Sequence[np.ndarray]) -> pyarrow.Array:
+    ends = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    values = np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(ends, values, type=_IDS)
 
 
 def parquet_bytes(table: pyarrow.Table, row_group: int = _ROW_GROUP) -> bytes:

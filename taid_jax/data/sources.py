@@ -119,7 +119,7 @@ def read_piece(
             raise DataError(f"{path} is empty (0 bytes)")
         yield from _READERS[path.suffix.lower()](piece, seed, bad, max_record_bytes)
     except RecordError as error:
-        bad.report(str(path), error)
+        bad.report(piece.name, error)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path} cannot be read: {reason}") from error

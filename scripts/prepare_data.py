@@ -1,0 +1,124 @@
+"""Prepares conversations for training: tokenised, filtered, shuffled, in shards.
+
+The source is a data set of the Hugging Face hub, a file of JSON lines or Parquet, or a
+folder of them, with `messages` (or `prompt` and `completion`, or `text`). Train with
+`scripts/train_tpu.py --data FOLDER`. A stopped preparation goes on when it is started
+again; manifest.json and left_out.jsonl tell what became of every record.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal, cast
+
+# Before JAX is imported: its C++ side is to be silent below errors.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from taid_jax.data import DataError, Tokenizer
+from taid_jax.data.errors import FILTERS, REASONS
+from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
+from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
+from taid_jax.data.template import set_chat_template
+from taid_jax.models.errors import ModelError
+from taid_jax.models.tokenizer import load_tokenizer
+from taid_jax.settings import ModelSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The flags.
+
+    Attributes:
+        options: What is prepared, and how.
+        tokenizer: Model whose tokenizer is used: the teacher of the training.
+        chat_template: A Jinja template in place of the tokenizer's own.
+        preset: `ultrachat` gives the data set, splits and filter of the published
+            recipe; flags go over it.
+    """
+
+    options: Annotated[PrepareOptions, tyro.conf.arg(name="")]
+    tokenizer: str = ModelSettings().teacher
+    chat_template: str | None = None
+    preset: Literal["ultrachat"] | None = None
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Returns the flags, laid over those of `--preset`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=list(PRESETS))
+    preset = first.parse_known_args(arguments)[0].preset
+    values = {"data": tyro.MISSING, "output": tyro.MISSING, **PRESETS.get(preset, {})}
+    return tyro.cli(
+        Command,
+        args=arguments,
+        default=Command(options=PrepareOptions(**values), preset=preset),
+        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def show(manifest: Manifest, console: Console) -> None:
+    """Prints what was prepared and what was left out."""
+    kept = Table("side", "examples", "tokens", "shards")
+    for side in SIDES:
+        files = [file for file in manifest.files if file.side == side]
+        examples = sum(file.examples for file in files)
+        tokens = sum(file.tokens for file in files)
+        kept.add_row(side, f"{examples:,}", f"{tokens:,}", str(len(files)))
+    console.print(kept)
+    told = Table(
+        "records", "what became of them", title=f"of {manifest.records:,} read"
+    )
+    meanings = {**REASONS, **FILTERS}
+    for reason, count in sorted(manifest.left_out.items()):
+        told.add_row(f"{count:,}", f"left out ({reason}): {meanings[reason]}")
+    for reason, count in sorted(manifest.noted.items()):
+        told.add_row(f"{count:,}", f"kept, but: {reason.replace('_', ' ')}")
+    if manifest.left_out or manifest.noted:
+        console.print(told)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    console, errors = Console(), Console(stderr=True)
+    try:
+        command = parse(arguments)
+        tokenizer = load_tokenizer(command.tokenizer)
+        if command.chat_template is not None:
+            set_chat_template(cast(Tokenizer, tokenizer), command.chat_template)
+        with Progress(console=console) as bars:
+            tasks = {}
+
+            def progress(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], completed=done)
+
+            # transformers declares some of these methods on its subclasses alone.
+            manifest = prepare(
+                command.options, cast(Tokenizer, tokenizer), progress=progress
+            )
+    except (DataError, ModelError) as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on from here")
+        return 1
+    show(manifest, console)
+    console.print(
+        f"shards, {MANIFEST} and {REPORT} are in {command.options.output}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
