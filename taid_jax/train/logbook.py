@@ -1,18 +1,18 @@
 """What a run writes down on the way: lines of metrics, TensorBoard, a clock."""
 
-import contextlib
 import math
 import pathlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from tensorboardX import SummaryWriter
 
 from taid_jax.evaluate import HeldOut
+from taid_jax.hosts import from_first, is_first
 from taid_jax.train.report import EVALUATIONS, METRICS, Lines, read_lines
 from taid_jax.train.step import Metrics
+from taid_jax.train.utilisation import Meter
 
 LOGGED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm")
 
@@ -34,8 +34,30 @@ class Progress(Protocol):
         ...
 
 
+class _Files:
+    """Where rows go; those of steps after `start` are from a run that was cut off."""
+
+    def __init__(self, folder: pathlib.Path, start: int):
+        self.metrics = Lines(folder / METRICS, first_dropped=start + 1)
+        self.evaluations = Lines(folder / EVALUATIONS, first_dropped=start + 1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def draw(self, group: str, row: Mapping[str, Any]) -> None:
+        """Gives TensorBoard the figures of a row."""
+        for key, value in row.items():
+            if isinstance(value, float) and math.isfinite(value):
+                self._board.add_scalar(f"{group}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.evaluations.close()
+        self._board.close()
+
+
 class Logbook:
     """Writes steps and evaluations to files, to TensorBoard and to who is shown them.
+
+    Of several processes the first writes, and all know the rows of evaluations.
 
     Args:
         folder: Of the run.
@@ -43,6 +65,7 @@ class Logbook:
         last: The last step, which is always written.
         every: Steps between lines of metrics.
         progress: Who is shown how it goes.
+        meter: Of the time that steps take.
 
     Attributes:
         evaluations: Rows of all evaluations so far, those before a resume too.
@@ -57,24 +80,18 @@ class Logbook:
         last: int,
         every: int,
         progress: Progress,
+        meter: Meter,
     ):
         self._every, self._last, self._progress = every, last, progress
-        self._metric_lines = Lines(folder / METRICS, first_dropped=start + 1)
-        self._evaluation_lines = Lines(folder / EVALUATIONS, first_dropped=start + 1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self.evaluations: list[dict[str, Any]] = read_lines(folder / EVALUATIONS)
+        self._files: _Files | None = None
+        if is_first():
+            self._files = _Files(folder, start)
+        self.evaluations: list[dict[str, Any]] = from_first(
+            lambda: read_lines(folder / EVALUATIONS)
+        )
         self.skipped_in_row = 0
-        self._clock = time.perf_counter()
+        self._meter = meter
         self._logged = start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it the clock of tokens per second stands still."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._clock += time.perf_counter() - began
 
     def step(self, step: int, metrics: Metrics, tokens: int) -> None:
         """Writes a step down, when it is one of those that are.
@@ -84,7 +101,10 @@ class Logbook:
             metrics: Of the step; this waits for them.
             tokens: Slots of its batch, padding included.
         """
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        with self._meter.measured("wait"):
+            read = jax.device_get(metrics)
+        values = {key: float(value) for key, value in read.items()}
+        self._meter.count(values.get("tokens", float(tokens)))
         skipped = bool(values.pop("skipped"))
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         if skipped:
@@ -95,31 +115,27 @@ class Logbook:
             )
         if step % self._every and step != self._last:
             return
-        now = time.perf_counter()
-        rate = tokens * (step - self._logged) / max(now - self._clock, 1e-9)
-        self._clock, self._logged = now, step
+        measured = self._meter.take(step - self._logged, tokens)
+        self._logged = step
         row: dict[str, Any] = {"step": step}
         row |= {key: values.get(key) for key in LOGGED}
         row |= {key: value for key, value in values.items() if key not in row}
-        row |= {"skipped": skipped, "tokens_per_second": rate}
-        self._metric_lines.write(row)
-        for key, value in row.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self._board.add_scalar(f"train/{key}", value, step)
+        row |= {"skipped": skipped, **measured}
+        if self._files:
+            self._files.metrics.write(row)
+            self._files.draw("train", row)
         self._progress.step(row)
 
     def evaluation(self, step: int, found: HeldOut) -> None:
         """Writes a held-out evaluation down."""
         row = {"step": step, **found._asdict()}
         self.evaluations.append(row)
-        self._evaluation_lines.write(row)
-        for key, value in row.items():
-            if key not in ("step", "tokens") and value is not None:
-                self._board.add_scalar(f"held_out/{key}", value, step)
+        if self._files:
+            self._files.evaluations.write(row)
+            self._files.draw("held_out", row)
         self._progress.evaluation(step, found)
 
     def close(self) -> None:
         """Closes the files."""
-        self._metric_lines.close()
-        self._evaluation_lines.close()
-        self._board.close()
+        if self._files:
+            self._files.close()

@@ -13,13 +13,14 @@ import pytest
 from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(__file__).parents[2]
-CLOCK = ("tokens_per_second",)
 
 
 def _rows(folder):
+    from taid_jax.train.utilisation import MEASURED
+
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def _weights(folder):

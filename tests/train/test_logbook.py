@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from taid_jax.evaluate import HeldOut
-from taid_jax.train import logbook
+from taid_jax.train import logbook, utilisation
 from taid_jax.train.report import EVALUATIONS, METRICS, read_lines
 
 
@@ -33,15 +33,16 @@ def open_book(tmp_path, monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(logbook, "time", clock)
+    monkeypatch.setattr(utilisation, "time", clock)
     books = []
 
     def make(start=0, every=1):
+        meter = utilisation.Meter()
         book = logbook.Logbook(
-            tmp_path, start=start, last=10, every=every, progress=Told()
+            tmp_path, start=start, last=10, every=every, progress=Told(), meter=meter
         )
         books.append(book)
-        return book, clock
+        return book, clock, meter
 
     yield make
     for book in books:
@@ -53,10 +54,10 @@ def _metrics(loss=1.0, skipped=0.0):
 
 
 def test_logbook_counts_tokens_of_the_time_that_is_not_paused(open_book, tmp_path):
-    book, clock = open_book(every=2)
+    book, clock, meter = open_book(every=2)
     clock.now += 1
     book.step(1, _metrics(), 30)
-    with book.paused():
+    with meter.measured("save"):
         clock.now += 50
     clock.now += 2
     book.step(2, _metrics(), 30)
@@ -66,7 +67,7 @@ def test_logbook_counts_tokens_of_the_time_that_is_not_paused(open_book, tmp_pat
 
 
 def test_logbook_counts_skipped_steps_in_a_row(open_book, tmp_path):
-    book, _ = open_book()
+    book, *_ = open_book()
     counts = []
     for step, skipped in enumerate([1.0, 1.0, 0.0, 1.0], start=1):
         book.step(step, _metrics(jnp.nan if skipped else 1.0, skipped), 8)
@@ -78,7 +79,7 @@ def test_logbook_counts_skipped_steps_in_a_row(open_book, tmp_path):
 
 
 def test_logbook_writes_the_last_step_always(open_book, tmp_path):
-    book, _ = open_book(every=4)
+    book, *_ = open_book(every=4)
     for step in range(1, 11):
         book.step(step, _metrics(), 8)
     assert [row["step"] for row in read_lines(tmp_path / METRICS)] == [4, 8, 10]
@@ -87,12 +88,12 @@ def test_logbook_writes_the_last_step_always(open_book, tmp_path):
 def test_logbook_resumed_drops_what_came_after_and_knows_what_came_before(
     open_book, tmp_path
 ):
-    book, _ = open_book()
+    book, *_ = open_book()
     for step in (2, 4):
         book.step(step, _metrics(), 8)
         book.evaluation(step, HeldOut(step / 10, 2, 3, 4))
     book.close()
-    again, _ = open_book(start=3)
+    again, *_ = open_book(start=3)
     assert [row["kl"] for row in again.evaluations] == [0.2]
     again.evaluation(5, HeldOut(0.5, 2, 3, 4))
     assert [row["step"] for row in again.evaluations] == [2, 5]

@@ -13,6 +13,7 @@ from taid_jax.train import loop as lp
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.logbook import LOGGED
 from taid_jax.train.report import read_lines
+from taid_jax.train.utilisation import MEASURED
 
 
 class Batches:
@@ -82,7 +83,7 @@ def make_loop(tmp_path, make_trainer, make_params, make_batch):
 def _rows(loop):
     """Metrics without what depends on the clock."""
     rows = read_lines(loop.folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def test_loop_logs_evaluates_and_saves(make_loop):
