@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from taid_jax.loss.fused.plan import Plan
 from taid_jax.loss.fused.rows import Problem, Wanted, dot, kernel_axes
+from taid_jax.loss.fused.strips import kernel_strips, over_counted
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -48,8 +49,6 @@ class Sums(NamedTuple):
 LoopCarry = tuple[Sums, Array | None]
 """The sums, and beside them an array that fills."""
 
-_Work = Callable[[LoopCarry, tuple[Array, Array]], tuple[LoopCarry, None]]
-
 
 def work_when(
     pred: Array | None,
@@ -81,19 +80,18 @@ def head_products(
     kernel, bias, in_hidden = sums.kernel, sums.bias, None
     if job.wanted.hidden:
         in_hidden = _hidden_parts(job, in_logits, vocab)
-    if kernel is not None and model == 0:
-        turned = hidden.T
-        if job.plan.cpu:
-            # Kept apart: the product takes a slow path when it turns an operand.
-            turned = lax.optimization_barrier(turned)
-        kernel += dot(turned, in_logits, 1, 0)
-    elif kernel is not None:
-        kernel += dot(in_logits, hidden, 0, 0)
+    if kernel is not None:
+        pair = (hidden, in_logits) if model == 0 else (in_logits, hidden)
+        kernel += dot(*pair, 0, 0)
     if bias is not None:
-        # A product: on a CPU a sum over the first axis is slow.
-        ones = jnp.ones((1, in_logits.shape[0]), in_logits.dtype)
-        bias += jnp.squeeze(dot(ones, in_logits, 1, 0), 0)
+        bias += _sum_rows(in_logits)
     return Sums(sums.objective, kernel, bias), in_hidden
+
+
+def _sum_rows(in_logits: Float[Array, "tokens vocab"]) -> Float[Array, " vocab"]:
+    # A product: on a CPU a sum over the first axis is slow.
+    ones = jnp.ones((1, in_logits.shape[0]), in_logits.dtype)
+    return jnp.squeeze(dot(ones, in_logits, 1, 0), 0)
 
 
 def _hidden_parts(
@@ -133,37 +131,40 @@ def chunk_products(
         hidden: `(chunk, d_model)`.
         live: How many tokens count; all when None.
     """
-    if live is None:
-        return head_products(job, sums, in_logits, hidden)
-    size, count = job.plan.block, job.plan.chunk // job.plan.block
-    blocks = (live + size - 1) // size
-
-    def part(number: int, start: Array) -> _Work:
-        def work(carry: LoopCarry, x: tuple[Array, Array]) -> tuple[LoopCarry, None]:
-            g, h = (lax.dynamic_slice_in_dim(y, start, number * size) for y in x)
-            sums, new = head_products(job, carry[0], g, h)
-            in_hidden = carry[1]
-            if in_hidden is not None and new is not None:
-                in_hidden = lax.dynamic_update_slice_in_dim(in_hidden, new, start, 1)
-            return (sums, in_hidden), None
-
-        return work
-
-    def by_digits(carry: LoopCarry, x: tuple[Array, Array]) -> tuple[LoopCarry, None]:
-        # Products have static shapes, and a few large ones are faster than many small
-        # ones: one for each binary digit of the number of blocks.
-        for digit in reversed(range((count - 1).bit_length())):
-            start = (blocks >> (digit + 1) << (digit + 1)) * size
-            held = (blocks & (1 << digit)) != 0
-            carry, _ = work_when(held, part(1 << digit, start), carry, x)
-        return carry, None
-
-    whole = part(count, jnp.int32(0))
-    in_hidden = None
-    if job.wanted.hidden:
-        in_hidden = jnp.zeros((job.parts, *hidden.shape), jnp.float32)
-        in_hidden = job.spread(in_hidden, 0)
-    carry, x = (sums, in_hidden), (in_logits, hidden)
     if job.plan.cpu:
-        return lax.cond(blocks == count, whole, by_digits, carry, x)[0]
-    return work_when(live > 0, whole, carry, x)[0]
+        return _cpu_products(job, sums, in_logits, hidden, live)
+
+    def work(sums: Sums, x: tuple[Array, Array]) -> tuple[Sums, Array | None]:
+        return head_products(job, sums, *x)
+
+    counted = None if live is None else live > 0
+    return work_when(counted, work, sums, (in_logits, hidden))
+
+
+def _cpu_products(
+    job: Job, sums: Sums, in_logits: Array, hidden: Array, live: Array | None
+) -> tuple[Sums, Array | None]:
+    """Returns what `chunk_products` does."""
+    student = job.problem.student
+    model, vocab = kernel_axes(student.kernel, hidden.shape[1])
+    kernel, bias, in_hidden = sums.kernel, sums.bias, None
+
+    def some(first: Array, number: int) -> Array:
+        return lax.dynamic_slice_in_dim(in_logits, first, number)
+
+    def hidden_rows(carry: Array, first: Array, number: int) -> Array:
+        new = _hidden_parts(job, some(first, number), vocab)
+        return lax.dynamic_update_slice_in_dim(carry, new, first, 1)
+
+    def bias_rows(carry: Array, first: Array, number: int) -> Array:
+        return carry + _sum_rows(some(first, number))
+
+    if job.wanted.hidden:
+        start = jnp.zeros((job.parts, *hidden.shape), jnp.float32)
+        start = job.spread(start, 0)
+        in_hidden = over_counted(job.plan, live, hidden_rows, start)
+    if kernel is not None:
+        kernel = kernel_strips(job.plan, kernel, in_logits, hidden, model, live)
+    if bias is not None:
+        bias = over_counted(job.plan, live, bias_rows, bias)
+    return Sums(sums.objective, kernel, bias), in_hidden
