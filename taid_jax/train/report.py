@@ -3,9 +3,12 @@
 import json
 import math
 import pathlib
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import matplotlib
 import matplotlib.figure
 
@@ -70,6 +73,21 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(plain, indent=2, allow_nan=False)
     scratch.write_text(text + "\n", encoding="utf-8")
     scratch.replace(path)
+
+
+def peak_memory() -> int:
+    """Returns the most memory that was in use, in bytes.
+
+    Of the fullest device of this process where devices tell (GPUs and TPUs), else of
+    the process itself, which on a CPU holds the arrays.
+    """
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if each]
+    if peaks:
+        return max(peaks)
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def draw_curves(

@@ -1,0 +1,132 @@
+"""Trains several methods from the same start, on the same batches, and compares them.
+
+    python scripts/compare.py --config scripts/recipes/smoke.yaml --seeds 0 1 2
+
+A cell is one method with one seed, in a process of its own. A cell that is finished is
+not run again, and one that was stopped goes on from its last checkpoint: the same
+command goes on where the last one ended. The output folder gets comparison.md (a table
+of means and standard deviations over the seeds), comparison.json and comparison.png.
+"""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+import yaml
+from rich.console import Console
+
+from taid_jax.comparison import METHODS, Cell, collect, draw, make_table, plan_cells
+from taid_jax.settings import SettingsError
+from taid_jax.train.report import write_json
+
+TRAIN = pathlib.Path(__file__).with_name("train_tpu.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The flags.
+
+    Attributes:
+        config: Settings that all cells share.
+        output: Gets a folder per cell, the table and the picture.
+        methods: Files in the folder `methods` beside the config, or paths to such.
+        seeds: Of data order and random weights.
+        set: Settings over those of all cells, such as `steps=20 seq_len=64`.
+        only_table: Run nothing; make the table of what is finished.
+    """
+
+    config: pathlib.Path
+    output: pathlib.Path = pathlib.Path("runs/comparison")
+    methods: tuple[str, ...] = METHODS
+    seeds: tuple[int, ...] = (0,)
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    only_table: bool = False
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
+    """Returns the settings of `name=value` texts; values are read as YAML.
+
+    Raises:
+        SettingsError: If a text is no such pair.
+    """
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"set: cannot read {text!r}: {error}") from error
+        if not equals or not name:
+            raise SettingsError(f"set: need NAME=VALUE, got {text!r}")
+    return values
+
+
+def run_cell(cell: Cell, console: Console) -> int:
+    """Runs a cell in a process of its own and returns its exit status."""
+    log = cell.folder / "log.txt"
+    flags = cell.prepare()
+    with log.open("a", encoding="utf-8") as file:
+        status = subprocess.run(
+            [sys.executable, str(TRAIN), *flags],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    if status:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
+        console.print(
+            f"{cell.folder.name}: exit status {status}, see {log}\n" + "\n".join(last),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return status
+
+
+def write_results(cells: Sequence[Cell], output: pathlib.Path) -> str:
+    """Writes table, figures and picture, and returns the table."""
+    rows = collect(cells)
+    table = make_table(rows)
+    (output / "comparison.md").write_text(table, encoding="utf-8")
+    write_json(output / "comparison.json", rows)
+    draw(cells, output / "comparison.png")
+    return table
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 a cell failed.",
+    )
+    console, errors = Console(), Console(stderr=True)
+    try:
+        cells = plan_cells(
+            command.config,
+            command.methods,
+            command.seeds,
+            command.output,
+            parse_overrides(command.set),
+        )
+        waiting = [cell for cell in cells if cell.report() is None]
+    except (SettingsError, OSError) as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    statuses = []
+    for number, cell in enumerate([] if command.only_table else waiting, start=1):
+        console.print(f"cell {number} of {len(waiting)}: {cell.folder.name}")
+        statuses.append(run_cell(cell, errors))
+        if statuses[-1] == 2:  # The same input would be as bad for the next one.
+            return 2
+    if any(cell.report() for cell in cells):
+        print(write_results(cells, command.output))
+    return 1 if any(statuses) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,275 @@
+"""Several methods from one start, on the same batches: cells, their table, a picture.
+
+A cell is one method with one seed: a run of `scripts/train_tpu.py` in a process of its
+own, so that its memory is its own. Its report, once it is there, is all that counts.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+
+from taid_jax.settings import (
+    Settings,
+    SettingsError,
+    flatten,
+    from_dict,
+    read_settings,
+    to_yaml,
+)
+from taid_jax.train.report import EVALUATIONS, REPORT, read_lines
+
+METHODS = (
+    "sft",
+    "fkl",
+    "rkl",
+    "tvd",
+    "adaptive_kl",
+    "gkd",
+    "distillm",
+    "ctkd",
+    "dkd",
+    "taid_linear",
+    "taid",
+)
+"""The methods of the published comparison, as the recipes call them."""
+
+FIGURES = {
+    "kl": "KL (nats)",
+    "student_perplexity": "perplexity",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match",
+}
+"""What is judged, before and after; a report calls them `kl_before`, `kl_after`, ..."""
+
+BEFORE = "before training"
+TOKENS = "tokens/s"
+MEMORY = "memory (GiB)"
+
+
+_OWN = frozenset({"run.output", "run.resume"})
+"""Settings in which two runs of one cell may differ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One method with one seed.
+
+    Attributes:
+        method: Its name.
+        seed: Of data order and random weights.
+        folder: Holds `settings.yaml` and the run's own folder.
+        settings: Of the run.
+    """
+
+    method: str
+    seed: int
+    folder: pathlib.Path
+    settings: Settings
+
+    @property
+    def file(self) -> pathlib.Path:
+        """The settings file of the run."""
+        return self.folder / "settings.yaml"
+
+    @property
+    def run(self) -> pathlib.Path:
+        """The run's own folder."""
+        return self.folder / "run"
+
+    def check(self) -> None:
+        """Raises unless what was begun here was begun with the same settings.
+
+        Raises:
+            SettingsError: With a line per difference.
+        """
+        if not self.file.is_file():
+            return
+        asked, found = flatten(self.settings), flatten(read_settings(self.file))
+        different = [
+            f"{name}: {found[name]!r} there, now {asked[name]!r}"
+            for name in asked
+            if found[name] != asked[name] and name not in _OWN
+        ]
+        if different:
+            raise SettingsError(
+                f"{self.folder} holds a cell with other settings; choose another "
+                "--output or remove it:\n  " + "\n  ".join(different)
+            )
+
+    def report(self) -> dict[str, Any] | None:
+        """Returns the report of the finished run, None if there is none yet."""
+        path = self.run / REPORT
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+    def prepare(self) -> list[str]:
+        """Writes the settings file and returns the flags of the run.
+
+        A run that was stopped goes on from its last checkpoint; what a run left behind
+        without one is removed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(to_yaml(self.settings), encoding="utf-8")
+        checkpoints = self.run / "checkpoints"
+        resumes = checkpoints.is_dir() and any(
+            entry.name.isdigit() for entry in checkpoints.iterdir()
+        )
+        if not resumes and self.run.exists():
+            shutil.rmtree(self.run)
+        return [f"--config={self.file}", *(["--resume"] if resumes else [])]
+
+
+def plan_cells(
+    config: pathlib.Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: pathlib.Path,
+    overrides: Mapping[str, Any],
+) -> list[Cell]:
+    """Returns the cells, those of one seed together.
+
+    Args:
+        config: Settings that all methods share.
+        methods: Names of files in the folder `methods` beside `config`, or paths.
+        seeds: Of the runs.
+        output: Gets a folder per cell.
+        overrides: Settings laid over those of config and method.
+
+    Raises:
+        SettingsError: If a settings file is missing or cannot be used, or a cell was
+            begun with other settings.
+    """
+    files = {}
+    for method in methods:
+        path = pathlib.Path(method)
+        if path.suffix != ".yaml":
+            path = config.parent / "methods" / f"{method}.yaml"
+        if not path.is_file():
+            known = sorted(each.stem for each in path.parent.glob("*.yaml"))
+            raise SettingsError(
+                f"methods: {method} has no file {path}; there are "
+                f"{', '.join(known) or 'none'}"
+            )
+        files[path.stem] = path.absolute()
+    shared = read_settings(config)
+    cells = []
+    for seed in seeds:
+        for method, path in files.items():
+            folder = output.absolute() / f"{method}-seed{seed}"
+            own = {"seed": seed, "output": str(folder / "run")}
+            settings = from_dict({**overrides, **own}, read_settings(path, shared))
+            cells.append(Cell(method, seed, folder, settings))
+            cells[-1].check()
+    return cells
+
+
+Row = dict[str, list[float]]
+"""Figures by name, one of each seed."""
+
+
+def collect(cells: Sequence[Cell]) -> dict[str, Row]:
+    """Returns the rows of the table: before training, then the finished methods.
+
+    Returns:
+        For each row its figures, in the order of the seeds. What is the same for all
+        methods, the student before training, is taken from the first of them.
+    """
+    rows: dict[str, Row] = {}
+    seen: set[int] = set()
+    for cell in cells:
+        report = cell.report()
+        if report is None:
+            continue
+        row = rows.setdefault(cell.method, {})
+        for key, name in FIGURES.items():
+            if (value := report.get(f"{key}_after")) is not None:
+                row.setdefault(name, []).append(value)
+            first = report.get(f"{key}_before")
+            if first is not None and cell.seed not in seen:
+                rows.setdefault(BEFORE, {}).setdefault(name, []).append(first)
+        seen.add(cell.seed)
+        if (rate := report.get("tokens_per_second")) is not None:
+            row.setdefault(TOKENS, []).append(rate)
+        if (memory := report.get("peak_memory_bytes")) is not None:
+            row.setdefault(MEMORY, []).append(memory / 2**30)
+    before = {BEFORE: rows.pop(BEFORE)} if BEFORE in rows else {}
+    return before | rows
+
+
+def make_table(rows: Mapping[str, Row]) -> str:
+    """Returns the rows as a Markdown table: mean, and standard deviation over seeds."""
+    names = [*FIGURES.values(), TOKENS, MEMORY]
+    names = [name for name in names if any(name in row for row in rows.values())]
+    lines = [
+        "| " + " | ".join(["method", "seeds", *names]) + " |",
+        "|---" + "|---:" * (len(names) + 1) + "|",
+    ]
+    for method, row in rows.items():
+        seeds = max(len(values) for values in row.values())
+        cells = [_with_spread(row.get(name, []), name) for name in names]
+        lines.append("| " + " | ".join([method, str(seeds), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_spread(values: Sequence[float], name: str) -> str:
+    if not values:
+        return ""
+    digits = {TOKENS: 0, "perplexity": 2, MEMORY: 2}.get(name, 4)
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
+    """Draws held-out KL over steps, and ROUGE-L at the end where it was asked for.
+
+    Lines and bars are means over the seeds; bands and whiskers reach from the lowest to
+    the highest.
+
+    Args:
+        cells: Those without a report are left out.
+        path: The picture, PNG.
+    """
+    done: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.report() is not None:
+            done.setdefault(cell.method, []).append(cell)
+    rows = collect(cells)
+    rouge = {
+        method: row[FIGURES["rouge_l"]]
+        for method, row in rows.items()
+        if FIGURES["rouge_l"] in row
+    }
+    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
+    curves, bars = figure.subplots(1, 2)
+    colours = matplotlib.colormaps["tab20"]
+    for number, (method, group) in enumerate(done.items()):
+        runs = [read_lines(cell.run / EVALUATIONS) for cell in group]
+        steps = [row["step"] for row in runs[0]]
+        found = [[row["kl"] or math.nan for row in run] for run in runs]
+        at_step = list(zip(*found, strict=True))
+        means = [statistics.fmean(values) for values in at_step]
+        low, high = [min(v) for v in at_step], [max(v) for v in at_step]
+        curves.plot(steps, means, color=colours(number), label=method)
+        curves.fill_between(steps, low, high, color=colours(number), alpha=0.2)
+    curves.set(xlabel="step", ylabel="held-out KL(teacher || student), nats per token")
+    curves.set_yscale("log")
+    curves.legend(frameon=False, fontsize="small")
+    means = [statistics.fmean(values) for values in rouge.values()]
+    below = [mean - min(v) for mean, v in zip(means, rouge.values(), strict=True)]
+    above = [max(v) - mean for mean, v in zip(means, rouge.values(), strict=True)]
+    bars.barh(list(rouge), means, xerr=[below, above], color="tab:blue", capsize=3)
+    bars.invert_yaxis()
+    bars.set_xlabel("ROUGE-L of held-out answers")
+    for axes in (curves, bars):
+        axes.grid(alpha=0.3)
+    scratch = path.with_suffix(".tmp")
+    figure.savefig(scratch, dpi=120, format="png")
+    scratch.replace(path)

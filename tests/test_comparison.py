@@ -1,0 +1,125 @@
+import json
+import pathlib
+
+import pytest
+
+from taid_jax import comparison as cp
+from taid_jax.settings import SettingsError, read_settings
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "methods").mkdir()
+    path = tmp_path / "shared.yaml"
+    path.write_text("steps: 5\nbatch_size: 8\n")
+    (tmp_path / "methods" / "rkl.yaml").write_text("objective: reverse_kl\n")
+    (tmp_path / "methods" / "taid.yaml").write_text("objective: taid\nt_start: 0.2\n")
+    return path
+
+
+@pytest.fixture
+def plan(config, tmp_path):
+    def make(methods=("rkl", "taid"), seeds=(0, 1), **overrides):
+        return cp.plan_cells(config, methods, seeds, tmp_path / "out", overrides)
+
+    return make
+
+
+def _finish(cell, kl, **values):
+    cell.prepare()
+    cell.run.mkdir()
+    report = {"kl_before": 2.0 + cell.seed, "kl_after": kl, "tokens_per_second": 100.0}
+    (cell.run / "report.json").write_text(json.dumps(report | values))
+    rows = [{"step": 0, "kl": 2.0 + cell.seed}, {"step": 5, "kl": kl}]
+    (cell.run / "evaluations.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+
+
+def test_plan_cells_of_one_seed_stand_together(plan):
+    cells = plan(steps=7)
+    names = [cell.folder.name for cell in cells]
+    assert names == ["rkl-seed0", "taid-seed0", "rkl-seed1", "taid-seed1"]
+    for cell in cells:
+        assert cell.settings.run.seed == cell.seed
+        assert cell.settings.run.steps == 7
+        assert cell.settings.data.batch_size == 8
+        assert cell.settings.run.output == str(cell.run)
+    assert cells[0].settings.objective.objective == "reverse_kl"
+    assert cells[1].settings.objective.t_start == 0.2
+
+
+def test_plan_cells_takes_a_path_for_a_method(plan, tmp_path):
+    (tmp_path / "mine.yaml").write_text("objective: dkd\n")
+    (cell,) = plan([str(tmp_path / "mine.yaml")], [3])
+    assert cell.folder.name == "mine-seed3"
+    assert cell.settings.objective.objective == "dkd"
+
+
+def test_plan_cells_unknown_method_names_those_there_are(plan):
+    with pytest.raises(SettingsError, match=r"nothing has no file.*rkl, taid"):
+        plan(["nothing"])
+
+
+def test_cell_with_other_settings_is_refused(plan):
+    plan()[0].prepare()
+    assert plan()
+    with pytest.raises(
+        SettingsError, match=r"(?s)rkl-seed0.*run.steps: 5 there, now 6"
+    ):
+        plan(steps=6)
+
+
+def test_cell_prepare_writes_settings_and_resumes_from_a_checkpoint(plan):
+    cell = plan()[0]
+    assert cell.prepare() == [f"--config={cell.file}"]
+    assert read_settings(cell.file) == cell.settings
+    # Cut off before the first checkpoint: begun anew.
+    (cell.run / "checkpoints").mkdir(parents=True)
+    (cell.run / "metrics.jsonl").write_text("{}\n")
+    assert cell.prepare() == [f"--config={cell.file}"]
+    assert not cell.run.exists()
+    (cell.run / "checkpoints" / "4").mkdir(parents=True)
+    assert cell.prepare() == [f"--config={cell.file}", "--resume"]
+    assert cell.run.exists()
+
+
+def test_collect_and_make_table_over_seeds(plan):
+    cells = plan()
+    assert cp.collect(cells) == {}
+    _finish(cells[0], 1.0, peak_memory_bytes=2**30, rouge_l_after=0.25)
+    _finish(cells[1], 0.5)
+    _finish(cells[2], 2.0, peak_memory_bytes=2**31, rouge_l_after=0.75)
+    rows = cp.collect(cells)
+    # Not finished: taid with seed 1. The start is that of each seed, taken once.
+    assert rows == {
+        "before training": {"KL (nats)": [2.0, 3.0]},
+        "rkl": {
+            "KL (nats)": [1.0, 2.0],
+            "ROUGE-L": [0.25, 0.75],
+            "tokens/s": [100.0, 100.0],
+            "memory (GiB)": [1.0, 2.0],
+        },
+        "taid": {"KL (nats)": [0.5], "tokens/s": [100.0]},
+    }
+    assert cp.make_table(rows).splitlines() == [
+        "| method | seeds | KL (nats) | ROUGE-L | tokens/s | memory (GiB) |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| before training | 2 | 2.5000 ± 0.7071 |  |  |  |",
+        "| rkl | 2 | 1.5000 ± 0.7071 | 0.5000 ± 0.3536 | 100 ± 0 | 1.50 ± 0.71 |",
+        "| taid | 1 | 0.5000 |  | 100 |  |",
+    ]
+
+
+def test_draw_makes_a_picture(plan, tmp_path):
+    cells = plan()
+    for number, cell in enumerate(cells[:3]):
+        _finish(cell, 1.0 + number, rouge_l_before=0.1, rouge_l_after=0.2)
+    path = tmp_path / "picture.png"
+    cp.draw(cells, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_are_the_recipes():
+    folder = pathlib.Path(__file__).parents[1] / "scripts" / "recipes" / "methods"
+    assert {path.stem for path in folder.iterdir()} == set(cp.METHODS)
