@@ -50,7 +50,8 @@ def join(settings: HostSettings) -> None:
     elif settings.cluster == "none":
         return
     elif settings.cluster == "auto":
-        if not several_expected(os.environ):
+        platforms: str | None = getattr(jax.config, "jax_platforms", None)
+        if not several_expected(os.environ, platforms):
             return
         which = {}
     else:
@@ -75,7 +76,7 @@ def join(settings: HostSettings) -> None:
         watch()
 
 
-def several_expected(environment: Mapping[str, str]) -> bool:
+def several_expected(environment: Mapping[str, str], platforms: str | None) -> bool:
     """Returns whether this process seems to be one of several started together.
 
     Asked first, because some of JAX's detection waits for servers that exist only
@@ -83,6 +84,7 @@ def several_expected(environment: Mapping[str, str]) -> bool:
 
     Args:
         environment: Such as `os.environ`.
+        platforms: Those that JAX may use, the first first, such as `cpu`; any if None.
     """
 
     def number(name: str) -> int:
@@ -97,7 +99,6 @@ def several_expected(environment: Mapping[str, str]) -> bool:
     # An indexed job; without an index JAX could not number the processes either.
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
         return True
-    platforms: str | None = getattr(jax.config, "jax_platforms", None)
     if (platforms or "tpu").split(",")[0] != "tpu":
         return False
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get(

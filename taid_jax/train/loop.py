@@ -103,7 +103,7 @@ class Loop:
         self._best = min(trained, default=math.inf)
         pending: tuple[int, Metrics] | None = None
         try:
-            with stop_signals() as stop:
+            with stop_signals() as signals:
                 if start == 0 and not rows:
                     with self._log.paused():
                         self._evaluate(0, state)
@@ -116,15 +116,16 @@ class Loop:
                     pending = (step, metrics)
                     last = step == run.steps
                     evaluating = last or _due(step, run.eval_every)
-                    saving = last or _due(step, run.save_every)
-                    if evaluating or saving or stop:
+                    stop = signals.asked(step)
+                    saving = last or _due(step, run.save_every) or stop is not None
+                    if evaluating or saving:
                         self._write(*pending, tokens)
                         pending = None
                         with self._log.paused():
-                            self._pause(step, state, evaluating, saving or bool(stop))
+                            self._pause(step, state, evaluating, saving)
                     if stop and not last:
                         raise Interrupted(
-                            f"stopped by {stop[0]} after step {step} of {run.steps}; "
+                            f"stopped by {stop} after step {step} of {run.steps}; "
                             "the state is saved, go on with --resume"
                         )
             return state

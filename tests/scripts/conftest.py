@@ -1,6 +1,7 @@
 """A tiny teacher in a Hugging Face folder, a little text, and the script's `main`."""
 
 import importlib.util
+import json
 import pathlib
 import sys
 
@@ -68,24 +69,27 @@ def _tokenizer(vocab_size=300):
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
-    """`make_model(layers, vocab, seed)`: a random Llama folder with its tokenizer."""
+    """A function: a random Llama folder with its tokenizer, its config changed."""
     from taid_jax.models.config import DecoderConfig
     from taid_jax.models.decoder import init_params
     from taid_jax.models.load import export_model
 
-    def make(layers=4, vocab_size=300, seed=0):
+    def make(layers=4, vocab_size=300, seed=0, **changes):
         tokenizer = _tokenizer(vocab_size)
+        shape = {
+            "d_model": 16,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "mlp_dim": 32,
+        } | changes
         config = DecoderConfig(
             vocab_size=len(tokenizer),
-            d_model=16,
             num_layers=layers,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=8,
-            mlp_dim=32,
             max_length=64,
             tie_embeddings=True,
             initializer_range=0.3,
+            **shape,
         )
         folder = tmp_path_factory.mktemp("model") / "folder"
         params = init_params(config, jax.random.key(seed))
@@ -108,6 +112,22 @@ def text(tmp_path_factory):
         text = " ".join(SENTENCES[index : index + 4])
         (folder / f"{index:03}.txt").write_text(text)
     return folder
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """Questions whose answers the words of the tiny tokenizer can write."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    records = [
+        {
+            "prompt": f"Where does the {animal} go, {number}?",
+            "completion": f" The {animal} takes the {thing}.",
+        }
+        for animal in ("cat", "dog", "bird", "horse", "mouse")
+        for number, thing in enumerate(("house", "ball", "river") * 4)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 @pytest.fixture

@@ -1,0 +1,235 @@
+"""Several real processes on this machine, joined by Gloo."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train_tpu.py"
+
+
+@pytest.fixture(scope="module")
+def wide_teacher(make_model):
+    """A teacher whose heads four devices can share."""
+    return make_model(num_heads=4, num_kv_heads=4)
+
+
+@pytest.fixture
+def flags(arguments, wide_teacher):
+    """Flags of a run of a few seconds, on meshes of one to eight devices."""
+    return [*arguments, f"--teacher={wide_teacher}", "--keep=4"]
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Company:
+    """The processes of a run; each has `8 // count` devices."""
+
+    def __init__(
+        self, count, flags, folder, *, each=None, cwds=None, absent=(), wait=60
+    ):
+        where = f"127.0.0.1:{_free_port()}"
+        self.processes = {}
+        self.logs = [folder / f"log.{number}" for number in range(count)]
+        environment = dict(
+            os.environ,
+            JAX_PLATFORMS="cpu",
+            JAX_NUM_CPU_DEVICES=str(8 // count),
+            PYTHONPATH=str(ROOT),
+        )
+        for number in set(range(count)) - set(absent):
+            own = [] if each is None else each[number]
+            hosts = [
+                f"--coordinator={where}",
+                f"--num-processes={count}",
+                f"--process-id={number}",
+                f"--join-timeout={wait}",
+                "--heartbeat-timeout=10",
+            ]
+            with self.logs[number].open("wb") as log:
+                self.processes[number] = subprocess.Popen(
+                    [sys.executable, SCRIPT, *flags, *own, *hosts],
+                    cwd=ROOT if cwds is None else cwds[number],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+
+    def wait(self, seconds=240):
+        """Returns the exit statuses; none is left behind."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [
+                process.wait(max(0.1, deadline - time.monotonic()))
+                for process in self.processes.values()
+            ]
+        finally:
+            for process in self.processes.values():
+                process.kill()
+
+    def said(self, number):
+        return self.logs[number].read_text(errors="replace")
+
+    def wait_for_step(self, folder, step, seconds=240):
+        deadline = time.monotonic() + seconds
+        path = folder / "metrics.jsonl"
+        while time.monotonic() < deadline:
+            assert all(p.poll() is None for p in self.processes.values()), self.said(0)
+            if path.exists() and len(path.read_text().splitlines()) >= step:
+                return
+            time.sleep(0.05)
+        raise AssertionError(self.said(0))
+
+
+def _rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _expect_same(found, wanted, keys=("loss", "kl", "t", "grad_norm")):
+    found, wanted = _rows(found), _rows(wanted)
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    for row, other in zip(found, wanted, strict=True):
+        for key in keys:
+            # Float32 sums in another order: the bound that is promised.
+            np.testing.assert_allclose(
+                row[key], other[key], rtol=1e-5, err_msg=f"{key}, step {row['step']}"
+            )
+
+
+def _forget_after(folder, step):
+    """Leaves a run as if it had been cut off just behind a checkpoint."""
+    for path in (folder / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > step:
+            shutil.rmtree(path)
+    (folder / "report.json").unlink()
+
+
+def test_two_processes_equal_one_which_goes_on_from_their_checkpoint(
+    train_tpu, flags, tmp_path
+):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    company = Company(2, [*flags, f"--output={shared}"], tmp_path)
+    assert train_tpu.main([*flags, f"--output={whole}"]) == 0
+    assert company.wait() == [0, 0], company.said(0) + company.said(1)
+    _expect_same(shared, whole)
+    assert (shared / "student" / "model.safetensors").is_file()
+    assert "step 12/12" in company.said(0)
+    assert "step" not in company.said(1)
+
+    _forget_after(shared, 6)
+    assert train_tpu.main([*flags, f"--output={shared}", "--resume"]) == 0
+    _expect_same(shared, whole)
+
+
+def test_process_that_never_joins_is_named(flags, tmp_path):
+    company = Company(3, flags, tmp_path, absent=[1], wait=6)
+    assert company.wait() == [2, 2]
+    for number in (0, 2):
+        said = company.said(number)
+        assert "2 of 3 processes joined within 6 s" in said
+        assert "missing: process 1;" in said
+        assert "Check failure" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_disagree_in_settings_are_told(flags, tmp_path):
+    each = [["--seed=3"], ["--seed=5", "--learning-rate=0.1"]]
+    company = Company(2, flags, tmp_path, each=each)
+    assert company.wait() == [2, 2]
+    for number in (0, 1):
+        said = company.said(number)
+        assert "run.seed: 3 and 5" in said
+        assert "optimizer.learning_rate: 0.01 and 0.1" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_read_other_data_are_told(flags, text, tmp_path):
+    # The same path on every host, but not the same files behind it.
+    cwds = [tmp_path / "first", tmp_path / "second"]
+    for cwd in cwds:
+        shutil.copytree(text, cwd / "text")
+    path = next((cwds[1] / "text").iterdir())
+    path.write_text(path.read_text() + " One more sentence.")
+    company = Company(2, [*flags, "--data=text"], tmp_path, cwds=cwds)
+    assert company.wait() == [2, 2]
+    for number in (0, 1):
+        said = company.said(number)
+        assert "disagree in their data" in said
+        assert "fingerprint" in said
+
+
+@pytest.mark.slow
+def test_runs_move_between_process_counts(train_tpu, flags, tmp_path):
+    mesh = "--mesh=data=2,fsdp=2,tensor=2"
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    first = Company(2, [*flags, mesh, f"--output={moved}"], tmp_path)
+    assert train_tpu.main([*flags, f"--output={whole}"]) == 0
+    assert first.wait() == [0, 0], first.said(0)
+    _expect_same(moved, whole)
+    _forget_after(moved, 3)
+    # Tensor parallelism across processes: two of them share the rows of a batch.
+    wide = ["--mesh=tensor=4,data=2", "--resume", f"--output={moved}"]
+    second = Company(4, [*flags, *wide], tmp_path)
+    assert second.wait() == [0] * 4, second.said(0)
+    _expect_same(moved, whole)
+    _forget_after(moved, 9)
+    assert train_tpu.main([*flags, "--resume", f"--output={moved}"]) == 0
+    _expect_same(moved, whole)
+
+
+LONG = ["--steps=2000", "--save-every=20", "--eval-every=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_process_that_is_killed_ends_the_others(flags, tmp_path, victim):
+    folder = tmp_path / "run"
+    company = Company(2, [*flags, *LONG], tmp_path)
+    company.wait_for_step(folder, 25)
+    company.processes[victim].kill()
+    killed, survivor = time.monotonic(), 1 - victim
+    statuses = company.wait(60)
+    assert time.monotonic() - killed < 60
+    assert statuses[victim] == -signal.SIGKILL
+    assert statuses[survivor] != 0
+    said = company.said(survivor)
+    assert "start all processes again, with --resume" in said
+    assert f"process {survivor} of 2" in said
+
+    done = len(_rows(folder))
+    again = Company(2, [*flags, *LONG, "--resume"], tmp_path)
+    again.wait_for_step(folder, done + 5)
+    again.processes[0].send_signal(signal.SIGTERM)
+    assert again.wait() == [1, 1]
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_process_saves_all_at_one_step(flags, tmp_path):
+    folder = tmp_path / "run"
+    company = Company(2, [*flags, *LONG, "--save-every=0"], tmp_path)
+    company.wait_for_step(folder, 5)
+    company.processes[1].send_signal(signal.SIGTERM)
+    assert company.wait() == [1, 1]
+    said = [company.said(number) for number in (0, 1)]
+    line = next(line for line in said[0].splitlines() if "stopped by" in line)
+    assert line in said[1]
+    assert "--resume" in line
+    (saved,) = (folder / "checkpoints").glob("[0-9]*")
+    assert f"after step {saved.name} of 2000" in line
+    assert _rows(folder)[-1]["step"] == int(saved.name)
