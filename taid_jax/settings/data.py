@@ -1,6 +1,7 @@
 """Settings of the data."""
 
 import dataclasses
+from typing import Literal
 
 from taid_jax.settings.checks import need
 
@@ -12,13 +13,19 @@ class DataSettings:
     Attributes:
         data: `pydoc` (Python's own documentation), `pydoc-questions` (the same as
             questions and answers), or a .txt, .jsonl or .parquet file or a folder of
-            them, with `text`, `prompt` and `completion`, or `messages`.
+            them, with `text`, `prompt` and `completion`, or `messages`; or a folder
+            that scripts/prepare_data.py has made.
         batch_size: Sequences of one optimizer step, over all devices.
         seq_len: Tokens of one sequence.
         held_out_fraction: Share of the documents that is never trained on.
         held_out_batches: At most this many held-out batches are evaluated.
         count_prompts: Also train on prompts and other roles' turns.
         pack: Put several short examples into one sequence, kept apart by segments.
+        buckets: Without packing, shorter lengths that batches of short examples have,
+            such as 256,512; each is compiled once.
+        bad_records: Whether a record that cannot be used is counted and left out, or
+            raises, which ends the run.
+        chat_template: A Jinja template in place of the teacher's own.
     """
 
     data: str = "pydoc"
@@ -28,6 +35,9 @@ class DataSettings:
     held_out_batches: int = 8
     count_prompts: bool = False
     pack: bool = True
+    buckets: str = ""
+    bad_records: Literal["count", "raise"] = "count"
+    chat_template: str | None = None
 
     def __post_init__(self):
         need("data", self.data, bool(self.data), "a file, a folder or 'pydoc'")
@@ -37,3 +47,23 @@ class DataSettings:
         need("held_out_fraction", fraction, 0 < fraction < 1, "0 < fraction < 1")
         batches = self.held_out_batches
         need("held_out_batches", batches, batches >= 1, ">= 1")
+        lengths = self.bucket_lengths
+        need(
+            "buckets",
+            self.buckets,
+            all(1 < length <= self.seq_len for length in lengths),
+            f"lengths from 2 to seq_len, which is {self.seq_len}",
+        )
+        rising = list(lengths) == sorted(set(lengths))
+        need("buckets", self.buckets, rising, "rising lengths")
+        need(
+            "buckets", self.buckets, not (lengths and self.pack), "--no-pack beside it"
+        )
+
+    @property
+    def bucket_lengths(self) -> tuple[int, ...]:
+        """The numbers of `buckets`."""
+        parts = self.buckets.split(",") if self.buckets else []
+        numbers = all(part.strip().isdecimal() for part in parts)
+        need("buckets", self.buckets, numbers, "numbers with commas between them")
+        return tuple(map(int, parts))

@@ -43,6 +43,13 @@ class Settings:
         self.samples.check(
             batch_size=data.batch_size, seq_len=data.seq_len, pack=data.pack
         )
+        sampler, buckets = self.samples.sampler, data.buckets
+        need(
+            "sampler",
+            sampler,
+            sampler == "none" or not buckets,
+            "no --buckets beside it: the student's answers are of one length",
+        )
         parts, size = self.optimizer.grad_accum, self.data.batch_size
         need(
             "grad_accum",

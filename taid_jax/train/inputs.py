@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from taid_jax import hosts
 from taid_jax.data import Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
+from taid_jax.data.template import set_chat_template
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.errors import ModelError
@@ -129,8 +130,13 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
 
 
 def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
-    """Returns the training and held-out examples that the settings ask for."""
+    """Returns the training and held-out examples that the settings ask for.
+
+    A chat template among the settings becomes the tokenizer's, and is exported with it.
+    """
     data = settings.data
+    if data.chat_template is not None:
+        set_chat_template(cast(DataTokenizer, tokenizer), data.chat_template)
     return load_dataset(
         data.data,
         # transformers declares some of these methods on its subclasses alone.
@@ -139,6 +145,8 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
         held_out_fraction=data.held_out_fraction,
         count_prompts=data.count_prompts,
         pack=data.pack,
+        buckets=data.bucket_lengths,
+        bad_records=data.bad_records,
     )
 
 

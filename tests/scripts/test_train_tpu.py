@@ -192,7 +192,8 @@ def test_train_tpu_damaged_teacher_is_named(
 def test_train_tpu_bad_data_line_is_named(train_tpu, arguments, tmp_path, capsys):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a b c"}\n{"text": \n')
-    _expect(train_tpu, capsys, [*arguments, f"--data={path}"], "data.jsonl", "2")
+    flags = [*arguments, f"--data={path}", "--bad-records=raise"]
+    _expect(train_tpu, capsys, flags, "data.jsonl", "line 2")
 
 
 def test_train_tpu_resume_with_other_settings_lists_them(
