@@ -17,6 +17,7 @@ from taid_jax.train.judge import Judge
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.progress import ConsoleProgress
+from taid_jax.train.samplers import Sampler
 from taid_jax.train.state import (
     DistillState,
     init_state,
@@ -37,6 +38,7 @@ def assemble(
     checkpoints: Checkpoints,
     mesh: Mesh,
     judge: Judge,
+    sampler: Sampler | None = None,
 ) -> tuple[Loop, DistillState]:
     """Returns the loop and the state that it starts from, new or restored."""
     data, run, opt = settings.data, settings.run, settings.optimizer
@@ -74,6 +76,7 @@ def assemble(
         seed=run.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        with_prompts=sampler is not None,
     )
     if run.resume:
         template = jax.tree.map(
@@ -92,6 +95,8 @@ def assemble(
                 "with another --output"
             )
         batches.set_state(restored.data_state["iterator"])
+        if sampler is not None:
+            sampler.set_state(restored.data_state["sampler"])
     else:
         begin = jax.jit(start, out_shardings=shardings, donate_argnums=0)
         state = begin(pair.student_params)
@@ -121,5 +126,6 @@ def assemble(
         mesh=mesh,
         progress=ConsoleProgress(Console(quiet=True), run.steps),
         meter=make_meter(settings, pair.student_config, pair.teacher.config, mesh),
+        sampler=sampler,
     )
     return loop, state

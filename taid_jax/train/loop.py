@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,9 +19,11 @@ from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.logbook import Logbook, Progress
+from taid_jax.train.samplers import Sampler
 from taid_jax.train.signals import stop_signals
 from taid_jax.train.state import DistillState
 from taid_jax.train.step import Metrics, TrainStep
+from taid_jax.train.utilisation import Meter
 from taid_jax.types import Params
 
 
@@ -64,6 +67,8 @@ class Loop:
         checkpoints: Where states are saved.
         mesh: Where batches go.
         progress: Who is shown how it goes.
+        meter: Of the time that steps take.
+        sampler: Puts the student's answers in place of batches; None for the data.
     """
 
     settings: Settings
@@ -76,6 +81,8 @@ class Loop:
     checkpoints: Checkpoints
     mesh: Mesh
     progress: Progress
+    meter: Meter = dataclasses.field(default_factory=Meter)
+    sampler: Sampler | None = None
 
     def run(self, state: DistillState) -> DistillState:
         """Returns the state after the last step.
@@ -95,6 +102,7 @@ class Loop:
             last=run.steps,
             every=run.log_every,
             progress=self.progress,
+            meter=self.meter,
         )
         rows = self._log.evaluations
         best_by = self.settings.judge.best_by
@@ -105,12 +113,17 @@ class Loop:
         try:
             with stop_signals() as signals:
                 if start == 0 and not rows:
-                    with self._log.paused():
-                        self._evaluate(0, state)
+                    self._evaluate(0, state)
+                self.meter.start()
                 for step in range(start + 1, run.steps + 1):
-                    batch = place_batch(next(self.batches), self.mesh)
+                    batch = self._next_batch(step, state)
                     tokens = batch["input_ids"].size
-                    state, metrics = self.train_step(state, self.teacher_params, batch)
+                    with self.meter.measured("dispatch"):
+                        state, metrics = self.train_step(
+                            state, self.teacher_params, batch
+                        )
+                    if self.sampler is not None:
+                        metrics |= self.sampler.metrics()
                     if pending:
                         self._write(*pending, tokens)
                     pending = (step, metrics)
@@ -121,8 +134,7 @@ class Loop:
                     if evaluating or saving:
                         self._write(*pending, tokens)
                         pending = None
-                        with self._log.paused():
-                            self._pause(step, state, evaluating, saving)
+                        self._pause(step, state, evaluating, saving)
                     if stop and not last:
                         raise Interrupted(
                             f"stopped by {stop} after step {step} of {run.steps}; "
@@ -132,6 +144,16 @@ class Loop:
         finally:
             self.checkpoints.wait()
             self._log.close()
+
+    def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
+        """Returns what a step trains on: a batch of the data, or of answers."""
+        with self.meter.measured("data"):
+            rows = next(self.batches)
+        if self.sampler is not None:
+            with self.meter.measured("sample"):
+                rows = self.sampler.batch(rows, state.params, step)
+        with self.meter.measured("data"):
+            return place_batch(rows, self.mesh)
 
     def _pause(
         self, step: int, state: DistillState, evaluating: bool, saving: bool
@@ -146,12 +168,17 @@ class Loop:
             place = {
                 "iterator": self.batches.get_state(),
                 "fingerprint": self.fingerprint,
+                "sampler": self.sampler.get_state() if self.sampler else None,
             }
-            self.checkpoints.save(step, state, place, self.settings, cost=found)
+            with self.meter.measured("save"):
+                self.checkpoints.save(step, state, place, self.settings, cost=found)
 
     def _evaluate(self, step: int, state: DistillState) -> float:
         """Returns the figure that decides what is kept; the lowest is the best."""
-        found = self.evaluate(state)
+        with self.meter.measured("evaluate"):
+            found = self.evaluate(state)
+        if self.sampler is not None and found.loss is not None:
+            self.sampler.observe(found.loss)
         self._log.evaluation(step, found)
         return cost(found, self.settings.judge.best_by)
 

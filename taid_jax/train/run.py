@@ -35,13 +35,18 @@ from taid_jax.train.report import (
     METRICS,
     REPORT,
     draw_curves,
+    peak_memory,
     read_lines,
     write_json,
 )
+from taid_jax.train.samplers import make_sampler
 from taid_jax.train.samples import show_samples
 from taid_jax.train.state import DistillState
 from taid_jax.train.utilisation import summarize
 from taid_jax.types import Params
+
+_PROBLEMS = 5
+"""So many records that cannot be used are shown with their line; all are counted."""
 
 
 def distil(settings: Settings, console: Console) -> dict[str, Any]:
@@ -90,7 +95,10 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     judge = make_judge(
         settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
     )
-    loop, state = assemble(settings, folder, pair, dataset, checkpoints, mesh, judge)
+    sampler = make_sampler(settings, pair, dataset, tokenizer, mesh)
+    loop, state = assemble(
+        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler
+    )
     with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
         loop.progress = progress
         state = loop.run(state)
@@ -115,6 +123,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - began, 1),
             "tokens_per_second": median_rate(metrics),
             "utilisation": summarize(loop.meter, metrics),
+            "peak_memory_bytes": peak_memory(),
             "held_out_tokens": evaluations[0]["tokens"],
             "settings": to_dict(settings),
         }
@@ -153,6 +162,7 @@ def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None
             for name, side in sides.items()
         ),
         f"left out: {dropped or 'nothing'}",
+        *(f"  {problem}" for problem in dataset.info.problems[:_PROBLEMS]),
         f"devices: {mesh.size} x {jax.devices()[0].device_kind} ({axes})",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
