@@ -23,7 +23,12 @@ from taid_jax.models.entries import Entry, axis_sizes, entries
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families import write_config
 from taid_jax.models.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
-from taid_jax.models.tokenizer import Tokenizer, save_tokenizer, special_ids
+from taid_jax.models.tokenizer import (
+    NO_SPECIAL_IDS,
+    Tokenizer,
+    save_tokenizer,
+    special_ids,
+)
 
 MAX_SHARD_BYTES = 4 << 30
 """A model above this size is written in several files."""
@@ -75,7 +80,9 @@ def write_folder(
     kind = jnp.dtype(tensors[0].dtype if dtype is None else dtype)
     if kind.name not in _DTYPES:
         raise ModelError(f"weights are written as one of {_DTYPES}, got {kind.name}")
-    ids = special_ids(tokenizer) if tokenizer is not None else {}
+    # Null where nothing is known: absent, they would be the defaults of the class, ids
+    # of another vocabulary.
+    ids = special_ids(tokenizer) if tokenizer is not None else dict(NO_SPECIAL_IDS)
     ids |= {k: v for k, v in (generation or {}).items() if k in ids or "_token_id" in k}
     version = {"transformers_version": transformers.__version__}
     try:

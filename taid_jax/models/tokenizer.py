@@ -86,12 +86,15 @@ def choose_pad_token(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+NO_SPECIAL_IDS: Mapping[str, object] = dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "pad_token_id")
+)
+"""What `special_ids` would give of a tokenizer without special tokens."""
+
+
 def special_ids(tokenizer: Tokenizer) -> dict[str, object]:
     """Returns the ids of start, end and padding as config.json calls them."""
-    return {
-        key: getattr(tokenizer, key)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
+    return {key: getattr(tokenizer, key) for key in NO_SPECIAL_IDS}
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
