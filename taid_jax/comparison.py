@@ -145,6 +145,7 @@ def plan_cells(
         SettingsError: If a settings file is missing or cannot be used, or a cell was
             begun with other settings.
     """
+    shared = read_settings(config)
     files = {}
     for method in methods:
         path = pathlib.Path(method)
@@ -157,7 +158,6 @@ def plan_cells(
                 f"{', '.join(known) or 'none'}"
             )
         files[path.stem] = path.absolute()
-    shared = read_settings(config)
     cells = []
     for seed in seeds:
         for method, path in files.items():

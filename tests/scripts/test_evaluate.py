@@ -14,22 +14,6 @@ def evaluate(load_script):
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    """Questions whose answers the words of the tiny tokenizer can write."""
-    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    records = [
-        {
-            "prompt": f"Where does the {animal} go, {number}?",
-            "completion": f" The {animal} takes the {thing}.",
-        }
-        for animal in ("cat", "dog", "bird", "horse", "mouse")
-        for number, thing in enumerate(("house", "ball", "river") * 4)
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.fixture(scope="module")
 def judged(train_tpu, teacher, questions, tmp_path_factory):
     """The folder of a run that was judged by its answers."""
     folder = tmp_path_factory.mktemp("judged") / "run"
