@@ -1,0 +1,147 @@
+"""Records: read whole or in pieces, each bad one named and the others kept."""
+
+import json
+import re
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taid_jax.data.errors import BadRecords, DataError
+from taid_jax.data.records import (
+    Piece,
+    cut_jsonl,
+    cut_parquet,
+    read_jsonl,
+    read_parquet,
+)
+from taid_jax.data.sources import read_piece
+
+
+def read(pieces, limit=1000):
+    bad = BadRecords("count")
+    return [d for p in pieces for d in read_piece(p, 0, bad, limit)], bad
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    st.integers(1, 120),
+    st.booleans(),
+)
+def test_cut_jsonl_gives_every_line_once_with_its_number(
+    tmp_path_factory, lengths, size, last_end
+):
+    path = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    # Blank lines, and lines longer than a piece.
+    lines = [json.dumps({"text": "x" * n, "id": n}) if n else "" for n in lengths]
+    path.write_text("\n".join([*lines, '{"text": "end"}']) + "\n" * last_end)
+    pieces = cut_jsonl(path, size)
+    assert [p.start for p in pieces[1:]] == [p.stop for p in pieces[:-1]]
+    assert pieces[-1].stop == path.stat().st_size
+    whole, _ = read([Piece(str(path))])
+    parts, bad = read(pieces)
+    assert parts == whole
+    assert not bad.problems
+    if size < 20:  # shorter than any line that is not blank
+        assert len(pieces) >= len(whole)
+
+
+def test_cut_parquet_gives_every_row_once_with_its_number(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"text {n}" for n in range(50)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=7)
+    whole, _ = read([Piece(str(path))])
+    assert whole[-1].origin.endswith("a.parquet, row 50")
+    for size, count in [(1, 8), (150, None), (10**6, 1)]:
+        pieces = cut_parquet(path, size)
+        assert count in (None, len(pieces))
+        parts, _ = read(pieces)
+        assert parts == whole
+    assert 1 < len(cut_parquet(path, 150)) < 8
+
+
+def test_read_piece_calls_the_file_as_it_is_shown(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"txt": 1}\n')
+    [document], bad = read([Piece(str(path), shown="hub:train")])
+    assert document.origin == "hub:train, line 1"
+    assert bad.messages[0].startswith("hub:train, line 2: need the keys")
+
+
+def test_read_jsonl_passes_over_a_record_of_ten_megabytes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    large = json.dumps({"text": "x" * 10_000_000})
+    path.write_text(f'{{"text": "one"}}\n{large}\n{{"text": "three"}}\n')
+    bad = BadRecords("count")
+    found = list(read_jsonl(Piece(str(path)), 0, bad, 4_000_000))
+    assert [document.content.text for document in found] == ["one", "three"]
+    assert found[1].origin.endswith("line 3")
+    assert dict(bad.reasons) == {"too_large": 1}
+    size = len(large) + 1
+    message = rf"line 2: a record of {size:,} bytes; the limit is 4,000,000"
+    assert re.search(message, bad.messages[0])
+
+
+def test_read_jsonl_takes_a_record_of_just_the_limit(tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = json.dumps({"text": "x" * 50})
+    path.write_text(line + "\n" + line)
+    for limit, count in [(len(line) + 1, 2), (len(line), 2), (len(line) - 1, 0)]:
+        found, bad = read([Piece(str(path))], limit)
+        assert (len(found), bad.count) == (count, 2 - count), limit
+
+
+def test_read_parquet_passes_over_a_large_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = ["one", "x" * 5000, "three"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    found, bad = read([Piece(str(path))])
+    assert [document.content.text for document in found] == ["one", "three"]
+    assert dict(bad.reasons) == {"too_large": 1}
+    assert "row 2" in bad.messages[0]
+
+
+def test_read_parquet_names_the_row_that_is_not_utf8(tmp_path):
+    path = tmp_path / "a.parquet"
+    bytes_ = pyarrow.array([b"one", b"t\xffwo", b"three"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, bytes_.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    bad = BadRecords("count")
+    found = list(read_parquet(Piece(str(path)), 0, bad, 1000))
+    assert [document.content.text for document in found] == ["one", "three"]
+    assert dict(bad.reasons) == {"not_utf8": 1}
+    assert re.search(r"row 2: not UTF-8 .* byte 1", bad.messages[0])
+    with pytest.raises(DataError, match="row 2: not UTF-8"):
+        list(read_parquet(Piece(str(path)), 0, BadRecords("raise"), 1000))
+
+
+def test_read_piece_counts_a_parquet_file_cut_short(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"] * 100}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    [piece] = cut_parquet(path, 10)
+    found, bad = read([piece])
+    assert not found
+    assert dict(bad.reasons) == {"damaged_file": 1}
+    with pytest.raises(DataError, match="no intact Parquet file"):
+        list(read_piece(piece, 0, BadRecords("raise"), 1000))
+
+
+def test_documents_have_the_name_of_the_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    records = [
+        {"text": "a", "prompt_id": "p", "id": "i"},
+        {"text": "b", "id": 7},
+        {"text": "c", "id": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    found, _ = read([Piece(str(path))])
+    assert [document.name for document in found] == ["p", "7", None]
+    columns = {"text": ["a", "b"], "prompt_id": ["p", "q"]}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    found, _ = read([Piece(str(path))])
+    assert [document.name for document in found] == ["p", "q"]
