@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -96,7 +97,8 @@ def causal_attention(
     """Returns the attended values: a token sees its segment up to itself.
 
     Softmax and sums are float32. The backward pass computes the probabilities again
-    from the scores' log-sum instead of keeping them.
+    from the scores' log-sum instead of keeping them. Memory grows with the length, not
+    with its square.
 
     Args:
         queries: `(batch, kv_heads, group, length, head_dim)`; query heads that share a
@@ -119,36 +121,99 @@ Static = tuple[Scoring, int | None]
 Masks = tuple[Segments, Int[Array, ""] | None]
 
 
+_PIECE = 512
+"""Queries of one piece of a block: more of them against all keys of a long sequence
+would need memory that grows with the square of its length."""
+
+
 def _blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
     """Returns the blocks of queries, each with the keys that its queries may see.
 
     Without a window these are the keys up to the block's own end: four blocks leave
     five eighths of the whole square to compute; more make the products smaller without
-    gain, until the square of a long sequence would not fit in memory.
+    gain, until the square of a long sequence would not fit in memory. A block of more
+    than a piece has whole ones; what is left of the sequence is a block too.
     """
     count = max(1, min(length // 64, 4), min(length // 256, 16))
     edges = [length * index // count for index in range(count + 1)]
+    if length > count * _PIECE:
+        pieces = [edge // _PIECE for edge in edges]
+        edges = [piece * _PIECE for piece in pieces]
+        edges += [length] if length % _PIECE else []
     return [
         (slice(start, stop), slice(max(0, start + 1 - (window or length)), stop))
         for start, stop in itertools.pairwise(edges)
     ]
 
 
+class _Rows(NamedTuple):
+    """What belongs to a block of queries: `rows` is their place in the sequence."""
+
+    place: Int[Array, "rows"]
+    segments: Segments
+    arrays: tuple[Float[Array, "batch kv_heads group rows width"], ...]
+
+    def pieces(self, count: int) -> "_Rows":
+        """Returns the same with a leading axis of pieces everywhere."""
+
+        def cut(array: Array, axis: int) -> Array:
+            shape = array.shape
+            shape = (*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :])
+            return jnp.moveaxis(array.reshape(shape), axis, 0)
+
+        return _Rows(
+            cut(self.place, 0),
+            None if self.segments is None else cut(self.segments, 1),
+            tuple(cut(array, 3) for array in self.arrays),
+        )
+
+
+def _take_rows(rows: slice, segments: Segments, *arrays: Array) -> _Rows:
+    place = jnp.arange(rows.start, rows.stop, dtype=jnp.int32)
+    segments = None if segments is None else segments[:, rows]
+    return _Rows(place, segments, tuple(array[:, :, :, rows] for array in arrays))
+
+
+Carry = tuple[Array, ...]
+Work = Callable[[Carry, _Rows], tuple[Carry, tuple[Array, ...]]]
+
+
+def _by_piece(work: Work, carry: Carry, rows: _Rows) -> tuple[Carry, tuple[Array, ...]]:
+    """Returns what `work` gives for a block, after piece by piece when it is large.
+
+    Args:
+        work: `(carry, rows) -> (carry, arrays)`, whose arrays have the rows on axis 3.
+        carry: What is handed on from piece to piece.
+        rows: The block.
+    """
+    count = rows.place.size // _PIECE
+    if count <= 1:
+        return work(carry, rows)
+    carry, arrays = jax.lax.scan(work, carry, rows.pieces(count))
+
+    def join(array: Array) -> Array:
+        array = jnp.moveaxis(array, 0, 3)
+        shape = array.shape
+        return array.reshape(*shape[:3], shape[3] * shape[4], *shape[5:])
+
+    return carry, tuple(join(array) for array in arrays)
+
+
 def _visible(
-    rows: slice, seen: slice, masks: Masks, window: int | None
+    rows: _Rows, seen: slice, masks: Masks, window: int | None
 ) -> Bool[Array, "batch 1 1 rows keys"]:
     """Returns which of the seen keys each query of a block sees."""
     segments, traced = masks
-    query = jnp.arange(rows.start, rows.stop, dtype=jnp.int32)[:, None]
-    distance = query - jnp.arange(seen.start, seen.stop, dtype=jnp.int32)[None]
+    keys = jnp.arange(seen.start, seen.stop, dtype=jnp.int32)
+    distance = rows.place[:, None] - keys[None]
     visible = distance >= 0
     if traced is not None:
         visible &= distance < traced
     elif window is not None:
         visible &= distance < window
     visible = visible[None]
-    if segments is not None:
-        visible = visible & (segments[:, rows, None] == segments[:, None, seen])
+    if segments is not None and rows.segments is not None:
+        visible = visible & (rows.segments[:, :, None] == segments[:, None, seen])
     return visible[:, None, None]
 
 
@@ -163,18 +228,24 @@ def _attention(static: Static, queries, keys, values, segments, window):
 def _forward(static: Static, queries, keys, values, segments, window):
     attended, log_sums = [], []
     scoring, fixed = static
-    for rows, seen in _blocks(queries.shape[3], fixed):
-        scores = key_scores(queries[:, :, :, rows], keys[:, :, seen], scoring)
-        visible = _visible(rows, seen, (segments, window), fixed)
-        scores = jnp.where(jnp.broadcast_to(visible, scores.shape), scores, _MASKED)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        mixed = _product(
-            "bkgqm,bkmh->bkgqh", weights.astype(values.dtype), values[:, :, seen]
-        )
-        attended.append((mixed / total).astype(queries.dtype))
-        log_sums.append(top + jnp.log(total))
+    for block, seen in _blocks(queries.shape[3], fixed):
+
+        def work(carry, rows, seen=seen):
+            scores = key_scores(rows.arrays[0], keys[:, :, seen], scoring)
+            visible = _visible(rows, seen, (segments, window), fixed)
+            scores = jnp.where(jnp.broadcast_to(visible, scores.shape), scores, _MASKED)
+            top = scores.max(axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            mixed = _product(
+                "bkgqm,bkmh->bkgqh", weights.astype(values.dtype), values[:, :, seen]
+            )
+            out = (mixed / total).astype(queries.dtype)
+            return carry, (out, top + jnp.log(total))
+
+        _, (out, log_sum) = _by_piece(work, (), _take_rows(block, segments, queries))
+        attended.append(out)
+        log_sums.append(log_sum)
     out = checkpoint_name(jnp.concatenate(attended, axis=3), "attended")
     log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), "attended")
     return out, (queries, keys, values, segments, window, out, log_sum)
@@ -188,27 +259,35 @@ def _backward(static: Static, kept, gradient):
     inner = inner.sum(axis=-1, keepdims=True)
     by_query = []
     by_key = by_value = jnp.zeros(keys.shape, jnp.float32)
-    for rows, seen in _blocks(queries.shape[3], fixed):
-        block = gradient[:, :, :, rows]
-        scores = key_scores(queries[:, :, :, rows], keys[:, :, seen], static[0])
-        visible = _visible(rows, seen, (segments, window), fixed)
-        visible = jnp.broadcast_to(visible, scores.shape)
-        shown = jnp.where(visible, scores, _MASKED)
-        weights = jnp.exp(shown - log_sum[:, :, :, rows])
-        by_weight = _product("bkgqh,bkmh->bkgqm", block, values[:, :, seen])
-        by_score = weights * (by_weight - inner[:, :, :, rows])
-        if softcap is not None:
-            by_score *= 1 - jnp.square(scores / softcap)
-        by_score = (by_score * scale).astype(dtype)
+    for block, seen in _blocks(queries.shape[3], fixed):
+
+        def work(carry, rows, seen=seen):
+            mine, wanted, log_sums, inner = rows.arrays
+            scores = key_scores(mine, keys[:, :, seen], static[0])
+            visible = _visible(rows, seen, (segments, window), fixed)
+            visible = jnp.broadcast_to(visible, scores.shape)
+            shown = jnp.where(visible, scores, _MASKED)
+            weights = jnp.exp(shown - log_sums)
+            by_weight = _product("bkgqh,bkmh->bkgqm", wanted, values[:, :, seen])
+            by_score = weights * (by_weight - inner)
+            if softcap is not None:
+                by_score *= 1 - jnp.square(scores / softcap)
+            by_score = (by_score * scale).astype(dtype)
+            carry = (
+                carry[0] + _product("bkgqm,bkgqh->bkmh", by_score, mine),
+                carry[1] + _product("bkgqm,bkgqh->bkmh", weights.astype(dtype), wanted),
+            )
+            query = _product("bkgqm,bkmh->bkgqh", by_score, keys[:, :, seen])
+            return carry, (query.astype(dtype),)
+
+        zero = jnp.zeros(keys[:, :, seen].shape, jnp.float32)
+        rows = _take_rows(block, segments, queries, gradient, log_sum, inner)
+        (key, value), (query,) = _by_piece(work, (zero, zero), rows)
         rest = ((0, 0), (0, 0), (seen.start, keys.shape[2] - seen.stop), (0, 0))
-        by_query.append(_product("bkgqm,bkmh->bkgqh", by_score, keys[:, :, seen]))
-        by_key += jnp.pad(
-            _product("bkgqm,bkgqh->bkmh", by_score, queries[:, :, :, rows]), rest
-        )
-        by_value += jnp.pad(
-            _product("bkgqm,bkgqh->bkmh", weights.astype(dtype), block), rest
-        )
-    by_query = jnp.concatenate(by_query, axis=3).astype(dtype)
+        by_query.append(query)
+        by_key += jnp.pad(key, rest)
+        by_value += jnp.pad(value, rest)
+    by_query = jnp.concatenate(by_query, axis=3)
     return by_query, by_key.astype(dtype), by_value.astype(dtype), None, None
 
 
