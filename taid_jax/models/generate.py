@@ -24,6 +24,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import Pattern, head, layer_pattern, merge
 from taid_jax.models.errors import ModelError
 from taid_jax.models.layers import Layer, Linear
+from taid_jax.models.rope import longest_short
 from taid_jax.models.sampling import GREEDY, Sampling, draw, first_greatest, row_keys
 from taid_jax.types import Params
 
@@ -180,10 +181,7 @@ def _generate(
 ) -> Answers:
     batch, length = input_ids.shape
     decoder, layer_graph = merge(params, config)
-    prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
-    positions, segments = batch_positions(prompt), batch_segments(prompt)
     scoring = scoring_of(config)
-    room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
 
     def choose(x: Array, step: Int[Array, ""]) -> Int[Array, " batch"]:
         # The head is made where it is used: a transposed table that comes from outside
@@ -194,40 +192,63 @@ def _generate(
         turn_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         return draw(logits, turn_keys, sampling)
 
-    pattern, turns = layer_pattern(positions, config)
+    def read(ids: Array, mask: Array, new: int) -> tuple[Array, Any]:
+        """Returns what follows the last layer, and caches with room for new tokens."""
+        given = {"input_ids": ids, "attention_mask": mask}
+        positions, segments = batch_positions(given), batch_segments(given)
+        pattern, turns = layer_pattern(positions, config)
+        room = ((0, 0), (0, 0), (0, new), (0, 0))
 
-    def read_layer(x: Array, part: tuple[Params, Pattern]) -> tuple[Array, Cache]:
-        layer, own = part
+        def read_layer(x: Array, part: tuple[Params, Pattern]) -> tuple[Array, Cache]:
+            layer, own = part
 
-        def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, Cache]:
-            attended = causal_attention(
-                queries,
-                keys,
-                values,
-                segments,
-                window=own.window_of(config),
-                scoring=scoring,
-            )
-            return attended, (jnp.pad(keys, room), jnp.pad(values, room))
+            def attend(queries: Array, keys: Array, values: Array):
+                attended = causal_attention(
+                    queries,
+                    keys,
+                    values,
+                    segments,
+                    window=own.window_of(config),
+                    scoring=scoring,
+                )
+                return attended, (jnp.pad(keys, room), jnp.pad(values, room))
 
-        return nnx.merge(layer_graph, layer)(x, own.turn_of(turns), attend)
+            return nnx.merge(layer_graph, layer)(x, own.turn_of(turns), attend)
 
-    x = decoder.stream(input_ids, positions, dtype)
-    x, caches = jax.lax.scan(read_layer, x, (params["layers"], pattern))
+        x = decoder.stream(ids, positions, dtype)
+        x, caches = jax.lax.scan(read_layer, x, (params["layers"], pattern))
+        return x, _apart(caches, config.num_layers) if unroll else caches
+
+    x, caches = read(input_ids, attention_mask, max_new_tokens)
+    # Where the next token of the longest row stands when it is the first new one.
+    ahead = attention_mask.sum(axis=1, dtype=jnp.int32)[:, None]
+    pattern, _ = layer_pattern(ahead, config)
     first = choose(x, jnp.int32(0))
     layers: list[Layer] = []
     patterns: list[Pattern] = []
     if unroll:
         apart = _apart(params["layers"], config.num_layers)
         layers = [_turned(nnx.merge(layer_graph, layer)) for layer in apart]
-        caches = _apart(caches, config.num_layers)
         patterns = _apart(pattern, config.num_layers)
     filled = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
+    longest = longest_short(config)
+    may_lengthen = longest is not None and longest < length + max_new_tokens
+
+    def reread(tokens: Array) -> Any:
+        # Slots that are still empty hold padding, which no token before them sees.
+        return read(jnp.concatenate([input_ids, tokens], axis=1), filled, 0)[1]
 
     def one_token(state: _State) -> _State:
         slot = length + state.step - 1
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        here = positions[:, -1:] + state.step
+        here = ahead + state.step - 1
+        caches = state.caches
+        if may_lengthen:
+            # All that was read has to turn by the other factors from now on, and what
+            # later layers made of it changes too. As transformers does for Phi-3.
+            caches = jax.lax.cond(
+                here.max() == longest, lambda: reread(state.tokens), lambda: caches
+            )
         _, turns = layer_pattern(here, config)
         behind = slot - jnp.arange(filled.shape[1], dtype=jnp.int32)[None]
         before = (filled != 0) & (behind >= 0)
@@ -254,13 +275,13 @@ def _generate(
 
         x = decoder.stream(token, here, dtype)
         if unroll:
+            each = list(zip(layers, patterns, caches, strict=True))
             caches = []
-            each = zip(layers, patterns, state.caches, strict=True)
             for layer, own, cache in each:
                 x, cache = one_layer(x, layer, own, cache)
                 caches.append(cache)
         else:
-            stacked = params["layers"], pattern, state.caches
+            stacked = params["layers"], pattern, caches
             x, caches = jax.lax.scan(stacked_layer, x, stacked)
         chosen = choose(x, state.step)
         token = jnp.where(state.done, jnp.int32(pad_token_id), chosen)

@@ -110,6 +110,15 @@ def _dynamic_growth(
     return growth ** jnp.asarray(-np.arange(0, width, 2) / (width - 2), jnp.float32)
 
 
+def longest_short(config: DecoderConfig) -> int | None:
+    """Returns the length beyond which positions that were turned turn otherwise.
+
+    None when a position turns the same in every sequence within the model's context.
+    """
+    ropes = [rope for rope in config.ropes if rope and rope.kind == "longrope"]
+    return min((rope.original_max_length for rope in ropes), default=None)
+
+
 def layer_rotations(
     positions: Int[Array, "rows length"], config: DecoderConfig
 ) -> tuple[Rotations | None, Int[np.ndarray, " layers"] | None]:

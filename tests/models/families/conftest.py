@@ -1,6 +1,7 @@
 """Random models of every family: transformers' own, and ours read from its folder."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -262,8 +263,22 @@ def outcomes(batch, weights):
     """Returns a function that gives transformers' outcome and ours of a model."""
     torch = pytest.importorskip("torch")
     real = batch["attention_mask"] != 0
+    # Dynamic positions depend on the longest sequence of the batch, so that sequences
+    # of their own would be other sequences than those packed beside longer ones.
+    unpacked = {
+        **batch,
+        "segment_ids": np.ones_like(batch["segment_ids"]),
+        "positions": np.maximum(batch["attention_mask"].cumsum(1) - 1, 0),
+    }
+
+    def batch_for(case):
+        rope = case.config.rope
+        return unpacked if rope and rope.kind == "dynamic" else batch
 
     def of_transformers(case):
+        batch = batch_for(case)
+        cuts = [0, SEGMENTS[0], LENGTH] if batch is not unpacked else [0, LENGTH]
+
         def run(rows, start, stop):
             part = {
                 key: torch.tensor(value[rows, start:stop]).long()
@@ -278,8 +293,7 @@ def outcomes(batch, weights):
             return out.hidden_states[-1], out.logits
 
         # The packed row as what it stands for: two sequences of their own.
-        cuts = [0, SEGMENTS[0], LENGTH]
-        packed = [run(slice(3, 4), *cuts[index : index + 2]) for index in range(2)]
+        packed = [run(slice(3, 4), *cut) for cut in itertools.pairwise(cuts)]
         packed = [torch.cat(parts, dim=1) for parts in zip(*packed, strict=True)]
         padded = run(slice(0, 3), 0, LENGTH)
         hidden, logits = (
@@ -307,7 +321,8 @@ def outcomes(batch, weights):
             logits = head(params, case.config).logits(hidden)
             return (logits * weights).sum(), (hidden, logits)
 
-        arrays = {key: jnp.asarray(value) for key, value in batch.items()}
+        batch = batch_for(case)
+        arrays = {key: jnp.asarray(value, "int32") for key, value in batch.items()}
         (_, (hidden, logits)), gradient = jax.jit(loss)(case.params, arrays)
         gradient = {
             tensor.name: tensor.make()

@@ -1,0 +1,54 @@
+"""Greedy answers of every family with the cache: the words of transformers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+LENGTHS = (1, 2, 3, 5, 8, 11, 4, 9)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Eight prompts of different lengths, padded on the left."""
+    longest = max(LENGTHS)
+    mask = np.arange(longest)[None] >= longest - np.array(LENGTHS)[:, None]
+    drawn = np.random.default_rng(0).integers(3, 67, size=mask.shape)
+    return np.where(mask, drawn, 0).astype(np.int32), mask.astype(np.int32)
+
+
+def check_words(case, prompts, new):
+    from taid_jax.models.generate import generate
+
+    torch = pytest.importorskip("torch")
+    ids, mask = prompts
+    expected = case.torch_model.generate(
+        torch.tensor(ids).long(),
+        attention_mask=torch.tensor(mask),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )[:, ids.shape[1] :]
+    got = generate(
+        case.params,
+        case.config,
+        jnp.asarray(ids),
+        jnp.asarray(mask),
+        max_new_tokens=new,
+        eos_token_ids=(),
+        pad_token_id=0,
+    )
+    np.testing.assert_array_equal(got, expected.numpy())
+    # Answers that wander, so that a mistake would lead elsewhere.
+    assert len(np.unique(got)) > 5
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
+def test_generate_gives_the_words_of_transformers(name, make_case, prompts):
+    # A window, soft caps; a context that is outgrown on the way.
+    check_words(make_case(name), prompts, new=16)
+
+
+@pytest.mark.slow
+def test_generate_gives_64_words_of_transformers(case, prompts):
+    check_words(case, prompts, new=64)
