@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
-from taid_jax.models.families import read_config
+from taid_jax.models.families import Family, is_ignored, read_config
 from taid_jax.models.fields import read_json
 from taid_jax.models.layout import Index
 
@@ -34,11 +34,13 @@ class FolderTensors:
         origin: The folder, for messages.
         shapes: The shape of each tensor.
         files: The file of each tensor.
+        stored_names: What the files call those that they call by another name.
     """
 
     origin: str
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, pathlib.Path]
+    stored_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a part of a tensor.
@@ -46,10 +48,12 @@ class FolderTensors:
         Raises:
             ModelError: If its file cannot be read any more.
         """
-        path = self.files[name]
+        path, stored = self.files[name], self.stored_names.get(name, name)
         try:
             with safe_open(path, framework="np") as file:
-                return file.get_slice(name)[index] if index else file.get_tensor(name)
+                if not index:
+                    return file.get_tensor(stored)
+                return file.get_slice(stored)[index]
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
 
@@ -71,8 +75,13 @@ def read_folder_config(folder: pathlib.Path) -> DecoderConfig:
     return read_config(read_json(path), str(path))
 
 
-def open_folder(folder: pathlib.Path) -> FolderTensors:
+def open_folder(folder: pathlib.Path, family: Family | None = None) -> FolderTensors:
     """Returns the tensors of a folder; only the headers of its files are read.
+
+    Args:
+        folder: Holds the files.
+        family: Of the model that they belong to: its tensors may also be called by
+            their names in the model without a head, as some published files do.
 
     Raises:
         ModelError: If there are no safetensors, a file is damaged, or the index does
@@ -93,23 +102,45 @@ def open_folder(folder: pathlib.Path) -> FolderTensors:
         raise _no_weights(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, pathlib.Path] = {}
+    dtypes: dict[str, str] = {}
     problems: list[str] = []
     for path in paths:
         for name, (shape, dtype) in _read_header(path).items():
             if listed is not None and listed.get(name, path.name) != path.name:
                 continue  # Another shard has the one that counts.
-            shapes[name], files[name] = shape, path
-            if dtype not in _FLOATS:
-                problems.append(f"{name} in {path.name} is {dtype}")
+            shapes[name], files[name], dtypes[name] = shape, path, dtype
     for name, file in (listed or {}).items():
         if name not in files:
             problems.append(f"{name} is not in {file}, where the index has it")
+    stored = {} if family is None else _full_names(shapes, family)
+    for name, other in stored.items():
+        shapes[name], files[name] = shapes.pop(other), files.pop(other)
+        dtypes[name] = dtypes.pop(other)
+    problems += [
+        f"{stored.get(name, name)} in {files[name].name} is {dtype}"
+        for name, dtype in dtypes.items()
+        if dtype not in _FLOATS and not (family and is_ignored(family, name))
+    ]
     if problems:
         raise ModelError(
             f"the weights in {folder} cannot be used (tensors have to be there, and "
             f"{', '.join(_FLOATS)}):\n  " + "\n  ".join(problems)
         )
-    return FolderTensors(str(folder), shapes, files)
+    return FolderTensors(str(folder), shapes, files, stored)
+
+
+def _full_names(shapes: Mapping[str, object], family: Family) -> dict[str, str]:
+    """Returns full name to name in the file, where the files leave the prefix out."""
+    start = family.hf_layer.partition(".")[0] + "."
+    if any(name.startswith(start) for name in shapes):
+        return {}
+    outside = {
+        weight.hf + end
+        for weight in family.weights
+        if not weight.module.startswith("layers.") and not weight.hf.startswith(start)
+        for end in (".weight", ".bias")
+    }
+    return {start + name: name for name in shapes if name not in outside}
 
 
 def _read_header(path: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:

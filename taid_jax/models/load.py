@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
 from taid_jax.models.export import MAX_SHARD_BYTES, write_folder
-from taid_jax.models.families import read_config
+from taid_jax.models.families import family_named, read_config
 from taid_jax.models.fields import read_json
 from taid_jax.models.gguf import open_gguf
 from taid_jax.models.gguf_config import read_gguf_config
@@ -82,7 +82,8 @@ def load_model(
     if found.kind == "gguf":
         tensors, names = open_gguf(found.path), "gguf"
     else:
-        tensors, names = open_folder(_folder(found)), "hf"
+        family = family_named(config.family)
+        tensors, names = open_folder(_folder(found), family), "hf"
     params = load_params(config, names, tensors, dtype=dtype, shardings=shardings)
     return _loaded(found, config, params)
 

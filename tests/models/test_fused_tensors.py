@@ -1,0 +1,283 @@
+"""Tensors that hold several modules: on a mesh, under other names, and damaged."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from taid_jax.models.decoder import abstract_params, param_axes
+from taid_jax.models.entries import axis_sizes, entries
+from taid_jax.models.errors import ModelError
+from taid_jax.models.export import stored_tensors, write_folder
+from taid_jax.models.families import family_named, read_config
+from taid_jax.models.hf import WEIGHTS, open_folder
+from taid_jax.models.load import load_model
+from taid_jax.models.weights import load_params
+from taid_jax.sharding import make_mesh, tree_shardings
+
+USUAL = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+MODELS = {
+    "phi3": {**USUAL, "num_key_value_heads": 2},
+    "gpt_neox": {**USUAL, "rotary_pct": 0.5},
+    "gpt2": {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 4},
+    "stablelm": {
+        **USUAL,
+        "num_key_value_heads": 2,
+        "qk_layernorm": True,
+        "partial_rotary_factor": 0.5,
+    },
+}
+
+
+def config_of(name):
+    return read_config({"model_type": name, **MODELS[name]}, name)
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def change(folder, changes):
+    """Replaces tensors of the only file; None takes one away."""
+    values = load_file(folder / WEIGHTS) | changes
+    kept = {name: tensor for name, tensor in values.items() if tensor is not None}
+    save_file(kept, folder / WEIGHTS)
+
+
+def refusal(folder):
+    with pytest.raises(ModelError) as caught:
+        load_model(folder)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path, random_params):
+    def make(name):
+        config = config_of(name)
+        params = random_params(config)
+        write_folder(tmp_path / name, config, params)
+        return tmp_path / name, config, params
+
+    return make
+
+
+def test_load_model_reads_the_thirds_of_each_head_of_gpt_neox(write):
+    folder, config, _ = write("gpt_neox")
+    stored = load_file(folder / WEIGHTS)
+    name = "gpt_neox.layers.1.attention.query_key_value"
+    weight, bias = stored[f"{name}.weight"], stored[f"{name}.bias"]
+    attention = load_model(folder).params["layers"]["attention"]
+    width = config.head_dim
+    for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
+        for head in range(config.num_heads):
+            start = (3 * head + index) * width
+            rows = slice(start, start + width)
+            kernel = attention[part]["kernel"][1, :, head]
+            np.testing.assert_array_equal(kernel, weight[rows].T)
+            np.testing.assert_array_equal(attention[part]["bias"][1, head], bias[rows])
+
+
+def test_load_model_reads_queries_before_keys_before_values_of_phi3(write):
+    folder, _, _ = write("phi3")
+    stored = load_file(folder / WEIGHTS)
+    weight = stored["model.layers.1.self_attn.qkv_proj.weight"]
+    gate_up = stored["model.layers.1.mlp.gate_up_proj.weight"]
+    layers = load_model(folder).params["layers"]
+    first = 16  # Four heads of width 4, then two, then two.
+    for part, rows in (
+        ("q_proj", weight[:first]),
+        ("k_proj", weight[first : first + 8]),
+        ("v_proj", weight[first + 8 :]),
+    ):
+        kernel = layers["attention"][part]["kernel"][1].reshape(16, -1)
+        np.testing.assert_array_equal(kernel, rows.T)
+    for part, rows in (("gate_proj", gate_up[:24]), ("up_proj", gate_up[24:])):
+        np.testing.assert_array_equal(layers["mlp"][part]["kernel"][1], rows.T)
+
+
+def test_load_model_reads_the_columns_of_gpt2(write):
+    folder, _, _ = write("gpt2")
+    stored = load_file(folder / WEIGHTS)
+    weight = stored["transformer.h.1.attn.c_attn.weight"]
+    bias = stored["transformer.h.1.attn.c_attn.bias"]
+    layers = load_model(folder).params["layers"]
+    for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
+        columns = slice(16 * index, 16 * (index + 1))
+        found = layers["attention"][part]
+        np.testing.assert_array_equal(
+            found["kernel"][1].reshape(16, 16), weight[:, columns]
+        )
+        np.testing.assert_array_equal(found["bias"][1].reshape(16), bias[columns])
+    np.testing.assert_array_equal(
+        layers["mlp"]["up_proj"]["kernel"][1],
+        stored["transformer.h.1.mlp.c_fc.weight"],
+    )
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.filterwarnings("ignore:.*stays whole on each device")
+def test_load_model_places_every_piece_where_it_belongs(write, name, mesh):
+    folder, config, params = write(name)
+    mesh = make_mesh(mesh)
+    where = tree_shardings(param_axes(config), abstract_params(config), mesh)
+    placed = load_model(folder, shardings=where).params
+    same(placed, params)
+    for leaf, sharding in zip(
+        jax.tree.leaves(placed), jax.tree.leaves(where), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_load_params_reads_no_row_of_phi3_twice(write):
+    folder, config, _ = write("phi3")
+    inner, asked = open_folder(folder), []
+
+    class Watched:
+        """Tensors that write down how much is read of them."""
+
+        origin, shapes = inner.origin, inner.shapes
+
+        def read(self, name, index):
+            part = inner.read(name, index)
+            asked.append(part.size)
+            return part
+
+    load_params(config, "hf", Watched(), dtype=jnp.float32)
+    assert sum(asked) == sum(np.prod(shape) for shape in inner.shapes.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_load_model_takes_the_names_of_the_model_without_a_head(write, name):
+    folder, _, params = write(name)
+    start = family_named(name).hf_layer.partition(".")[0] + "."
+    values = load_file(folder / WEIGHTS)
+    save_file({k.removeprefix(start): v for k, v in values.items()}, folder / WEIGHTS)
+    same(load_model(folder).params, params)
+
+
+def test_load_model_tolerates_masks_of_early_releases(write):
+    folder, _, params = write("gpt_neox")
+    mask = np.ones((1, 1, 8, 8), bool)
+    attention = "gpt_neox.layers.0.attention."
+    change(
+        folder,
+        {
+            attention + "bias": mask,
+            attention + "masked_bias": np.array(-1e9, np.float32),
+            attention + "rotary_emb.inv_freq": np.ones(2, np.float32),
+        },
+    )
+    same(load_model(folder).params, params)
+    folder, _, params = write("gpt2")
+    change(folder, {"transformer.h.1.attn.bias": mask.astype(np.uint8)})
+    same(load_model(folder).params, params)
+
+
+def test_load_model_still_refuses_integers_among_the_weights(write):
+    folder, _, _ = write("gpt_neox")
+    name = "gpt_neox.layers.0.attention.query_key_value.bias"
+    change(folder, {name: np.zeros(48, np.uint8)})
+    assert f"{name} in {WEIGHTS} is U8" in refusal(folder)
+
+
+def test_load_model_lists_all_fused_tensors_that_do_not_fit(write):
+    folder, _, _ = write("phi3")
+    at = "model.layers.{}.self_attn.qkv_proj.weight".format
+    change(
+        folder,
+        {
+            at(0): np.zeros((31, 16), np.float32),
+            at(1): None,
+            "model.layers.1.self_attn.q_proj.weight": np.zeros((16, 16), np.float32),
+            "model.layers.1.mlp.gate_up_proj.weight": np.zeros((48, 15), np.float32),
+        },
+    )
+    text = refusal(folder)
+    assert "(4 differences)" in text
+    assert f"wrong shape: {at(0)} has (31, 16), the config needs (32, 16)" in text
+    assert f"missing: {at(1)}, shape (32, 16)" in text
+    assert "unexpected: model.layers.1.self_attn.q_proj.weight" in text
+    assert "gate_up_proj.weight has (48, 15), the config needs (48, 16)" in text
+
+
+def test_load_model_lists_the_heads_that_are_missing(write):
+    folder, _, _ = write("stablelm")
+    at = "model.layers.0.self_attn.q_layernorm.norms.{}.weight".format
+    change(folder, {at(3): None, at(1): np.zeros(5, np.float32)})
+    text = refusal(folder)
+    assert f"missing: {at(3)}, shape (4,)" in text
+    assert f"wrong shape: {at(1)} has (5,), the config needs (4,)" in text
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("name", MODELS)
+def test_load_model_refuses_a_truncated_file(write, name, share):
+    folder, _, _ = write(name)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: int(share * len(content))])
+    assert WEIGHTS in refusal(folder)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_load_model_survives_any_damage(tmp_path_factory, random_params, name, data):
+    folder = tmp_path_factory.getbasetemp() / f"victim-{name}"
+    if not folder.exists():
+        config = config_of(name)
+        write_folder(folder, config, random_params(config))
+    sound = (folder / WEIGHTS).read_bytes()
+    at = data.draw(st.integers(0, 2500))
+    value = data.draw(st.integers(1, 255))
+    broken = sound[:at] + bytes([sound[at] ^ value]) + sound[at + 1 :]
+    (folder / WEIGHTS).write_bytes(broken)
+    try:
+        load_model(folder)
+    except ModelError:
+        pass
+    finally:
+        (folder / WEIGHTS).write_bytes(sound)
+
+
+def test_stored_tensors_needs_every_piece_of_a_tensor(monkeypatch, random_params):
+    family = family_named("phi3")
+    config = config_of("phi3")
+    whole = random_params(config)
+    doubled = tuple(
+        dataclasses.replace(weight, part=dataclasses.replace(weight.part, index=1))
+        if weight.module == "layers.mlp.gate_proj"
+        else weight
+        for weight in family.weights
+    )
+    poor = dataclasses.replace(family, weights=doubled)
+    monkeypatch.setattr("taid_jax.models.families.registry.FAMILIES", (poor,))
+    with pytest.raises(ModelError, match=r"gate_up_proj.*each of its pieces once"):
+        list(stored_tensors(config, whole))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_entries_of_a_tensor_agree_on_its_shape(name, random_params):
+    config, shapes = config_of(name), {}
+    for entry in entries(config, "hf"):
+        for tensor in (tensor for names in entry.names for tensor in names):
+            shape = entry.tensor_shape(axis_sizes(config))
+            assert shapes.setdefault(tensor, shape) == shape
+    written = {
+        tensor.name: tensor.make().shape
+        for tensor in stored_tensors(config, random_params(config))
+    }
+    assert written == shapes
