@@ -73,7 +73,8 @@ def cut_jsonl(path: pathlib.Path, size: int) -> list[Piece]:
                 first += block.count(b"\n")
                 left -= len(block)
             start = stop
-    return pieces
+    # The reader says that it is empty.
+    return pieces or [Piece(str(path))]
 
 
 def cut_parquet(path: pathlib.Path, size: int) -> list[Piece]:

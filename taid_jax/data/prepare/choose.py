@@ -185,9 +185,11 @@ def share_out(rows: Rows, chosen: np.ndarray, shard_tokens: int) -> list[list[Sl
         shard_tokens: Tokens of a shard, about.
     """
     order = np.flatnonzero(chosen)
+    if not len(order):
+        return []
     order = order[np.argsort(rows.key[order], kind="stable")]
     done = np.cumsum(rows.tokens[order])
-    shards = max(1, -(-int(done[-1]) // shard_tokens)) if len(order) else 0
+    shards = -(-int(done[-1]) // shard_tokens)
     # As many tokens in each: the shuffle is cut where their sum passes a border.
     borders = np.searchsorted(done, np.arange(1, shards) * done[-1] / shards)
     bounds = rows.key[order][borders]

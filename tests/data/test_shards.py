@@ -1,0 +1,207 @@
+"""Prepared shards: read as they were made, or refused with the reason."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from taid_jax.data import DataError, load_dataset, train_iterator
+from taid_jax.data.identity import differences, identify
+from taid_jax.data.manifest import MANIFEST, read_manifest
+from taid_jax.data.prepare import PrepareOptions, prepare
+
+
+@pytest.fixture
+def shards(tmp_path, write_jsonl, make_conversations, tokenizer):
+    """Four shards of 60 conversations."""
+    source = write_jsonl([{"messages": m} for m in make_conversations(60)])
+    folder = tmp_path / "shards"
+    tokens = 4000
+    asked = PrepareOptions(str(source), str(folder), jobs=1, shard_tokens=tokens)
+    prepare(asked, tokenizer)
+    assert len(read_manifest(folder).files) >= 3
+    return folder
+
+
+def first_shard(folder):
+    return folder / read_manifest(folder).files[0].name
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": False, "buckets": (128, 256)}])
+def test_training_on_shards_resumes_in_the_middle_of_an_epoch(
+    shards, tokenizer, options
+):
+    """Other objects throughout, as in another process; the place goes through JSON."""
+
+    def begin():
+        dataset = load_dataset(shards, tokenizer, seq_len=512, **options)
+        return dataset, train_iterator(dataset.train, 4, seed=3)
+
+    dataset, batches = begin()
+    whole = [next(batches) for _ in range(12)]
+    _, stopped = begin()
+    for _ in range(5):
+        next(stopped)
+    place = json.dumps(stopped.get_state())
+    again, resumed = begin()
+    resumed.set_state(json.loads(place))
+    assert again.info == dataset.info
+    for batch in whole[5:]:
+        jax.tree.map(np.testing.assert_array_equal, batch, next(resumed))
+
+
+def test_shards_have_a_fingerprint_of_what_they_hold(
+    shards, tokenizer, write_jsonl, make_conversations, tmp_path
+):
+    first = load_dataset(shards, tokenizer, seq_len=512).info.fingerprint
+    source = write_jsonl([{"messages": m} for m in make_conversations(59)], "b.jsonl")
+    prepare(PrepareOptions(str(source), str(tmp_path / "b"), jobs=1), tokenizer)
+    other = load_dataset(tmp_path / "b", tokenizer, seq_len=512).info.fingerprint
+    assert first != other
+
+
+def test_shards_of_long_conversations_are_read_for_short_rows(shards, tokenizer):
+    whole = load_dataset(shards, tokenizer, seq_len=2048)
+    short = load_dataset(shards, tokenizer, seq_len=200)
+    dropped = short.info.dropped["too_long"]
+    assert 0 < dropped < 60
+    examples = [side.examples for side in (short.info.train, short.info.held_out)]
+    assert sum(examples) + dropped == 60
+    assert whole.info.dropped == {}
+    assert max(short.train.table.lengths) <= 200
+    with pytest.raises(DataError, match="no example of at most 4 tokens"):
+        load_dataset(shards, tokenizer, seq_len=4)
+
+
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_shards_serve_answers_and_all_tokens(shards, tokenizer, count_prompts):
+    dataset = load_dataset(shards, tokenizer, seq_len=512, count_prompts=count_prompts)
+    table = dataset.train.table
+    assert not table.counted[table.starts[:-1]].any()
+    share = table.counted.sum() / (len(table.ids) - len(table))
+    assert share == 1 if count_prompts else 0.1 < share < 0.9
+    inside = [
+        table[n].counted[table.prompts[n] : table.answer_ends[n]]
+        for n in range(len(table))
+    ]
+    assert all(mask.all() and len(mask) for mask in inside)
+
+
+def changed_backend(tokenizer, **changes):
+    """A tokenizer with the same vocabulary that cuts text otherwise."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    values = json.loads(tokenizer.backend_tokenizer.to_str()) | changes
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(values)),
+        eos_token=tokenizer.eos_token,
+    )
+    other.chat_template = tokenizer.chat_template
+    return other
+
+
+def test_shards_of_another_tokenizer_are_refused(shards, tokenizers):
+    with pytest.raises(DataError, match=r"differs: the vocabulary \(.* tokens there"):
+        load_dataset(shards, tokenizers["llama3"], seq_len=512)
+
+
+def test_shards_of_a_tokenizer_that_cuts_otherwise_are_refused(shards, tokenizer):
+    same = changed_backend(tokenizer)
+    load_dataset(shards, same, seq_len=512)
+    other = changed_backend(tokenizer, normalizer={"type": "Lowercase"})
+    with pytest.raises(DataError, match="differs: how text is cut"):
+        load_dataset(shards, other, seq_len=512)
+
+
+def test_shards_of_another_template_are_refused(shards, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + " ")
+    with pytest.raises(DataError, match=r"differs: the chat template \(sha256 \w{12} "):
+        load_dataset(shards, tokenizer, seq_len=512)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(DataError, match=r"template \(none here; .*--chat-template\)"):
+        load_dataset(shards, tokenizer, seq_len=512)
+
+
+def test_identify_does_not_see_what_was_done_with_the_tokenizer(tokenizer):
+    before = identify(tokenizer)
+    tokenizer(["a", "that is all."], truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert identify(tokenizer) == before
+    assert before.size == len(tokenizer)
+
+
+def test_differences_names_each():
+    from taid_jax.data.identity import TokenizerIdentity
+
+    here = TokenizerIdentity(3, "v", "r", {"eos_token_id": 2}, "t")
+    assert differences(here, here, chats=True) == []
+    other = here._replace(special={"eos_token_id": 1})
+    assert differences(here, other, chats=True) == [
+        "the eos_token_id (2 there, 1 here)"
+    ]
+    other = here._replace(template=None)
+    assert differences(here, other, chats=False) == []
+    assert differences(other, here, chats=True) == ["the chat template (none there)"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-30], r"cut short: [\d,]+ bytes, and manifest.json says"),
+        (lambda data: data + b"\0", "too long"),
+        (lambda data: data[:100] + b"\0\1" + data[102:], "damaged, or another file"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_shards_that_are_not_whole_are_refused(shards, tokenizer, damage, message):
+    path = first_shard(shards)
+    data = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage(data))
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(shards, tokenizer, seq_len=512)
+    assert path.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:100], "not a whole manifest"),
+        (lambda text: text.replace("data 1", "data 9"), "need the format .*data 1"),
+        (lambda text: text.replace('"files"', '"filed"'), "not a whole manifest"),
+        (lambda text: "[]", "not a whole manifest"),
+    ],
+)
+def test_manifest_that_cannot_be_read_is_refused(shards, tokenizer, change, message):
+    path = shards / MANIFEST
+    path.write_text(change(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        load_dataset(shards, tokenizer, seq_len=512)
+
+
+def test_read_manifest_of_other_folders_is_none(tmp_path):
+    assert read_manifest(tmp_path) is None
+    assert read_manifest(tmp_path / "nowhere") is None
+
+
+def test_shards_have_one_order_on_all_processes(shards, tokenizer):
+    dataset = load_dataset(shards, tokenizer, seq_len=512)
+    whole = train_iterator(dataset.train, 4, seed=1)
+    parts = [
+        train_iterator(
+            load_dataset(shards, tokenizer, seq_len=512).train,
+            4,
+            seed=1,
+            process_index=p,
+            process_count=2,
+        )
+        for p in range(2)
+    ]
+    for batch in itertools.islice(whole, 5):
+        pieces = [next(part) for part in parts]
+        joined = {k: np.concatenate([p[k] for p in pieces]) for k in batch}
+        jax.tree.map(np.testing.assert_array_equal, batch, joined)
