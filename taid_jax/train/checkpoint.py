@@ -1,7 +1,9 @@
 """Checkpoints by Orbax: the student's state, the place in the data, the settings."""
 
 import json
+import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +32,14 @@ class Restored(NamedTuple):
     step: int
 
 
+def _cost(metrics: Mapping[str, float]) -> float:
+    return metrics["cost"]
+
+
+def _known(cost: float | None) -> bool:
+    return cost is not None and math.isfinite(cost)
+
+
 class Checkpoints:
     """The checkpoints of one output folder: the last few, and the best.
 
@@ -38,7 +48,9 @@ class Checkpoints:
 
     Args:
         folder: Made if it is missing.
-        keep: How many of the last are kept, beside the best.
+        keep: How many of the last are kept, beside the best. What falls behind is
+            deleted when the next save is whole, so that one more may lie there, after a
+            kill for as long as it takes to the next save.
     """
 
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
@@ -46,11 +58,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=True,
             cleanup_tmp_directories=True,
+            # Only with this are costs written, so that a resumed run knows the best.
+            best_fn=_cost,
+            best_mode="min",
             preservation_policy=managers.AnyPreservationPolicy(
                 [
                     managers.LatestN(keep),
                     managers.BestN(
-                        get_metric_fn=lambda metrics: metrics["cost"],
+                        get_metric_fn=_cost,
                         reverse=True,
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -101,7 +116,8 @@ class Checkpoints:
                 data=ocp.args.JsonSave(data_state),
                 settings=ocp.args.JsonSave(to_dict(settings)),
             ),
-            metrics=None if cost is None else {"cost": cost},
+            # Orbax wants a figure of each.
+            metrics={"cost": cost if _known(cost) else math.inf},
             force=True,
         )
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from taid_jax.settings import Settings, from_dict
+from taid_jax.sharding import make_mesh, place_batch, replicated, tree_shardings
 from taid_jax.train import checkpoint as c
 
 
@@ -41,6 +42,85 @@ def test_checkpoints_keep_the_last_and_the_best(tmp_path, state):
     assert store.steps() == [1, 3, 4]
     assert store.latest_step() == 4
     store.close()
+
+
+def test_checkpoints_best_is_remembered_by_a_resumed_run(tmp_path, state):
+    store = c.Checkpoints(tmp_path, keep=2)
+    for step, cost in enumerate([3.0, 1.0, 2.0]):
+        store.save(step, state, {}, Settings(), cost=cost)
+    store.close()
+    again = c.Checkpoints(tmp_path, keep=2)
+    for step, cost in ((3, 5.0), (4, None), (5, float("nan")), (6, 4.0)):
+        again.save(step, state, {}, Settings(), cost=cost)
+    again.wait()
+    assert again.steps() == [1, 5, 6]
+    again.close()
+
+
+def test_checkpoints_keep_no_more_than_asked_where_nothing_was_judged(tmp_path, state):
+    store = c.Checkpoints(tmp_path, keep=1)
+    for step in range(4):
+        store.save(step, state, {}, Settings())
+    store.wait()
+    assert store.steps() == [3]
+    store.close()
+
+
+@pytest.mark.multidevice
+def test_checkpoints_move_to_other_meshes_and_device_counts(
+    tmp_path, make_trainer, make_params, make_batch
+):
+    teacher = make_params(2)
+
+    def axes(leaf):
+        width = leaf.shape.index(8) if 8 in leaf.shape else None
+        return tuple("embed" if axis == width else None for axis in range(leaf.ndim))
+
+    def train(mesh, state, start, step):
+        for index in range(start, start + 4):
+            batch = place_batch(make_batch(index), mesh)
+            state, metrics = step(state, teacher_there(mesh), batch)
+        return state, metrics
+
+    def teacher_there(mesh):
+        return jax.device_put(teacher, replicated(mesh))
+
+    alone = make_mesh("data=1", jax.devices()[:1])
+    step, state = make_trainer(mesh=alone)
+    expected, wanted = train(alone, jax.device_put(state, replicated(alone)), 0, step)
+    expected, wanted = train(alone, expected, 4, step)
+    expected, wanted = train(alone, expected, 8, step)
+
+    store, place = c.Checkpoints(tmp_path), 0
+    for text, count in (("fsdp=4,data=2", 8), ("data=2,fsdp=2", 4), ("data=1", 1)):
+        mesh = make_mesh(text, jax.devices()[:count])
+        step, state = make_trainer(mesh=mesh)
+        names = jax.tree.map(axes, state)
+        where = tree_shardings(names, state, mesh)
+        if place:
+            shapes = jax.tree.map(
+                lambda leaf, at: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=at
+                ),
+                state,
+                where,
+            )
+            found = store.restore(shapes)
+            assert found.data_state == {"place": place}
+            state = found.state
+            kernel = state.params["mix"]["kernel"]
+            assert len(kernel.sharding.device_set) == count
+        else:
+            state = jax.device_put(state, where)
+        state, metrics = train(mesh, state, place, step)
+        place += 4
+        store.save(place, state, {"place": place}, Settings())
+        store.wait()
+    store.close()
+    for key in ("loss", "kl", "t", "grad_norm"):
+        # The order of sums differs between the meshes.
+        np.testing.assert_allclose(metrics[key], wanted[key], rtol=1e-5, err_msg=key)
+    np.testing.assert_array_equal(state.schedule.t, expected.schedule.t)
 
 
 def test_checkpoints_half_written_one_is_not_seen(tmp_path, state):

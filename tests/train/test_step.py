@@ -209,16 +209,24 @@ def test_train_step_without_counted_tokens_changes_no_weight_by_gradient(
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("mesh_text", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    ("mesh_text", "parts"),
+    [
+        ("data=8", 1),
+        ("fsdp=8", 1),
+        ("data=2,tensor=4", 4),
+        ("data=2,fsdp=2,tensor=2", 2),
+    ],
+)
 def test_train_step_eight_devices_equal_one(
-    make_trainer, make_params, make_batch, mesh_text
+    make_trainer, make_params, make_batch, mesh_text, parts
 ):
     from taid_jax.sharding import make_mesh, place_batch, replicated
 
     teacher = make_params(TEACHER_SEED)
     alone, state = make_trainer()
     mesh = make_mesh(mesh_text)
-    shared, other = make_trainer(mesh=mesh)
+    shared, other = make_trainer(mesh=mesh, grad_accum=parts)
     other = jax.device_put(other, replicated(mesh))
     teacher_there = jax.device_put(teacher, replicated(mesh))
     for index in range(5):
