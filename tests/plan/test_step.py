@@ -1,0 +1,86 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax.models.decoder import abstract_params, decoder_functions
+from taid_jax.plan.step import abstract_step
+from taid_jax.sharding import make_mesh
+
+
+@pytest.fixture
+def one_device():
+    return make_mesh("data=1", jax.devices()[:1])
+
+
+def test_abstract_step_holds_master_weights_in_float32(tiny, make_settings, one_device):
+    settings = make_settings(dtype="bfloat16", grad_accum=2)
+    teacher, student = tiny
+    step, arguments = abstract_step(settings, teacher, student, one_device)
+    state, teacher_params, _ = arguments
+
+    def dtypes(tree):
+        return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
+
+    assert dtypes(state.params) == {"float32"}
+    # Beside the moments the optimizer counts its steps.
+    assert dtypes(state.opt_state) == {"float32", "int32"}
+    assert dtypes(teacher_params) == {"bfloat16"}
+    new_state, metrics = jax.eval_shape(step, *arguments)
+    assert dtypes(new_state.params) == dtypes(metrics) == {"float32"}
+    assert dtypes(new_state.opt_state) == {"float32", "int32"}
+
+
+def test_decoder_gradients_are_float32_where_it_computes_in_bfloat16(tiny):
+    _, student = tiny
+    functions = decoder_functions(student, dtype=jnp.bfloat16)
+    params = abstract_params(student)
+    batch = {"input_ids": jnp.zeros((1, 8), jnp.int32)}
+
+    def loss(params):
+        hidden = functions.hidden(params, batch)
+        assert hidden.dtype == jnp.bfloat16
+        return jnp.sum(hidden.astype(jnp.float32))
+
+    gradients = jax.eval_shape(jax.grad(loss), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+
+
+@functools.cache
+def _products(jaxpr):
+    """The dtypes that the matrix products of a program read, with their results."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            dtypes = [value.aval.dtype.name for value in equation.invars]
+            found.add(tuple(dtypes))
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, type(jaxpr)):
+                    found |= _products(inner)
+    return found
+
+
+def test_abstract_step_multiplies_in_bfloat16(tiny, make_settings, one_device):
+    settings = make_settings(dtype="bfloat16")
+    step, arguments = abstract_step(settings, *tiny, one_device)
+    found = _products(step.trace(*arguments).jaxpr.jaxpr)
+    assert ("bfloat16", "bfloat16") in found
+    # None in float32: on a TPU it would take several passes.
+    assert ("float32", "float32") not in found
+
+
+def test_decoder_remat_orders_the_memory_of_its_gradient(tiny):
+    batch = {"input_ids": jnp.zeros((8, 256), jnp.int32)}
+
+    def temp_bytes(remat):
+        functions = decoder_functions(tiny[0], remat=remat)
+        gradient = jax.grad(lambda params: jnp.sum(functions.hidden(params, batch)))
+        compiled = jax.jit(gradient).lower(abstract_params(tiny[0])).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    none, dots, full = (temp_bytes(remat) for remat in ("none", "dots", "full"))
+    assert none > dots > full
