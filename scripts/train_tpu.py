@@ -112,8 +112,12 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         if hosts.is_alone():
             raise
-        traceback.print_exc()
-        return hosts.leave(1, f"{type(error).__name__}: {error}")
+        why = hosts.explain_loss(error)
+        if why is None:
+            traceback.print_exc()
+            return hosts.leave(1, f"{type(error).__name__}: {error}")
+        errors.print(f"error: {why}", markup=False, highlight=False, soft_wrap=True)
+        return hosts.leave(1, why)
     hosts.finish()
     console.print(
         f"held-out KL {report['kl_before']:.4f} -> {report['kl_after']:.4f}, student's "

@@ -2,6 +2,7 @@
 
 from taid_jax.hosts.errors import HostsError as HostsError
 from taid_jax.hosts.join import join as join
+from taid_jax.hosts.leave import explain_loss as explain_loss
 from taid_jax.hosts.leave import finish as finish
 from taid_jax.hosts.leave import is_alone as is_alone
 from taid_jax.hosts.leave import leave as leave

@@ -19,6 +19,8 @@ _WAIT_MS = 365 * 24 * 3600 * 1000
 # what stopped one may stop all, and each then says so itself.
 _GRACE_SECONDS = 3
 
+_GO_ON = "The last whole checkpoint is intact: start all processes again, with --resume"
+
 # Reads until this process is gone; speaks unless it was told that all is well.
 _LAST_WORDS = """
 import sys
@@ -57,8 +59,7 @@ def watch() -> None:
     _last_words = _LastWords(
         f"error: process {here} of {count} came to an end before its work was done: "
         "it was killed, or JAX ended it because another process is gone (what JAX "
-        "wrote says which). The last whole checkpoint is intact: start all processes "
-        "again, with --resume\n"
+        f"wrote says which). {_GO_ON}\n"
     )
     threading.Thread(target=_listen, args=(store(),), daemon=True).start()
 
@@ -86,6 +87,25 @@ def _end(status: int, text: str) -> None:
 def is_alone() -> bool:
     """Returns whether no other process takes part in this run."""
     return _last_words is None
+
+
+def explain_loss(error: Exception) -> str | None:
+    """Returns what an error says in words, if it means that another process is gone.
+
+    Args:
+        error: That ended a step of a run of several processes.
+    """
+    text = str(error)
+    # Of Gloo, NCCL and JAX's own services, in this order.
+    signs = ("gloo", "Connection ", "NCCL", "UNAVAILABLE", "coordination", "heartbeat")
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not any(
+        sign in text for sign in signs
+    ):
+        return None
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} lost another one: "
+        f"{text.splitlines()[0]}. {_GO_ON}"
+    )
 
 
 def leave(status: int, why: str) -> int:
