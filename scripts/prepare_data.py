@@ -54,11 +54,14 @@ def parse(arguments: Sequence[str]) -> Command:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(PRESETS))
     preset = first.parse_known_args(arguments)[0].preset
-    values = {"data": tyro.MISSING, "output": tyro.MISSING, **PRESETS.get(preset, {})}
+    # Before the others, so that those go over them.
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in PRESETS.get(preset, {}).items()
+    ]
     return tyro.cli(
         Command,
-        args=arguments,
-        default=Command(options=PrepareOptions(**values), preset=preset),
+        args=[*flags, *arguments],
         description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
