@@ -114,6 +114,8 @@ def causal_attention(
     if scoring is None:
         scoring = Scoring(1 / math.sqrt(queries.shape[-1]))
     fixed, traced = (window, None) if isinstance(window, int) else (None, window)
+    if fixed is not None and fixed >= queries.shape[3]:
+        fixed = None
     return _attention((scoring, fixed), queries, keys, values, segments, traced)
 
 

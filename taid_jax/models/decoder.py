@@ -96,12 +96,18 @@ class Pattern(NamedTuple):
 
 
 def layer_pattern(
-    positions: Int[Array, "rows length"], config: DecoderConfig
+    positions: Int[Array, "rows length"], config: DecoderConfig, length: int
 ) -> tuple[Pattern, Rotations | None]:
-    """Returns what differs between the layers, and the rotations they take from."""
+    """Returns what differs between the layers, and the rotations they take from.
+
+    Args:
+        positions: Of the tokens that are computed.
+        config: The architecture.
+        length: Tokens that they may see; windows that hold all of them do nothing.
+    """
     turns, index = layer_rotations(positions, config)
-    window = None
-    if len(set(config.windows)) > 1:
+    window, sizes = None, set(config.windows)
+    if len(sizes) > 1 and any(each and each < length for each in sizes):
         whole = int(np.iinfo(np.int32).max)
         window = jnp.asarray([each or whole for each in config.windows], jnp.int32)
     return Pattern(window, None if index is None else jnp.asarray(index)), turns
@@ -191,7 +197,7 @@ def hidden_states(
     ids, positions = jnp.asarray(batch["input_ids"]), batch_positions(batch)
     check_length(ids.shape[1], config)
     segments, scoring = batch_segments(batch), scoring_of(config)
-    pattern, turns = layer_pattern(positions, config)
+    pattern, turns = layer_pattern(positions, config, ids.shape[1])
 
     policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
 

@@ -196,7 +196,7 @@ def _generate(
         """Returns what follows the last layer, and caches with room for new tokens."""
         given = {"input_ids": ids, "attention_mask": mask}
         positions, segments = batch_positions(given), batch_segments(given)
-        pattern, turns = layer_pattern(positions, config)
+        pattern, turns = layer_pattern(positions, config, ids.shape[1])
         room = ((0, 0), (0, 0), (0, new), (0, 0))
 
         def read_layer(x: Array, part: tuple[Params, Pattern]) -> tuple[Array, Cache]:
@@ -222,7 +222,8 @@ def _generate(
     x, caches = read(input_ids, attention_mask, max_new_tokens)
     # Where the next token of the longest row stands when it is the first new one.
     ahead = attention_mask.sum(axis=1, dtype=jnp.int32)[:, None]
-    pattern, _ = layer_pattern(ahead, config)
+    slots = length + max_new_tokens
+    pattern, _ = layer_pattern(ahead, config, slots)
     first = choose(x, jnp.int32(0))
     layers: list[Layer] = []
     patterns: list[Pattern] = []
@@ -232,7 +233,7 @@ def _generate(
         patterns = _apart(pattern, config.num_layers)
     filled = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
     longest = longest_short(config)
-    may_lengthen = longest is not None and longest < length + max_new_tokens
+    may_lengthen = longest is not None and longest < slots
 
     def reread(tokens: Array) -> Any:
         # Slots that are still empty hold padding, which no token before them sees.
@@ -249,7 +250,7 @@ def _generate(
             caches = jax.lax.cond(
                 here.max() == longest, lambda: reread(state.tokens), lambda: caches
             )
-        _, turns = layer_pattern(here, config)
+        _, turns = layer_pattern(here, config, slots)
         behind = slot - jnp.arange(filled.shape[1], dtype=jnp.int32)[None]
         before = (filled != 0) & (behind >= 0)
 

@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taid_jax.models.attention import batch_positions, batch_segments, causal_attention
+from taid_jax.models.attention import (
+    Scoring,
+    batch_positions,
+    batch_segments,
+    causal_attention,
+)
 
 
 def reference(queries, keys, values, segments=None):
@@ -106,3 +111,73 @@ def test_batch_positions_counts_from_the_first_real_token():
     np.testing.assert_array_equal(positions, [[0, 0, 0, 1], [0, 1, 2, 2]])
     given = {"input_ids": ids, "attention_mask": mask, "positions": mask}
     np.testing.assert_array_equal(batch_positions(given), mask)
+
+
+def with_window(queries, keys, values, window, scoring, segments=None):
+    """The definition with a window and a cap, written with whole squares."""
+    length = queries.shape[3]
+    scores = jnp.einsum("bkgqh,bkmh->bkgqm", queries, keys) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    distance = np.arange(length)[:, None] - np.arange(length)[None]
+    visible = ((distance >= 0) & (distance < window))[None, None, None]
+    if segments is not None:
+        same = np.asarray(segments[:, :, None] == segments[:, None])
+        visible = visible & same[:, None, None]
+    scores = jnp.where(jnp.broadcast_to(visible, scores.shape), scores, -jnp.inf)
+    return jnp.einsum("bkgqm,bkmh->bkgqh", jax.nn.softmax(scores, axis=-1), values)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "softcap", "traced"),
+    [
+        (17, 1, None, False),
+        (130, 5, 2.0, True),
+        (130, 64, None, False),
+        (257, 100, 0.5, False),
+        (17, 17, 1.0, True),
+    ],
+)
+def test_causal_attention_with_window_and_cap_is_the_definition(
+    length, window, softcap, traced
+):
+    arrays, scoring = draw(length), Scoring(0.3, softcap)
+    segments = some_segments(length)
+    weights = np.random.default_rng(9).normal(size=arrays[0].shape)
+    weights = jnp.asarray(weights, "float32")
+
+    @jax.jit
+    def ours(window, *arrays):
+        def loss(*arrays):
+            attended = causal_attention(
+                *arrays, segments, window=window, scoring=scoring
+            )
+            return (attended * weights).sum(), attended
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+
+    def theirs(*arrays):
+        attended = with_window(*arrays, window, scoring, segments)
+        return (attended * weights).sum(), attended
+
+    if traced:
+        gradient, attended = ours(jnp.int32(window), *arrays)
+    else:
+        gradient, attended = jax.jit(lambda *a: ours.__wrapped__(window, *a))(*arrays)
+    expected, exact = jax.grad(theirs, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    # Sums of up to 257 float32 numbers of size 1 to 4.
+    np.testing.assert_allclose(attended, exact, atol=2e-5)
+    for mine, other in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(mine, other, atol=4e-5)
+
+
+def test_causal_attention_skips_keys_before_a_plain_window():
+    def products(window):
+        arrays = draw(256)
+        run = jax.jit(lambda *a: causal_attention(*a, window=window))
+        return run.lower(*arrays).compile().cost_analysis()["flops"]
+
+    # Four blocks of 64 queries see 64, 128, 192 and 256 keys; with a window of 8 the
+    # last three see 71.
+    assert products(8) < 0.55 * products(None)
+    assert products(256) == products(None)

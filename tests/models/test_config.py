@@ -61,8 +61,63 @@ def test_decoder_config_lists_everything_that_is_wrong():
             "low_freq_factor < high_freq_factor, got 4.0 and 1.0",
         ),
         ({"kind": "llama3", "original_max_length": 0}, "original_max_length >= 1"),
+        ({"fraction": 0.0}, "0 < fraction <= 1, got 0.0"),
+        ({"attention_factor": 0.0}, "attention_factor > 0"),
+        ({"kind": "yarn", "beta_slow": 40.0}, "0 < beta_slow <= beta_fast.*40.0, 32.0"),
+        ({"kind": "longrope", "long_factors": (1.0, 0.0)}, "long_factors > 0, got 0.0"),
     ],
 )
 def test_rope_config_refuses_what_is_out_of_range(changes, message):
     with pytest.raises(ModelError, match=message):
         RopeConfig(**changes)
+
+
+LONG = RopeConfig(kind="longrope", short_factors=(1.0,), long_factors=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "batch"}, "norm one of rms, .*, got batch"),
+        ({"activation": "tanh"}, "activation one of silu, .*, got tanh"),
+        ({"window": 0}, "window > 0, got 0"),
+        ({"query_scalar": -1}, "query_scalar > 0, got -1"),
+        ({"head_softcap": 0.0}, "head_softcap > 0, got 0.0"),
+        ({"window": 4, "window_layers": (True,)}, "2 window_layers, one for .* got 1"),
+        ({"rope_layers": (True,) * 3}, "2 rope_layers, one for a layer, got 3"),
+        ({"window_layers": (True, False)}, "window where .* window_layers are given"),
+        ({"local_rope": RopeConfig()}, "window where local_rope"),
+        ({"rope": None, "rope_layers": (True, True)}, "rope where"),
+        (
+            {"window": 4, "local_rope": RopeConfig(fraction=0.5)},
+            "same fraction of a head, got 0.5 and 1.0",
+        ),
+        ({"norm_place": "both", "residual": "parallel"}, "norms before the sublayers"),
+        ({"tie_embeddings": True, "head_bias": True}, "a head of its own"),
+        ({"rope": RopeConfig(fraction=0.5)}, "got 6, of which 3 are turned"),
+        ({"rope": LONG}, "3 rope short_factors, one for a pair, got 1"),
+        ({"head_dim": 2, "rope": RopeConfig(kind="dynamic")}, "more than one rotary"),
+    ],
+)
+def test_decoder_config_refuses_what_does_not_fit(changes, message):
+    with pytest.raises(ModelError, match=message):
+        DecoderConfig(**{**SIZES, **changes})
+
+
+def test_decoder_config_says_what_each_layer_sees_and_how_it_turns():
+    local = RopeConfig(theta=5.0)
+    config = DecoderConfig(**SIZES, window=3, window_layers=(False, True))
+    assert config.windows == (None, 3)
+    assert config.ropes == (RopeConfig(),) * 2
+    config = DecoderConfig(
+        **SIZES,
+        window=3,
+        window_layers=(False, True),
+        local_rope=local,
+        rope_layers=(False, True),
+    )
+    assert config.ropes == (None, local)
+    assert DecoderConfig(**SIZES, window=3).windows == (3, 3)
+    # A head that is turned in part may have any width.
+    odd = {**SIZES, "head_dim": 9, "rope": RopeConfig(fraction=0.5)}
+    assert DecoderConfig(**odd).rope is not None

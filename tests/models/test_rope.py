@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taid_jax.models.config import RopeConfig
-from taid_jax.models.rope import rope_frequencies, rotate, rotation
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.rope import layer_rotations, rope_frequencies, rotate, rotation
 
 LLAMA3 = RopeConfig(
     theta=500000.0,
@@ -94,3 +94,123 @@ def test_rotate_of_bfloat16_turns_in_float32():
     np.testing.assert_allclose(
         turned.astype(jnp.float32), exact, rtol=2**-8, atol=1e-30
     )
+
+
+def torch_frequencies(kind, rope, *, head_dim=64, length=None, context=512):
+    """Frequencies and scale that transformers derives."""
+    pytest.importorskip("torch", reason="transformers computes them with PyTorch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = transformers.LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        rope_parameters={"rope_type": kind, "rope_theta": 1e4, **rope},
+    )
+    expected, scale = ROPE_INIT_FUNCTIONS[kind](settings, "cpu", seq_len=length)
+    return expected.numpy(), scale
+
+
+@pytest.mark.parametrize(
+    ("original", "fast", "slow", "truncate"),
+    [(64, 32.0, 1.0, True), (4096, 32.0, 1.0, True), (256, 4.0, 0.3, False)],
+)
+def test_rope_frequencies_yarn_are_those_of_transformers(
+    original, fast, slow, truncate
+):
+    expected, scale = torch_frequencies(
+        "yarn",
+        {
+            "factor": 8.0,
+            "original_max_position_embeddings": original,
+            "beta_fast": fast,
+            "beta_slow": slow,
+            "truncate": truncate,
+        },
+    )
+    rope = RopeConfig(
+        kind="yarn",
+        factor=8.0,
+        original_max_length=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=truncate,
+        attention_factor=scale,
+    )
+    # Their powers are taken in float32.
+    np.testing.assert_allclose(rope_frequencies(rope, 64), expected, rtol=3e-6)
+    cos, sin = rotation(jnp.array([[0, 3]]), rope, 64)
+    np.testing.assert_allclose(cos[0, 0], np.full(32, scale), rtol=1e-6)
+    np.testing.assert_allclose(sin[0, 1], scale * np.sin(3 * expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [10, 512, 513, 1500])
+def test_rotation_dynamic_is_that_of_transformers(length):
+    expected, _ = torch_frequencies("dynamic", {"factor": 2.0}, length=length)
+    rope = RopeConfig(kind="dynamic", factor=2.0, original_max_length=512)
+    cos, _ = rotation(jnp.array([[1, length - 1]]), rope, 64)
+    np.testing.assert_allclose(cos[0, 0], np.cos(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [16, 17])
+def test_rotation_longrope_takes_the_factors_of_the_longest_sequence(length):
+    short, long = [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 5.0, 9.0]
+    factors = {"short_factor": short, "long_factor": long}
+    expected, scale = torch_frequencies(
+        "longrope",
+        {**factors, "original_max_position_embeddings": 16},
+        head_dim=8,
+        length=length,
+        context=64,
+    )
+    rope = RopeConfig(
+        kind="longrope",
+        original_max_length=16,
+        short_factors=tuple(short),
+        long_factors=tuple(long),
+        attention_factor=scale,
+    )
+    cos, _ = rotation(jnp.array([[1, 2], [0, length - 1]]), rope, 8)
+    np.testing.assert_allclose(cos[0, 0], scale * np.cos(expected), rtol=1e-5)
+
+
+def test_rotate_turns_the_first_part_of_partial_heads_only():
+    heads = jnp.asarray(np.random.default_rng(2).normal(size=(1, 1, 2, 5, 12)), "f4")
+    rope = RopeConfig(fraction=0.5)
+    turned = rotate(heads, rotation(jnp.arange(5)[None], rope, 12))
+    whole = rotation(jnp.arange(5)[None], RopeConfig(), 6)
+    np.testing.assert_array_equal(turned[..., :6], rotate(heads[..., :6], whole))
+    np.testing.assert_array_equal(turned[..., 6:], heads[..., 6:])
+
+
+def layers_of(**changes):
+    sizes = dict.fromkeys(("vocab_size", "d_model", "mlp_dim", "max_length"), 8)
+    heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
+    return DecoderConfig(num_layers=3, **sizes, **heads, **changes)
+
+
+def test_layer_rotations_are_one_where_all_layers_agree():
+    positions = jnp.arange(4)[None]
+    turns, index = layer_rotations(positions, layers_of())
+    assert index is None
+    np.testing.assert_array_equal(turns, rotation(positions, RopeConfig(), 8))
+    assert layer_rotations(positions, layers_of(rope=None)) == (None, None)
+
+
+def test_layer_rotations_are_stacked_where_layers_differ():
+    positions, other = jnp.arange(4)[None], RopeConfig(theta=5.0)
+    config = layers_of(
+        window=2,
+        window_layers=(True, False, True),
+        local_rope=other,
+        rope_layers=(True, True, False),
+    )
+    turns, index = layer_rotations(positions, config)
+    np.testing.assert_array_equal(index, [0, 1, 2])
+    for kind, rope in enumerate((other, RopeConfig())):
+        for got, part in zip(turns, rotation(positions, rope, 8), strict=True):
+            np.testing.assert_array_equal(got[kind], part)
+    heads = jnp.ones((1, 1, 4, 8))
+    still = [part[2] for part in turns]
+    np.testing.assert_array_equal(rotate(heads, tuple(still)), heads)
