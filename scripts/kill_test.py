@@ -34,6 +34,8 @@ TRAIN = pathlib.Path(__file__).parent / "train_tpu.py"
 CHARACTERS = 40_000
 # What depends on the clock.
 MEASURED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm", "tokens")
+# Steps before the end that are left for a kill to arrive in.
+MARGIN = 10
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
@@ -159,7 +161,9 @@ def torment(victim: Victim, settings: KillTest) -> dict[str, Any]:
     for number in range(settings.times):
         begun = victim.start()
         alive = victim.until(lambda begun=begun: len(victim.lines()) > begun)
-        target = chance.randint(1, max(1, settings.steps // settings.times - 2))
+        # Of the steps that are left, about as many for each start that is left.
+        left, starts = settings.steps - begun - MARGIN, settings.times - number + 1
+        target = chance.randint(1, max(1, min(left, 2 * left // starts)))
         alive &= victim.until(
             lambda begun=begun, target=target: len(victim.lines()) >= begun + target
         )

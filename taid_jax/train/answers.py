@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
@@ -17,7 +16,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.generate import generate
 from taid_jax.models.tokenizer import Tokenizer
 from taid_jax.settings import SettingsError
-from taid_jax.sharding import place_batch
+from taid_jax.sharding import batch_part, place_batch
 from taid_jax.types import Params
 
 _WIDTH = 32
@@ -153,8 +152,9 @@ class Examination:
 
     def _own(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the rows of this process."""
-        size = self.batch_size // jax.process_count()
-        first = jax.process_index() * size
+        part, parts = batch_part(self.mesh)
+        size = self.batch_size // parts
+        first = part * size
         return {key: value[first : first + size] for key, value in batch.items()}
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from taid_jax.data import Dataset, train_iterator
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.settings import Settings, SettingsError
-from taid_jax.sharding import replicated
+from taid_jax.sharding import batch_part, replicated
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.inputs import Pair
 from taid_jax.train.judge import Judge
@@ -70,12 +70,13 @@ def assemble(
 
     shapes = jax.eval_shape(start, pair.student_params)
     shardings = state_shardings(shapes, pair.shardings, optimizer, replicated(mesh))
+    part, parts = batch_part(mesh)
     batches = train_iterator(
         dataset.train,
         data.batch_size,
         seed=run.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         with_prompts=sampler is not None,
     )
     if run.resume:

@@ -12,6 +12,7 @@ from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.tokenizer import Tokenizer
 from taid_jax.scores import score_answers
 from taid_jax.settings import Settings
+from taid_jax.sharding import batch_part
 from taid_jax.train.answers import Question, prepare_examination
 from taid_jax.train.inputs import Pair
 from taid_jax.train.objective import make_objective, make_scheduler
@@ -55,12 +56,13 @@ def make_judge(
         mesh=mesh,
         logits_loss=run.logits_loss,
     )
+    part, parts = batch_part(mesh)
     held_out = held_out_batches(
         dataset.held_out,
         data.batch_size,
         limit=data.held_out_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
     )
     examination = None
     if questions:

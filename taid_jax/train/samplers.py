@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -14,6 +13,7 @@ from taid_jax.data import Dataset, ExampleSet
 from taid_jax.data.tokens import Example, make_table
 from taid_jax.models.tokenizer import Tokenizer
 from taid_jax.settings import SampleSettings, Settings, SettingsError
+from taid_jax.sharding import batch_part
 from taid_jax.train.answer_rows import AnswerRows, NumpyBatch, make_answer_rows
 from taid_jax.train.answers import end_ids, find_questions
 from taid_jax.train.inputs import Pair
@@ -243,6 +243,7 @@ def make_sampler(
         dtype=jnp.dtype(settings.model.dtype),
         seed=run.seed,
     )
+    part, parts = batch_part(mesh)
     return Sampler(
         samples,
         dataset.train,
@@ -250,6 +251,6 @@ def make_sampler(
         batch_size=settings.data.batch_size,
         steps=run.steps,
         seed=run.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
     )
