@@ -14,6 +14,7 @@ from taid_jax.models.decoder import (
     head,
     hidden_states,
     init_params,
+    layer_pattern,
     param_axes,
     select_layers,
 )
@@ -40,6 +41,24 @@ CONFIGS = {
     "llama3": dataclasses.replace(TINY, rope=LLAMA3, tie_embeddings=True),
     "linear": dataclasses.replace(TINY, rope=RopeConfig(100.0, "linear", 4.0)),
 }
+PATTERN = dataclasses.replace(
+    TINY,
+    window=4,
+    window_layers=(True, False, True),
+    local_rope=RopeConfig(theta=50.0),
+    rope_layers=(True, True, False),
+)
+OTHERS = {
+    "pattern": PATTERN,
+    "norms": dataclasses.replace(TINY, norm="layer_no_bias", norm_place="both"),
+    "biases": dataclasses.replace(TINY, norm="layer", qkv_bias=True, head_bias=True),
+    "no_gate": dataclasses.replace(TINY, gated_mlp=False, learned_positions=True),
+    "one_norm": dataclasses.replace(TINY, residual="parallel_one_norm"),
+    "after": dataclasses.replace(TINY, norm_place="after", qk_norm="projection"),
+    "each_head": dataclasses.replace(TINY, qk_norm="each_head", norm="rms_plus_one"),
+}
+"""What other families do, for the trees of parameters."""
+
 LENGTH = 21
 
 
@@ -270,9 +289,15 @@ def test_hidden_states_refuse_an_unknown_rematerialisation():
         hidden_states(params, as_batch(input_ids=ids_of(TINY)), TINY, remat="some")
 
 
-def test_hidden_states_program_does_not_grow_with_the_layers():
+@pytest.mark.parametrize("patterned", [False, True])
+def test_hidden_states_program_does_not_grow_with_the_layers(patterned):
     def size(num_layers):
         config = dataclasses.replace(TINY, num_layers=num_layers)
+        if patterned:
+            layers = tuple(index % 3 > 0 for index in range(num_layers))
+            config = dataclasses.replace(
+                config, window=4, window_layers=layers, local_rope=RopeConfig(theta=5.0)
+            )
         params = abstract_params(config)
         batch = {"input_ids": jax.ShapeDtypeStruct((2, LENGTH), "int32")}
 
@@ -286,9 +311,9 @@ def test_hidden_states_program_does_not_grow_with_the_layers():
     assert size(30) < 1.02 * size(4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | OTHERS)
 def test_param_axes_and_abstract_params_have_the_tree_of_init_params(name):
-    config = CONFIGS[name]
+    config = (CONFIGS | OTHERS)[name]
     params = init_params(config, jax.random.key(0), jnp.bfloat16)
     shapes = abstract_params(config, jnp.bfloat16)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == (
@@ -303,6 +328,7 @@ def test_param_axes_and_abstract_params_have_the_tree_of_init_params(name):
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
+        "positions": config.max_length,
     }
     jax.tree.map(
         lambda leaf, axes: leaf.shape == tuple(sizes[axis] for axis in axes) or 1 / 0,
@@ -356,8 +382,73 @@ def test_select_layers_of_all_layers_is_the_model():
     jax.tree.map(np.testing.assert_array_equal, chosen, params)
 
 
+def test_select_layers_takes_what_is_the_layers_own_along():
+    params = tiny_params(PATTERN)
+    _, config = select_layers(params, PATTERN, 2)
+    assert config.windows == (4, 4)
+    assert config.ropes == (RopeConfig(theta=50.0), None)
+    assert select_layers(params, PATTERN, 3)[1] == PATTERN
+
+
 @pytest.mark.parametrize("number", [0, 4, -1])
 def test_select_layers_refuses_numbers_that_are_not_there(number):
     params = tiny_params()
     with pytest.raises(ModelError, match=f"need 1 to 3.*got {number}"):
         select_layers(params, TINY, number)
+
+
+def test_layer_pattern_of_layers_that_are_alike_is_nothing():
+    positions = jnp.arange(LENGTH)[None]
+    for config in (TINY, dataclasses.replace(TINY, window=4)):
+        pattern, _ = layer_pattern(positions, config, LENGTH)
+        assert pattern == (None, None)
+    windowed = dataclasses.replace(TINY, window=4, window_layers=(True, False, True))
+    assert layer_pattern(positions, windowed, 4)[0] == (None, None)
+    pattern, _ = layer_pattern(positions, windowed, 5)
+    assert pattern.turn is None
+    assert pattern.window is not None
+    np.testing.assert_array_equal(pattern.window, [4, 2**31 - 1, 4])
+
+
+def test_hidden_states_with_learned_positions_count_from_the_first_token():
+    config = OTHERS["no_gate"]
+    params, ids = tiny_params(config), ids_of(config, batch=1, length=6)
+    alone = run_tiny(params, as_batch(input_ids=ids), config)
+    padded = as_batch(
+        input_ids=np.pad(ids, ((0, 0), (3, 0))),
+        attention_mask=np.pad(np.ones_like(ids), ((0, 0), (3, 0))),
+    )
+    # The same sums with three zeros more.
+    np.testing.assert_allclose(
+        run_tiny(params, padded, config)[:, 3:], alone, atol=1e-5
+    )
+
+
+def test_hidden_states_refuse_more_tokens_than_learned_positions():
+    config = OTHERS["no_gate"]
+    params, ids = tiny_params(config), ids_of(config, length=65)
+    with pytest.raises(ModelError, match=r"65 tokens is too long: .* learned 64"):
+        hidden_states(params, as_batch(input_ids=ids), config)
+
+
+def test_head_has_the_bias_and_the_cap_of_the_model():
+    config = dataclasses.replace(OTHERS["biases"], head_softcap=2.0)
+    params = tiny_params(config)
+    last = head(params, config)
+    assert last.bias is params["lm_head"]["bias"]
+    assert last.softcap == 2.0
+    tied = dataclasses.replace(TINY, tie_embeddings=True, head_softcap=3.0)
+    assert head(tiny_params(tied), tied).softcap == 3.0
+
+
+def test_hidden_states_with_more_norms_keep_less_with_more_rematerialisation():
+    config = OTHERS["norms"]
+    params, batch = tiny_params(config), as_batch(input_ids=ids_of(config))
+
+    def kept(remat):
+        def run(params):
+            return hidden_states(params, batch, config, remat=remat)
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(run, params)[1]))
+
+    assert kept("none") > kept("dots") > kept("full")
