@@ -1,8 +1,10 @@
 """Mesh, the table of logical axes, and placing arrays by it."""
 
+import contextlib
+import contextvars
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +18,8 @@ MESH_AXES = (DATA, FSDP, TENSOR)
 # Logical name of an array's axis -> mesh axes that it is cut over.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": (DATA, FSDP),
+    # Of rows that were just read from a table whose other axis is cut over `fsdp`.
+    "batch_of_parts": (DATA,),
     "length": (),
     "embed": (FSDP,),
     "heads": (TENSOR,),
@@ -147,6 +151,42 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of `(batch, length)` arrays."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
+
+
+_ACTIVATIONS: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
+    "activations", default=None
+)
+
+
+@contextlib.contextmanager
+def activations_on(mesh: Mesh | None) -> Iterator[None]:
+    """Within it, `constrain` says how activations are cut over this mesh."""
+    token = _ACTIVATIONS.set(mesh)
+    try:
+        yield
+    finally:
+        _ACTIVATIONS.reset(token)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Returns an activation, cut over the mesh of `activations_on` by its axes' names.
+
+    Without it XLA chooses, and may give every device all tokens. The array itself where
+    there is no such mesh, where its axes are explicit, or where they do not divide it.
+
+    Args:
+        x: The activation.
+        axes: A logical name for each of its axes; None for what stays whole.
+    """
+    mesh = _ACTIVATIONS.get()
+    if mesh is None or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    parts = [() if axis is None else RULES[axis] for axis in axes]
+    for size, over in zip(x.shape, parts, strict=True):
+        if size % math.prod(mesh.shape[part] for part in over):
+            return x
+    spec = PartitionSpec(*(over or None for over in parts))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

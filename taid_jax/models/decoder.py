@@ -24,6 +24,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
 from taid_jax.models.layers import Embedding, Layer, Linear, Stream, stream_norm
 from taid_jax.models.rope import Rotation, Rotations, layer_rotations
+from taid_jax.sharding import constrain
 from taid_jax.types import Batch, Head, ModelFunctions, Params
 
 _SAVED: dict[str, tuple[str, ...]] = {
@@ -216,7 +217,9 @@ def hidden_states(
             )
             return attended, None
 
-        return nnx.merge(layer_graph, layer_params)(x, own.turn_of(turns), attend)
+        layer = nnx.merge(layer_graph, layer_params)
+        x, kept = layer(x, own.turn_of(turns), attend)
+        return constrain(x, ("batch", "length", None)), kept
 
     x = decoder.stream(ids, positions, dtype)
     x, _ = jax.lax.scan(step, x, (params["layers"], pattern))

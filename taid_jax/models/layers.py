@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.rope import Rotation, rotate
+from taid_jax.sharding import constrain
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """`(queries, keys, values) -> (attended, kept)`: queries and attended are `(batch,
@@ -248,5 +249,12 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(table, axes=(axis, "embed"))
 
     def __call__(self, ids: Int[Array, "rows length"], dtype: DTypeLike) -> Stream:
-        """Returns the rows of the ids."""
-        return self.embedding[...][ids].astype(dtype)
+        """Returns the rows of the ids.
+
+        Devices along `fsdp` hold a part of every row each: they exchange parts, so that
+        none ever holds all tokens.
+        """
+        ids = constrain(ids, ("batch_of_parts", "length"))
+        parts = self.embedding[...][ids].astype(dtype)
+        parts = constrain(parts, ("batch_of_parts", "length", "embed"))
+        return constrain(parts, ("batch", "length", None))

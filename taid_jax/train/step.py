@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32, Int
 
 from taid_jax.loss import distillation_sums, fused_loss
 from taid_jax.schedule import TAIDState
+from taid_jax.sharding import activations_on
 from taid_jax.train.state import DistillState, updates_applied
 from taid_jax.types import IGNORE_INDEX, Batch, ModelFunctions, Params
 
@@ -92,8 +93,11 @@ def batch_loss(
             raise ValueError("a model needs hidden and head, or logits; got neither")
         return model.logits(weights, batch), None
 
-    (student_out, student_head) = output(student, params)
-    (teacher_out, teacher_head) = jax.lax.stop_gradient(output(teacher, teacher_params))
+    with activations_on(mesh):
+        student_out, student_head = output(student, params)
+        teacher_out, teacher_head = jax.lax.stop_gradient(
+            output(teacher, teacher_params)
+        )
     if fused:
         return fused_loss(
             objective,
