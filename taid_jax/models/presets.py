@@ -1,10 +1,14 @@
-"""Architectures by name: shapes only, so that a plan needs no download."""
+"""Architectures by name: shapes only, so that a plan needs no download.
+
+What is not said is as the family's own default has it.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.errors import ModelError
+from taid_jax.models.families import read_config
 
 _SMOLLM2 = DecoderConfig(
     vocab_size=49152,
@@ -61,20 +65,49 @@ _LLAMA_3_2 = DecoderConfig(
     tie_embeddings=True,
 )
 
-# Qwen2 has a bias on queries, keys and values, none on the output of the attention.
-_QWEN2 = DecoderConfig(
-    vocab_size=152064,
-    d_model=8192,
-    num_layers=80,
-    num_heads=64,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=29568,
-    max_length=32768,
-    norm_eps=1e-6,
-    rope=RopeConfig(theta=1_000_000.0),
-    attention_bias=True,
-)
+
+def _config(family: str, **keys: object) -> DecoderConfig:
+    """Returns the architecture of a config.json with these keys."""
+    return read_config({"model_type": family, **keys}, f"the preset of a {family}")
+
+
+def _sizes(
+    vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int
+) -> dict[str, object]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+    }
+
+
+def _qwen2(*sizes: int, tied: bool = False) -> DecoderConfig:
+    return _config("qwen2", **_sizes(*sizes), rope_theta=1e6, tie_word_embeddings=tied)
+
+
+def _qwen3(*sizes: int, tied: bool = False) -> DecoderConfig:
+    return _config(
+        "qwen3",
+        **_sizes(*sizes),
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        tie_word_embeddings=tied,
+    )
+
+
+def _pythia(width: int, layers: int, heads: int) -> DecoderConfig:
+    return _config(
+        "gpt_neox",
+        vocab_size=50304,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+
 
 # From the config.json of each model's release on the Hugging Face Hub.
 PRESETS: Mapping[str, DecoderConfig] = {
@@ -132,29 +165,64 @@ PRESETS: Mapping[str, DecoderConfig] = {
     "llama-3.2-3b": dataclasses.replace(
         _LLAMA_3_2, d_model=3072, num_layers=28, num_heads=24, head_dim=128
     ),
-    "qwen2-72b": _QWEN2,
-    "qwen2-1.5b": dataclasses.replace(
-        _QWEN2,
-        vocab_size=151936,
-        d_model=1536,
-        num_layers=28,
-        num_heads=12,
-        num_kv_heads=2,
-        mlp_dim=8960,
-        tie_embeddings=True,
+    "qwen2-0.5b": _qwen2(151936, 896, 24, 14, 2, 4864, tied=True),
+    "qwen2-1.5b": _qwen2(151936, 1536, 28, 12, 2, 8960, tied=True),
+    "qwen2-7b": _qwen2(152064, 3584, 28, 28, 4, 18944),
+    "qwen2-72b": _qwen2(152064, 8192, 80, 64, 8, 29568),
+    "qwen3-0.6b": _qwen3(151936, 1024, 28, 16, 8, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(151936, 2048, 28, 16, 8, 6144, tied=True),
+    "qwen3-4b": _qwen3(151936, 2560, 36, 32, 8, 9728, tied=True),
+    "qwen3-8b": _qwen3(151936, 4096, 36, 32, 8, 12288),
+    "qwen3-32b": _qwen3(151936, 5120, 64, 64, 8, 25600),
+    "mistral-7b": _config(
+        "mistral",
+        **_sizes(32000, 4096, 32, 32, 8, 14336),
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        sliding_window=4096,
     ),
+    "gemma-2-2b": _config("gemma2", **_sizes(256000, 2304, 26, 8, 4, 9216)),
+    "gemma-2-9b": _config("gemma2", **_sizes(256000, 3584, 42, 16, 8, 14336)),
+    "gemma-2-27b": _config(
+        "gemma2",
+        **_sizes(256000, 4608, 46, 32, 16, 36864),
+        head_dim=128,
+        query_pre_attn_scalar=144,
+    ),
+    "gemma-3-1b": _config(
+        "gemma3_text",
+        **_sizes(262144, 1152, 26, 4, 1, 6912),
+        max_position_embeddings=32768,
+        sliding_window=512,
+    ),
+    "phi-3-mini": _config(
+        "phi3", **_sizes(32064, 3072, 32, 32, 32, 8192), sliding_window=2047
+    ),
+    "phi-4": _config(
+        "phi3",
+        **_sizes(100352, 5120, 40, 40, 10, 17920),
+        max_position_embeddings=16384,
+        rope_theta=250_000.0,
+    ),
+    "stablelm-zephyr-3b": _config("stablelm", **_sizes(50304, 2560, 32, 32, 32, 6912)),
+    "pythia-160m": _pythia(768, 12, 12),
+    "pythia-410m": _pythia(1024, 24, 16),
+    "pythia-1.4b": _pythia(2048, 24, 16),
+    "olmo-2-1b": _config(
+        "olmo2",
+        **_sizes(100352, 2048, 16, 16, 16, 8192),
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        rope_theta=500_000.0,
+    ),
+    "smollm3-3b": _config(
+        "smollm3",
+        **_sizes(128256, 2048, 36, 16, 4, 11008),
+        max_position_embeddings=65536,
+        rope_theta=5e6,
+    ),
+    "gpt2": _config("gpt2"),
 }
-
-_NO_OUTPUT_BIAS = (
-    "Qwen2 has no bias on the attention's output; the decoder gives it one, "
-    "d_model numbers per layer (0.001% to 0.003% of the parameters) more than the model"
-)
-
-INEXACT: Mapping[str, str] = {
-    "qwen2-72b": _NO_OUTPUT_BIAS,
-    "qwen2-1.5b": _NO_OUTPUT_BIAS,
-}
-"""What differs between a preset and the model that it is named after."""
 
 
 def preset(name: str) -> DecoderConfig:

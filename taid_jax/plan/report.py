@@ -11,7 +11,7 @@ from rich.table import Table
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.load import load_config
-from taid_jax.models.presets import INEXACT, PRESETS
+from taid_jax.models.presets import PRESETS
 from taid_jax.models.source import DEFAULT_TEACHER
 from taid_jax.plan.advice import Attempt, find_fit
 from taid_jax.plan.compiled import Plan, plan_step
@@ -85,8 +85,6 @@ def pair_configs(
 
     def find(flag: str, source: str) -> DecoderConfig:
         name = _ALIASES.get(source, source)
-        if name in INEXACT:
-            notes.append(f"{flag}: {INEXACT[name]}")
         if name in PRESETS:
             return PRESETS[name]
         if pathlib.Path(source).expanduser().exists():
@@ -115,20 +113,26 @@ def pair_configs(
                 f"seq_len: {settings.data.seq_len} is beyond the {flag}'s context of "
                 f"{config.max_length} tokens"
             )
+    if model.resize_embeddings:
+        # To the tokenizer's size, which is the teacher's but for a little padding.
+        student = dataclasses.replace(
+            student, vocab_size=teacher.vocab_size, num_tokens=None
+        )
+        notes.append(f"both vocabularies are planned with {teacher.vocab_size} entries")
     sizes = teacher.vocab_size, student.vocab_size
     if abs(sizes[0] - sizes[1]) > _OTHER_VOCABULARY:
         raise PlanError(
             f"the teacher has {sizes[0]} vocabulary entries, the student {sizes[1]}: "
-            "a student needs its teacher's tokenizer"
+            "a student needs its teacher's tokenizer, or --resize-embeddings"
         )
     if sizes[0] != sizes[1]:
         shared = min(sizes)
         notes.append(
             f"vocabularies of {sizes[0]} and {sizes[1]} entries differ by padding; "
-            f"{shared} are planned for both"
+            f"at most {shared} of either take part"
         )
         teacher, student = (
-            dataclasses.replace(config, vocab_size=shared)
+            dataclasses.replace(config, num_tokens=shared)
             for config in (teacher, student)
         )
     return teacher, student, notes

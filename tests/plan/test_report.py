@@ -77,9 +77,21 @@ def test_pair_configs_of_presets(make_settings):
     teacher, student, notes = pair_configs(
         make_settings(teacher="qwen2-72b", student="qwen2-1.5b")
     )
-    assert teacher.vocab_size == student.vocab_size == 151936
-    assert len(notes) == 3
+    assert (teacher.vocab_size, student.vocab_size) == (152064, 151936)
+    assert teacher.num_tokens == student.num_tokens == 151936
+    assert len(notes) == 1
     assert "padding" in notes[-1]
+
+
+def test_pair_configs_of_resized_models_have_the_teachers_vocabulary(make_settings):
+    from taid_jax.plan import pair_configs
+
+    teacher, student, _ = pair_configs(
+        make_settings(
+            teacher="phi-3-mini", student="pythia-410m", resize_embeddings=True
+        )
+    )
+    assert teacher.vocab_size == student.vocab_size == 32064
 
 
 @pytest.mark.tpu_compiler
