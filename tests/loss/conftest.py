@@ -1,7 +1,9 @@
-"""A float64 oracle of every objective, the recorded outputs, and inputs to try."""
+"""A float64 oracle of every objective, the recorded outputs, inputs, and programs."""
 
 import dataclasses
+import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 
 import jax
@@ -379,3 +381,140 @@ def mean_loss() -> MeanLoss:
         return np.asarray(value), np.asarray(gradient)
 
     return mean_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An exchange between devices.
+
+    Attributes:
+        kind: Such as `all-reduce`.
+        elements: Of the largest array in its result.
+        looped: Whether it is inside a loop.
+    """
+
+    kind: str
+    elements: int
+    looped: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program does on one device.
+
+    Attributes:
+        flops: Of matrix products, as often as loops run them; of a conditional, those
+            of its dearest branch.
+        collectives: Each as it is written, however often it runs.
+    """
+
+    flops: int
+    collectives: tuple[Collective, ...]
+
+    @property
+    def looped(self) -> list[int]:
+        """Sizes of the collectives inside loops."""
+        return [one.elements for one in self.collectives if one.looped]
+
+
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "reduce-scatter",
+)
+
+
+def _sizes(text: str) -> list[tuple[int, ...]]:
+    return [
+        tuple(int(n) for n in shape.split(",") if n)
+        for shape in re.findall(r"\b[a-z]+\d*\[([\d,]*)\]", text)
+    ]
+
+
+class _Reader:
+    """Reads the text of an XLA program: `name = type opcode(operands), attributes`."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[tuple[str, str, str, str]]] = {}
+        self.collectives: list[Collective] = []
+        self.entry, name = "", ""
+        for line in text.splitlines():
+            if begins := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+                name = begins[2]
+                self.computations[name] = []
+                self.entry = name if begins[1] else self.entry
+            elif found := re.match(
+                r"\s+(?:ROOT )?%?([\w.-]+) = (.*?)(?<= )([a-z][\w-]*)\((.*)", line
+            ):
+                self.computations[name].append(found.groups())
+
+    def flops(self, computation: str, looped: bool = False) -> int:
+        types = {name: kind for name, kind, *_ in self.computations[computation]}
+        total = 0
+        for _, kind, opcode, rest in self.computations[computation]:
+            if (opcode := opcode.removesuffix("-start")) in _KINDS:
+                largest = max(map(math.prod, _sizes(kind)))
+                self.collectives.append(Collective(opcode, largest, looped))
+            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
+            if opcode in ("dot", "convolution"):
+                total += (
+                    2
+                    * math.prod(_sizes(kind)[0])
+                    * self._depth(
+                        opcode, rest, *(_sizes(types[name])[0] for name in operands)
+                    )
+                )
+            called = self._called(rest)
+            if opcode == "while":
+                body, condition = called["body"], called["condition"]
+                trips = self._trips(rest, condition)
+                total += trips * self.flops(body, True)
+            elif opcode == "conditional":
+                total += max(self.flops(name, looped) for name in called.values())
+            elif opcode in ("fusion", "call", "async-start"):
+                total += sum(self.flops(name, looped) for name in called.values())
+        return total
+
+    @staticmethod
+    def _called(rest: str) -> dict[str, str]:
+        found = dict(re.findall(r"(\w+)=%([\w.-]+)", rest))
+        for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
+            found |= {name: name for name in re.findall(r"%([\w.-]+)", branches)}
+        return found
+
+    @staticmethod
+    def _depth(opcode: str, rest: str, left: tuple, right: tuple) -> int:
+        """Products that an entry of the result adds up."""
+        if opcode == "dot":
+            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1]
+            return math.prod(left[int(axis)] for axis in axes.split(","))
+        # A product is a convolution on a TPU, over windows of one entry.
+        window = re.search(r"window=\{size=([\dx]+)", rest)
+        assert window is None or set(window[1]) <= set("1x"), rest
+        return right[re.search(r"dim_labels=\w+_(\w+)->", rest)[1].index("i")]
+
+    def _trips(self, rest: str, condition: str) -> int:
+        """How often a loop runs; from 0 to a constant where it is not written."""
+        if told := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
+            return int(told[1])
+        bounds = [
+            int(rest.split(")")[0])
+            for _, kind, opcode, rest in self.computations[condition]
+            if opcode == "constant" and kind.startswith("s32[]")
+        ]
+        assert len(bounds) == 1, condition
+        return bounds[0]
+
+
+@pytest.fixture(scope="session")
+def read_program() -> Callable[[str], Program]:
+    """What a program does, from `compiled.as_text()`."""
+
+    def read(text: str) -> Program:
+        reader = _Reader(text)
+        flops = reader.flops(reader.entry)
+        return Program(flops, tuple(reader.collectives))
+
+    return read

@@ -1,0 +1,93 @@
+"""The fused head as the TPU compiler makes it, without a TPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taid_jax import loss
+from taid_jax.types import Head
+
+pytest.importorskip("libtpu", reason="the TPU compiler comes with the `tpu` extra")
+pytestmark = pytest.mark.tpu_compiler
+
+TOKENS, STUDENT, TEACHER, VOCAB = 8192, 2048, 4096, 128256
+FLOPS = 2 * TOKENS * VOCAB * (3 * STUDENT + TEACHER)
+
+
+@pytest.fixture
+def compile_step():
+    """`compile_step(machine, ...)`: mean loss and both gradients, in bfloat16."""
+    from taid_jax.plan import find_machine
+    from taid_jax.plan.compiled import compiled_anew, plan_mesh
+
+    def compile_step(name, *, mesh=None, masked=True, chunk_size=None):
+        machine = find_machine(name)
+        if mesh is None:
+            mesh = Mesh([[[machine.devices[0]]]], ("data", "fsdp", "tensor"))
+        else:
+            mesh = plan_mesh(mesh, machine)
+
+        def shape(layout, *sizes, dtype=jnp.bfloat16):
+            where = NamedSharding(mesh, layout)
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+        def mean(hidden, kernel, teacher_hidden, teacher_kernel, mask):
+            total, sums = loss.fused_loss(
+                loss.TAID(jnp.float32(0.4)),
+                hidden,
+                Head(kernel),
+                teacher_hidden,
+                Head(teacher_kernel),
+                mask if masked else None,
+                chunk_size=chunk_size,
+                mesh=mesh,
+            )
+            return total / sums["weight"]
+
+        tokens, head = P(("data", "fsdp")), P("fsdp", "tensor")
+        step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
+        lowered = step.lower(
+            shape(tokens, TOKENS, STUDENT),
+            shape(head, STUDENT, VOCAB),
+            shape(tokens, TOKENS, TEACHER),
+            shape(head, TEACHER, VOCAB),
+            shape(tokens, TOKENS, dtype=jnp.float32),
+        )
+        with compiled_anew():
+            return lowered.compile()
+
+    return compile_step
+
+
+@pytest.mark.parametrize("machine", ["v5p:2x2x1", "v6e:1x1"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_fused_loss_on_a_chip(compile_step, read_program, machine, masked):
+    compiled = compile_step(machine, masked=masked)
+    # The gradient of the head in float32 alone is 1.0 GiB of it.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.6 * 2**30
+    assert read_program(compiled.as_text()).flops == FLOPS
+
+
+@pytest.mark.parametrize("machine", ["v5p:2x2x2", "v6e:2x4"])
+def test_fused_loss_on_eight_chips(compile_step, read_program, machine):
+    mesh = "data=2,fsdp=2,tensor=2"
+    # 2048 tokens on a chip and its neighbour: 2 chunks and 16.
+    few, many = (
+        read_program(compile_step(machine, mesh=mesh, chunk_size=size).as_text())
+        for size in (1024, 128)
+    )
+    assert few.looped
+    assert max(few.looped) <= 1024
+    assert max(many.looped) <= 128
+    assert len(few.collectives) == len(many.collectives)
+    for program in (few, many):
+        assert program.flops * 8 == FLOPS
+
+
+def test_fused_loss_on_eight_chips_chooses_chunks_that_fit(compile_step):
+    compiled = compile_step("v6e:2x4", mesh="data=2,fsdp=2,tensor=2")
+    # Both heads gathered over fsdp, in bfloat16, and half of the head's gradient are
+    # 1.2 GiB of it.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2**30
