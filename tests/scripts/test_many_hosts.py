@@ -36,10 +36,19 @@ def _free_port():
 
 
 class Company:
-    """The processes of a run; each has `8 // count` devices."""
+    """The processes of a run; together they have eight devices, if not told."""
 
     def __init__(
-        self, count, flags, folder, *, each=None, cwds=None, absent=(), wait=60
+        self,
+        count,
+        flags,
+        folder,
+        *,
+        devices=None,
+        each=None,
+        cwds=None,
+        absent=(),
+        wait=60,
     ):
         where = f"127.0.0.1:{_free_port()}"
         self.processes = {}
@@ -47,7 +56,7 @@ class Company:
         environment = dict(
             os.environ,
             JAX_PLATFORMS="cpu",
-            JAX_NUM_CPU_DEVICES=str(8 // count),
+            JAX_NUM_CPU_DEVICES=str(devices or 8 // count),
             PYTHONPATH=str(ROOT),
         )
         for number in set(range(count)) - set(absent):
@@ -121,34 +130,34 @@ def _forget_after(folder, step):
 def test_two_processes_equal_one_which_goes_on_from_their_checkpoint(
     train_tpu, flags, tmp_path
 ):
+    flags = [*flags, "--steps=6", "--eval-every=0", "--held-out-batches=1"]
     whole, shared = tmp_path / "whole", tmp_path / "shared"
-    company = Company(2, [*flags, f"--output={shared}"], tmp_path)
+    company = Company(2, [*flags, f"--output={shared}"], tmp_path, devices=1)
     assert train_tpu.main([*flags, f"--output={whole}"]) == 0
     assert company.wait() == [0, 0], company.said(0) + company.said(1)
     _expect_same(shared, whole)
     assert (shared / "student" / "model.safetensors").is_file()
-    assert "step 12/12" in company.said(0)
+    assert "step 6/6" in company.said(0)
     assert "step" not in company.said(1)
 
-    _forget_after(shared, 6)
+    _forget_after(shared, 3)
     assert train_tpu.main([*flags, f"--output={shared}", "--resume"]) == 0
     _expect_same(shared, whole)
 
 
 def test_process_that_never_joins_is_named(flags, tmp_path):
-    company = Company(3, flags, tmp_path, absent=[1], wait=6)
-    assert company.wait() == [2, 2]
-    for number in (0, 2):
-        said = company.said(number)
-        assert "2 of 3 processes joined within 6 s" in said
-        assert "missing: process 1;" in said
-        assert "Check failure" not in said
+    company = Company(2, flags, tmp_path, absent=[1], wait=3, devices=1)
+    assert company.wait() == [2]
+    said = company.said(0)
+    assert "1 of 2 processes joined within 3 s" in said
+    assert "missing: process 1;" in said
+    assert "Check failure" not in said
     assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_disagree_in_settings_are_told(flags, tmp_path):
     each = [["--seed=3"], ["--seed=5", "--learning-rate=0.1"]]
-    company = Company(2, flags, tmp_path, each=each)
+    company = Company(2, flags, tmp_path, each=each, devices=1)
     assert company.wait() == [2, 2]
     for number in (0, 1):
         said = company.said(number)
@@ -192,6 +201,17 @@ def test_runs_move_between_process_counts(train_tpu, flags, tmp_path):
     _forget_after(moved, 45)
     assert train_tpu.main([*flags, "--resume", f"--output={moved}"]) == 0
     _expect_same(moved, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_heads_that_no_mesh_divides_stay_whole_and_are_named(
+    train_tpu, arguments, tmp_path
+):
+    flags = [*arguments, "--mesh=data=2,tensor=4", "--steps=2", "--eval-every=0"]
+    with pytest.warns(UserWarning, match="axis heads of size 2 is not cut over"):
+        assert train_tpu.main(flags) == 0
+    assert (tmp_path / "run" / "report.json").is_file()
 
 
 LONG = ["--steps=2000", "--save-every=20", "--eval-every=0"]
