@@ -91,7 +91,7 @@ def open_gguf(path: pathlib.Path) -> GgufFile:
         ]
         raise ModelError(
             f"{path} has tensors of types that cannot be read: {', '.join(tensors)}. "
-            "F32, F16, BF16, Q8_0, Q4_0, Q4_1 and the K-quants can"
+            "F32, F16, BF16 and all quantisations that the gguf package undoes can"
         )
     return file
 

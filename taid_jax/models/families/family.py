@@ -76,7 +76,8 @@ class Weight:
         gguf: The same in GGUF files; anything for a family without them.
         layout: Axes of the stored `.weight` and of the parameter (see `layout.py`):
             v vocabulary, d model, n query heads, k key/value heads, h head width,
-            f MLP; a head's width is also `c r`, two halves of r rotary pairs.
+            f MLP, p learned positions; a head's width is also `c r`, two halves of r
+            rotary pairs.
         gguf_layout: The same for GGUF, where llama.cpp stores another order.
         part: Which piece of the stored tensor it is, where one tensor holds several
             modules side by side; the layout is then that of the piece.
