@@ -22,8 +22,10 @@ from typing import Annotated
 
 # Before JAX is imported: its C++ side is to be silent below errors. A plan catches its
 # warnings, and counts some.
-_PLANS = any(flag.split("=")[0] == "--plan" for flag in sys.argv)
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if _PLANS else "2")
+os.environ.setdefault(
+    "TF_CPP_MIN_LOG_LEVEL",
+    "1" if any(flag.split("=")[0] == "--plan" for flag in sys.argv) else "2",
+)
 
 import jax
 import tyro

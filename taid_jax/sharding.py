@@ -32,6 +32,16 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "norm": (),
 }
 
+TEACHER_RULES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "same": RULES,
+    # No gathering of weights at all, where every device has room for all of them.
+    "replicated": {**dict.fromkeys(RULES, ()), "batch": RULES["batch"]},
+    # Where the student is repeated along `data`, the teacher need not be.
+    "all_devices": {**RULES, "embed": (DATA, FSDP)},
+}
+"""By the name of a layout: how a teacher's parameters are cut. Nothing but their place
+depends on it; activations are cut as the student's."""
+
 
 class ShardingError(ValueError):
     """A mesh or a logical axis that cannot be."""
@@ -95,7 +105,11 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array"
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh,
+    name: str = "array",
+    rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> PartitionSpec:
     """Returns how an array with these logical axes is cut over the mesh.
 
@@ -109,11 +123,11 @@ def partition_spec(
         raise ShardingError(f"{name}: {len(shape)} dimensions, but axes {tuple(axes)}")
     entries = []
     for axis, size in zip(axes, shape, strict=True):
-        if axis is not None and axis not in RULES:
+        if axis is not None and axis not in rules:
             raise ShardingError(
-                f"{name}: no logical axis is called {axis!r}; there are {tuple(RULES)}"
+                f"{name}: no logical axis is called {axis!r}; there are {tuple(rules)}"
             )
-        over = () if axis is None else RULES[axis]
+        over = () if axis is None else rules[axis]
         over = tuple(part for part in over if mesh.shape[part] > 1)
         parts = math.prod(mesh.shape[part] for part in over)
         if size % parts:
@@ -127,18 +141,24 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def tree_shardings(
+    axes: Any,
+    shapes: Any,
+    mesh: Mesh,
+    rules: Mapping[str, tuple[str, ...]] = RULES,
+) -> Any:
     """Returns the sharding of every array of a tree.
 
     Args:
         axes: A tree whose leaves are tuples of logical axis names.
         shapes: The same tree with arrays or `jax.ShapeDtypeStruct`.
         mesh: Where they go.
+        rules: Logical name of an axis to the mesh axes that it is cut over.
     """
 
     def one(path, leaf, names):
         text = jax.tree_util.keystr(path, simple=True, separator=".")
-        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, text))
+        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, text, rules))
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 

@@ -9,7 +9,12 @@ from jax.sharding import Mesh
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
 from taid_jax.settings import Settings
-from taid_jax.sharding import batch_sharding, replicated, tree_shardings
+from taid_jax.sharding import (
+    TEACHER_RULES,
+    batch_sharding,
+    replicated,
+    tree_shardings,
+)
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.state import (
     DistillState,
@@ -83,7 +88,12 @@ def abstract_step(
         shardings=shardings,
         logits_loss=settings.run.logits_loss,
     )
-    teacher_shardings = tree_shardings(param_axes(teacher), teacher_params, mesh)
+    teacher_shardings = tree_shardings(
+        param_axes(teacher),
+        teacher_params,
+        mesh,
+        TEACHER_RULES[settings.model.teacher_layout],
+    )
     return step, (
         _placed(state, shardings),
         _placed(teacher_params, teacher_shardings),

@@ -25,6 +25,7 @@ FREE_ON_RESUME = frozenset(
         "run.keep",
         "run.max_skipped",
         "run.mesh",
+        "model.teacher_layout",
         *(f"hosts.{field.name}" for field in dataclasses.fields(HostSettings)),
     }
 )

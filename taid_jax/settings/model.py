@@ -25,6 +25,8 @@ class ModelSettings:
         dtype: What the models compute in; master weights and losses are float32.
         remat: What the student's backward pass computes again: nothing, all but the
             matrix products, or everything.
+        teacher_layout: How the teacher's weights lie on the mesh: as the student's;
+            whole on every device; cut over `data` too. The numbers are the same.
     """
 
     teacher: str = "smollm2-135m-instruct"
@@ -34,6 +36,7 @@ class ModelSettings:
     resize_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    teacher_layout: Literal["same", "replicated", "all_devices"] = "same"
 
     def __post_init__(self):
         need("teacher", self.teacher, bool(self.teacher), "a folder, Hub id or file")

@@ -25,7 +25,7 @@ from taid_jax.models.vocabulary import (
     with_tokenizer,
 )
 from taid_jax.settings import ModelSettings, Settings, SettingsError, contradictions
-from taid_jax.sharding import tree_shardings
+from taid_jax.sharding import TEACHER_RULES, tree_shardings
 from taid_jax.types import Params
 
 
@@ -172,7 +172,11 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
     def shardings(config: DecoderConfig) -> Any:
         return tree_shardings(param_axes(config), abstract_params(config), mesh)
 
-    teacher = load_model(model.teacher, dtype=model.dtype, shardings=shardings)
+    def teacher_shardings(config: DecoderConfig) -> Any:
+        rules = TEACHER_RULES[model.teacher_layout]
+        return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
+
+    teacher = load_model(model.teacher, dtype=model.dtype, shardings=teacher_shardings)
     if model.student is not None:
         student = load_model(model.student, dtype="float32", shardings=shardings)
         params, config = student.params, student.config
@@ -200,7 +204,7 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
 
     if model.resize_embeddings and teacher.config.vocab_size != size:
         new = fitted(teacher.config)
-        resize = jax.jit(resized, out_shardings=shardings(new))
+        resize = jax.jit(resized, out_shardings=teacher_shardings(new))
         teacher = dataclasses.replace(
             teacher, config=new, params=resize(teacher.params)
         )

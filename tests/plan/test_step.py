@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taid_jax.models.decoder import abstract_params, decoder_functions
+from taid_jax.models.decoder import abstract_params, decoder_functions, init_params
 from taid_jax.plan.step import abstract_step
 from taid_jax.sharding import make_mesh
 
@@ -84,3 +84,42 @@ def test_decoder_remat_orders_the_memory_of_its_gradient(tiny):
 
     none, dots, full = (temp_bytes(remat) for remat in ("none", "dots", "full"))
     assert none > dots > full
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_teacher_layout_changes_where_it_lies_and_no_number(tiny, make_settings):
+    found, held = {}, {}
+    ids = np.random.default_rng(0).integers(1, 96, (8, 16)).astype(np.int32)
+    for layout in ("same", "replicated", "all_devices"):
+        settings = make_settings(
+            batch_size=8, seq_len=16, remat="none", teacher_layout=layout
+        )
+        mesh = make_mesh("data=2,fsdp=2,tensor=2")
+        step, (state, teacher, batch) = abstract_step(settings, *tiny, mesh)
+
+        def filled(shapes, values):
+            return jax.tree.map(
+                lambda value, shape: jax.device_put(value, shape.sharding),
+                values,
+                shapes,
+            )
+
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+        params = [init_params(config, jax.random.key(1)) for config in tiny]
+        teacher = filled(teacher, params[0])
+        held[layout] = sum(
+            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(teacher)
+        )
+        rows = {key: np.ones((8, 16), np.int32) for key in batch}
+        rows |= {"input_ids": ids, "labels": ids}
+        state = filled(state, zeros._replace(params=params[1]))
+        _, metrics = step(state, teacher, filled(batch, rows))
+        found[layout] = jax.device_get(metrics)
+    assert held["all_devices"] < held["same"] < held["replicated"]
+    for layout in ("replicated", "all_devices"):
+        for name, value in found["same"].items():
+            # The same products in another order of float32 sums.
+            np.testing.assert_allclose(
+                found[layout][name], value, rtol=1e-5, atol=1e-6, err_msg=name
+            )
