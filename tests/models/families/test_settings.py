@@ -110,6 +110,80 @@ def test_write_config_refuses_what_the_family_cannot_say(standard):
         write_config(dataclasses.replace(config, norm="layer_no_bias"))
 
 
+GEMMA3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+SMOLLM3_3B = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": 128012,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+
+
+def test_read_config_reads_files_as_they_are_published():
+    gemma = read_config(GEMMA3_1B, "gemma")
+    assert (gemma.rope, gemma.local_rope) == (RopeConfig(1e6), RopeConfig(1e4))
+    assert [i for i, window in enumerate(gemma.windows) if window is None] == [
+        *(5, 11, 17, 23),
+    ]
+    assert (gemma.window, gemma.tie_embeddings, gemma.num_kv_heads) == (512, True, 1)
+    smollm = read_config(SMOLLM3_3B, "smollm")
+    assert smollm.ropes == (*[RopeConfig(5e6)] * 3, None) * 9
+    assert (smollm.window, smollm.tie_embeddings, smollm.head_dim) == (None, True, 128)
+
+
 def test_rope_of_transformers_4_is_read_as_that_of_5():
     values = {
         "hidden_size": 32,
