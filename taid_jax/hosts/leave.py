@@ -50,6 +50,7 @@ class _LastWords:
 
 
 _last_words: _LastWords | None = None
+_leaving = threading.Event()
 
 
 def watch() -> None:
@@ -71,7 +72,8 @@ def _listen(values: Any) -> None:
         return  # The store is closed: this process is at its own end.
     process, status, why = json.loads(said)
     time.sleep(_GRACE_SECONDS)
-    _end(status, f"error: process {process} ended: {why}\n")
+    if not _leaving.is_set():
+        _end(status, f"error: process {process} ended: {why}\n")
 
 
 def _end(status: int, text: str) -> None:
@@ -117,6 +119,7 @@ def leave(status: int, why: str) -> int:
     """
     if is_alone():
         return status
+    _leaving.set()
     # It cannot be said when another was first, or the company is gone.
     with contextlib.suppress(Exception):
         store().key_value_set(_ENDED, json.dumps([jax.process_index(), status, why]))
