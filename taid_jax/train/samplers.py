@@ -125,7 +125,8 @@ class Sampler:
 
     def observe(self, loss: float) -> None:
         """Hears of the loss of a held-out evaluation."""
-        self.threshold = self.threshold.after(loss, self._settings.adaptive_step)
+        if self._settings.sampler == "adaptive":
+            self.threshold = self.threshold.after(loss, self._settings.adaptive_step)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the buffer and the threshold, as JSON values."""
