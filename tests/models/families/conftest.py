@@ -75,7 +75,7 @@ CASES = {
         "sliding_window": 15,
     },
     "gpt_neox": {},
-    "gpt2": {"n_inner": 40},
+    "gpt2": {"n_inner": 40, "tie_word_embeddings": False},
 }
 """One model of each family; what is not said is as in `SIZES`."""
 
@@ -158,7 +158,7 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0},
         "tie_word_embeddings": True,
     },
-    "gpt2-untied": {"tie_word_embeddings": False, "activation_function": "relu"},
+    "gpt2-tied": {"activation_function": "relu"},
     "gemma3_text-softcap": {
         "head_dim": 8,
         "num_hidden_layers": 7,
