@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
@@ -77,6 +79,55 @@ def test_place_batch_shares_rows_out():
     placed = sh.place_batch(batch, mesh)["labels"]
     assert placed.addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(placed, batch["labels"])
+
+
+class _Device(NamedTuple):
+    id: int
+    process_index: int
+
+
+class _Placed:
+    """A sharding whose devices belong to several processes."""
+
+    def __init__(self, rows):
+        self.rows = rows  # of each device: process, first row, row behind the last
+
+    def __call__(self, mesh, spec):
+        return self
+
+    def devices_indices_map(self, shape):
+        return {
+            _Device(number, process): (slice(start, stop),)
+            for number, (process, start, stop) in enumerate(self.rows)
+        }
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize(
+    ("rows", "process", "expected"),
+    [
+        ([(0, 0, 2), (0, 2, 4), (1, 4, 6), (1, 6, 8)], 1, (1, 2)),
+        # The tensor axis spans processes 0 and 1, and 2 and 3.
+        ([(0, 0, 4), (1, 0, 4), (2, 4, 8), (3, 4, 8)], 1, (0, 2)),
+        ([(0, 0, 4), (1, 0, 4), (2, 4, 8), (3, 4, 8)], 2, (1, 2)),
+        # Neighbours in the network that are not neighbours in the batch.
+        ([(0, 0, 2), (1, 2, 4), (0, 4, 6), (1, 6, 8)], 1, (1, 2)),
+    ],
+)
+def test_batch_part_is_that_of_the_devices(monkeypatch, rows, process, expected):
+    mesh = sh.make_mesh("data=8")
+    assert sh.batch_part(mesh) == (0, 1)
+    monkeypatch.setattr(sh, "NamedSharding", _Placed(rows))
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    assert sh.batch_part(mesh) == expected
+
+
+@pytest.mark.multidevice
+def test_batch_part_uneven_processes_are_an_error(monkeypatch):
+    rows = [(0, 0, 3), (1, 3, 8)]
+    monkeypatch.setattr(sh, "NamedSharding", _Placed(rows))
+    with pytest.raises(sh.ShardingError, match="unevenly"):
+        sh.batch_part(sh.make_mesh("data=8"))
 
 
 @pytest.mark.multidevice

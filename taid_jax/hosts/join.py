@@ -56,6 +56,11 @@ def join(settings: HostSettings) -> None:
         which = {}
     else:
         which = {"cluster_detection_method": settings.cluster}
+    by_hand = settings.coordinator is not None
+    place = f"at {settings.coordinator}" if by_hand else "of this cluster"
+    sys.stderr.write(
+        f"joining the other processes {place}, for at most {settings.join_timeout} s\n"
+    )
     # Between CPUs; other devices have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from taid_jax.settings import Settings, from_dict
@@ -134,6 +135,19 @@ def test_checkpoints_half_written_one_is_not_seen(tmp_path, state):
     assert again.latest_step() == 1
     _equal(again.restore(state).state, state)
     again.close()
+
+
+def test_checkpoints_hold_the_student_side_only(tmp_path, state):
+    store = c.Checkpoints(tmp_path)
+    store.save(1, state, {}, Settings())
+    store.close()
+    (saved,) = (path for path in tmp_path.iterdir() if path.name == "1")
+    folders = {path.name for path in saved.iterdir() if path.is_dir()}
+    assert folders == {"state", "data", "settings", "metrics"}
+    with ocp.StandardCheckpointer() as reader:
+        found = reader.restore(saved / "state")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(found)) == size
 
 
 def test_checkpoints_none_is_a_clear_error(tmp_path, state):
