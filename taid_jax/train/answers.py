@@ -2,21 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from taid_jax.data import DataError, ExampleSet, held_out_batches
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generate import generate
 from taid_jax.models.tokenizer import Tokenizer
-from taid_jax.settings import SettingsError
-from taid_jax.sharding import batch_part, place_batch
+from taid_jax.settings import SampleSettings, SettingsError
+from taid_jax.sharding import batch_part
+from taid_jax.train.answer_rows import AnswerRows, make_answer_rows
 from taid_jax.types import Params
 
 _WIDTH = 32
@@ -92,22 +91,20 @@ class Examination:
         questions: Those that leave room for an answer.
         references: The answers that are wanted, as text.
         tokenizer: Of the student.
-        config: Of the student.
         ends: Tokens that end an answer.
-        answer_tokens: Tokens of an answer at most.
+        width: Tokens that prompts are padded to.
         batch_size: Questions that are answered at once, over all processes.
-        dtype: What the student computes in.
+        answer_rows: Has the student answer them.
         mesh: Where the questions go.
     """
 
     questions: Sequence[Question]
     references: tuple[str, ...]
     tokenizer: Tokenizer
-    config: DecoderConfig
     ends: tuple[int, ...]
-    answer_tokens: int
+    width: int
     batch_size: int
-    dtype: str
+    answer_rows: AnswerRows
     mesh: Mesh
 
     def answers(self, params: Params) -> list[str]:
@@ -116,46 +113,32 @@ class Examination:
         Args:
             params: The student's parameters; nothing is changed.
         """
-        longest = max(len(question.prompt) for question in self.questions)
-        room = self.config.max_length - self.answer_tokens
-        width = min(-(-longest // _WIDTH) * _WIDTH, room)
+        part, parts = batch_part(self.mesh)
+        size = self.batch_size // parts
         answers: list[str] = []
         for start in range(0, len(self.questions), self.batch_size):
-            batch = self._padded(start, width)
-            part = place_batch(self._own(batch), self.mesh)
-            tokens = generate(
-                params,
-                self.config,
-                part["input_ids"],
-                part["attention_mask"],
-                max_new_tokens=self.answer_tokens,
-                eos_token_ids=self.ends,
-                pad_token_id=0,
-                dtype=jnp.dtype(self.dtype),
-            )
-            whole = multihost_utils.process_allgather(tokens, tiled=True)
-            answers += [decode(self.tokenizer, row, self.ends) for row in whole]
+            batch = self._padded(start)
+            # Each process asks its own part, and hears the answers to all.
+            own = {
+                name: rows[part * size : (part + 1) * size]
+                for name, rows in batch.items()
+            }
+            found = self.answer_rows(params, own, 0)["tokens"]
+            answers += [decode(self.tokenizer, row, self.ends) for row in found]
         return answers[: len(self.questions)]
 
-    def _padded(self, start: int, width: int) -> dict[str, np.ndarray]:
+    def _padded(self, start: int) -> dict[str, np.ndarray]:
         """Returns prompts with padding on the left; the last batch repeats the first.
 
         All batches have one shape, so that one program answers them all.
         """
-        ids = np.zeros((self.batch_size, width), np.int32)
+        ids = np.zeros((self.batch_size, self.width), np.int32)
         mask = np.zeros_like(ids)
         for row in range(self.batch_size):
             prompt = self.questions[(start + row) % len(self.questions)].prompt
-            ids[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def _own(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the rows of this process."""
-        part, parts = batch_part(self.mesh)
-        size = self.batch_size // parts
-        first = part * size
-        return {key: value[first : first + size] for key, value in batch.items()}
+            ids[row, self.width - len(prompt) :] = prompt
+            mask[row, self.width - len(prompt) :] = 1
+        return {"prompt_ids": ids, "prompt_mask": mask}
 
 
 def prepare_examination(
@@ -168,6 +151,7 @@ def prepare_examination(
     batch_size: int,
     dtype: str,
     mesh: Mesh,
+    shardings: Any,
 ) -> Examination:
     """Returns the examination of those questions that leave room for an answer.
 
@@ -180,6 +164,7 @@ def prepare_examination(
         batch_size: Questions that are answered at once, over all processes.
         dtype: What the student computes in.
         mesh: Where the questions go.
+        shardings: Of the student's parameters.
 
     Raises:
         SettingsError: If no question leaves room for an answer in the model's context.
@@ -193,16 +178,27 @@ def prepare_examination(
             f"{shortest}) do not fit the student's context of {config.max_length}"
         )
     ends = end_ids(tokenizer, generation, fitting)
-    return Examination(
-        fitting,
-        tuple(decode(tokenizer, question.answer, ends) for question in fitting),
-        tokenizer,
+    longest = max(len(question.prompt) for question in fitting)
+    answer_rows = make_answer_rows(
         config,
-        ends,
-        answer_tokens,
-        batch_size,
-        dtype,
+        SampleSettings(sample_tokens=answer_tokens),  # the most probable tokens
         mesh,
+        shardings=shardings,
+        ends=ends,
+        dtype=jnp.dtype(dtype),
+        seed=0,
+    )
+    return Examination(
+        questions=fitting,
+        references=tuple(
+            decode(tokenizer, question.answer, ends) for question in fitting
+        ),
+        tokenizer=tokenizer,
+        ends=ends,
+        width=min(-(-longest // _WIDTH) * _WIDTH, room),
+        batch_size=batch_size,
+        answer_rows=answer_rows,
+        mesh=mesh,
     )
 
 

@@ -75,6 +75,7 @@ def make_judge(
             batch_size=data.batch_size,
             dtype=dtype,
             mesh=mesh,
+            shardings=pair.shardings,
         )
 
     def judge(state: DistillState) -> HeldOut:

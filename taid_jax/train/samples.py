@@ -1,29 +1,34 @@
 """How teacher and student go on with a few held-out beginnings."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from taid_jax.data import Dataset, held_out_batches
+from taid_jax.data import DataError, Dataset
 from taid_jax.models.generate import generate
 from taid_jax.models.tokenizer import Tokenizer
 from taid_jax.settings import Settings
+from taid_jax.train.answers import decode, end_ids, find_questions
 from taid_jax.train.inputs import Pair
 from taid_jax.types import Params
 
 SAMPLES = 3
-SAMPLE_PROMPT = 24
 SAMPLE_TOKENS = 40
+SHOWN_PROMPT = 40
+"""So many tokens of a prompt are shown at most: its last."""
 
 
-def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts with their padding moved from the right to the left."""
-    shifts = ids.shape[1] - mask.sum(axis=1)
-    rows = [
-        (np.roll(row, shift), np.roll(real, shift))
-        for row, real, shift in zip(ids, mask, shifts, strict=True)
-    ]
-    return np.stack([row for row, _ in rows]), np.stack([real for _, real in rows])
+def _padded_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the prompts with padding on the left, and where they have tokens."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def show_samples(
@@ -34,16 +39,22 @@ def show_samples(
     tokenizer: Tokenizer,
     console: Console,
 ) -> None:
-    """Prints how teacher and student go on with a few held-out beginnings."""
-    rows = held_out_batches(dataset.held_out, 1)
-    chosen = rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
-    length = min(SAMPLE_PROMPT, settings.data.seq_len)
-    prompts = np.concatenate([row["input_ids"][:, :length] for row in chosen])
-    # Only the first of the examples that share a row, without padding.
-    which = "segment_ids" if settings.data.pack else "attention_mask"
-    mask = np.concatenate([row[which][:, :length] == 1 for row in chosen])
-    mask = mask.astype(np.int32)
-    prompts, mask = _padded_left(prompts, mask)
+    """Prints how teacher and student go on with a few held-out beginnings.
+
+    The prompts are those that answers are scored by: a conversation up to its last
+    answer, the first half of a window of running text.
+    """
+    try:
+        questions = find_questions(dataset.held_out, SAMPLES)
+    except DataError:  # No answer was found in any of them; the run is as good.
+        return
+    ends = end_ids(tokenizer, pair.teacher.generation, questions)
+    configs = pair.teacher.config, pair.student_config
+    length = min(config.max_length for config in configs) - SAMPLE_TOKENS
+    if length < 1:
+        return
+    chosen = [question.prompt[-length:] for question in questions]
+    prompts, mask = _padded_left(chosen)
     sides = {
         "teacher": (pair.teacher.params, pair.teacher.config),
         "student": (params, pair.student_config),
@@ -56,18 +67,18 @@ def show_samples(
                 jnp.asarray(prompts),
                 jnp.asarray(mask),
                 max_new_tokens=SAMPLE_TOKENS,
-                eos_token_ids=(),
+                eos_token_ids=ends,
                 pad_token_id=0,
                 dtype=jnp.dtype(settings.model.dtype),
             )
         )
         for name, (weights, config) in sides.items()
     }
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(chosen):
         console.rule(f"sample {index + 1}")
-        text = str(tokenizer.decode(prompt[mask[index] == 1]))
+        text = str(tokenizer.decode(prompt[-SHOWN_PROMPT:]))
         console.print(text, markup=False, highlight=False)
         for name, tokens in answers.items():
             console.print(f"[bold]{name}:[/bold]", end=" ")
-            answer = str(tokenizer.decode(tokens[index]))
+            answer = decode(tokenizer, tokens[index], ends)
             console.print(answer, markup=False, highlight=False)

@@ -13,7 +13,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
 from taid_jax.models.generate import generate
 from taid_jax.settings import SettingsError
-from taid_jax.sharding import make_mesh
+from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import answers as an
 
 WORDS = [f"w{number}" for number in range(30)]
@@ -77,11 +77,13 @@ def model():
 
 
 def _prepared(questions, tokenizer, model, **changes):
+    mesh = make_mesh("data=1,fsdp=-1")
     options = {
         "answer_tokens": 5,
         "batch_size": 8,
         "dtype": "float32",
-        "mesh": make_mesh("data=1,fsdp=-1"),
+        "mesh": mesh,
+        "shardings": jax.tree.map(lambda _: replicated(mesh), model[1]),
     }
     return an.prepare_examination(
         questions, tokenizer, model[0], {}, **(options | changes)
