@@ -23,7 +23,7 @@ from taid_jax.models.attention import (
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import Pattern, head, layer_pattern, merge
 from taid_jax.models.errors import ModelError
-from taid_jax.models.layers import Layer, Linear
+from taid_jax.models.layers import Layer
 from taid_jax.models.rope import longest_short
 from taid_jax.models.sampling import GREEDY, Sampling, draw, first_greatest, row_keys
 from taid_jax.types import Params
@@ -229,7 +229,11 @@ def _generate(
     patterns: list[Pattern] = []
     if unroll:
         apart = _apart(params["layers"], config.num_layers)
-        layers = [_turned(nnx.merge(layer_graph, layer)) for layer in apart]
+        layers = [nnx.merge(layer_graph, layer) for layer in apart]
+        for layer in layers:
+            # A layout for few rows: about twice the tokens per second.
+            layer.attention.turn()
+            layer.mlp.turn()
         patterns = _apart(pattern, config.num_layers)
     filled = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
     longest = longest_short(config)
@@ -330,11 +334,3 @@ def _apart(stacked: Any, num_layers: int) -> list[Any]:
         jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
         for index in range(num_layers)
     ]
-
-
-def _turned(layer: Layer) -> Layer:
-    """Returns the layer with its kernels laid out for few rows."""
-    for _, module in nnx.iter_modules(layer):
-        if isinstance(module, Linear):
-            module.turn()
-    return layer

@@ -1,6 +1,7 @@
 """The parts of a decoder, as Flax NNX modules: what they hold and what they compute."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,13 +55,19 @@ class Linear(nnx.Module):
         self.outputs = tuple(outputs.values())
         self.turned = None
 
-    def turn(self) -> None:
+    def turn(self, *others: "Linear") -> None:
         """Keeps the kernel as (outputs, inputs), which a CPU reads best for few rows.
 
         The barriers keep the compiler from turning it back.
+
+        Args:
+            others: Maps of the same input, for `images`: their outputs come after.
         """
-        matrix = self.kernel[...].reshape(-1, math.prod(self.outputs))
-        self.turned = jax.lax.optimization_barrier(matrix.T)
+        matrices = [
+            linear.kernel[...].reshape(-1, math.prod(linear.outputs)).T
+            for linear in (self, *others)
+        ]
+        self.turned = jax.lax.optimization_barrier(jnp.concatenate(matrices))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the image of the last axes, in the dtype of `x`."""
@@ -73,9 +80,32 @@ class Linear(nnx.Module):
         else:
             columns = self.turned.astype(x.dtype) @ rows.T
             image = jax.lax.optimization_barrier(columns).T
+        return self._finished(image, lead)
+
+    def _finished(self, image: Array, lead: tuple[int, ...]) -> Array:
+        """Returns the image of rows with its bias, in its own shape."""
         if self.has_bias:
-            image += self.bias[...].astype(x.dtype).reshape(1, -1)
+            image += self.bias[...].astype(image.dtype).reshape(1, -1)
         return image.reshape(*lead, *self.outputs)
+
+
+def images(x: Stream, *linears: Linear) -> tuple[Array, ...]:
+    """Returns the image of the same input under each map.
+
+    One product for all where the first was turned together with the others: that many
+    starts of a small product less.
+    """
+    joined = linears[0].turned
+    if joined is None:
+        return tuple(linear(x) for linear in linears)
+    rows = x.reshape(-1, x.shape[-1])
+    columns = jax.lax.optimization_barrier(joined.astype(x.dtype) @ rows.T)
+    ends = itertools.accumulate(math.prod(linear.outputs) for linear in linears)
+    parts = jnp.split(columns, list(ends)[:-1])
+    return tuple(
+        linear._finished(part.T, x.shape[:-1])
+        for linear, part in zip(linears, parts, strict=True)
+    )
 
 
 class Norm(nnx.Module):
@@ -139,10 +169,15 @@ class Attention(nnx.Module):
             self.k_norm = _head_norm(config, keys)
         self.kv_heads = config.num_kv_heads
 
+    def turn(self) -> None:
+        """Lays the kernels out for few rows, those of one input as one."""
+        self.q_proj.turn(self.k_proj, self.v_proj)
+        self.o_proj.turn()
+
     def __call__(self, x: Stream, turn: Rotation | None, attend: Attend):
         """Returns the attention's part of the stream, and what `attend` kept."""
         batch, length, _ = x.shape
-        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        queries, keys, values = images(x, self.q_proj, self.k_proj, self.v_proj)
         if self.has_norm:
             # What a norm read has to be kept; its result is made again from that.
             queries, keys, values = _kept((queries, keys, values), "projected")
@@ -185,12 +220,20 @@ class MLP(nnx.Module):
         self.down_proj = linear(mlp, embed)
         self.activation = config.activation
 
+    def turn(self) -> None:
+        """Lays the kernels out for few rows, those of one input as one."""
+        if self.gated:
+            self.gate_proj.turn(self.up_proj)
+        else:
+            self.up_proj.turn()
+        self.down_proj.turn()
+
     def __call__(self, x: Stream) -> Stream:
         """Returns the MLP's part of the stream."""
         act = _ACTIVATIONS[self.activation]
         if not self.gated:
             return self.down_proj(act(_kept(self.up_proj(x), "gated")))
-        gate, up = _kept((self.gate_proj(x), self.up_proj(x)), "gated")
+        gate, up = _kept(images(x, self.gate_proj, self.up_proj), "gated")
         return self.down_proj(act(gate) * up)
 
 
