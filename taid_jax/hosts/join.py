@@ -73,7 +73,7 @@ def join(settings: HostSettings) -> None:
             )
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise HostsError(
-            f"this process cannot join the others: {str(error).strip()}. Give "
+            f"this process cannot join the others: {str(error).strip(' .')}. Give "
             "--coordinator HOST:PORT, --num-processes and --process-id, or --cluster "
             "none for a run of this process alone"
         ) from error

@@ -49,8 +49,9 @@ class Company:
         cwds=None,
         absent=(),
         wait=60,
+        slurm=False,
     ):
-        where = f"127.0.0.1:{_free_port()}"
+        port = _free_port()
         self.processes = {}
         self.logs = [folder / f"log.{number}" for number in range(count)]
         environment = dict(
@@ -61,13 +62,21 @@ class Company:
         )
         for number in set(range(count)) - set(absent):
             own = [] if each is None else each[number]
-            hosts = [
-                f"--coordinator={where}",
-                f"--num-processes={count}",
-                f"--process-id={number}",
-                f"--join-timeout={wait}",
-                "--heartbeat-timeout=10",
-            ]
+            hosts = [f"--join-timeout={wait}", "--heartbeat-timeout=10"]
+            if slurm:
+                environment |= {
+                    "SLURM_JOB_ID": str(port),  # JAX makes a port of it.
+                    "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_NTASKS": str(count),
+                    "SLURM_PROCID": str(number),
+                    "SLURM_LOCALID": "0",
+                }
+            else:
+                hosts += [
+                    f"--coordinator=127.0.0.1:{port}",
+                    f"--num-processes={count}",
+                    f"--process-id={number}",
+                ]
             with self.logs[number].open("wb") as log:
                 self.processes[number] = subprocess.Popen(
                     [sys.executable, SCRIPT, *flags, *own, *hosts],
@@ -168,14 +177,14 @@ def test_processes_that_disagree_in_settings_are_told(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_read_other_data_are_told(flags, text, tmp_path):
+def test_processes_of_slurm_that_read_other_data_are_told(flags, text, tmp_path):
     # The same path on every host, but not the same files behind it.
     cwds = [tmp_path / "first", tmp_path / "second"]
     for cwd in cwds:
         shutil.copytree(text, cwd / "text")
     path = next((cwds[1] / "text").iterdir())
     path.write_text(path.read_text() + " One more sentence.")
-    company = Company(2, [*flags, "--data=text"], tmp_path, cwds=cwds)
+    company = Company(2, [*flags, "--data=text"], tmp_path, cwds=cwds, slurm=True)
     assert company.wait() == [2, 2]
     for number in (0, 1):
         said = company.said(number)
