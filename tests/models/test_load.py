@@ -133,7 +133,7 @@ def test_load_params_reads_each_part_once_and_no_more(folder):
         for key in entry.path:
             node = node[key]
         parts = set(map(str, node.devices_indices_map(entry.shape).values()))
-        for name in entry.names:
+        for (name,) in entry.names:
             # Copies of a part are read once; together the parts are the tensor.
             assert len(read[name]) == len(parts), name
             assert sum(read[name]) == np.prod(tensors.shapes[name]), name
