@@ -44,7 +44,7 @@ class Setting:
     field: str
     key: str | None
     default: Default
-    words: Mapping[object, Value] | None = None
+    words: Mapping[Any, Value] | None = None
 
 
 class Group(NamedTuple):

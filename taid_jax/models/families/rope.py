@@ -245,9 +245,7 @@ def _write(
     # Transformers 4 wants these three and nothing else, and derives the rest.
     old = {"type": "longrope", **factors}
     stretched = max_length / rope.original_max_length
-    if rope.attention_factor != longrope_attention(
-        stretched, rope.original_max_length
-    ):
+    if rope.attention_factor != longrope_attention(stretched, rope.original_max_length):
         old["attention_factor"] = rope.attention_factor
     new = scaling | factors | {"attention_factor": rope.attention_factor}
     return old, new | {"rope_theta": rope.theta}
