@@ -13,6 +13,7 @@ from taid_jax.train import loop as lp
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.logbook import LOGGED
 from taid_jax.train.report import read_lines
+from taid_jax.train.run import best_state
 from taid_jax.train.utilisation import MEASURED
 
 
@@ -184,3 +185,46 @@ def test_loop_best_is_kept_although_older(make_loop):
     kept = loop.checkpoints.steps()
     assert {4, 12} <= set(kept)
     assert not {3, 6, 8} & set(kept)
+
+
+def _judged(field, values):
+    """An evaluation that finds these values of one figure, one after the other."""
+    left = iter(values)
+    fixed = {"kl": 1.0, "student_perplexity": 2.0, "teacher_perplexity": 3.0}
+    return lambda state: HeldOut(**{**fixed, "tokens": 4, field: next(left)})
+
+
+@pytest.mark.parametrize(
+    ("best_by", "values", "best"),
+    [
+        # Step 0, which is not trained, has the best figure of all.
+        ("kl", [0.5, 3.0, 1.0, 2.0], 8),
+        ("loss", [0.5, 3.0, 1.0, 2.0], 8),
+        ("student_perplexity", [0.5, 3.0, 1.0, 2.0], 8),
+        ("rouge_l", [0.9, 0.1, 0.3, 0.2], 8),
+        ("exact_match", [0.9, 0.3, 0.1, 0.2], 4),
+        # Nothing is exact: the last of equals.
+        ("exact_match", [0.0, 0.0, 0.0, 0.0], 12),
+        ("kl", [float("nan"), float("nan"), 1.0, float("inf")], 8),
+    ],
+)
+def test_best_state_is_the_best_by_the_asked_figure(make_loop, best_by, values, best):
+    loop, state = make_loop(
+        evaluate=_judged(best_by, values),
+        best_by=best_by,
+        answer_examples=1,
+        keep=1,
+        save_every=0,
+    )
+    state = loop.run(state)
+    weights = jax.tree.map(np.array, state.params)
+    state, found = best_state(loop, state)
+    assert int(state.step) == best
+    assert getattr(found, best_by) == values[best // 4]
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(weights), jax.tree.leaves(state.params), strict=True
+        )
+    ]
+    assert any(changed) == (best != 12)
