@@ -90,7 +90,9 @@ class PrepareOptions:
     @property
     def workers(self) -> int:
         """How many processes take part."""
-        return self.jobs or len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity"):  # Linux
+            return self.jobs or len(os.sched_getaffinity(0))
+        return self.jobs or os.cpu_count() or 1
 
     def lasting(self) -> dict[str, Any]:
         """Returns those that decide what comes out, by name."""
