@@ -255,8 +255,8 @@ class DecoderConfig:
                 "rope and local_rope that turn the same fraction of a head, got "
                 f"{' and '.join(map(str, sorted(fractions)))}"
             )
-        if self.window is None and (self.local_rope or self.window_layers is not None):
-            wrong.append("window where local_rope or window_layers are given")
+        if self.window is None and self.window_layers is not None:
+            wrong.append("window where window_layers are given")
         if self.norm_place != "before" and self.residual != "sequential":
             wrong.append("norms before the sublayers where the residual is parallel")
         if self.head_bias and self.tie_embeddings:

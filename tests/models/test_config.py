@@ -85,8 +85,7 @@ LONG = RopeConfig(kind="longrope", short_factors=(1.0,), long_factors=(1.0,))
         ({"head_softcap": 0.0}, "head_softcap > 0, got 0.0"),
         ({"window": 4, "window_layers": (True,)}, "2 window_layers, one for .* got 1"),
         ({"rope_layers": (True,) * 3}, "2 rope_layers, one for a layer, got 3"),
-        ({"window_layers": (True, False)}, "window where .* window_layers are given"),
-        ({"local_rope": RopeConfig()}, "window where local_rope"),
+        ({"window_layers": (True, False)}, "window where window_layers are given"),
         ({"rope": None, "rope_layers": (True, True)}, "rope where"),
         (
             {"window": 4, "local_rope": RopeConfig(fraction=0.5)},

@@ -108,8 +108,9 @@ def _windows(
                 _TYPES, f"need {_FULL} or {_SLIDING} for each of {layers} layers"
             )
         has = tuple(kind == _SLIDING for kind in kinds)
-    if size is None or not any(has):
+    if size is None:
         return {"window": None, "window_layers": None}
+    # Kept where no layer has it: some classes of transformers want it all the same.
     return {"window": size, "window_layers": None if all(has) else has}
 
 

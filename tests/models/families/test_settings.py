@@ -47,13 +47,16 @@ def test_read_config_names_a_key_that_it_does_not_know(standard):
 def test_write_config_is_read_alike_by_transformers(family, standard, tmp_path):
     transformers = pytest.importorskip("transformers", reason=REASON)
     config = read_config(standard, "config.json")
-    shallow = dataclasses.replace(
-        config,
-        num_layers=2,
-        window_layers=config.window_layers and (False, True),
-        rope_layers=config.rope_layers and (False, True),
-    )
-    for each in (config, shallow):
+    shallow = [
+        dataclasses.replace(
+            config,
+            num_layers=2,
+            window_layers=config.window_layers and pattern,
+            rope_layers=config.rope_layers and pattern,
+        )
+        for pattern in ((False, True), (False, False))
+    ]
+    for each in (config, *shallow):
         values = write_config(each)
         (tmp_path / "config.json").write_text(json.dumps(values))
         theirs = transformers.AutoConfig.from_pretrained(tmp_path)
