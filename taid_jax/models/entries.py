@@ -1,8 +1,9 @@
 """Every parameter of a model, and the tensors of a checkpoint that hold it."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -111,18 +112,25 @@ def entries(config: DecoderConfig, file_format: FileFormat) -> tuple[Entry, ...]
         ModelError: If the family declares no tensor for a parameter.
     """
     family = family_named(config.family)
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     found: dict[str, list[Entry]] = {weight.module: [] for weight in family.weights}
-    for keys, leaf in leaves:
-        path = tuple(str(key.key) for key in keys)
+    for path, shape in _parameters(config).items():
         module = ".".join(path[:-1])
         if module not in found:
             raise ModelError(
                 f"the family {family.name} declares no tensors for the parameters of "
                 f"{module}"
             )
-        found[module].append(_entry(config, family, path, leaf.shape, file_format))
+        found[module].append(_entry(config, family, path, shape, file_format))
     return tuple(entry for group in found.values() for entry in group)
+
+
+@functools.lru_cache(maxsize=16)
+def _parameters(config: DecoderConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]:
+    """Returns path to shape of every parameter."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    return {
+        tuple(str(key.key) for key in keys): tuple(leaf.shape) for keys, leaf in leaves
+    }
 
 
 def head_names(family: Family, file_format: FileFormat) -> frozenset[str]:
@@ -161,4 +169,4 @@ def _entry(
     else:
         prefixes = [""]
     names = tuple(tuple(start + name for name in each) for start in prefixes)
-    return Entry(path, names, layout, tuple(shape), bool(spread), part, offset)
+    return Entry(path, names, layout, shape, bool(spread), part, offset)
