@@ -195,6 +195,7 @@ def test_processes_of_slurm_that_read_other_data_are_told(flags, text, tmp_path)
 @pytest.mark.slow
 def test_runs_move_between_process_counts(train_tpu, flags, tmp_path):
     flags = [*flags, "--steps=60", "--save-every=15", "--eval-every=0"]
+    flags += ["--learning-rate=0.001", "--held-out-batches=1"]
     mesh = "--mesh=data=2,fsdp=2,tensor=2"
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     first = Company(2, [*flags, mesh, f"--output={moved}"], tmp_path)
