@@ -1,5 +1,7 @@
 """Every family against transformers in PyTorch: values, gradients, words."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,3 +44,28 @@ def test_gradients_are_those_of_transformers(case, outcomes):
 def test_variants_agree_with_transformers(variant, outcomes):
     check_values(*outcomes(variant))
     check_gradients(*outcomes(variant))
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma3_text", 2), ("smollm3", 3)])
+def test_student_of_some_layers_is_the_same_in_transformers(
+    name, layers, make_case, batch, tmp_path
+):
+    from taid_jax.models.decoder import decoder_functions, select_layers
+    from taid_jax.models.export import write_folder
+
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    case = make_case(name)
+    params, config = select_layers(case.params, case.config, layers)
+    write_folder(tmp_path / "student", config, params)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "student", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(found.values())
+    ids = batch["input_ids"][2:3]
+    with torch.no_grad():
+        theirs = model.eval()(torch.tensor(ids).long()).logits.numpy()
+    functions = decoder_functions(config)
+    hidden = jax.jit(functions.hidden)(params, {"input_ids": jnp.asarray(ids)})
+    # As above; which layers have a window, and which turn, was read back.
+    assert largest_error(functions.head(params).logits(hidden), theirs) < 2e-5
