@@ -117,7 +117,9 @@ def test_with_steps_from_epochs():
 
 
 def test_with_steps_leaves_what_is_given_in_steps():
-    settings = s.from_dict({"steps": 7, "eval_every": 3, "ctkd_ramp_steps": 11})
+    settings = s.from_dict(
+        {"steps": 7, "eval_every": 3, "evals_per_epoch": 2, "ctkd_ramp_steps": 11}
+    )
     assert s.with_steps(settings, 1000) == settings
 
 

@@ -1,6 +1,7 @@
 """Epochs to steps, once it is known how many rows there are."""
 
 import dataclasses
+import math
 
 from taid_jax.settings.tree import Settings
 
@@ -9,24 +10,28 @@ def with_steps(settings: Settings, rows: int) -> Settings:
     """Returns the settings with steps for all that is given in epochs.
 
     Batches go on from one epoch into the next, so that an epoch need not be a whole
-    number of steps; each figure is rounded once, and is at least 1.
+    number of steps; each figure is rounded once, and is at least 1. With buckets an
+    epoch ends with its last batch, full or not.
 
     Args:
-        settings: `epochs` sets `steps`, `evals_per_epoch` sets `eval_every` and
-            `save_every`, `ctkd_ramp_epochs` sets `ctkd_ramp_steps`, where given.
+        settings: Where given, `epochs` sets `steps`, and with it `evals_per_epoch` sets
+            `eval_every` and `save_every`; `ctkd_ramp_epochs` sets `ctkd_ramp_steps`.
         rows: Rows of the training data.
 
     Raises:
         SettingsError: If the steps contradict another setting, such as `warmup_steps`.
     """
     epoch = rows / settings.data.batch_size
+    if settings.data.buckets:
+        epoch = math.ceil(epoch)
     run, objective = settings.run, settings.objective
     changes: dict[str, int] = {}
     if run.epochs is not None:
         changes["steps"] = max(1, round(run.epochs * epoch))
-    if run.evals_per_epoch is not None:
-        every = max(1, round(epoch / run.evals_per_epoch))
-        changes |= {"eval_every": every, "save_every": every}
+        # A run of a few steps is judged every few steps, whatever the method's habit.
+        if run.evals_per_epoch is not None:
+            every = max(1, round(epoch / run.evals_per_epoch))
+            changes |= {"eval_every": every, "save_every": every}
     if objective.ctkd_ramp_epochs is not None:
         ramp = max(1, round(objective.ctkd_ramp_epochs * epoch))
         objective = dataclasses.replace(objective, ctkd_ramp_steps=ramp)

@@ -15,7 +15,7 @@ class RunSettings:
         steps: Optimizer steps.
         epochs: Passes over the training data; sets `steps` once the data are read.
         evals_per_epoch: Evaluations and checkpoints of every epoch; sets `eval_every`
-            and `save_every` once the data are read.
+            and `save_every` once the data are read. Counts only beside `epochs`.
         seed: Of the data order and of random weights.
         resume: Go on from the last checkpoint in the output folder.
         eval_every: Steps between held-out evaluations; 0: only before and after.

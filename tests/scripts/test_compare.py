@@ -163,7 +163,7 @@ def test_every_method_trains_exports_and_reloads(
     recipes = load_script("compare").TRAIN.parent / "recipes"
     path = tmp_path / "run.yaml"
     base = [flags[0].removeprefix("--config="), str(recipes / f"methods/{method}.yaml")]
-    values = {"base": base, "output": str(tmp_path / "run"), "evals_per_epoch": None}
+    values = {"base": base, "output": str(tmp_path / "run")}
     path.write_text(yaml.safe_dump(values))
     assert train_tpu.main([f"--config={path}"]) == 0
     student, info = AutoModelForCausalLM.from_pretrained(
