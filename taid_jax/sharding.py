@@ -188,6 +188,11 @@ def activations_on(mesh: Mesh | None) -> Iterator[None]:
         _ACTIVATIONS.reset(token)
 
 
+def activation_mesh() -> Mesh | None:
+    """Returns the mesh of `activations_on`; None outside of it."""
+    return _ACTIVATIONS.get()
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Returns an activation, cut over the mesh of `activations_on` by its axes' names.
 

@@ -17,9 +17,9 @@ from taid_jax.models.attention import (
     Window,
     batch_positions,
     batch_segments,
-    causal_attention,
     scoring_of,
 )
+from taid_jax.models.attention_kernels import attend as attend_by_kernel
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
 from taid_jax.models.layers import Embedding, Layer, Linear, Stream, stream_norm
@@ -207,7 +207,7 @@ def hidden_states(
         layer_params, own = part
 
         def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
-            attended = causal_attention(
+            attended = attend_by_kernel(
                 queries,
                 keys,
                 values,

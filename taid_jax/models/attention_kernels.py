@@ -1,0 +1,237 @@
+"""Which attention a platform gets: a kernel written for it, where one fits.
+
+Chosen while a program is traced, by the devices that it is for: those of the mesh of
+`taid_jax.sharding.activations_on`, or JAX's own.
+"""
+
+import functools
+import math
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_masks,
+)
+from jax.sharding import Mesh, PartitionSpec
+
+from taid_jax.models.attention import (
+    Keys,
+    Queries,
+    Scoring,
+    Segments,
+    Window,
+    causal_attention,
+)
+from taid_jax.sharding import RULES, activation_mesh
+
+_BLOCK = 512
+"""Most queries, or keys, of a block of the TPU's kernel."""
+_LANES = 128
+_MOST_MASKED = 4096
+"""Tokens of the longest sequence whose segments cuDNN is given, as a square of biases:
+32 MiB in bfloat16."""
+
+
+def attend(
+    queries: Queries,
+    keys: Keys,
+    values: Keys,
+    segments: Segments,
+    *,
+    window: Window,
+    scoring: Scoring,
+) -> Queries:
+    """Returns `causal_attention` by the platform's kernel, where that can do it.
+
+    On a TPU that is splash attention, which keeps scores in the core's own memory; on
+    a GPU cuDNN's. Both need bfloat16 and a window that is the same in all layers. The
+    products that they sum in float32 are the same; a scale that is no power of two is
+    multiplied into the queries before, which rounds them once more.
+
+    Args:
+        queries: `(batch, kv_heads, group, length, head_dim)`.
+        keys: `(batch, kv_heads, length, head_dim)`.
+        values: Same shape.
+        segments: `(batch, length)`; all one segment when None.
+        window: As in `causal_attention`.
+        scoring: How products become scores.
+    """
+    mesh = activation_mesh()
+    platform = _platform(mesh)
+    # Layers of several windows share one program, where the window is an array.
+    if queries.dtype == jnp.bfloat16 and isinstance(window, int | None):
+        if platform == "tpu" and _splash_fits(queries, mesh):
+            return splash_attention(
+                *(queries, keys, values, segments),
+                window=window,
+                scoring=scoring,
+                mesh=mesh,
+            )
+        if platform == "gpu" and _cudnn_fits(queries, segments, scoring):
+            return cudnn_attention(
+                queries, keys, values, segments, window=window, scoring=scoring
+            )
+    return causal_attention(
+        queries, keys, values, segments, window=window, scoring=scoring
+    )
+
+
+def _platform(mesh: Mesh | None) -> str:
+    """Returns what the program that is being traced will run on."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return "gpu" if device.platform in ("gpu", "cuda") else device.platform
+
+
+def _splash_fits(queries: Queries, mesh: Mesh | None) -> bool:
+    batch, kv_heads, _, length, _ = queries.shape
+    if length % _LANES:
+        return False
+    if mesh is None:
+        # XLA cannot share a kernel out, and nothing says here how arrays lie.
+        return jax.device_count() == 1
+    sizes = (batch, RULES["batch"]), (kv_heads, RULES["kv_heads"])
+    return all(
+        size % math.prod(mesh.shape[axis] for axis in axes) == 0 for size, axes in sizes
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _splash_kernel(
+    group: int,
+    length: int,
+    window: int | None,
+    softcap: float | None,
+    interpret: bool,
+) -> splash.SplashAttentionKernel:
+    """Returns the kernel of one key head and the query heads that share it."""
+    size = next(size for size in (_BLOCK, 256, _LANES) if length % size == 0)
+    blocks = splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    square = (length, length)
+    if window is None or window >= length:
+        one = splash_masks.CausalMask(square)
+    else:
+        one = splash_masks.LocalMask(square, window_size=(window - 1, 0), offset=0)
+    # What it says of the mask are constants, though a program is being traced.
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mqa_single_device(
+            splash_masks.MultiHeadMask([one] * group),
+            block_sizes=blocks,
+            attn_logits_soft_cap=softcap,
+            # The name that the policies of rematerialisation know.
+            residual_checkpoint_name="attended",
+            interpret=interpret,
+        )
+
+
+def splash_attention(
+    queries: Queries,
+    keys: Keys,
+    values: Keys,
+    segments: Segments,
+    *,
+    window: int | None,
+    scoring: Scoring,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> Queries:
+    """Returns `causal_attention` by JAX's splash attention for TPUs.
+
+    Args:
+        queries: `(batch, kv_heads, group, length, head_dim)`; the length is a multiple
+            of 128.
+        keys: `(batch, kv_heads, length, head_dim)`.
+        values: Same shape.
+        segments: `(batch, length)`; all one segment when None.
+        window: Tokens that a token sees, itself included; all when None.
+        scoring: How products become scores.
+        mesh: Where the arrays lie: batch over `data` and `fsdp`, heads over `tensor`.
+        interpret: Compute on any platform what the kernel would.
+    """
+    group, length = queries.shape[2:4]
+    kernel = _splash_kernel(group, length, window, scoring.softcap, interpret)
+    queries = (queries.astype(jnp.float32) * scoring.scale).astype(queries.dtype)
+    if segments is None:
+        segments = jnp.zeros((queries.shape[0], length), jnp.int32)
+
+    def by_head(queries: Queries, keys: Keys, values: Keys, segments: jax.Array):
+        def one(queries, keys, values, segments):
+            ids = splash.SegmentIds(segments, segments)
+            # A tuple only when asked for residuals.
+            return cast(jax.Array, kernel(queries, keys, values, segment_ids=ids))
+
+        heads = jax.vmap(one, in_axes=(0, 0, 0, None))
+        return jax.vmap(heads)(queries, keys, values, segments)
+
+    if mesh is None or mesh.size == 1:
+        return by_head(queries, keys, values, segments.astype(jnp.int32))
+    heads = PartitionSpec(RULES["batch"], RULES["kv_heads"])
+    return jax.shard_map(
+        by_head,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(RULES["batch"])),
+        out_specs=heads,
+        check_vma=False,
+    )(queries, keys, values, segments.astype(jnp.int32))
+
+
+def _cudnn_fits(queries: Queries, segments: Segments, scoring: Scoring) -> bool:
+    length, head_dim = queries.shape[3:]
+    # https://docs.nvidia.com/deeplearning/cudnn, "fused flash attention": head_dim is a
+    # multiple of 8, at most 128 on all cards that have it.
+    return (
+        scoring.softcap is None
+        and head_dim % 8 == 0
+        and head_dim <= 128
+        and (segments is None or length <= _MOST_MASKED)
+    )
+
+
+def cudnn_attention(
+    queries: Queries,
+    keys: Keys,
+    values: Keys,
+    segments: Segments,
+    *,
+    window: int | None,
+    scoring: Scoring,
+) -> Queries:
+    """Returns `causal_attention` by cuDNN, through `jax.nn.dot_product_attention`.
+
+    Args:
+        queries: `(batch, kv_heads, group, length, head_dim)`.
+        keys: `(batch, kv_heads, length, head_dim)`.
+        values: Same shape.
+        segments: `(batch, length)`; all one segment when None.
+        window: Tokens that a token sees, itself included; all when None.
+        scoring: How products become scores; cuDNN has no soft cap.
+    """
+    batch, kv_heads, group, length, head_dim = queries.shape
+    mask = None
+    if segments is not None:
+        mask = segments[:, None, :, None] == segments[:, None, None, :]
+    # cuDNN wants (batch, length, heads, head_dim).
+    flat = queries.reshape(batch, kv_heads * group, length, head_dim)
+    attended = jax.nn.dot_product_attention(
+        flat.swapaxes(1, 2),
+        keys.swapaxes(1, 2),
+        values.swapaxes(1, 2),
+        mask=mask,
+        scale=scoring.scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return attended.swapaxes(1, 2).reshape(queries.shape)
