@@ -86,3 +86,11 @@ def test_contradictions_lists_what_a_resumed_run_may_not_change():
 def test_every_free_setting_exists():
     assert set(s.flatten(s.Settings())) >= s.FREE_ON_RESUME
     assert dataclasses.is_dataclass(s.Settings)
+
+
+@pytest.mark.parametrize(("buckets", "steps"), [("", 31), ("64", 35)])
+def test_with_steps_counts_the_last_batch_of_an_epoch_of_buckets(buckets, steps):
+    """Five epochs of 25 rows: 6.25 batches of 4 each, or 7 of which one is not full."""
+    data = {"batch_size": 4, "pack": False, "buckets": buckets}
+    settings = s.from_dict({"data": data, "run": {"epochs": 5.0}})
+    assert s.with_steps(settings, 25).run.steps == steps

@@ -133,6 +133,17 @@ def test_identify_does_not_see_what_was_done_with_the_tokenizer(tokenizer):
     assert before.size == len(tokenizer)
 
 
+def test_identify_sees_no_difference_in_an_exported_tokenizer(
+    styled_tokenizer, tmp_path
+):
+    """Shards of a teacher fit the student that it was exported with."""
+    from taid_jax.models.tokenizer import read_folder_tokenizer, save_tokenizer
+
+    save_tokenizer(styled_tokenizer, tmp_path)
+    again = identify(read_folder_tokenizer(tmp_path))
+    assert differences(identify(styled_tokenizer), again, chats=True) == []
+
+
 def test_differences_names_each():
     from taid_jax.data.identity import TokenizerIdentity
 
