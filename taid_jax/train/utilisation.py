@@ -228,6 +228,8 @@ def make_meter(
         fused=not settings.run.logits_loss,
         teacher_used=settings.objective.objective != "sft",
     )
+    if settings.data.buckets:
+        flops = None  # Batches differ in length.
     kinds = {device.device_kind for device in mesh.devices.flat}
     peak = peak_flops(kinds.pop()) if len(kinds) == 1 else None
     return Meter(flops, mesh.size, peak)
