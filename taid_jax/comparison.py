@@ -221,10 +221,10 @@ def _with_spread(values: Sequence[float], name: str) -> str:
     if not values:
         return ""
     digits = {TOKENS: 0, "perplexity": 2, MEMORY: 2}.get(name, 4)
-    mean = f"{statistics.fmean(values):.{digits}f}"
+    mean = f"{statistics.fmean(values):,.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
 def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
