@@ -35,14 +35,20 @@ def process_bytes(key: str) -> int:
 
 
 def measure(source: str) -> dict[str, float]:
-    """Returns seconds and bytes of one load in this process."""
+    """Returns seconds, those of them at work, and bytes of one load in this process."""
     jax.devices()  # Its start is not the model's.
-    before, begun = process_bytes("VmRSS"), time.perf_counter()
+    before = process_bytes("VmRSS")
+    begun, worked = time.perf_counter(), time.process_time()
     model = load_model(source)
-    seconds = time.perf_counter() - begun
+    seconds, worked = time.perf_counter() - begun, time.process_time() - worked
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     peak = process_bytes("VmHWM") - before
-    return {"seconds": seconds, "weight_bytes": weights, "peak_bytes": peak}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": worked,
+        "weight_bytes": weights,
+        "peak_bytes": peak,
+    }
 
 
 def measure_apart(source: str, repeats: int) -> list[dict[str, float]]:
@@ -82,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     for name, runs in found.items():
         seconds = sorted(run["seconds"] for run in runs)
+        work = min(run["cpu_seconds"] for run in runs)
         peak = max(run["peak_bytes"] / run["weight_bytes"] for run in runs)
         size = runs[0]["weight_bytes"] / 2**20
         print(
-            f"{name}: {size:,.0f} MiB, {len(runs)} loads in {seconds[0]:.2f} s to "
-            f"{seconds[-1]:.2f} s, peak {peak:.2f} times the weights"
+            f"{name}: {size:,.0f} MiB, {len(runs)} loads in {seconds[0]:.2f} to "
+            f"{seconds[-1]:.2f} s, at work {work:.2f} s, "
+            f"peak {peak:.2f} times the weights"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

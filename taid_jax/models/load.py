@@ -21,7 +21,7 @@ from taid_jax.models.gguf import open_gguf
 from taid_jax.models.gguf_config import read_gguf_config
 from taid_jax.models.hf import GENERATION_CONFIG, open_folder, read_folder_config
 from taid_jax.models.source import Source, resolve
-from taid_jax.models.tokenizer import Tokenizer, find_tokenizer
+from taid_jax.models.tokenizer import Tokenizer, find_tokenizer, gguf_tokenizer
 from taid_jax.models.vocabulary import count_tokens, with_tokenizer
 from taid_jax.models.weights import Shardings, load_params, shardings_for
 
@@ -78,14 +78,17 @@ def load_model(
             or its tensors are not those of its config (all of them listed).
     """
     found = resolve(source)
-    config = _read_config(found)
     if found.kind == "gguf":
-        tensors, names = open_gguf(found.path), "gguf"
-    else:
-        family = family_named(config.family)
-        tensors, names = open_folder(_folder(found), family), "hf"
-    params = load_params(config, names, tensors, dtype=dtype, shardings=shardings)
-    return _loaded(found, config, params)
+        file = open_gguf(found.path)
+        config = read_gguf_config(file)
+        params = load_params(config, "gguf", file, dtype=dtype, shardings=shardings)
+        return _loaded(
+            found, config, params, gguf_tokenizer(file.metadata, file.origin)
+        )
+    config = _read_config(found)
+    tensors = open_folder(_folder(found), family_named(config.family))
+    params = load_params(config, "hf", tensors, dtype=dtype, shardings=shardings)
+    return _loaded(found, config, params, find_tokenizer(found))
 
 
 def random_init(
@@ -114,7 +117,7 @@ def random_init(
         functools.partial(init_params, config, dtype=dtype),
         out_shardings=shardings_for(config, shardings),
     )
-    return _loaded(found, config, init(rng))
+    return _loaded(found, config, init(rng), find_tokenizer(found))
 
 
 def export_model(
@@ -154,12 +157,14 @@ def _read_config(found: Source) -> DecoderConfig:
 
 
 def _loaded(
-    found: Source, config: DecoderConfig, params: dict[str, Any]
+    found: Source,
+    config: DecoderConfig,
+    params: dict[str, Any],
+    tokenizer: Tokenizer | None,
 ) -> LoadedModel:
     path = _folder(found) / GENERATION_CONFIG
     has_one = found.kind != "gguf" and path.is_file()
     generation = read_json(path) if has_one else {}
-    tokenizer = find_tokenizer(found)
     # A tokenizer with more ids than embeddings is the business of whoever uses it.
     if tokenizer is not None and count_tokens(tokenizer) <= config.vocab_size:
         config = with_tokenizer(config, tokenizer)
