@@ -145,6 +145,7 @@ def test_plan_step_too_large_for_a_chip_does_not_fit(make_settings):
         # 4,096 and 2,048 tokens per chip; what the plan is meant for.
         ("v5p:4x4x8", 128, 4096, 8.0),
         ("v5e:8x8", 64, 2048, 15.75),
+        ("v5e:16x16", 256, 2048, 15.75),
     ],
 )
 def test_plan_step_72b_teacher_fits(
@@ -166,3 +167,29 @@ def test_plan_step_72b_teacher_fits(
     assert plan.peak_bytes <= most_gib * 2**30
     assert plan.rematerializations == 0
     assert plan.compile_seconds < 180
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
+def test_plan_step_exchanges_hardly_more_on_more_chips(make_settings):
+    from taid_jax.plan import find_machine, pair_configs, plan_step
+
+    pytest.importorskip("libtpu", reason="compiles for a TPU")
+    found = []
+    for machine, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
+        settings = make_settings(
+            teacher="llama-2-7b",
+            student="tinyllama-1.1b",
+            batch_size=chips,
+            seq_len=512,
+            dtype="bfloat16",
+        )
+        teacher, student, _ = pair_configs(settings)
+        plan = plan_step(settings, teacher, student, find_machine(machine))
+        assert plan.rematerializations == 0
+        assert plan.collectives.endless == 0
+        found.append(plan.collectives)
+    # Weights are gathered whole on any number of chips, and no more than they. The
+    # bound that was asked for is 15%.
+    assert found[1].total_bytes < 1.15 * found[0].total_bytes
+    assert found[1].sent < 1.15 * found[0].sent

@@ -66,8 +66,16 @@ def test_train_tpu_leaves_what_it_promises(finished):
         "kl_after",
         "seconds",
         "settings",
+        "utilisation",
     }
     assert promised <= report.keys()
+    busy = report["utilisation"]
+    assert busy["chips"] == 8
+    # Nobody knows the peak of a CPU; operations are counted all the same.
+    assert busy["mfu"] is None
+    assert busy["student_flops"] > busy["teacher_flops"] / 4 > 0
+    assert 0 < busy["data_seconds"] < busy["host_seconds"] < busy["step_seconds"]
+    assert busy["flops_per_second_per_chip"] > 0
     assert report["kl_after"] < report["kl_before"]
     assert report["settings"]["run"]["steps"] == 12
     logged = {"step", "loss", "kl", "t", "delta_t", "learning_rate", "grad_norm"}
