@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import glob
 import importlib
 import importlib.util
 import os
@@ -85,7 +84,7 @@ def several_expected(environment: Mapping[str, str], platforms: str | None) -> b
     """Returns whether this process seems to be one of several started together.
 
     Asked first, because some of JAX's detection waits for servers that exist only
-    there. Nothing is read but the environment and the names of devices.
+    there.
 
     Args:
         environment: Such as `os.environ`.
@@ -111,9 +110,10 @@ def several_expected(environment: Mapping[str, str], platforms: str | None) -> b
     )
     if "," in workers or number("MEGASCALE_NUM_SLICES") > 1:
         return True
-    # A TPU virtual machine: its metadata say whether it is one of several.
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+    # A TPU virtual machine: its metadata say whether it is one of several. JAX sets
+    # this variable when it is imported where there is no TPU.
+    has_tpu = "TPU_SKIP_MDS_QUERY" not in environment
+    return has_tpu and importlib.util.find_spec("libtpu") is not None
 
 
 @contextlib.contextmanager

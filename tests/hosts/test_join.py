@@ -61,6 +61,7 @@ def test_several_expected_reads_the_environment(environment, expected):
 def test_several_expected_knows_a_tpu_slice(platforms):
     assert several_expected({"TPU_WORKER_HOSTNAMES": "a,b"}, platforms)
     assert several_expected({"MEGASCALE_NUM_SLICES": "2"}, platforms)
+    assert not several_expected({"TPU_SKIP_MDS_QUERY": "1"}, platforms)
 
 
 _TIMED_OUT = """
