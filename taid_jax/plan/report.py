@@ -120,6 +120,17 @@ def pair_configs(
         )
         notes.append(f"both vocabularies are planned with {teacher.vocab_size} entries")
     sizes = teacher.vocab_size, student.vocab_size
+    if model.resize_embeddings:
+        # A run takes the tokenizer's size, which no architecture tells.
+        shared = teacher.num_tokens or teacher.vocab_size
+        notes.append(
+            f"resize_embeddings: {shared} vocabulary entries are planned for both"
+        )
+        teacher, student = (
+            dataclasses.replace(config, vocab_size=shared, num_tokens=None)
+            for config in (teacher, student)
+        )
+        return teacher, student, notes
     if abs(sizes[0] - sizes[1]) > _OTHER_VOCABULARY:
         raise PlanError(
             f"the teacher has {sizes[0]} vocabulary entries, the student {sizes[1]}: "
