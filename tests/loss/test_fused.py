@@ -80,11 +80,16 @@ def _plain(a, objective, hidden, kernel, *, mask="mask", head=None, entries=None
 
 def _both(function, a, objective, **options):
     """Value, sums and gradients in hidden states and kernel."""
-    of = functools.partial(function, a, objective, **options)
-    (value, sums), grads = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(
-        a["student"], a["kernel"]
-    )
-    return value, sums, grads
+
+    @jax.jit
+    def of(a, objective):
+        one = functools.partial(function, a, objective, **options)
+        (value, sums), grads = jax.value_and_grad(one, argnums=(0, 1), has_aux=True)(
+            a["student"], a["kernel"]
+        )
+        return value, sums, grads
+
+    return of(a, objective)
 
 
 def _agree(found, expected, *, value_rtol=1e-6, gradient=1e-5):
@@ -347,6 +352,28 @@ def nested(monkeypatch):
     assert VOCAB % (VOCAB // 4)
 
 
+def test_fused_loss_with_a_mask_for_every_example_repeats_no_product(
+    arrays, nested, products
+):
+    a, objective = arrays(tokens=(2, 512)), loss.TAID(jnp.float32(0.4))
+
+    def of(hidden, teacher, mask, labels, kernel):
+        b = {**a, "teacher": teacher, "labels": labels}
+        return _fused(b, objective, hidden, kernel, mask=mask)[0]
+
+    names = "student", "teacher", "mask", "labels", "kernel"
+    arguments = [a[name] for name in names]
+    every = jax.vmap(jax.value_and_grad(of, (0, 4)), in_axes=(0, 0, 0, 0, None))
+    assert products(every, *arguments, tokens=1024) == 3 * STUDENT + TEACHER
+    values, (in_hidden, in_kernel) = jax.jit(every)(*arguments)
+    for i in range(2):
+        one = [x[i] for x in arguments[:-1]]
+        value, grads = jax.value_and_grad(of, (0, 4))(*one, a["kernel"])
+        np.testing.assert_allclose(values[i], value, rtol=1e-6)
+        for x, y in zip((in_hidden[i], in_kernel[i]), grads, strict=True):
+            assert np.linalg.norm(x - y) <= 1e-6 * np.linalg.norm(y)
+
+
 @pytest.mark.parametrize("turned", [False, True], ids=["kernel", "table"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_fused_loss_in_blocks_and_strips_is_the_plain_form(
@@ -430,13 +457,30 @@ def test_fused_loss_does_not_compile_again(arrays):
     a = arrays()
 
     @jax.jit
-    def of(t, mask):
+    def of(objective, mask):
         b = {**a, "mask": mask}
-        return _fused(b, loss.TAID(t), a["student"], a["kernel"])[0]
+        return _fused(b, objective, a["student"], a["kernel"])[0]
 
-    of(jnp.float32(0.1), a["mask"])
-    of(jnp.float32(0.9), ~a["mask"])
-    assert of._cache_size() == 1
+    for of_number in (loss.TAID, loss.CTKD, loss.ForwardKL):
+        before = of._cache_size()
+        of(of_number(jnp.float32(0.1)), a["mask"])
+        of(of_number(jnp.float32(0.9)), ~a["mask"])
+        assert of._cache_size() == before + 1
+
+
+def test_fused_loss_in_float16(arrays):
+    a, objective = arrays(tokens=(32,)), loss.TAID(jnp.float32(0.4))
+    half = {k: v.astype("float16") if v.dtype == "float32" else v for k, v in a.items()}
+    value, _, grads = _both(_fused, half, objective, chunk_size=8)
+    rounded = {k: v.astype(a[k].dtype) for k, v in half.items()}
+    expected = _both(_plain, rounded, objective)
+    assert [g.dtype for g in grads] == [jnp.float16, jnp.float16]
+    # Of the same inputs: products are float32 sums, as the plain form's are.
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    for x, y in zip(grads, expected[2], strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        # The gradient in the logits and the result, each rounded to 11 bits once.
+        assert np.linalg.norm(x - y) < 2**-11 * np.linalg.norm(y)
 
 
 def test_fused_loss_vmaps(arrays):
@@ -479,10 +523,18 @@ def test_fused_loss_misuse_names_the_shapes(arrays, change, message):
     assert str(next(iter(change.values()))) in str(caught.value)
 
 
+def test_fused_loss_misuse_of_vocabularies_names_the_shapes(arrays):
+    a = arrays()
+    kernel = rf"kernel \({STUDENT}, {VOCAB}\)"
+    for head in ({"vocab_size": VOCAB + 1}, {"vocab_size": 0}):
+        with pytest.raises(ValueError, match=f"1 <= vocab_size <= {VOCAB}.*{kernel}"):
+            _fused(a, loss.ForwardKL(), a["student"], a["kernel"], head=head)
+
+
 def test_fused_loss_without_the_labels_that_it_needs_is_an_error(arrays):
     a = arrays()
     a["labels"] = None
-    with pytest.raises(ValueError, match="DKD needs labels"):
+    with pytest.raises(ValueError, match=r"DKD needs labels of shape \(4, 12\)"):
         _fused(a, loss.DKD(), a["student"], a["kernel"])
     with pytest.raises(ValueError, match="chunk_size >= 1"):
         _fused(a, loss.ForwardKL(), a["student"], a["kernel"], chunk_size=0)

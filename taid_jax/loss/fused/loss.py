@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from taid_jax.loss.fused.chunks import Gradients
 from taid_jax.loss.fused.mesh import find_partition
 from taid_jax.loss.fused.rows import Linear, Wanted, is_smooth, kernel_axes
-from taid_jax.loss.fused.shards import Fixed, Moving, Static, run_shards
+from taid_jax.loss.fused.shards import Fixed, Moving, Static, run
 from taid_jax.loss.objective import Objective
 from taid_jax.loss.reduce import token_metrics
 from taid_jax.types import Head
@@ -210,14 +210,11 @@ def _trace_objective(
     return list(metrics)
 
 
-_run = jax.jit(run_shards, static_argnums=(0, 1))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
     static: Static, moving: Moving, fixed: Fixed
 ) -> tuple[Array, dict[str, Array]]:
-    outcome = _run(static, _NOTHING, moving, fixed)
+    outcome = run(static, _NOTHING, moving, fixed)
     return outcome.loss, outcome.metrics
 
 
@@ -237,7 +234,7 @@ def _fused_forward(
         bias=moving.head.bias is not None and moving.head.bias.perturbed,
     )
     moving, fixed = jax.tree.map(lambda leaf: leaf.value, (moving, fixed))
-    outcome = _run(static, wanted, moving, fixed)
+    outcome = run(static, wanted, moving, fixed)
     # Named, so that `jax.checkpoint` can be told to keep it: it is all the work.
     gradients = checkpoint_name(outcome.gradients, FUSED_LOSS)
     return (outcome.loss, outcome.metrics), _Residuals(moving.objective, gradients)

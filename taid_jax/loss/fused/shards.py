@@ -1,6 +1,7 @@
 """The fused head on every device of a mesh, or on the one there is."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +57,40 @@ class Fixed(NamedTuple):
     head: Linear | None
     mask: Array | None
     labels: Array | None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> Outcome:
+    """Returns what `run_shards` does.
+
+    Under `vmap` with a mask for every example the examples take turns: which tokens are
+    skipped is a branch, and a branch of many examples would be all branches of each.
+    """
+    one = functools.partial(run_shards, static, wanted)
+    batched = jax.custom_batching.custom_vmap(one)
+
+    @batched.def_vmap
+    def rule(
+        size: int, mapped: Sequence[Any], moving: Moving, fixed: Fixed
+    ) -> tuple[Outcome, Any]:
+        leaves, tree = jax.tree.flatten((moving, fixed))
+        flags = jax.tree.leaves(mapped)
+
+        def example(index: Array) -> Outcome:
+            pairs = zip(leaves, flags, strict=True)
+            return batched(*tree.unflatten([x[index] if f else x for x, f in pairs]))
+
+        def together(*leaves: Array) -> Outcome:
+            return one(*tree.unflatten(leaves))
+
+        if mapped[1].mask:
+            outcome = lax.map(example, jnp.arange(size))
+        else:
+            in_axes = tuple(0 if flag else None for flag in flags)
+            outcome = jax.vmap(together, in_axes=in_axes)(*leaves)
+        return outcome, jax.tree.map(lambda _: True, outcome)
+
+    return batched(moving, fixed)
 
 
 def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> Outcome:
