@@ -4,15 +4,16 @@ import re
 from collections.abc import Sequence
 
 import jinja2
-import numpy as np
 
 from taid_jax.data.documents import ANSWER_ROLE, Chat, Completion, Message
 from taid_jax.data.encoding import Rendered, Span, Tokenizer
 from taid_jax.data.errors import DataError, RecordError
-from taid_jax.data.tokens import Example
 
-_MARKS_ANSWERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-"""A template that says itself which tokens the assistant writes."""
+_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+"""What a template has round all that the assistant writes, where it says so itself."""
+
+_PRIVATE = range(0xE000, 0xF8FF)
+"""Characters that mean nothing in Unicode, to be told apart from a conversation's."""
 
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
@@ -42,12 +43,14 @@ class ChatRenderer:
         self._count_prompts = count_prompts
         template = getattr(tokenizer, "chat_template", None)
         self.has_template = bool(template)
-        self._marked = bool(_MARKS_ANSWERS.search(str(template)))
+        if isinstance(template, dict):
+            template = template.get("default")
+        self._marked = template if template and _MARK.search(template) else None
         # The longest first, so that no token is taken for a shorter one it begins with.
         ends = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._end = re.compile(f" *(?:{'|'.join(map(re.escape, ends))})")
 
-    def completion(self, content: Completion) -> Rendered | Example:
+    def completion(self, content: Completion) -> Rendered:
         """Returns a prompt and its completion as one turn each of user and assistant.
 
         A tokenizer without a chat template (a base model's) gets prompt and completion
@@ -63,8 +66,8 @@ class ChatRenderer:
         answers = (Span(len(content.prompt), len(text)),)
         return Rendered(text, answers, self._count_prompts, framed=True)
 
-    def chat(self, content: Chat) -> Rendered | Example:
-        """Returns a conversation as text, or as ids where the template marks answers.
+    def chat(self, content: Chat) -> Rendered:
+        """Returns a conversation as text, with the characters of its answers.
 
         Where prompts count too, only the last answer is looked for, and it is no
         problem if it is not found.
@@ -87,8 +90,10 @@ class ChatRenderer:
                     f"the chat template does not write turn {turn} ({message.role}); "
                     "take the turn out, or give another template by --chat-template",
                 )
-        if self._marked:
-            return self._encode_marked(messages)
+        if self._marked is not None:
+            spans = self._marked_answers(whole, messages, self._marked)
+            kept = spans[-1:] if self._count_prompts else spans
+            return Rendered(whole, kept, counts_all=self._count_prompts)
         turns = [n for n, message in enumerate(messages) if message.role == ANSWER_ROLE]
         if not self._count_prompts:
             spans = [self._find_answer(whole, messages, turn) for turn in turns]
@@ -123,22 +128,42 @@ class ChatRenderer:
         end = self._end.match(whole, stop)
         return Span(start, end.end() if end else stop)
 
-    def _encode_marked(self, messages: Sequence[Message]) -> Example:
-        encoded = self._apply(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+    def _marked_answers(
+        self, whole: str, messages: Sequence[Message], template: str
+    ) -> tuple[Span, ...]:
+        """Returns the characters that the template marks as the assistant's.
+
+        Each mark is replaced by a character that the conversation does not have. Which
+        tokens they are is left to the encoder and its proof: the masks that
+        `transformers` makes count a token of which one character is an answer's.
+        """
+        free = (chr(code) for code in _PRIVATE if chr(code) not in whole)
+        start, stop = next(free), next(free)
+
+        def show(mark: re.Match[str]) -> str:
+            # A block, as the mark is, so that white space round it is treated alike.
+            left, end, right = mark.groups()
+            character = stop if end else start
+            return f"{{%{left} if true %}}{character}{{% endif {right}%}}"
+
+        shown = self._apply(
+            messages, tokenize=False, chat_template=_MARK.sub(show, template)
         )
-        inside = np.array(encoded["assistant_masks"], np.int8)
-        # The last run of marked tokens is the last answer.
-        borders = np.flatnonzero(np.diff(inside, prepend=0, append=0))
-        prompt, end = borders[-2:].tolist() if len(borders) else (0, 0)
-        counted = inside == 1
-        if self._count_prompts:
-            counted[:] = True
-        counted[:1] = False
-        return Example(np.array(encoded["input_ids"], np.int32), counted, prompt, end)
+        spans: list[Span] = []
+        place = 0
+        for piece in re.split(f"([{start}{stop}])", shown):
+            if piece == start:
+                spans.append(Span(place, place))
+            elif piece == stop:
+                spans[-1] = spans[-1]._replace(stop=place)
+            else:
+                place += len(piece)
+        if re.sub(f"[{start}{stop}]", "", shown) != whole:
+            raise RecordError(
+                "answer_not_found",
+                "the chat template marks answers in a way that changes what it renders",
+            )
+        return tuple(span for span in spans if span.start < span.stop)
 
     def _render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False
@@ -147,7 +172,7 @@ class ChatRenderer:
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
-    def _apply(self, messages: Sequence[Message], **options: bool):
+    def _apply(self, messages: Sequence[Message], **options: bool | str):
         try:
             return self._tokenizer.apply_chat_template(
                 [message._asdict() for message in messages], **options

@@ -197,6 +197,8 @@ class Encoder:
         piece_ids: list[list[int]],
     ) -> _Found | None:
         """Returns where the answers lie, None where nothing proves it."""
+        if not item.answers:
+            return _Found(whole, np.zeros(len(whole), np.bool_), 0, 0)
         joined = [token for part in piece_ids for token in part]
         lengths = [len(part) for part in piece_ids]
         inside = np.repeat([piece.answers for piece in pieces], lengths)
@@ -204,7 +206,7 @@ class Encoder:
         last = sum(lengths[:number]), sum(lengths[: number + 1])
         if joined == whole:
             return _Found(whole, inside, *last)
-        borders = [border for answer in item.answers or () for border in answer]
+        borders = [border for answer in item.answers for border in answer]
         starts = self.ids([item.text[:border] for border in borders])
         if item.counts_all:
             # A token that crosses into the answer is the answer's.

@@ -66,7 +66,7 @@ class Intake:
             DataError: If there are conversations and no chat template, or, under the
                 policy `raise`, at the first document that cannot be used.
         """
-        group: list[tuple[int, Document, Rendered | Example]] = []
+        group: list[tuple[int, Document, Rendered]] = []
         characters = 0
         for number, document in enumerate(documents):
             if isinstance(document.content, Text) and not document.content.text.strip():
@@ -80,14 +80,13 @@ class Intake:
                 self._bad.report(document.origin, error)
                 continue
             group.append((number, document, rendered))
-            if isinstance(rendered, Rendered):
-                characters += len(rendered.text)
+            characters += len(rendered.text)
             if len(group) >= _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
                 yield from self._encode(group)
                 group, characters = [], 0
         yield from self._encode(group)
 
-    def _render(self, content: Content) -> Rendered | Example:
+    def _render(self, content: Content) -> Rendered:
         match content:
             case Text():
                 return Rendered(
@@ -99,16 +98,14 @@ class Intake:
                 return self._renderer.chat(content)
 
     def _encode(
-        self, group: Sequence[tuple[int, Document, Rendered | Example]]
+        self, group: Sequence[tuple[int, Document, Rendered]]
     ) -> Iterator[tuple[int, Document, Example]]:
-        texts = [item for *_, item in group if isinstance(item, Rendered)]
-        encoded = iter(self._encoder.examples(texts))
-        for number, document, item in group:
-            example = next(encoded) if isinstance(item, Rendered) else item
+        encoded = self._encoder.examples([item for *_, item in group])
+        for (number, document, item), example in zip(group, encoded, strict=True):
             if isinstance(example, RecordError):
                 self._bad.report(document.origin, example)
                 continue
-            if isinstance(item, Rendered) and item.windowed:
+            if item.windowed:
                 windows = cut_windows(example, self._limits.tokens)
             else:
                 windows = iter([example])

@@ -7,7 +7,6 @@ from taid_jax.data.chat import ChatRenderer, MissingTemplateError
 from taid_jax.data.documents import Chat, Completion, Message, parse_record
 from taid_jax.data.encoding import Encoder, Rendered
 from taid_jax.data.errors import DataError, RecordError
-from taid_jax.data.tokens import Example
 
 QUESTION = Message("user", "Whether?")
 ANSWER = Message("assistant", "that is all.")
@@ -17,8 +16,6 @@ def encode(tokenizer, content, *, count_prompts=False):
     renderer = ChatRenderer(tokenizer, count_prompts=count_prompts)
     chat = isinstance(content, Chat)
     item = renderer.chat(content) if chat else renderer.completion(content)
-    if isinstance(item, Example):
-        return item
     [example] = Encoder(tokenizer).examples([item])
     if isinstance(example, DataError):
         raise example
@@ -117,6 +114,69 @@ def test_chat_counts_everything_but_the_first_token_on_request(styled_tokenizer)
         [message._asdict() for message in chat.messages], return_dict=False
     )
     assert example.ids.tolist() == plain
+
+
+# The five formats again, with marks round what the assistant writes.
+HEADERS = {
+    "chatml": "<|im_start|>' + m['role'] + '\n",
+    "llama3": "<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n",
+    "phi3": "<|' + m['role'] + '|>\n",
+    "zephyr": "<|' + m['role'] + '|>\n",
+}
+
+
+def marked_template(style, end):
+    said = "m['content'] | trim" if style in ("llama2", "llama3") else "m['content']"
+    if style == "llama2":
+        # Marks with white space control, on lines of their own.
+        return (
+            "{% for m in messages %}{% if m['role'] == 'assistant' %}\n"
+            "  {%- generation -%}\n"
+            "    {{ ' ' + m['content'] | trim + ' ' + eos_token }}\n"
+            "  {%- endgeneration -%}\n"
+            "{% else %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}{% endif %}"
+            "{% endfor %}"
+        )
+    return (
+        f"{{% for m in messages %}}{{{{ '{HEADERS[style]}' }}}}"
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        f"{{{{ {said} }}}}{{{{ '{end}' }}}}{{% endgeneration %}}\n"
+        f"{{% else %}}{{{{ {said} }}}}{{{{ '{end}' }}}}{{% endif %}}{{{{ '\n' }}}}"
+        "{% endfor %}"
+    )
+
+
+def test_chat_counts_exactly_what_the_template_marks(
+    style, styled_tokenizer, turn_end, make_conversations, monkeypatch
+):
+    """The masks of transformers alone count a token of which one character is."""
+    template = marked_template(style, turn_end)
+    monkeypatch.setattr(styled_tokenizer, "chat_template", template)
+    for messages in make_conversations(200):
+        example = encode(styled_tokenizer, parse_record({"messages": messages}))
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if style in ("llama2", "llama3"):
+            answers = [answer.strip() for answer in answers]
+        found = counted_texts(styled_tokenizer, example)
+        assert all(text.endswith(turn_end) for text in found)
+        found = [text.removesuffix(turn_end) for text in found]
+        if style == "llama2":
+            found = [text.strip(" ") for text in found]
+        assert found == answers
+        last = example.ids[example.prompt : example.answer_end]
+        assert example.counted[example.prompt : example.answer_end].all()
+        assert styled_tokenizer.decode(last.tolist()).endswith(turn_end)
+
+
+def test_chat_finds_marks_in_a_conversation_with_private_characters(
+    tokenizer, monkeypatch
+):
+    template = marked_template("chatml", "<|im_end|>")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    answer = Message("assistant", "\ue000that\ue001 is all.\ue002")
+    example = encode(tokenizer, Chat((QUESTION, answer)))
+    [found] = counted_texts(tokenizer, example)
+    assert found == answer.content + "<|im_end|>"
 
 
 def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):

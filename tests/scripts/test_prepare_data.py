@@ -254,7 +254,7 @@ def test_prepare_data_goes_on_after_kill_9(teacher, template, tmp_path):
         )
 
     process = start("killed", 1)
-    until = time.monotonic() + 100
+    until = time.monotonic() + 200
     while time.monotonic() < until and process.poll() is None:
         if len(list((tmp_path / "killed").rglob("part-*.json"))) >= 3:
             break
@@ -265,7 +265,7 @@ def test_prepare_data_goes_on_after_kill_9(teacher, template, tmp_path):
     assert not (tmp_path / "killed" / "manifest.json").exists()
     for name, jobs in (("killed", 1), ("whole", 2)):
         process = start(name, jobs)
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors
     killed, whole = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
