@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taid_jax.models.config import DecoderConfig
+from taid_jax.models.decoder import select_layers
 from taid_jax.models.load import load_config
 from taid_jax.models.presets import PRESETS
 from taid_jax.models.source import DEFAULT_TEACHER
@@ -106,7 +107,8 @@ def pair_configs(
                 f"student_layers: the teacher has {teacher.num_layers} layers, "
                 f"got {layers}"
             )
-        student = dataclasses.replace(teacher, num_layers=layers)
+        # Layers may differ: only the choice of them says what the student's are.
+        _, student = select_layers({"layers": {}}, teacher, layers)
     for flag, config in (("teacher", teacher), ("student", student)):
         if settings.data.seq_len > config.max_length:
             raise PlanError(
@@ -120,17 +122,6 @@ def pair_configs(
         )
         notes.append(f"both vocabularies are planned with {teacher.vocab_size} entries")
     sizes = teacher.vocab_size, student.vocab_size
-    if model.resize_embeddings:
-        # A run takes the tokenizer's size, which no architecture tells.
-        shared = teacher.num_tokens or teacher.vocab_size
-        notes.append(
-            f"resize_embeddings: {shared} vocabulary entries are planned for both"
-        )
-        teacher, student = (
-            dataclasses.replace(config, vocab_size=shared, num_tokens=None)
-            for config in (teacher, student)
-        )
-        return teacher, student, notes
     if abs(sizes[0] - sizes[1]) > _OTHER_VOCABULARY:
         raise PlanError(
             f"the teacher has {sizes[0]} vocabulary entries, the student {sizes[1]}: "

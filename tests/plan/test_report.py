@@ -83,6 +83,16 @@ def test_pair_configs_of_presets(make_settings):
     assert "padding" in notes[-1]
 
 
+def test_pair_configs_of_some_layers_keeps_what_differs_between_them(make_settings):
+    from taid_jax.models.presets import PRESETS
+    from taid_jax.plan import pair_configs
+
+    for name in PRESETS:
+        _, student, _ = pair_configs(make_settings(teacher=name, student_layers=3))
+        assert student.num_layers == 3
+        assert len(student.window_layers or "123") == 3
+
+
 def test_pair_configs_of_resized_models_have_the_teachers_vocabulary(make_settings):
     from taid_jax.plan import pair_configs
 
