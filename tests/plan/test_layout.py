@@ -50,7 +50,7 @@ from taid_jax.settings import from_dict
 found = {}
 for teacher, student, mesh in json.loads(sys.argv[1]):
     settings = from_dict({
-        "teacher": teacher, "batch_size": 8, "seq_len": 128, "remat": "full",
+        "teacher": teacher, "batch_size": 8, "seq_len": 64, "remat": "full",
         "dtype": "bfloat16", "mesh": mesh,
         **({"student": student} if student else {"student_layers": 2}),
     })
