@@ -19,7 +19,10 @@ def loss_and_gradient(teacher, student, teacher_params, params, batch, mesh):
     from taid_jax.models.decoder import decoder_functions
     from taid_jax.train.step import batch_loss
 
-    @jax.jit
+    # Half the time of compiling; nothing here runs long.
+    options = {"xla_backend_optimization_level": 0}
+
+    @functools.partial(jax.jit, compiler_options=options)
     @functools.partial(jax.value_and_grad, argnums=0, has_aux=True)
     def run(params, teacher_params, batch):
         return batch_loss(
