@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -219,8 +220,12 @@ def test_heads_that_no_mesh_divides_stay_whole_and_are_named(
     train_tpu, arguments, tmp_path
 ):
     flags = [*arguments, "--mesh=data=2,tensor=4", "--steps=2", "--eval-every=0"]
-    with pytest.warns(UserWarning, match="axis heads of size 2 is not cut over"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         assert train_tpu.main(flags) == 0
+    said = "\n".join(str(warning.message) for warning in told)
+    assert "axis heads of size 2 is not cut over ('tensor',)" in said
+    assert "it stays whole on each device" in said
     assert (tmp_path / "run" / "report.json").is_file()
 
 
