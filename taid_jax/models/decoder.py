@@ -190,7 +190,8 @@ def hidden_states(
             product, "dots" the attention, "full" whole layers.
 
     Raises:
-        ModelError: If `remat` is none of the three.
+        ModelError: If `remat` is none of the three, or a sequence is longer than the
+            model has learned positions.
     """
     if remat not in _SAVED:
         raise ModelError(f"remat: need one of {tuple(_SAVED)}, got {remat!r}")
