@@ -171,3 +171,38 @@ def test_splash_attention_needs_memory_that_does_not_grow_with_the_square():
     assert found[4096] <= 2.2 * found[2048]
     assert found[8192] <= 2.2 * found[4096]
     assert found[8192] < 2**27
+
+
+def test_hidden_states_keep_what_a_kernel_gave_where_asked(monkeypatch):
+    from taid_jax.models.config import DecoderConfig
+    from taid_jax.models.decoder import abstract_params, hidden_states
+    from taid_jax.plan import count_flops
+
+    config = DecoderConfig(
+        vocab_size=8,
+        d_model=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=16,
+        max_length=256,
+    )
+    monkeypatch.setattr(kernels, "_platform", lambda mesh: "tpu")
+    ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def flops(remat):
+        def loss(params, ids):
+            batch = {"input_ids": ids}
+            with activations_on(make_mesh("data=1", jax.devices()[:1])):
+                out = hidden_states(
+                    params, batch, config, dtype=jnp.bfloat16, remat=remat
+                )
+            return jnp.sum(out.astype(jnp.float32))
+
+        return count_flops(jax.make_jaxpr(jax.grad(loss))(abstract_params(config), ids))
+
+    # Two layers, four heads, one block of 128 by 128, two products of eight numbers.
+    forward = 2 * 4 * 2 * (2 * 128 * 128 * 8)
+    assert flops("dots") - flops("none") == forward
+    assert flops("full") > flops("dots")
