@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from taid_jax.loss.fused.plan import Plan
 from taid_jax.loss.fused.rows import Problem, Wanted, dot, kernel_axes
-from taid_jax.loss.fused.strips import kernel_strips, over_counted
+from taid_jax.loss.fused.strips import Products, over_counted, strip_products
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -131,7 +131,7 @@ def chunk_products(
         hidden: `(chunk, d_model)`.
         live: How many tokens count; all when None.
     """
-    if job.plan.cpu:
+    if job.plan.cpu and job.parts == 1:
         return _cpu_products(job, sums, in_logits, hidden, live)
 
     def work(sums: Sums, x: tuple[Array, Array]) -> tuple[Sums, Array | None]:
@@ -145,26 +145,22 @@ def _cpu_products(
     job: Job, sums: Sums, in_logits: Array, hidden: Array, live: Array | None
 ) -> tuple[Sums, Array | None]:
     """Returns what `chunk_products` does."""
-    student = job.problem.student
-    model, vocab = kernel_axes(student.kernel, hidden.shape[1])
-    kernel, bias, in_hidden = sums.kernel, sums.bias, None
+    start = jnp.zeros(hidden.shape, jnp.float32) if job.wanted.hidden else None
+    kernel, in_hidden = strip_products(
+        job.plan,
+        Products(sums.kernel, start),
+        job.problem.student.kernel,
+        in_logits,
+        hidden,
+        live,
+    )
+    if in_hidden is not None:
+        in_hidden = jnp.expand_dims(in_hidden, 0)
 
-    def some(first: Array, number: int) -> Array:
-        return lax.dynamic_slice_in_dim(in_logits, first, number)
+    def add_rows(bias: Array, first: Array, number: int) -> Array:
+        return bias + _sum_rows(lax.dynamic_slice_in_dim(in_logits, first, number))
 
-    def hidden_rows(carry: Array, first: Array, number: int) -> Array:
-        new = _hidden_parts(job, some(first, number), vocab)
-        return lax.dynamic_update_slice_in_dim(carry, new, first, 1)
-
-    def bias_rows(carry: Array, first: Array, number: int) -> Array:
-        return carry + _sum_rows(some(first, number))
-
-    if job.wanted.hidden:
-        start = jnp.zeros((job.parts, *hidden.shape), jnp.float32)
-        start = job.spread(start, 0)
-        in_hidden = over_counted(job.plan, live, hidden_rows, start)
-    if kernel is not None:
-        kernel = kernel_strips(job.plan, kernel, in_logits, hidden, model, live)
+    bias = sums.bias
     if bias is not None:
-        bias = over_counted(job.plan, live, bias_rows, bias)
+        bias = over_counted(job.plan, live, add_rows, bias)
     return Sums(sums.objective, kernel, bias), in_hidden

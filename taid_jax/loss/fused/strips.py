@@ -1,63 +1,87 @@
 """The products with the gradient of the logits, as a CPU does them best.
 
-The head's gradient is added to in strips of the vocabulary: a product of the whole head
-would be an array of its size, written once and read once, in every chunk.
+Both go through the vocabulary in strips, whose operands stay in a core's cache. The
+product for the whole head would also be an array of its size, written and read once
+more in every chunk.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from taid_jax.loss.fused.plan import Plan
-from taid_jax.loss.fused.rows import dot
+from taid_jax.loss.fused.rows import dot, kernel_axes
 
-STRIP = 4096
-"""Entries of a strip, about. Its product stays in a core's cache."""
+STRIP = 2048
+"""Entries of a strip, about."""
 
 X = TypeVar("X")
 
 
-def kernel_strips(
+class Products(NamedTuple):
+    """Gradients of the head and of the chunk's hidden states; None where not wanted."""
+
+    kernel: Array | None
+    hidden: Float[Array, "chunk d_model"] | None
+
+
+def strip_products(
     plan: Plan,
-    kernel: Float[Array, "..."],
+    sums: Products,
+    kernel: Shaped[Array, "..."],
     in_logits: Float[Array, "chunk vocab"],
     hidden: Float[Array, "chunk d_model"],
-    model: int,
     live: Int[Array, ""] | None,
-) -> Float[Array, "..."]:
-    """Returns the gradient of the head with that of a chunk added.
+) -> Products:
+    """Returns gradients with the products of a chunk added.
 
     Args:
         plan: Sizes of the loop.
-        kernel: What is added to; float32, of either orientation.
+        sums: What is added to, float32.
+        kernel: The head's, of either orientation.
         in_logits: Of counted tokens first.
         hidden: The chunk's.
-        model: Which axis of the kernel is d_model.
         live: How many tokens count; all when None.
     """
-    vocab = in_logits.shape[1]
-    count = -(-vocab // STRIP)
+    model, vocab = kernel_axes(kernel, hidden.shape[1])
+    size, tokens = in_logits.shape[1], 1 - model
     # Kept apart: the product takes a slow path when it turns an operand.
     turned = lax.optimization_barrier(hidden.T) if model == 0 else hidden
 
-    def add(kernel: Array, start: Array, width: int) -> Array:
-        def rows(total: Array, first: Array, number: int) -> Array:
+    def add(sums: Products, start: Array, width: int) -> Products:
+        weights = lax.dynamic_slice_in_dim(kernel, start, width, axis=vocab)
+
+        def rows(carry: Products, first: Array, number: int) -> Products:
             g = lax.dynamic_slice(in_logits, (first, start), (number, width))
-            h = lax.dynamic_slice_in_dim(turned, first, number, axis=1 - model)
-            return total + (dot(h, g, 1, 0) if model == 0 else dot(g, h, 0, 0))
+            part, in_hidden = carry
+            if part is not None:
+                h = lax.dynamic_slice_in_dim(turned, first, number, axis=tokens)
+                part += dot(h, g, 1, 0) if model == 0 else dot(g, h, 0, 0)
+            if in_hidden is not None:
+                old = lax.dynamic_slice_in_dim(in_hidden, first, number)
+                new = old + dot(g, weights, 1, vocab)
+                in_hidden = lax.dynamic_update_slice_in_dim(in_hidden, new, first, 0)
+            return Products(part, in_hidden)
 
-        total = lax.dynamic_slice_in_dim(kernel, start, width, axis=1 - model)
-        total = over_counted(plan, live, rows, total)
-        return lax.dynamic_update_slice_in_dim(kernel, total, start, axis=1 - model)
+        whole, part = sums.kernel, None
+        if whole is not None:
+            part = lax.dynamic_slice_in_dim(whole, start, width, axis=vocab)
+        part, in_hidden = over_counted(plan, live, rows, Products(part, sums.hidden))
+        if whole is not None and part is not None:
+            whole = lax.dynamic_update_slice_in_dim(whole, part, start, axis=vocab)
+        return Products(whole, in_hidden)
 
-    width = vocab // count
+    count = -(-size // STRIP)
+    width = size // count
     starts = jnp.arange(count, dtype=jnp.int32) * width
-    kernel, _ = lax.scan(lambda k, start: (add(k, start, width), None), kernel, starts)
-    rest = vocab - count * width
-    return add(kernel, jnp.int32(count * width), rest) if rest else kernel
+    sums, _ = lax.scan(
+        lambda sums, start: (add(sums, start, width), None), sums, starts
+    )
+    rest = size - count * width
+    return add(sums, jnp.int32(count * width), rest) if rest else sums
 
 
 def over_counted(
