@@ -197,16 +197,15 @@ def test_processes_of_slurm_that_read_other_data_are_told(flags, text, tmp_path)
 def test_runs_move_between_process_counts(train_tpu, flags, tmp_path):
     flags = [*flags, "--steps=60", "--save-every=15", "--eval-every=0"]
     flags += ["--learning-rate=0.001", "--held-out-batches=1"]
-    mesh = "--mesh=data=2,fsdp=2,tensor=2"
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    first = Company(2, [*flags, mesh, f"--output={moved}"], tmp_path)
+    first = Company(2, [*flags, f"--output={moved}"], tmp_path, devices=1)
     assert train_tpu.main([*flags, f"--output={whole}"]) == 0
     assert first.wait() == [0, 0], first.said(0)
     _expect_same(moved, whole)
     _forget_after(moved, 15)
     # Tensor parallelism across processes: two of them share the rows of a batch.
-    wide = ["--mesh=tensor=4,data=2", "--resume", f"--output={moved}"]
-    second = Company(4, [*flags, *wide], tmp_path)
+    wide = ["--mesh=data=2,tensor=2", "--resume", f"--output={moved}"]
+    second = Company(4, [*flags, *wide], tmp_path, devices=1)
     assert second.wait() == [0] * 4, second.said(0)
     _expect_same(moved, whole)
     _forget_after(moved, 45)
