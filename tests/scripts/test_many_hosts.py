@@ -137,22 +137,21 @@ def _forget_after(folder, step):
     (folder / "report.json").unlink()
 
 
-def test_two_processes_equal_one_which_goes_on_from_their_checkpoint(
+def test_two_processes_train_and_one_goes_on_with_the_same_numbers(
     train_tpu, flags, tmp_path
 ):
     flags = [*flags, "--steps=6", "--eval-every=0", "--held-out-batches=1"]
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
-    company = Company(2, [*flags, f"--output={shared}"], tmp_path, devices=1)
-    assert train_tpu.main([*flags, f"--output={whole}"]) == 0
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    company = Company(2, flags, tmp_path, devices=1)
     assert company.wait() == [0, 0], company.said(0) + company.said(1)
-    _expect_same(shared, whole)
-    assert (shared / "student" / "model.safetensors").is_file()
+    assert (folder / "student" / "model.safetensors").is_file()
     assert "step 6/6" in company.said(0)
     assert "step" not in company.said(1)
 
-    _forget_after(shared, 3)
-    assert train_tpu.main([*flags, f"--output={shared}", "--resume"]) == 0
-    _expect_same(shared, whole)
+    shutil.copytree(folder, copy)
+    _forget_after(folder, 3)
+    assert train_tpu.main([*flags, "--resume"]) == 0
+    _expect_same(folder, copy)
 
 
 def test_process_that_never_joins_is_named(flags, tmp_path):
