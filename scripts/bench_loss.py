@@ -148,17 +148,22 @@ def difference(ours: Column, other: Column) -> float:
     return float(max(apart))
 
 
-def measure(columns: dict[str, Column], rounds: int) -> None:
-    """Fills in the seconds of every column, which take turns."""
+def measure(columns: dict[str, Column], rounds: int, *, processor: bool) -> None:
+    """Fills in the seconds of every column, which take turns.
+
+    Those that the process was computing for, where `processor`: on one core, that is
+    steady on a machine that others use as well.
+    """
+    clock = time.process_time if processor else time.perf_counter
     for column in columns.values():
         began = time.perf_counter()
         column.step()
         column.first_seconds = time.perf_counter() - began
     for _ in range(rounds):
         for column in columns.values():
-            began = time.perf_counter()
+            began = clock()
             column.step()
-            column.seconds.append(time.perf_counter() - began)
+            column.seconds.append(clock() - began)
 
 
 def masked(arrays: dict[str, jax.Array], fraction: float) -> dict[str, jax.Array]:
@@ -256,6 +261,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--masked-fraction", type=float, default=0.5)
     parser.add_argument("--chunk-size", type=int, help="tokens; chosen when left out")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each column")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="for a shared machine, with `taskset -c 0` and --threads 1",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's")
     parser.add_argument("--no-torch", action="store_true", help="JAX's columns only")
     parser.add_argument("--seed", type=int, default=0)
@@ -279,7 +289,7 @@ def main(arguments: Sequence[str]) -> int:
     rows = []
     for size in sizes:
         columns = make_columns(size, args)
-        measure(columns, args.rounds)
+        measure(columns, args.rounds, processor=args.processor_time)
         apart = difference(columns["fused"], columns["plain JAX"])
         rows.append(report(size, columns, apart))
     if args.json:

@@ -20,7 +20,11 @@ from taid_jax.loss.reduce import token_metrics
 from taid_jax.types import Head
 
 FUSED_LOSS = "fused_loss"
-"""Name of what the backward pass needs, for a policy of `jax.checkpoint`."""
+"""Name of what the backward pass needs, for a policy of `jax.checkpoint`.
+
+Under one that saves nothing, the value is computed twice: its two products are then the
+only ones that are repeated.
+"""
 
 _NOTHING = Wanted(objective=False, hidden=False, kernel=False, bias=False)
 

@@ -1,0 +1,104 @@
+"""Compiles the fused head and the plain form for a TPU that is not there.
+
+Prints what XLA's TPU compiler says of TAID's mean loss and its gradients in the
+student's hidden states and head, in bfloat16: temporary memory of a chip, and the
+operations of the matrix products as a share of those that are needed. On several chips
+the tokens lie over data and fsdp, the vocabulary over tensor. Needs the `tpu` extra, no
+TPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from taid_jax import loss
+from taid_jax.plan import find_machine
+from taid_jax.plan.compiled import compiled_anew, plan_mesh
+from taid_jax.plan.flops import count_flops
+from taid_jax.sharding import MESH_AXES
+
+
+def compile_loss(
+    mesh: Mesh, args: argparse.Namespace, *, fused: bool
+) -> tuple[int, float]:
+    """Returns bytes of temporary memory, and products as a share of the needed four."""
+    n, student, teacher, vocab = (
+        args.tokens,
+        args.student_dim,
+        args.teacher_dim,
+        args.vocab,
+    )
+
+    def mean(hidden, kernel, teacher_hidden, teacher_kernel, mask):
+        heads = loss.Head(kernel), loss.Head(teacher_kernel)
+        objective = loss.TAID(jnp.float32(0.4))
+        if fused:
+            total, sums = loss.fused_loss(
+                objective, hidden, heads[0], teacher_hidden, heads[1], mask, mesh=mesh
+            )
+        else:
+            logits = heads[0].logits(hidden), heads[1].logits(teacher_hidden)
+            total, sums = loss.distillation_sums(objective, *logits, mask)
+        return total / sums["weight"]
+
+    def shape(where: PartitionSpec, *sizes: int) -> jax.ShapeDtypeStruct:
+        layout = NamedSharding(mesh, where)
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=layout)
+
+    tokens, head = PartitionSpec(("data", "fsdp")), PartitionSpec("fsdp", "tensor")
+    traced = jax.jit(jax.value_and_grad(mean, argnums=(0, 1))).trace(
+        shape(tokens, n, student),
+        shape(head, student, vocab),
+        shape(tokens, n, teacher),
+        shape(head, teacher, vocab),
+        shape(tokens, n),
+    )
+    with compiled_anew():
+        memory = traced.lower().compile().memory_analysis()
+    if memory is None:
+        raise RuntimeError(f"the compiler for {mesh.devices.flat[0]} gives no memory")
+    needed = 2 * n * vocab * (3 * student + teacher)
+    return memory.temp_size_in_bytes, count_flops(traced.jaxpr) / needed
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the settings of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("machine", nargs="+", help="such as v5p:2x2x2 or v6e:2x4")
+    parser.add_argument("--mesh", help="data=2,fsdp=2,tensor=2; one chip when left out")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--student-dim", type=int, default=2048)
+    parser.add_argument("--teacher-dim", type=int, default=4096)
+    parser.add_argument("--vocab", type=int, default=128256)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compiles and prints; 2 for a machine or mesh that cannot be had."""
+    args = parse(arguments)
+    for name in args.machine:
+        try:
+            machine = find_machine(name)
+            if args.mesh:
+                mesh = plan_mesh(args.mesh, machine)
+            else:
+                mesh = Mesh([[[machine.devices[0]]]], MESH_AXES)
+        except ValueError as error:  # PlanError and ShardingError are.
+            print(error, file=sys.stderr)
+            return 2
+        for form in ("fused", "plain"):
+            temp, share = compile_loss(mesh, args, fused=form == "fused")
+            print(
+                f"{name} {args.mesh or 'one chip'}, {form}: {temp / 2**30:.2f} GiB, "
+                f"{share:.4f} of the products needed",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
