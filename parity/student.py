@@ -14,6 +14,7 @@ from parity.models import CLOSE, Batch, our_outputs
 from parity.rows import AnyRow, Row, Tolerance, skipped
 from taid_jax.data import DataError, held_out_batches
 from taid_jax.models.tokenizer import load_tokenizer
+from taid_jax.models.vocabulary import count_tokens
 from taid_jax.settings import Settings, SettingsError, from_dict
 from taid_jax.train.inputs import read_data
 from taid_jax.types import IGNORE_INDEX
@@ -51,7 +52,8 @@ def student_rows(folder: pathlib.Path | None) -> list[AnyRow]:
     model = model.float().eval()
     try:
         # The teacher's tokenizer travels with the student.
-        dataset = read_data(settings, load_tokenizer(str(folder / "student")))
+        tokenizer = load_tokenizer(str(folder / "student"))
+        dataset = read_data(settings, tokenizer)
     except DataError as error:
         raise RunError(f"{folder}: the run's data cannot be read: {error}") from error
     batches = held_out_batches(
@@ -60,11 +62,14 @@ def student_rows(folder: pathlib.Path | None) -> list[AnyRow]:
         limit=settings.data.held_out_batches,
     )
     sequences = [sequence for batch in batches for sequence in _sequences(batch)]
-    found = _perplexity(model, sequences)
+    size = count_tokens(tokenizer)
+    found = _perplexity(model, sequences, size)
     stated = float(report["student_perplexity_after"])
     return [
         _row("weights", _WEIGHTS, sum(map(len, info.values())), len(info)),
-        _row("logits", CLOSE, *_logit_error(folder / "student", model, sequences)),
+        _row(
+            "logits", CLOSE, *_logit_error(folder / "student", model, sequences, size)
+        ),
         _row(
             "held-out perplexity",
             PERPLEXITY,
@@ -122,12 +127,17 @@ def _sequences(
 
 @torch.no_grad()
 def _perplexity(
-    model: torch.nn.Module, sequences: list[tuple[np.ndarray, np.ndarray]]
+    model: torch.nn.Module,
+    sequences: list[tuple[np.ndarray, np.ndarray]],
+    vocab_size: int,
 ) -> float:
-    """Returns the perplexity of the counted tokens, each sequence by itself."""
+    """Returns the perplexity of the counted tokens, each sequence by itself.
+
+    Entries of the vocabulary that are padding, from `vocab_size` on, take no part.
+    """
     total, count = 0.0, 0
     for ids, labels in sequences:
-        logits = model(torch.tensor(ids[None]).long()).logits[0, :-1]
+        logits = model(torch.tensor(ids[None]).long()).logits[0, :-1, :vocab_size]
         wanted = torch.tensor(labels[1:]).long()
         nll = torch.nn.functional.cross_entropy(
             logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum"
@@ -142,8 +152,12 @@ def _logit_error(
     folder: pathlib.Path,
     model: torch.nn.Module,
     sequences: list[tuple[np.ndarray, np.ndarray]],
+    vocab_size: int,
 ) -> tuple[float, int]:
-    """Returns the largest difference of a logit over their scale, and the cases."""
+    """Returns the largest difference of a logit over their scale, and the cases.
+
+    Entries of the vocabulary that are padding, from `vocab_size` on, take no part.
+    """
     # The longest, cut to one length: our side is compiled once.
     chosen = sorted((ids for ids, _ in sequences), key=len, reverse=True)[:_ROWS]
     length = min(map(len, chosen))
@@ -154,7 +168,8 @@ def _logit_error(
     worst = 0.0
     outputs = our_outputs(folder, batches)
     for batch, (_, ours) in zip(batches, outputs, strict=True):
-        theirs = model(torch.tensor(batch.ours["input_ids"]).long()).logits.numpy()
+        logits = model(torch.tensor(batch.ours["input_ids"]).long()).logits
+        ours, theirs = ours[..., :vocab_size], logits[..., :vocab_size].numpy()
         scale = float(np.sqrt(np.mean(theirs.astype(np.float64) ** 2)))
         worst = max(worst, float(np.abs(ours - theirs).max()) / scale)
     return worst, len(batches)
