@@ -65,6 +65,7 @@ def student_rows(folder: pathlib.Path | None) -> list[AnyRow]:
     size = count_tokens(tokenizer)
     found = _perplexity(model, sequences, size)
     stated = float(report["student_perplexity_after"])
+    logits = _logit_error(folder / "student", model, sequences, size)
     return [
         _row("weights", _WEIGHTS, sum(map(len, info.values())), len(info)),
         _row(
