@@ -589,3 +589,21 @@ def test_fused_loss_exchanges_little_in_the_loop_whatever_its_chunks(
         assert len(few.collectives) == len(many.collectives)
         for program in (few, many):
             assert program.flops * 8 == 2 * 256 * 40 * (3 * STUDENT + TEACHER)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("text", ["data=8", "data=2,fsdp=2,tensor=2"])
+def test_fused_loss_in_blocks_on_eight_devices_equals_one(
+    arrays, nested, read_program, text
+):
+    a, objective = arrays(tokens=(8, 350), vocab=40), loss.TAID(jnp.float32(0.4))
+    mesh = make_mesh(text)
+
+    @jax.jit
+    def on_mesh(a):
+        return _both(_fused, a, objective, mesh=mesh)
+
+    _agree(on_mesh(a), _both(_plain, a, objective))
+    program = read_program(on_mesh.lower(a).compile().as_text())
+    # Rows are 4 or 8 tokens of a device.
+    assert max(program.looped, default=0) <= 8
