@@ -68,9 +68,7 @@ def student_rows(folder: pathlib.Path | None) -> list[AnyRow]:
     logits = _logit_error(folder / "student", model, sequences, size)
     return [
         _row("weights", _WEIGHTS, sum(map(len, info.values())), len(info)),
-        _row(
-            "logits", CLOSE, *_logit_error(folder / "student", model, sequences, size)
-        ),
+        _row("logits", CLOSE, *logits),
         _row(
             "held-out perplexity",
             PERPLEXITY,
