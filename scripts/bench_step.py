@@ -21,6 +21,7 @@ import numpy as np
 from taid_jax import loss
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import decoder_functions, init_params
+from taid_jax.models.families.registry import write_config
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import Settings
 from taid_jax.train.state import init_state, make_optimizer
@@ -78,22 +79,8 @@ def torch_step(layers: int, batch: dict[str, np.ndarray]) -> Callable[[], float]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def model(depth: int) -> LlamaForCausalLM:
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=SMOLLM2.vocab_size,
-                hidden_size=SMOLLM2.d_model,
-                num_hidden_layers=depth,
-                num_attention_heads=SMOLLM2.num_heads,
-                num_key_value_heads=SMOLLM2.num_kv_heads,
-                intermediate_size=SMOLLM2.mlp_dim,
-                max_position_embeddings=SMOLLM2.max_length,
-                rope_parameters={
-                    "rope_type": "default",
-                    "rope_theta": SMOLLM2.rope.theta,
-                },
-                tie_word_embeddings=True,
-            )
-        )
+        config = LlamaConfig.from_dict(write_config(with_layers(depth)))
+        return LlamaForCausalLM(config)
 
     teacher, student = model(SMOLLM2.num_layers).eval(), model(layers).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.01)
