@@ -1,3 +1,4 @@
+import statistics
 import time
 
 import jax
