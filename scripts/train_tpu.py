@@ -113,6 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         hosts.finish()
         return 1
+    # Whatever it is, the other processes wait for this one and have to be told.
     except Exception as error:
         if hosts.is_alone():
             raise

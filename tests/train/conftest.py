@@ -35,6 +35,27 @@ def _functions():
     return ModelFunctions(hidden=hidden, head=head)
 
 
+class Told:
+    """Progress that remembers what it was shown."""
+
+    def __init__(self):
+        self.rows, self.evaluations, self.lines = [], [], []
+
+    def step(self, row):
+        self.rows.append(row)
+
+    def evaluation(self, step, found):
+        self.evaluations.append(step)
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def told():
+    return Told
+
+
 @pytest.fixture
 def make_params():
     """Random weights of a bigram model: embedding, one tanh layer, head."""

@@ -8,22 +8,8 @@ from taid_jax.train import logbook, utilisation
 from taid_jax.train.report import EVALUATIONS, METRICS, read_lines
 
 
-class Told:
-    def __init__(self):
-        self.rows, self.evaluations, self.lines = [], [], []
-
-    def step(self, row):
-        self.rows.append(row)
-
-    def evaluation(self, step, found):
-        self.evaluations.append(step)
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 @pytest.fixture
-def open_book(tmp_path, monkeypatch):
+def open_book(tmp_path, monkeypatch, told):
     """A logbook of ten steps, and a clock that is set by hand."""
 
     class Clock:
@@ -39,7 +25,7 @@ def open_book(tmp_path, monkeypatch):
     def make(start=0, every=1):
         meter = utilisation.Meter()
         book = logbook.Logbook(
-            tmp_path, start=start, last=10, every=every, progress=Told(), meter=meter
+            tmp_path, start=start, last=10, every=every, progress=told(), meter=meter
         )
         books.append(book)
         return book, clock, meter

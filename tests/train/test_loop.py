@@ -34,22 +34,8 @@ class Batches:
         self.index = state["index"]
 
 
-class Told:
-    def __init__(self):
-        self.rows, self.evaluations, self.lines = [], [], []
-
-    def step(self, row):
-        self.rows.append(row)
-
-    def evaluation(self, step, found):
-        self.evaluations.append(step)
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 @pytest.fixture
-def make_loop(tmp_path, make_trainer, make_params, make_batch):
+def make_loop(tmp_path, make_trainer, make_params, make_batch, told):
     def make(*, teacher=None, evaluate=None, resume=False, folder="run", **values):
         settings = from_dict({"steps": 12, "eval_every": 4, "save_every": 3} | values)
         folder = tmp_path / folder
@@ -70,7 +56,7 @@ def make_loop(tmp_path, make_trainer, make_params, make_batch):
             ),
             checkpoints=Checkpoints(folder / "checkpoints"),
             mesh=mesh,
-            progress=Told(),
+            progress=told(),
         )
         if resume:
             found = loop.checkpoints.restore(state)
