@@ -30,17 +30,26 @@ class Head:
     """The last linear layer of a language model: hidden states to logits.
 
     Attributes:
-        kernel: `(d_model, vocab)`.
+        kernel: `(d_model, vocab)`; `(vocab, d_model)` where `transposed`.
         bias: `(vocab,)` or None.
         softcap: Logits become `softcap * tanh(logits / softcap)` when not None.
         vocab_size: Entries from this index on are padding and take no part; None when
             every entry is real.
+        transposed: Whether the kernel is a table of rows, such as a tied embedding.
+            No turned copy of it is ever made.
     """
 
-    kernel: Float[Array, "d_model vocab"]
-    bias: Float[Array, " vocab"] | None = None
+    # Any: as a tree of layouts or of gradients it has other leaves.
+    kernel: Float[Array, "..."] | Any
+    bias: Float[Array, " vocab"] | Any | None = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    transposed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """The kernel's axes (d_model, vocab)."""
+        return (1, 0) if self.transposed else (0, 1)
 
     def logits(
         self, hidden: Float[Array, "*tokens d_model"]
@@ -49,7 +58,7 @@ class Head:
         logits = jax.lax.dot_general(
             hidden,
             self.kernel.astype(hidden.dtype),
-            (((hidden.ndim - 1,), (0,)), ((), ())),
+            (((hidden.ndim - 1,), (self.axes[0],)), ((), ())),
             preferred_element_type=jnp.float32,
         )
         if self.bias is not None:

@@ -241,11 +241,11 @@ def check_length(length: int, config: DecoderConfig) -> None:
 
 
 def head(params: Params, config: DecoderConfig) -> Head:
-    """Returns the head; of tied embeddings, the transposed table."""
+    """Returns the head; of tied embeddings, the table as it is."""
     cap, real = config.head_softcap, config.num_tokens
     if config.tie_embeddings:
         table = params["embed"]["embedding"]
-        return Head(table.T, softcap=cap, vocab_size=real)
+        return Head(table, softcap=cap, vocab_size=real, transposed=True)
     own = params["lm_head"]
     return Head(own["kernel"], own.get("bias"), softcap=cap, vocab_size=real)
 

@@ -52,14 +52,18 @@ def arrays():
     return make
 
 
+def _head(kernel, options):
+    return Head(kernel.T if options.get("transposed") else kernel, **options)
+
+
 def _fused(a, objective, hidden, kernel, *, mask="mask", **options):
     head_options = options.pop("head", {})
     return loss.fused_loss(
         objective,
         hidden,
-        Head(kernel, **head_options),
+        _head(kernel, head_options),
         a["teacher"],
-        Head(a["teacher_kernel"], **options.pop("teacher_head", head_options)),
+        _head(a["teacher_kernel"], options.pop("teacher_head", head_options)),
         a[mask] if isinstance(mask, str) else mask,
         a["labels"],
         **options,
@@ -67,8 +71,8 @@ def _fused(a, objective, hidden, kernel, *, mask="mask", **options):
 
 
 def _plain(a, objective, hidden, kernel, *, mask="mask", head=None, entries=None):
-    student = Head(kernel, **(head or {})).logits(hidden)
-    teacher = Head(a["teacher_kernel"], **(head or {})).logits(a["teacher"])
+    student = _head(kernel, head or {}).logits(hidden)
+    teacher = _head(a["teacher_kernel"], head or {}).logits(a["teacher"])
     return loss.distillation_sums(
         objective,
         student[..., :entries],
@@ -191,15 +195,23 @@ def test_fused_loss_tied_embedding_adds_to_the_embedding_s_gradient(arrays):
     table = a["kernel"].T
     ids = a["labels"]
 
-    def of(function, turned, table):
+    def of(function, transposed, table):
         hidden = jnp.take(table, ids, axis=0)
-        kernel = table.T if turned else table
-        return function(a, objective, hidden, kernel)[0]
+        head = {"transposed": transposed}
+        return function(a, objective, hidden, table.T, head=head)[0]
 
-    expected = jax.grad(functools.partial(of, _plain, True))(table)
-    for turned in (True, False):
-        found = jax.grad(functools.partial(of, _fused, turned))(table)
+    expected = jax.grad(functools.partial(of, _plain, False))(table)
+    for function, transposed in ((_fused, False), (_fused, True), (_plain, True)):
+        found = jax.grad(functools.partial(of, function, transposed))(table)
         assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def test_fused_loss_of_a_square_head_takes_the_side_that_it_says(arrays):
+    a, objective = arrays(vocab=STUDENT), loss.TAID(jnp.float32(0.4))
+    expected = _both(_plain, a, objective)
+    for transposed in (False, True):
+        head = {"transposed": transposed}
+        _agree(_both(_fused, a, objective, head=head), expected)
 
 
 def test_fused_loss_in_bfloat16_is_no_further_from_float64_than_the_plain_form(arrays):
@@ -374,17 +386,17 @@ def test_fused_loss_with_a_mask_for_every_example_repeats_no_product(
             assert np.linalg.norm(x - y) <= 1e-6 * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["kernel", "table"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["kernel", "table"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_fused_loss_in_blocks_and_strips_is_the_plain_form(
-    arrays, nested, masked, turned
+    arrays, nested, masked, transposed
 ):
     a, objective = arrays(tokens=(700,)), loss.Mix(loss.ForwardKL(), 0.5)
     bias = jnp.linspace(-1, 1, VOCAB)
 
     def of(function, mask, hidden, kernel, bias):
-        if turned:
-            head, kernel = {}, kernel.T if function is _fused else kernel
+        if transposed:
+            head = {"transposed": function is _fused}
         else:
             head = {"bias": bias, "softcap": 20.0}
         return function(a, objective, hidden, kernel, mask=mask, head=head)
@@ -508,6 +520,7 @@ def test_fused_loss_of_no_tokens_is_zero(arrays):
     ("change", "message"),
     [
         ({"kernel": (STUDENT + 1, VOCAB)}, "student kernel"),
+        ({"kernel": (VOCAB, STUDENT)}, "student kernel .* `transposed`"),
         ({"teacher_kernel": (TEACHER + 1, VOCAB)}, "teacher kernel"),
         ({"teacher": (4, 11, TEACHER)}, "teacher_hidden"),
         ({"labels": (4, 11)}, "labels of shape"),
@@ -553,14 +566,16 @@ def test_fused_loss_eight_devices_equal_one(arrays, text, name):
 
     @jax.jit
     def on_mesh(a):
-        return _both(_fused, a, objective, mesh=mesh, chunk_size=3)
+        head = {"transposed": name == "taid"}
+        return _both(_fused, a, objective, mesh=mesh, chunk_size=3, head=head)
 
     _agree(on_mesh(a), expected)
 
 
 @pytest.mark.multidevice
+@pytest.mark.parametrize("transposed", [False, True], ids=["kernel", "table"])
 def test_fused_loss_exchanges_little_in_the_loop_whatever_its_chunks(
-    arrays, read_program
+    arrays, read_program, transposed
 ):
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -568,15 +583,31 @@ def test_fused_loss_exchanges_little_in_the_loop_whatever_its_chunks(
     a = arrays(tokens=(256,), vocab=40)
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     tokens, kernel = P(("data", "fsdp")), P("fsdp", "tensor")
+    if transposed:
+        kernel = P("tensor", "fsdp")
+        a = {k: v.T if "kernel" in k else v for k, v in a.items()}
     where = {name: kernel if "kernel" in name else tokens for name in a}
     a = {k: jax.device_put(v, NamedSharding(mesh, where[k])) for k, v in a.items()}
+
+    def total(a, objective, mask, chunk_size, hidden, kernel):
+        heads = (Head(k, transposed=transposed) for k in (kernel, a["teacher_kernel"]))
+        student_head, teacher_head = heads
+        return loss.fused_loss(
+            objective,
+            hidden,
+            student_head,
+            a["teacher"],
+            teacher_head,
+            mask and a[mask],
+            mesh=mesh,
+            chunk_size=chunk_size,
+        )[0]
 
     def compiled(chunk_size, mask):
         def of(a):
             objective = loss.TAID(jnp.float32(0.4))
-            return _both(
-                _fused, a, objective, mesh=mesh, chunk_size=chunk_size, mask=mask
-            )
+            one = functools.partial(total, a, objective, mask, chunk_size)
+            return jax.value_and_grad(one, (0, 1))(a["student"], a["kernel"])
 
         return read_program(jax.jit(of).lower(a).compile().as_text())
 

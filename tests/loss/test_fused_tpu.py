@@ -22,7 +22,9 @@ def compile_step():
     from taid_jax.plan import find_machine
     from taid_jax.plan.compiled import compiled_anew, plan_mesh
 
-    def compile_step(name, *, mesh=None, masked=True, chunk_size=None):
+    def compile_step(
+        name, *, mesh=None, masked=True, chunk_size=None, transposed=False
+    ):
         machine = find_machine(name)
         if mesh is None:
             mesh = Mesh([[[machine.devices[0]]]], ("data", "fsdp", "tensor"))
@@ -37,22 +39,28 @@ def compile_step():
             total, sums = loss.fused_loss(
                 loss.TAID(jnp.float32(0.4)),
                 hidden,
-                Head(kernel),
+                Head(kernel, transposed=transposed),
                 teacher_hidden,
-                Head(teacher_kernel),
+                Head(teacher_kernel, transposed=transposed),
                 mask if masked else None,
                 chunk_size=chunk_size,
                 mesh=mesh,
             )
             return total / sums["weight"]
 
-        tokens, head = P(("data", "fsdp")), P("fsdp", "tensor")
+        def kernel(*sizes):
+            axes = ("fsdp", "tensor")
+            if transposed:
+                sizes, axes = sizes[::-1], axes[::-1]
+            return shape(P(*axes), *sizes)
+
+        tokens = P(("data", "fsdp"))
         step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
         lowered = step.lower(
             shape(tokens, TOKENS, STUDENT),
-            shape(head, STUDENT, VOCAB),
+            kernel(STUDENT, VOCAB),
             shape(tokens, TOKENS, TEACHER),
-            shape(head, TEACHER, VOCAB),
+            kernel(TEACHER, VOCAB),
             shape(tokens, TOKENS, dtype=jnp.float32),
         )
         with compiled_anew():
@@ -62,20 +70,24 @@ def compile_step():
 
 
 @pytest.mark.parametrize("machine", ["v5p:2x2x1", "v6e:1x1"])
-@pytest.mark.parametrize("masked", [True, False])
-def test_fused_loss_on_a_chip(compile_step, read_program, machine, masked):
-    compiled = compile_step(machine, masked=masked)
+@pytest.mark.parametrize(
+    ("masked", "transposed"), [(True, False), (False, False), (True, True)]
+)
+def test_fused_loss_on_a_chip(compile_step, read_program, machine, masked, transposed):
+    compiled = compile_step(machine, masked=masked, transposed=transposed)
     # The gradient of the head in float32 alone is 1.0 GiB of it.
     assert compiled.memory_analysis().temp_size_in_bytes < 2.6 * 2**30
     assert read_program(compiled.as_text()).flops == FLOPS
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["kernel", "table"])
 @pytest.mark.parametrize("machine", ["v5p:2x2x2", "v6e:2x4"])
-def test_fused_loss_on_eight_chips(compile_step, read_program, machine):
+def test_fused_loss_on_eight_chips(compile_step, read_program, machine, transposed):
     mesh = "data=2,fsdp=2,tensor=2"
     # 2048 tokens on a chip and its neighbour: 2 chunks and 16.
     programs = [
-        compile_step(machine, mesh=mesh, chunk_size=size) for size in (1024, 128)
+        compile_step(machine, mesh=mesh, chunk_size=size, transposed=transposed)
+        for size in (1024, 128)
     ]
     few, many = (read_program(program.as_text()) for program in programs)
     assert few.looped

@@ -27,7 +27,6 @@ from taid_jax.loss.fused.rows import (
     Wanted,
     evaluate_rows,
     head_product,
-    kernel_axes,
     split_objective,
 )
 from taid_jax.loss.reduce import select_tokens, weighted_sum
@@ -119,7 +118,7 @@ def run_chunks(
             live = jnp.clip(total - start, 0, plan.chunk)
         return step(job, carry, chunk, live)
 
-    carry = _start(job, tokens)
+    carry = _start(job)
     if chunks == 1:
         carry, results = body(carry, jnp.int32(0))
         results = jax.tree.map(lambda x: jnp.expand_dims(x, 0), results)
@@ -162,11 +161,11 @@ def _gather(tokens: Tokens, order: Int[Array, " chunk"]) -> Tokens:
     return Tokens(student, teacher, weight, labels)
 
 
-def _start(job: Job, tokens: Tokens) -> LoopCarry:
+def _start(job: Job) -> LoopCarry:
     """Returns the loop's first carry: sums of 0, room for the gradient of logits."""
     wanted, student = job.wanted, job.problem.student
     leaves = split_objective(job.problem.objective)[0]
-    axis = kernel_axes(student.kernel, tokens.student.shape[1])[1]
+    axis = student.axes[1]
     vocab, kernel = student.kernel.shape[axis], None
     if wanted.kernel:
         kernel = job.spread(jnp.zeros(student.kernel.shape, jnp.float32), axis)

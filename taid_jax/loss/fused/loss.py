@@ -1,5 +1,6 @@
 """The fused head: hidden states and two heads to any objective, without the logits."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 
 from taid_jax.loss.fused.chunks import Gradients
 from taid_jax.loss.fused.mesh import find_partition
-from taid_jax.loss.fused.rows import Linear, Wanted, is_smooth, kernel_axes
+from taid_jax.loss.fused.rows import Wanted, is_smooth
 from taid_jax.loss.fused.shards import Fixed, Moving, Static, run
 from taid_jax.loss.objective import Objective
 from taid_jax.loss.reduce import token_metrics
@@ -63,8 +64,7 @@ def fused_loss(
             may be traced and receive their gradient. One with an attribute
             `needs_teacher` that is False is called with None for the teacher's logits.
         student_hidden: `(*tokens, d_student)`, any float dtype.
-        student_head: Its kernel may also be a table `(vocab, d_student)`, such as a
-            tied embedding; that way round no copy of it is turned.
+        student_head: Of a tied embedding, give the table itself: `transposed`.
         teacher_hidden: `(*tokens, d_teacher)`; receives no gradient. None only for an
             objective that needs no teacher.
         teacher_head: Receives no gradient. Of unequal vocabularies the first entries,
@@ -106,19 +106,14 @@ def fused_loss(
     bias_dtype = jnp.dtype(jnp.float32) if bias is None else bias.dtype
     static = Static(
         vocab_size,
-        (student_head.softcap, teacher_head and teacher_head.softcap),
         chunk_size,
         partition,
         platform,
         (student_hidden.dtype, student_head.kernel.dtype, bias_dtype),
     )
-    moving = Moving(objective, student_hidden, _linear(student_head))
-    fixed = Fixed(teacher_hidden, teacher_head and _linear(teacher_head), mask, labels)
+    moving = Moving(objective, student_hidden, student_head)
+    fixed = Fixed(teacher_hidden, teacher_head, mask, labels)
     return _fused(static, moving, lax.stop_gradient(fixed))
-
-
-def _linear(head: Head) -> Linear:
-    return Linear(head.kernel, head.bias)
 
 
 def _check(
@@ -145,6 +140,7 @@ def _check(
         f"{name}_hidden {hidden.shape}, {name}_head.kernel {head.kernel.shape}"
         + ("" if head.bias is None else f", bias {head.bias.shape}")
         + ("" if head.vocab_size is None else f", vocab_size {head.vocab_size}")
+        + (", transposed" if head.transposed else "")
         for name, hidden, head in both
     )
     for name, array in (("mask", mask), ("labels", labels)):
@@ -156,13 +152,14 @@ def _check(
                 f"need {name}_hidden of shape (*tokens, d_model) with the tokens of "
                 f"student_hidden and at least one axis of them, got {got}"
             )
-        if hidden.shape[-1] not in head.kernel.shape:
+        model, vocab = head.axes
+        if head.kernel.ndim != 2 or head.kernel.shape[model] != hidden.shape[-1]:
             raise ValueError(
-                f"need a {name} kernel of shape (d_model, vocab), or an embedding "
-                f"(vocab, d_model), with the {hidden.shape[-1]} of {name}_hidden, "
-                f"got {got}"
+                f"need a {name} kernel of shape (d_model, vocab), or (vocab, d_model) "
+                f"of a head that is `transposed`, with the {hidden.shape[-1]} of "
+                f"{name}_hidden, got {got}"
             )
-        width = head.kernel.shape[kernel_axes(head.kernel, hidden.shape[-1])[1]]
+        width = head.kernel.shape[vocab]
         size = width if head.vocab_size is None else head.vocab_size
         if not 1 <= size <= width or (
             head.bias is not None and len(head.bias) != width
@@ -224,6 +221,7 @@ def _fused(
 
 class _Residuals(NamedTuple):
     objective: Objective
+    head: Head  # without its arrays
     gradients: Gradients
 
 
@@ -239,9 +237,12 @@ def _fused_forward(
     )
     moving, fixed = jax.tree.map(lambda leaf: leaf.value, (moving, fixed))
     outcome = run(static, wanted, moving, fixed)
+    bare = dataclasses.replace(moving.head, kernel=None, bias=None)
     # Named, so that `jax.checkpoint` can be told to keep it: it is all the work.
     gradients = checkpoint_name(outcome.gradients, FUSED_LOSS)
-    return (outcome.loss, outcome.metrics), _Residuals(moving.objective, gradients)
+    return (outcome.loss, outcome.metrics), _Residuals(
+        moving.objective, bare, gradients
+    )
 
 
 def _fused_backward(
@@ -264,7 +265,11 @@ def _fused_backward(
             scaled(next(new), jnp.result_type(leaf)) if is_smooth(leaf) else None
             for leaf in leaves
         )
-    head = Linear(scaled(in_kernel, kernel_dtype), scaled(in_bias, bias_dtype))
+    head = dataclasses.replace(
+        residuals.head,
+        kernel=scaled(in_kernel, kernel_dtype),
+        bias=scaled(in_bias, bias_dtype),
+    )
     return Moving(objective, scaled(in_hidden, hidden_dtype), head), None
 
 

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from taid_jax.loss.fused.plan import Plan
-from taid_jax.loss.fused.rows import Problem, Wanted, dot, kernel_axes
+from taid_jax.loss.fused.rows import Problem, Wanted, dot
 from taid_jax.loss.fused.strips import Products, over_counted, strip_products
 
 Carry = TypeVar("Carry")
@@ -76,10 +76,10 @@ def head_products(
     The latter is `(parts, tokens, d_model)`, to be summed over the first axis.
     """
     student = job.problem.student
-    model, vocab = kernel_axes(student.kernel, hidden.shape[1])
+    model = student.axes[0]
     kernel, bias, in_hidden = sums.kernel, sums.bias, None
     if job.wanted.hidden:
-        in_hidden = _hidden_parts(job, in_logits, vocab)
+        in_hidden = _hidden_parts(job, in_logits)
     if kernel is not None:
         pair = (hidden, in_logits) if model == 0 else (in_logits, hidden)
         kernel += dot(*pair, 0, 0)
@@ -95,7 +95,7 @@ def _sum_rows(in_logits: Float[Array, "tokens vocab"]) -> Float[Array, " vocab"]
 
 
 def _hidden_parts(
-    job: Job, in_logits: Float[Array, "tokens vocab"], vocab: int
+    job: Job, in_logits: Float[Array, "tokens vocab"]
 ) -> Float[Array, "parts tokens d_model"]:
     """Returns the gradient of the hidden states from each part of the vocabulary.
 
@@ -103,6 +103,7 @@ def _hidden_parts(
     as a leading axis of the result the parts stay where they are.
     """
     kernel, parts = job.problem.student.kernel, job.parts
+    vocab = job.problem.student.axes[1]
     if parts == 1:
         return jnp.expand_dims(dot(in_logits, kernel, 1, vocab), 0)
     model = kernel.shape[1 - vocab]
@@ -149,7 +150,7 @@ def _cpu_products(
     kernel, in_hidden = strip_products(
         job.plan,
         Products(sums.kernel, start),
-        job.problem.student.kernel,
+        job.problem.student,
         in_logits,
         hidden,
         live,

@@ -7,17 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from taid_jax.loss.objective import Objective
 from taid_jax.loss.reduce import select_tokens, token_metrics, weighted_sum
-
-
-class Linear(NamedTuple):
-    """The arrays of a head: a kernel of either orientation, and a bias."""
-
-    kernel: Shaped[Array, "..."]
-    bias: Float[Array, " vocab"] | None
+from taid_jax.types import Head
 
 
 class Problem(NamedTuple):
@@ -27,14 +21,12 @@ class Problem(NamedTuple):
         objective: Gives the loss of every token.
         student: Head in the dtype of the hidden states, as wide as the teacher's.
         teacher: The same of the teacher; None when the objective needs none.
-        softcaps: The student's and the teacher's.
-        vocab_size: Entries that count.
+        vocab_size: Entries that count, of both.
     """
 
     objective: Objective
-    student: Linear
-    teacher: Linear | None
-    softcaps: tuple[float | None, float | None]
+    student: Head
+    teacher: Head | None
     vocab_size: int
 
 
@@ -76,28 +68,20 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     )
 
 
-def kernel_axes(kernel: Array, d_model: int) -> tuple[int, int]:
-    """Returns the axes (d_model, vocab) of a kernel, which may be a table of rows."""
-    return (0, 1) if kernel.shape[0] == d_model else (1, 0)
-
-
-def head_product(hidden: Array, head: Linear) -> Float[Array, "rows vocab"]:
+def head_product(hidden: Array, head: Head) -> Float[Array, "rows vocab"]:
     """Returns `hidden @ kernel` in float32."""
-    return dot(hidden, head.kernel, 1, kernel_axes(head.kernel, hidden.shape[1])[0])
+    return dot(hidden, head.kernel, 1, head.axes[0])
 
 
 def logits_from_product(
-    product: Float[Array, "rows vocab"],
-    bias: Float[Array, " vocab"] | None,
-    softcap: float | None,
-    vocab_size: int,
+    product: Float[Array, "rows vocab"], head: Head, vocab_size: int
 ) -> Float[Array, "rows vocab"]:
     """Returns the logits of a head, -inf where an entry does not count."""
     logits = product
-    if bias is not None:
-        logits += jnp.expand_dims(bias.astype(jnp.float32), 0)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    if head.bias is not None:
+        logits += jnp.expand_dims(head.bias.astype(jnp.float32), 0)
+    if head.softcap is not None:
+        logits = head.softcap * jnp.tanh(logits / head.softcap)
     if vocab_size < logits.shape[-1]:
         entry = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         logits = jnp.where(entry < vocab_size, logits, -jnp.inf)
@@ -144,17 +128,15 @@ def evaluate_rows(
         wanted: Which gradients are formed; without any, none of their work is done.
         dtype: That of the gradient in the product.
     """
-    caps, vocab_size = problem.softcaps, problem.vocab_size
+    vocab_size = problem.vocab_size
     # None for an objective that asks for it: hence Any.
     teacher: Any = None
     if problem.teacher is not None and teacher_product is not None:
-        teacher = logits_from_product(
-            teacher_product, problem.teacher.bias, caps[1], vocab_size
-        )
+        teacher = logits_from_product(teacher_product, problem.teacher, vocab_size)
     leaves, rebuild = split_objective(problem.objective)
 
     def student_logits(product: Array) -> Array:
-        return logits_from_product(product, problem.student.bias, caps[0], vocab_size)
+        return logits_from_product(product, problem.student, vocab_size)
 
     def total(leaves: list[Array], product: Array) -> tuple[Array, Array]:
         losses = rebuild(leaves)(student_logits(product), teacher, labels)

@@ -1,5 +1,6 @@
 """The fused head on every device of a mesh, or on the one there is."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from taid_jax.loss.fused.chunks import (
 )
 from taid_jax.loss.fused.mesh import Partition
 from taid_jax.loss.fused.plan import make_plan
-from taid_jax.loss.fused.rows import Linear, Problem, Wanted, kernel_axes
+from taid_jax.loss.fused.rows import Problem, Wanted
 from taid_jax.loss.objective import Objective
+from taid_jax.types import Head
 
 
 class Static(NamedTuple):
@@ -27,7 +29,6 @@ class Static(NamedTuple):
 
     Attributes:
         vocab_size: Entries that count.
-        softcaps: The student's and the teacher's.
         chunk_size: Tokens of a chunk; chosen when None.
         partition: How the work lies on a mesh; None on one device.
         platform: "cpu", "gpu" or "tpu".
@@ -35,7 +36,6 @@ class Static(NamedTuple):
     """
 
     vocab_size: int
-    softcaps: tuple[float | None, float | None]
     chunk_size: int | None
     partition: Partition | None
     platform: str
@@ -47,14 +47,14 @@ class Moving(NamedTuple):
 
     objective: Objective
     hidden: Array
-    head: Linear
+    head: Head
 
 
 class Fixed(NamedTuple):
     """What may not."""
 
     hidden: Array | None
-    head: Linear | None
+    head: Head | None
     mask: Array | None
     labels: Array | None
 
@@ -111,7 +111,9 @@ def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
         # Layouts are part of types there, which an objective knows nothing of: inside,
         # they are the compiler's business.
         whole: Any = PartitionSpec()
-        of_hidden, of_kernel, of_bias = map(_spec, (moving.hidden, *moving.head))
+        of_hidden, of_kernel, of_bias = map(
+            _spec, (moving.hidden, moving.head.kernel, moving.head.bias)
+        )
         layouts = Gradients(whole, of_hidden, of_kernel, of_bias)
         run: Any = jax.sharding.auto_axes(
             functools.partial(run_shards, static, wanted),
@@ -125,16 +127,17 @@ def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     if not context.empty:
         partition = partition._replace(mesh=context)
         static = static._replace(partition=partition)
-    axes = kernel_axes(moving.head.kernel, moving.hidden.shape[-1])
-    kernel = moving.head.kernel.astype(moving.hidden.dtype)
-    # Cast first: half the bytes travel where parameters are float32.
-    kernel = fused_mesh.gather_kernel(kernel, axes, partition)
-    moving = moving._replace(head=moving.head._replace(kernel=kernel))
+    axes = moving.head.axes
+
+    def gathered(head: Head, dtype: Any) -> Head:
+        # Cast first: half the bytes travel where parameters are float32.
+        kernel = head.kernel.astype(dtype)
+        kernel = fused_mesh.gather_kernel(kernel, head.axes, partition)
+        return dataclasses.replace(head, kernel=kernel)
+
+    moving = moving._replace(head=gathered(moving.head, moving.hidden.dtype))
     if fixed.head is not None and fixed.hidden is not None:
-        teacher_axes = kernel_axes(fixed.head.kernel, fixed.hidden.shape[-1])
-        kernel = fixed.head.kernel.astype(fixed.hidden.dtype)
-        kernel = fused_mesh.gather_kernel(kernel, teacher_axes, partition)
-        fixed = fixed._replace(head=fixed.head._replace(kernel=kernel))
+        fixed = fixed._replace(head=gathered(fixed.head, fixed.hidden.dtype))
 
     def local(moving: Moving, fixed: Fixed) -> Outcome:
         loss, metrics, gradients = _run_local(static, wanted, moving, fixed)
@@ -169,30 +172,29 @@ def _spec(array: Array | None) -> Any:
     return None if array is None else jax.typeof(array).sharding.spec
 
 
-def _cut(head: Linear, vocab: int, width: int, dtype: Any) -> Linear:
-    kernel = lax.slice_in_dim(head.kernel, 0, width, axis=vocab).astype(dtype)
-    return Linear(kernel, None if head.bias is None else head.bias[:width])
+def _width(head: Head) -> int:
+    return head.kernel.shape[head.axes[1]]
 
 
 def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> Outcome:
     """Returns the sums over the tokens of one device; the heads are whole."""
     hidden, partition = moving.hidden, static.partition
-    vocab = kernel_axes(moving.head.kernel, hidden.shape[-1])[1]
-    width = entries = moving.head.kernel.shape[vocab]
-    teacher, teacher_hidden = None, None
-    if fixed.head is not None and fixed.hidden is not None:
-        axis = kernel_axes(fixed.head.kernel, fixed.hidden.shape[-1])[1]
-        width = min(width, fixed.head.kernel.shape[axis])
-        teacher = _cut(fixed.head, axis, width, fixed.hidden.dtype)
-        kernel = fused_mesh.spread_vocabulary(teacher.kernel, axis, partition)
-        teacher = teacher._replace(kernel=kernel)
-        teacher_hidden = fixed.hidden.reshape(-1, fixed.hidden.shape[-1])
+    vocab, entries = moving.head.axes[1], _width(moving.head)
+    width = entries if fixed.head is None else min(entries, _width(fixed.head))
 
     def spread(array: Array, axis: int) -> Array:
         return fused_mesh.spread_vocabulary(array, axis, partition)
 
-    student = _cut(moving.head, vocab, width, hidden.dtype)
-    student = student._replace(kernel=spread(student.kernel, vocab))
+    def cut(head: Head, dtype: Any) -> Head:
+        axis = head.axes[1]
+        kernel = lax.slice_in_dim(head.kernel, 0, width, axis=axis).astype(dtype)
+        bias = None if head.bias is None else head.bias[:width]
+        return dataclasses.replace(head, kernel=spread(kernel, axis), bias=bias)
+
+    student, teacher, teacher_hidden = cut(moving.head, hidden.dtype), None, None
+    if fixed.head is not None and fixed.hidden is not None:
+        teacher = cut(fixed.head, fixed.hidden.dtype)
+        teacher_hidden = fixed.hidden.reshape(-1, fixed.hidden.shape[-1])
     weight = jnp.ones(hidden.shape[:-1], jnp.float32)
     if fixed.mask is not None:
         weight = fixed.mask.astype(jnp.float32)
@@ -202,9 +204,7 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
         weight.reshape(-1),
         None if fixed.labels is None else fixed.labels.reshape(-1),
     )
-    problem = Problem(
-        moving.objective, student, teacher, static.softcaps, static.vocab_size
-    )
+    problem = Problem(moving.objective, student, teacher, static.vocab_size)
     tensor = 1 if partition is None else partition.tensor
     on_device = -(-width // tensor)
     parts = 1 if width % tensor else tensor

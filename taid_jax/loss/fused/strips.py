@@ -10,10 +10,11 @@ from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from taid_jax.loss.fused.plan import Plan
-from taid_jax.loss.fused.rows import dot, kernel_axes
+from taid_jax.loss.fused.rows import dot
+from taid_jax.types import Head
 
 STRIP = 2048
 """Entries of a strip, about."""
@@ -31,7 +32,7 @@ class Products(NamedTuple):
 def strip_products(
     plan: Plan,
     sums: Products,
-    kernel: Shaped[Array, "..."],
+    head: Head,
     in_logits: Float[Array, "chunk vocab"],
     hidden: Float[Array, "chunk d_model"],
     live: Int[Array, ""] | None,
@@ -41,18 +42,18 @@ def strip_products(
     Args:
         plan: Sizes of the loop.
         sums: What is added to, float32.
-        kernel: The head's, of either orientation.
+        head: The student's.
         in_logits: Of counted tokens first.
         hidden: The chunk's.
         live: How many tokens count; all when None.
     """
-    model, vocab = kernel_axes(kernel, hidden.shape[1])
+    model, vocab = head.axes
     size, tokens = in_logits.shape[1], 1 - model
     # Kept apart: the product takes a slow path when it turns an operand.
     turned = lax.optimization_barrier(hidden.T) if model == 0 else hidden
 
     def add(sums: Products, start: Array, width: int) -> Products:
-        weights = lax.dynamic_slice_in_dim(kernel, start, width, axis=vocab)
+        weights = lax.dynamic_slice_in_dim(head.kernel, start, width, axis=vocab)
 
         def rows(carry: Products, first: Array, number: int) -> Products:
             g = lax.dynamic_slice(in_logits, (first, start), (number, width))
