@@ -29,6 +29,19 @@ Cache = tuple[Array, Array]
 """Keys and values of a layer, `(batch, kv_heads, slots, head_dim)` each."""
 
 
+class Prepared(NamedTuple):
+    """Parameters as answers read them.
+
+    Attributes:
+        params: As `init_params` gives them.
+        layers: Each by itself, its kernels as a CPU reads them best for few rows; None
+            where answers scan along the stacked layers.
+    """
+
+    params: Params
+    layers: list[Layer] | None
+
+
 class Answers(NamedTuple):
     """What was generated.
 
@@ -51,6 +64,19 @@ class _State(NamedTuple):
     caches: Any  # of every layer: a stacked one, or a list
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def turned_layers(params: Params, config: DecoderConfig) -> list[Layer]:
+    """Returns the layers of `Prepared`."""
+    layer_graph = merge(params, config)[1]
+    layers = []
+    for part in _apart(params["layers"], config.num_layers):
+        layer = nnx.merge(layer_graph, part)
+        layer.attention.turn()
+        layer.mlp.turn()
+        layers.append(layer)
+    return layers
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -60,11 +86,10 @@ class _State(NamedTuple):
         "pad_token_id",
         "sampling",
         "dtype",
-        "unroll",
     ),
 )
 def decode(
-    params: Params,
+    prepared: Prepared,
     config: DecoderConfig,
     input_ids: Int[Array, "batch length"],
     attention_mask: Int[Array, "batch length"],
@@ -75,12 +100,11 @@ def decode(
     pad_token_id: int,
     sampling: Sampling,
     dtype: DTypeLike,
-    unroll: bool,
 ) -> Answers:
     """Returns the answers to prompts that `generate.answer` has looked at.
 
     Args:
-        params: Parameters of the decoder.
+        prepared: Parameters of the decoder.
         config: Its architecture.
         input_ids: Prompts, padded on the left.
         attention_mask: 0 at padding, 1 elsewhere.
@@ -90,15 +114,13 @@ def decode(
         pad_token_id: Fills a row behind its end.
         sampling: How a token is chosen.
         dtype: Of the computation.
-        unroll: Lay the layers out one after the other.
     """
+    params, layers = prepared
     batch, length = input_ids.shape
     decoder, layer_graph = merge(params, config)
     scoring = scoring_of(config)
 
     def choose(x: Array, step: Int[Array, ""]) -> Int[Array, " batch"]:
-        # The head is made where it is used: a transposed table that comes from outside
-        # the loop would be copied into it.
         logits = head(params, config).logits(decoder.final_norm(x)[:, -1])
         if not sampling.temperature or keys is None:
             return first_greatest(logits)
@@ -130,7 +152,7 @@ def decode(
 
         x = decoder.stream(ids, positions, dtype)
         x, caches = jax.lax.scan(read_layer, x, (params["layers"], pattern))
-        return x, _apart(caches, config.num_layers) if unroll else caches
+        return x, caches if layers is None else _apart(caches, config.num_layers)
 
     x, caches = read(input_ids, attention_mask, max_new_tokens)
     # Where the next token of the longest row stands when it is the first new one.
@@ -138,16 +160,6 @@ def decode(
     slots = length + max_new_tokens
     pattern, _ = layer_pattern(ahead, config, slots)
     first = choose(x, jnp.int32(0))
-    layers: list[Layer] = []
-    patterns: list[Pattern] = []
-    if unroll:
-        apart = _apart(params["layers"], config.num_layers)
-        layers = [nnx.merge(layer_graph, layer) for layer in apart]
-        for layer in layers:
-            # A layout for few rows: about twice the tokens per second.
-            layer.attention.turn()
-            layer.mlp.turn()
-        patterns = _apart(pattern, config.num_layers)
     filled = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
     longest = longest_short(config)
     may_lengthen = longest is not None and longest < slots
@@ -192,15 +204,16 @@ def decode(
             return one_layer(x, nnx.merge(layer_graph, part[0]), *part[1:])
 
         x = decoder.stream(token, here, dtype)
-        if unroll:
+        if layers is None:
+            stacked = params["layers"], pattern, caches
+            x, caches = jax.lax.scan(stacked_layer, x, stacked)
+        else:
+            patterns = _apart(pattern, config.num_layers)
             each = list(zip(layers, patterns, caches, strict=True))
             caches = []
             for layer, own, cache in each:
                 x, cache = one_layer(x, layer, own, cache)
                 caches.append(cache)
-        else:
-            stacked = params["layers"], pattern, caches
-            x, caches = jax.lax.scan(stacked_layer, x, stacked)
         chosen = choose(x, state.step)
         token = jnp.where(state.done, jnp.int32(pad_token_id), chosen)
         return put_token(state._replace(caches=caches), token)

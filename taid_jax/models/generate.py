@@ -9,14 +9,31 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int, Key
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoding import Answers, decode
+from taid_jax.models.decoding import Answers, Prepared, decode, turned_layers
 from taid_jax.models.errors import ModelError
 from taid_jax.models.sampling import GREEDY, Sampling, row_keys
 from taid_jax.types import Params
 
 
+def prepare(
+    params: Params, config: DecoderConfig, *, unroll: bool | None = None
+) -> Prepared:
+    """Returns parameters for several calls of `answer`, laid out once for all.
+
+    Args:
+        params: Parameters of the decoder.
+        config: Its architecture.
+        unroll: Lay the layers out one after the other, with a copy of their weights as
+            a CPU reads them best: about twice the tokens per second there, but
+            compilation grows with the layers. On a CPU when None.
+    """
+    if unroll is None:
+        unroll = jax.default_backend() == "cpu"
+    return Prepared(params, turned_layers(params, config) if unroll else None)
+
+
 def generate(
-    params: Params,
+    params: Params | Prepared,
     config: DecoderConfig,
     input_ids: Int[Array, "batch length"],
     attention_mask: Int[Array, "batch length"],
@@ -27,7 +44,6 @@ def generate(
     sampling: Sampling = GREEDY,
     key: Key[Array, "*rows"] | None = None,
     dtype: DTypeLike = jnp.float32,
-    unroll: bool | None = None,
 ) -> Int[Array, "batch max_new_tokens"]:
     """Returns the tokens of `answer`, with the same arguments."""
     return answer(
@@ -41,12 +57,11 @@ def generate(
         sampling=sampling,
         key=key,
         dtype=dtype,
-        unroll=unroll,
     ).tokens
 
 
 def answer(
-    params: Params,
+    params: Params | Prepared,
     config: DecoderConfig,
     input_ids: Int[Array, "batch length"],
     attention_mask: Int[Array, "batch length"],
@@ -57,7 +72,6 @@ def answer(
     sampling: Sampling = GREEDY,
     key: Key[Array, "*rows"] | None = None,
     dtype: DTypeLike = jnp.float32,
-    unroll: bool | None = None,
 ) -> Answers:
     """Returns how the model goes on from each prompt, by default most probably.
 
@@ -66,7 +80,8 @@ def answer(
     the rows beside it or on how wide its padding is.
 
     Args:
-        params: Parameters of the decoder.
+        params: Parameters of the decoder, or what `prepare` made of them: with that,
+            every call after the first is spared the work.
         config: Its architecture.
         input_ids: Prompts, padded on the left.
         attention_mask: 0 at padding, 1 elsewhere.
@@ -76,9 +91,6 @@ def answer(
         sampling: How the next token is taken; the most probable one by default.
         key: Of `jax.random`, or one for each row; needed when tokens are drawn.
         dtype: Of the computation.
-        unroll: Lay the layers out one after the other, with a copy of their weights as
-            a CPU reads them best: about twice the tokens per second there, but
-            compilation grows with the layers. On a CPU when None.
 
     Raises:
         ModelError: If prompt and answer exceed the model's context, a prompt does not
@@ -100,7 +112,7 @@ def answer(
     if sampling.temperature and key is None:
         raise ModelError("generate: tokens that are drawn need a random key")
     return decode(
-        params,
+        params if isinstance(params, Prepared) else prepare(params, config),
         config,
         input_ids.astype(jnp.int32),
         attention_mask.astype(jnp.int32),
@@ -110,5 +122,4 @@ def answer(
         pad_token_id=pad_token_id,
         sampling=sampling,
         dtype=jnp.dtype(dtype),
-        unroll=jax.default_backend() == "cpu" if unroll is None else unroll,
     )

@@ -53,21 +53,21 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(zeros, axes=tuple(outputs))
         self.has_bias, self.num_inputs = bias, len(inputs)
         self.outputs = tuple(outputs.values())
-        self.turned = None
+        self.turned = nnx.data(None)
 
     def turn(self, *others: "Linear") -> None:
-        """Keeps the kernel as (outputs, inputs), which a CPU reads best for few rows.
-
-        The barriers keep the compiler from turning it back.
+        """Makes the kernel (outputs, inputs), which a CPU reads best for few rows.
 
         Args:
-            others: Maps of the same input, for `images`: their outputs come after.
+            others: Maps of the same input, for `images`: their outputs come after, and
+                they are left without a kernel.
         """
-        matrices = [
-            linear.kernel[...].reshape(-1, math.prod(linear.outputs)).T
-            for linear in (self, *others)
-        ]
-        self.turned = jax.lax.optimization_barrier(jnp.concatenate(matrices))
+        matrices = []
+        for linear in (self, *others):
+            kernel = linear.kernel[...]
+            matrices.append(kernel.reshape(-1, math.prod(linear.outputs)).T)
+            del linear.kernel
+        self.turned = jnp.concatenate(matrices)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the image of the last axes, in the dtype of `x`."""
@@ -79,6 +79,7 @@ class Linear(nnx.Module):
             image = rows @ matrix.astype(x.dtype)
         else:
             columns = self.turned.astype(x.dtype) @ rows.T
+            # Kept apart: the product takes a slow path when it turns its result.
             image = jax.lax.optimization_barrier(columns).T
         return self._finished(image, lead)
 

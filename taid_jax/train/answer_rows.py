@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generate import answer
+from taid_jax.models.generate import answer, prepare
 from taid_jax.models.sampling import Sampling
 from taid_jax.settings import SampleSettings
 from taid_jax.sharding import place_batch, replicated
@@ -57,8 +57,10 @@ def make_answer_rows(
         params: Params, batch: dict[str, Array], step: Int[Array, ""]
     ) -> dict[str, Array]:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = jax.lax.with_sharding_constraint(params, whole)
         found = answer(
-            jax.lax.with_sharding_constraint(params, whole),
+            # Laid out layer by layer it is faster on a CPU, but only on a single one.
+            prepare(params, config, unroll=None if mesh.size == 1 else False),
             config,
             batch["prompt_ids"],
             batch["prompt_mask"],
@@ -68,8 +70,6 @@ def make_answer_rows(
             sampling=sampling,
             key=jax.random.fold_in(jax.random.key(seed), step),
             dtype=dtype,
-            # Laid out layer by layer it is faster on a CPU, but only on a single one.
-            unroll=None if mesh.size == 1 else False,
         )
         return batch | {"tokens": found.tokens, "lengths": found.lengths}
 

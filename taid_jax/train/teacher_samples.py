@@ -21,7 +21,7 @@ from taid_jax.data.documents import Completion
 from taid_jax.data.encoding import Encoder, Rendered
 from taid_jax.data.tokens import Example
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generate import answer
+from taid_jax.models.generate import answer, prepare
 from taid_jax.models.load import LoadedModel
 from taid_jax.models.sampling import Sampling
 from taid_jax.settings import SettingsError
@@ -192,6 +192,8 @@ def answer_prompts(
     tokenizer = cast(Any, model.tokenizer)
     ends = answer_ends(model)
     room = model.config.max_length - job.max_new_tokens
+    unroll = None if mesh.size == 1 else False
+    prepared = prepare(model.params, model.config, unroll=unroll)
     for first in range(0, len(encoded), batch_size):
         batch = encoded[first : first + batch_size]
         longest = max(len(one.ids) for one in batch)
@@ -206,7 +208,7 @@ def answer_prompts(
         seed = jax.random.key(job.seed)
         placed = place_batch({"ids": ids, "mask": mask}, mesh)
         found = answer(
-            model.params,
+            prepared,
             model.config,
             placed["ids"],
             placed["mask"],
@@ -216,7 +218,6 @@ def answer_prompts(
             sampling=job.sampling,
             key=jax.vmap(jax.random.fold_in, (None, 0))(seed, numbers),
             dtype=jnp.dtype(job.dtype),
-            unroll=None if mesh.size == 1 else False,
         )
         tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)
         samples = []

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import head, hidden_states
 from taid_jax.models.errors import ModelError
-from taid_jax.models.generate import answer, generate
+from taid_jax.models.generate import answer, generate, prepare
 from taid_jax.models.sampling import Sampling
 
 TINY = DecoderConfig(
@@ -43,11 +44,18 @@ def tiny_params(random_params):
     return jax.tree.map(lambda leaf: 0.5 * leaf, random_params(TINY))
 
 
+@pytest.fixture(scope="module")
+def scanned_params(tiny_params):
+    # Less to compile than layers laid out one by one.
+    return prepare(tiny_params, TINY, unroll=False)
+
+
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("unroll", [True, False])
 def test_generate_gives_the_tokens_of_transformers(config, unroll, llama_pair):
     torch = pytest.importorskip("torch")
     model, params = llama_pair(config)
+    params = prepare(params, config, unroll=unroll)
     ids, mask = prompts(config, (1, 2, 3, 5, 8, 11, 4, 9))
     options = {
         "attention_mask": torch.tensor(np.asarray(mask)),
@@ -67,7 +75,6 @@ def test_generate_gives_the_tokens_of_transformers(config, unroll, llama_pair):
         max_new_tokens=64,
         eos_token_ids=(),
         pad_token_id=0,
-        unroll=unroll,
     )
     np.testing.assert_array_equal(ours, free)
     # With ends that occur: rows stop at different times.
@@ -82,11 +89,23 @@ def test_generate_gives_the_tokens_of_transformers(config, unroll, llama_pair):
         max_new_tokens=64,
         eos_token_ids=ends,
         pad_token_id=0,
-        unroll=unroll,
     )
     length = stopped.shape[1]
     np.testing.assert_array_equal(ours[:, :length], stopped)
     assert (np.asarray(ours[:, length:]) == 0).all()
+
+
+def test_prepare_turns_every_kernel_and_keeps_no_second_copy(tiny_params):
+    prepared = prepare(tiny_params, TINY)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (prepared.layers, tiny_params["layers"])
+    ]
+    assert sizes[0] == sizes[1]
+    assert prepared.params is tiny_params
+    (first, *_) = prepare(tiny_params, TINY).layers or []
+    down = tiny_params["layers"]["mlp"]["down_proj"]["kernel"][0]
+    np.testing.assert_array_equal(first.mlp.down_proj.turned, down.T)
 
 
 def test_generate_with_a_cache_gives_the_tokens_of_a_whole_pass(tiny_params):
@@ -128,28 +147,29 @@ def test_generate_stops_when_every_row_has_ended(tiny_params):
     ids, mask = prompts(TINY, (3, 7))
     # Any token ends a row. Were all of these tokens computed, this would take hours.
     new = generate(
-        tiny_params,
+        prepare(tiny_params, config, unroll=False),
         config,
         ids,
         mask,
         max_new_tokens=10**5,
         eos_token_ids=tuple(range(TINY.vocab_size)),
         pad_token_id=66,
-        unroll=False,
     )
     assert (np.asarray(new[:, 1:]) == 66).all()
 
 
-def test_answer_counts_the_tokens_of_each_row_and_computes_no_more(tiny_params):
+def test_answer_counts_the_tokens_of_each_row_and_computes_no_more(scanned_params):
     ids, mask = prompts(TINY, (3, 7, 5))
-    options = {"max_new_tokens": 40, "pad_token_id": 0, "unroll": False}
-    free = answer(tiny_params, TINY, ids, mask, eos_token_ids=(), **options)
+    options: dict[str, Any] = {"max_new_tokens": 40, "pad_token_id": 0}
+    free = answer(scanned_params, TINY, ids, mask, eos_token_ids=(), **options)
     np.testing.assert_array_equal(free.lengths, [40, 40, 40])
     assert int(free.steps) == 40
     # Tokens that first come after 4, 9 and 2 steps or so, and one that never comes.
     tokens = np.asarray(free.tokens)
     ends = {int(row[place]) for row, place in zip(tokens, (3, 8, 1), strict=True)}
-    found = answer(tiny_params, TINY, ids, mask, eos_token_ids=sorted(ends), **options)
+    found = answer(
+        scanned_params, TINY, ids, mask, eos_token_ids=sorted(ends), **options
+    )
     expected = [1 + next(i for i, t in enumerate(row) if t in ends) for row in tokens]
     assert max(expected) < 40
     np.testing.assert_array_equal(found.lengths, expected)
@@ -160,30 +180,29 @@ def test_answer_counts_the_tokens_of_each_row_and_computes_no_more(tiny_params):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, 20, 0.9)])
-def test_answer_drawn_depends_on_the_row_alone(tiny_params, sampling):
+def test_answer_drawn_depends_on_the_row_alone(scanned_params, sampling):
     options = {
         "max_new_tokens": 10,
         "eos_token_ids": (5,),
         "pad_token_id": 0,
         "sampling": sampling,
-        "unroll": False,
     }
     ids, mask = prompts(TINY, (4, 10, 6))
     keys = jax.random.split(jax.random.key(1), 3)
-    three = answer(tiny_params, TINY, ids, mask, key=keys, **options)
-    again = answer(tiny_params, TINY, ids, mask, key=keys, **options)
+    three = answer(scanned_params, TINY, ids, mask, key=keys, **options)
+    again = answer(scanned_params, TINY, ids, mask, key=keys, **options)
     np.testing.assert_array_equal(three.tokens, again.tokens)
-    other = answer(tiny_params, TINY, ids, mask, key=jax.random.key(2), **options)
+    other = answer(scanned_params, TINY, ids, mask, key=jax.random.key(2), **options)
     assert (three.tokens != other.tokens).any()
     # Alone, in another order, and with less and with more padding.
     for left in (4, 15):
         row = jnp.pad(ids[:1, -4:], ((0, 0), (left - 4, 0)))
         real = jnp.pad(mask[:1, -4:], ((0, 0), (left - 4, 0)))
-        alone = answer(tiny_params, TINY, row, real, key=keys[:1], **options)
+        alone = answer(scanned_params, TINY, row, real, key=keys[:1], **options)
         np.testing.assert_array_equal(alone.tokens, three.tokens[:1])
     order = np.array([2, 0, 1])
     turned = answer(
-        tiny_params, TINY, ids[order], mask[order], key=keys[order], **options
+        scanned_params, TINY, ids[order], mask[order], key=keys[order], **options
     )
     np.testing.assert_array_equal(turned.tokens, three.tokens[order])
 
@@ -197,7 +216,7 @@ def test_answer_draws_with_the_probabilities_of_the_model(tiny_params):
     logits = head(tiny_params, TINY).logits(hidden)[0, -1]
     wanted = rows * np.asarray(jax.nn.softmax(logits / 2), np.float64)
     found = answer(
-        tiny_params,
+        prepare(tiny_params, TINY, unroll=False),
         TINY,
         jnp.tile(ids, (rows, 1)),
         jnp.tile(mask, (rows, 1)),
@@ -206,7 +225,6 @@ def test_answer_draws_with_the_probabilities_of_the_model(tiny_params):
         pad_token_id=0,
         sampling=Sampling(2.0),
         key=jax.random.key(0),
-        unroll=False,
     )
     counts = np.bincount(np.asarray(found.tokens)[:, 0], minlength=TINY.vocab_size)
     statistic = ((counts - wanted) ** 2 / wanted).sum()
@@ -246,9 +264,8 @@ def test_generate_computes_in_bfloat16_when_asked(tiny_params):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params)
     options = {"max_new_tokens": 8, "eos_token_ids": (), "pad_token_id": 0}
     new = generate(half, TINY, ids, mask, dtype=jnp.bfloat16, **options)
-    scanned = generate(
-        half, TINY, ids, mask, dtype=jnp.bfloat16, unroll=False, **options
-    )
+    half = prepare(half, TINY, unroll=False)
+    scanned = generate(half, TINY, ids, mask, dtype=jnp.bfloat16, **options)
     assert new.shape == (2, 8)
     np.testing.assert_array_equal(new, scanned)
 

@@ -17,7 +17,7 @@ from taid_jax.models.decoder import (
     init_params,
     param_axes,
 )
-from taid_jax.models.generate import generate
+from taid_jax.models.generate import generate, prepare
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import SampleSettings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh, tree_shardings
@@ -130,14 +130,13 @@ def test_sampler_puts_the_students_answers_behind_the_prompts(
         padded[row, width - used :] = data["input_ids"][row, :used]
         real[row, width - used :] = 1
     answers = generate(
-        params,
+        prepare(params, CONFIG, unroll=False),
         CONFIG,
         jnp.asarray(padded),
         jnp.asarray(real),
         max_new_tokens=NEW,
         eos_token_ids=(END,),
         pad_token_id=-1,
-        unroll=False,
     )
     answers = np.asarray(answers)
     kept = 0

@@ -16,8 +16,8 @@ def prompts():
     return np.where(mask, drawn, 0).astype(np.int32), mask.astype(np.int32)
 
 
-def check_words(case, prompts, new, **options):
-    from taid_jax.models.generate import generate
+def check_words(case, prompts, new, unroll=True):
+    from taid_jax.models.generate import generate, prepare
 
     torch = pytest.importorskip("torch")
     ids, mask = prompts
@@ -30,14 +30,13 @@ def check_words(case, prompts, new, **options):
         eos_token_id=None,
     )[:, ids.shape[1] :]
     got = generate(
-        case.params,
+        prepare(case.params, case.config, unroll=unroll),
         case.config,
         jnp.asarray(ids),
         jnp.asarray(mask),
         max_new_tokens=new,
         eos_token_ids=(),
         pad_token_id=0,
-        **options,
     )
     np.testing.assert_array_equal(got, expected.numpy())
     # Answers that wander, so that a mistake would lead elsewhere.
