@@ -36,7 +36,7 @@ class Head:
         vocab_size: Entries from this index on are padding and take no part; None when
             every entry is real.
         transposed: Whether the kernel is a table of rows, such as a tied embedding.
-            No turned copy of it is ever made.
+            No turned copy of it is made.
     """
 
     # Any: as a tree of layouts or of gradients it has other leaves.

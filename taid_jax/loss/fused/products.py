@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float
 
 from taid_jax.loss.fused.plan import Plan
@@ -83,6 +84,10 @@ def head_products(
     if kernel is not None:
         pair = (hidden, in_logits) if model == 0 else (in_logits, hidden)
         kernel += dot(*pair, 0, 0)
+        if student.transposed and job.parts == 1:
+            # A TPU may otherwise add up the table's gradient turned, and turn a copy of
+            # it at the end.
+            kernel = with_layout_constraint(kernel, Layout((0, 1)))
     if bias is not None:
         bias += _sum_rows(in_logits)
     return Sums(sums.objective, kernel, bias), in_hidden
