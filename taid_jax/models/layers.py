@@ -67,7 +67,8 @@ class Linear(nnx.Module):
             kernel = linear.kernel[...]
             matrices.append(kernel.reshape(-1, math.prod(linear.outputs)).T)
             del linear.kernel
-        self.turned = jnp.concatenate(matrices)
+        # Within a larger program the compiler would turn it back, in every step.
+        self.turned = jax.lax.optimization_barrier(jnp.concatenate(matrices))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the image of the last axes, in the dtype of `x`."""
