@@ -4,8 +4,8 @@ Both sides have the same weights (SmolLM2-135M-Instruct, fetched from the packag
 or a model that is named), the same prompts padded on the left, a cache of keys and
 values, float32, and the same number of threads; neither stops at an end token. They run
 in turn within one process, so that a drift of the machine's speed falls on both;
-medians are compared. Compilation is in the first run, which is told apart, and so is what
-`prepare` takes, once for all runs, as loading does for PyTorch.
+medians are compared. Compilation is in the first run, which is told apart, and so is
+what `prepare` takes, once for all runs, as loading does for PyTorch.
 """
 
 import argparse
