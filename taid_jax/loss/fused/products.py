@@ -163,10 +163,11 @@ def _cpu_products(
     if in_hidden is not None:
         in_hidden = jnp.expand_dims(in_hidden, 0)
 
-    def add_rows(bias: Array, first: Array, number: int) -> Array:
-        return bias + _sum_rows(lax.dynamic_slice_in_dim(in_logits, first, number))
+    def of_rows(first: Array, number: int) -> Products:
+        rows = lax.dynamic_slice_in_dim(in_logits, first, number)
+        return Products(_sum_rows(rows), None)
 
     bias = sums.bias
     if bias is not None:
-        bias = over_counted(job.plan, live, add_rows, bias)
+        bias += over_counted(job.plan, live, of_rows).kernel
     return Sums(sums.objective, kernel, bias), in_hidden

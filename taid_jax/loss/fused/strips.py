@@ -6,8 +6,9 @@ more in every chunk.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
@@ -18,8 +19,6 @@ from taid_jax.types import Head
 
 STRIP = 2048
 """Entries of a strip, about."""
-
-X = TypeVar("X")
 
 
 class Products(NamedTuple):
@@ -55,25 +54,24 @@ def strip_products(
     def add(sums: Products, start: Array, width: int) -> Products:
         weights = lax.dynamic_slice_in_dim(head.kernel, start, width, axis=vocab)
 
-        def rows(carry: Products, first: Array, number: int) -> Products:
+        def of_rows(first: Array, number: int) -> Products:
             g = lax.dynamic_slice(in_logits, (first, start), (number, width))
-            part, in_hidden = carry
-            if part is not None:
+            strip, in_hidden = None, None
+            if sums.kernel is not None:
                 h = lax.dynamic_slice_in_dim(turned, first, number, axis=tokens)
-                part += dot(h, g, 1, 0) if model == 0 else dot(g, h, 0, 0)
-            if in_hidden is not None:
-                old = lax.dynamic_slice_in_dim(in_hidden, first, number)
-                new = old + dot(g, weights, 1, vocab)
-                in_hidden = lax.dynamic_update_slice_in_dim(in_hidden, new, first, 0)
-            return Products(part, in_hidden)
+                strip = dot(h, g, 1, 0) if model == 0 else dot(g, h, 0, 0)
+            if sums.hidden is not None:
+                in_hidden = dot(g, weights, 1, vocab)
+            return Products(strip, in_hidden)
 
-        whole, part = sums.kernel, None
-        if whole is not None:
-            part = lax.dynamic_slice_in_dim(whole, start, width, axis=vocab)
-        part, in_hidden = over_counted(plan, live, rows, Products(part, sums.hidden))
-        if whole is not None and part is not None:
-            whole = lax.dynamic_update_slice_in_dim(whole, part, start, axis=vocab)
-        return Products(whole, in_hidden)
+        kernel, in_hidden = sums
+        more, more_hidden = over_counted(plan, live, of_rows)
+        if kernel is not None and more is not None:
+            more += lax.dynamic_slice_in_dim(kernel, start, width, axis=vocab)
+            kernel = lax.dynamic_update_slice_in_dim(kernel, more, start, axis=vocab)
+        if in_hidden is not None and more_hidden is not None:
+            in_hidden += more_hidden
+        return Products(kernel, in_hidden)
 
     count = -(-size // STRIP)
     width = size // count
@@ -88,40 +86,46 @@ def strip_products(
 def over_counted(
     plan: Plan,
     live: Int[Array, ""] | None,
-    work: Callable[[X, Array, int], X],
-    carry: X,
-) -> X:
-    """Returns the carry after `work(carry, first, number)` on all counted rows.
+    of_rows: Callable[[Array, int], Products],
+) -> Products:
+    """Returns the products of all counted rows of a chunk.
 
     Args:
         plan: Sizes of the loop.
         live: How many rows of the chunk count, the first ones; all when None.
-        work: Takes some rows, whose number is static.
-        carry: What it starts from.
+        of_rows: Returns the products of `number` rows, which is static, from `first`.
     """
+
+    def whole() -> Products:
+        return of_rows(jnp.int32(0), plan.chunk)
+
     if live is None:
-        return work(carry, jnp.int32(0), plan.chunk)
+        return whole()
     size, count = plan.block, plan.chunk // plan.block
     blocks = (live + size - 1) // size
 
-    def by_digits(carry: X) -> X:
+    def by_digits() -> Products:
         # Products have static shapes, and a few large ones are faster than many small
         # ones: one for each binary digit of the number of blocks.
+        sums = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(whole)
+        )
         for digit in reversed(range((count - 1).bit_length())):
             first = (blocks >> (digit + 1) << (digit + 1)) * size
-            carry = lax.cond(
-                (blocks & (1 << digit)) != 0,
-                lambda carry, first=first, digit=digit: work(
-                    carry, first, size << digit
-                ),
-                lambda carry: carry,
-                carry,
-            )
-        return carry
 
-    return lax.cond(
-        blocks == count,
-        lambda carry: work(carry, jnp.int32(0), plan.chunk),
-        by_digits,
-        carry,
-    )
+            def add(sums: Products, first=first, number=size << digit) -> Products:
+                kernel, hidden = of_rows(first, number)
+                if kernel is not None:
+                    kernel += sums.kernel
+                if hidden is not None:
+                    hidden = lax.dynamic_update_slice_in_dim(
+                        sums.hidden, hidden, first, 0
+                    )
+                return Products(kernel, hidden)
+
+            sums = lax.cond(
+                (blocks & (1 << digit)) != 0, add, lambda sums: sums, sums
+            )
+        return sums
+
+    return lax.cond(blocks == count, whole, by_digits)
