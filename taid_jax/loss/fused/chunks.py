@@ -1,7 +1,7 @@
 """The loop of the fused head on one device: chunks of tokens, each over all entries.
 
 Tokens that count are brought together first. A chunk is then taken in blocks and a
-block in rows (see `plan`), and what holds no counted token is skipped.
+block in steps of some rows (see `plan`), and what holds no counted token is skipped.
 """
 
 from collections.abc import Callable
@@ -224,15 +224,24 @@ _PerToken = tuple[Array, dict[str, Array]]
 def _nested_chunk(
     job: Job, carry: LoopCarry, chunk: Tokens, live: Array | None
 ) -> tuple[LoopCarry, _Results]:
-    """Takes a chunk in blocks and rows; `live` of its tokens count, all when None."""
+    """Takes a chunk in blocks and steps; `live` of its tokens count, all when None."""
     plan = job.plan
 
-    def row(carry: _RowsCarry, x: tuple) -> tuple[_RowsCarry, _PerToken]:
-        (leaves, room), (start, products, tokens) = carry, x
-        rows = _evaluate(job, products, tokens)
-        if room is not None and rows.product is not None:
-            room = lax.dynamic_update_slice_in_dim(room, rows.product, start, 0)
-        return (_add(leaves, rows.objective), room), (rows.losses, rows.metrics)
+    def step(carry: _RowsCarry, x: tuple) -> tuple[_RowsCarry, _PerToken]:
+        (leaves, room), (start, *of_step) = carry, x
+        size, per_token = plan.rows // plan.groups, []
+        for first in range(0, plan.rows, size):
+            products, tokens = jax.tree.map(
+                lambda x, first=first: lax.slice_in_dim(x, first, first + size), of_step
+            )
+            rows = _evaluate(job, products, tokens)
+            if room is not None and rows.product is not None:
+                room = lax.dynamic_update_slice_in_dim(
+                    room, rows.product, start + first, 0
+                )
+            leaves = _add(leaves, rows.objective)
+            per_token.append((rows.losses, rows.metrics))
+        return (leaves, room), jax.tree.map(lambda *x: jnp.concatenate(x), *per_token)
 
     def block(carry: _RowsCarry, x: tuple) -> tuple[_RowsCarry, _PerToken]:
         start, tokens = x
@@ -240,7 +249,7 @@ def _nested_chunk(
         def work(carry: _RowsCarry, tokens: Tokens) -> tuple[_RowsCarry, _PerToken]:
             starts = start + jnp.arange(0, plan.block, plan.rows, dtype=jnp.int32)
             both = _block_products(job, tokens), (tokens.weight, tokens.labels)
-            return lax.scan(row, carry, (starts, *_split(both, plan.rows)))
+            return lax.scan(step, carry, (starts, *_split(both, plan.rows)))
 
         return work_when(None if live is None else start < live, work, carry, tokens)
 

@@ -123,9 +123,7 @@ def over_counted(
                     )
                 return Products(kernel, hidden)
 
-            sums = lax.cond(
-                (blocks & (1 << digit)) != 0, add, lambda sums: sums, sums
-            )
+            sums = lax.cond((blocks & (1 << digit)) != 0, add, lambda sums: sums, sums)
         return sums
 
     return lax.cond(blocks == count, whole, by_digits)
