@@ -64,6 +64,7 @@ def strip_products(
                 in_hidden = dot(g, weights, 1, vocab)
             return Products(strip, in_hidden)
 
+        # Added out here, slice, sum and update are one pass over the strip.
         kernel, in_hidden = sums
         more, more_hidden = over_counted(plan, live, of_rows)
         if kernel is not None and more is not None:
