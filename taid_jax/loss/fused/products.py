@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from taid_jax.loss.fused.plan import Plan
 from taid_jax.loss.fused.rows import Problem, Wanted, dot
-from taid_jax.loss.fused.strips import Products, over_counted, strip_products
+from taid_jax.loss.fused.strips import Products, over_counted, plus, strip_products
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -169,5 +169,5 @@ def _cpu_products(
 
     bias = sums.bias
     if bias is not None:
-        bias += over_counted(job.plan, live, of_rows).kernel
+        bias = plus(bias, over_counted(job.plan, live, of_rows).kernel)
     return Sums(sums.objective, kernel, bias), in_hidden

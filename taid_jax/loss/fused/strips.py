@@ -70,9 +70,7 @@ def strip_products(
         if kernel is not None and more is not None:
             more += lax.dynamic_slice_in_dim(kernel, start, width, axis=vocab)
             kernel = lax.dynamic_update_slice_in_dim(kernel, more, start, axis=vocab)
-        if in_hidden is not None and more_hidden is not None:
-            in_hidden += more_hidden
-        return Products(kernel, in_hidden)
+        return Products(kernel, plus(in_hidden, more_hidden))
 
     count = -(-size // STRIP)
     width = size // count
@@ -82,6 +80,11 @@ def strip_products(
     )
     rest = size - count * width
     return add(sums, jnp.int32(count * width), rest) if rest else sums
+
+
+def plus(a: Array | None, b: Array | None) -> Array | None:
+    """Returns the sum; None where either is not wanted."""
+    return None if a is None or b is None else a + b
 
 
 def over_counted(
@@ -116,13 +119,11 @@ def over_counted(
 
             def add(sums: Products, first=first, number=size << digit) -> Products:
                 kernel, hidden = of_rows(first, number)
-                if kernel is not None:
-                    kernel += sums.kernel
-                if hidden is not None:
+                if hidden is not None and sums.hidden is not None:
                     hidden = lax.dynamic_update_slice_in_dim(
                         sums.hidden, hidden, first, 0
                     )
-                return Products(kernel, hidden)
+                return Products(plus(sums.kernel, kernel), hidden)
 
             sums = lax.cond((blocks & (1 << digit)) != 0, add, lambda sums: sums, sums)
         return sums
