@@ -8,8 +8,9 @@ by the value, the gradient and the metrics.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float
 
 FLOOR = -1e30
@@ -50,7 +51,7 @@ class Pair(NamedTuple):
             silent, large and positive where an entry is excluded.
         shift: `(*tokens, 1)`, what the difference of the logits had at that entry.
         constant: `(*tokens, 1)`, `difference - (log p - log q)`.
-        gap: `(*tokens, 1)`, see `log_mass`.
+        gap: `(*tokens, 1)`, see `move`.
         top_ratio: `(*tokens, 1)`, `log p - log q` at the student's largest entry.
     """
 
@@ -77,6 +78,37 @@ def row_max(values: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens 1"]:
     return jnp.max(values, axis=-1, keepdims=True)
 
 
+@jax.custom_jvp
+def row_maxes(
+    a: Float[Array, "*tokens vocab"], b: Float[Array, "*tokens vocab"]
+) -> tuple[Float[Array, "*tokens 1"], Float[Array, "*tokens 1"]]:
+    """Returns the largest entries of two arrays, from one pass over both.
+
+    On a CPU the pass also works the arrays out, which two passes would have stored.
+    Where the vocabulary may be spread over devices there are two: those would gather
+    the partial results of the one, and reduce those of the two.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return row_max(a), row_max(b)
+
+    def larger(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jnp.maximum(x[0], y[0]), jnp.maximum(x[1], y[1])
+
+    low = jnp.float32(-jnp.inf)
+    tops = lax.reduce((a, b), (low, low), larger, (a.ndim - 1,))
+    return jnp.expand_dims(tops[0], -1), jnp.expand_dims(tops[1], -1)
+
+
+@row_maxes.defjvp
+def _row_maxes_jvp(
+    rows: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    pairs = zip(rows, tangents, strict=True)
+    a, b = (jax.jvp(row_max, (row,), (tangent,)) for row, tangent in pairs)
+    return (a[0], b[0]), (a[1], b[1])
+
+
 def per_token(column: Float[Array, "*tokens 1"]) -> Float[Array, "*tokens"]:
     """Returns a column without its last axis."""
     return jnp.squeeze(column, -1)
@@ -87,9 +119,8 @@ def finite(logits: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens vocab
     return jnp.maximum(logits.astype(jnp.float32), FLOOR)
 
 
-def largest(logits: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens 1"]:
-    """Returns the largest logit of a row, 0 for an empty one: all of it -inf."""
-    top = row_max(logits.astype(jnp.float32))
+def filled(top: Float[Array, "*tokens 1"]) -> Float[Array, "*tokens 1"]:
+    """Returns the largest logit of a row; 0 for an empty one, all of it -inf."""
     return jnp.where(top <= FLOOR, 0.0, top)
 
 
@@ -102,9 +133,17 @@ def total(exp: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens 1"]:
 def normalise(
     logits: Float[Array, "*tokens vocab"],
     temperature: Float[Array, ""] | float = 1.0,
+    top: Float[Array, "*tokens 1"] | None = None,
 ) -> Row:
-    """Returns the softmax of `logits / temperature` in its parts."""
-    top = largest(logits)
+    """Returns the softmax of `logits / temperature` in its parts.
+
+    Args:
+        logits: May have entries of -inf.
+        temperature: Positive.
+        top: The largest logits as `filled` gives them; found when None.
+    """
+    if top is None:
+        top = filled(row_max(logits))
     # One division in all; at temperature 1 the product changes nothing.
     shifted = (finite(logits) - top) * (1 / temperature)
     exp = jnp.exp(shifted)
@@ -113,17 +152,20 @@ def normalise(
 
 def at_top(
     student_logits: Float[Array, "*tokens vocab"],
+    student_top: Float[Array, "*tokens 1"],
     teacher_logits: Float[Array, "*tokens vocab"],
-) -> Float[Array, "*tokens 1"]:
-    """Returns the teacher's logit at the student's largest entry."""
-    is_top = student_logits == largest(student_logits)
-    return row_max(jnp.where(is_top, teacher_logits, -jnp.inf))
+) -> Float[Array, "*tokens vocab"]:
+    """Returns the teacher's logits at the student's largest entries, elsewhere -inf."""
+    # A sum, as a CPU's compiler makes a branch of a choice between loaded numbers.
+    return jnp.where(student_logits == student_top, 0.0, -jnp.inf) + teacher_logits
 
 
 def anchored_difference(
     student_logits: Float[Array, "*tokens vocab"],
     teacher_logits: Float[Array, "*tokens vocab"],
-) -> tuple[Float[Array, "*tokens vocab"], Float[Array, "*tokens 1"]]:
+    student_top: Float[Array, "*tokens 1"],
+    anchor: Float[Array, "*tokens 1"],
+) -> Float[Array, "*tokens vocab"]:
     """Returns teacher less student logits, less the same at the student's largest.
 
     A constant of the token means nothing to a softmax and much to float32. This one
@@ -131,15 +173,15 @@ def anchored_difference(
     numbers where the two rows nearly agree up to a shift. What rounding takes from the
     two subtractions is put back.
 
-    Returns:
-        The difference, and the teacher's logit at the student's largest entry. Where
-        the teacher is silent there, its own largest logit stands in for that.
+    Args:
+        student_logits: May have entries of -inf.
+        teacher_logits: The same.
+        student_top: The student's largest logit.
+        anchor: The teacher's logit at that entry.
     """
-    anchor = at_top(student_logits, teacher_logits)
-    anchor = jnp.where(anchor <= FLOOR, largest(teacher_logits), anchor)
     difference, lost = _subtract(finite(teacher_logits), finite(student_logits))
-    shift, shift_lost = _subtract(anchor, largest(student_logits))
-    return (difference - shift) + (lost - shift_lost), anchor
+    shift, shift_lost = _subtract(anchor, student_top)
+    return (difference - shift) + (lost - shift_lost)
 
 
 def _subtract(a: Array, b: Array) -> tuple[Array, Array]:
@@ -162,11 +204,16 @@ def normalise_pair(
     excluded = finite(student_logits) <= FLOOR
     silent = finite(teacher_logits) <= FLOOR
     q = normalise(student_logits, temperature)
-    p = normalise(teacher_logits, temperature)
-    difference, anchor = anchored_difference(student_logits, teacher_logits)
+    at_student_top, teacher_top = row_maxes(
+        at_top(student_logits, q.top, teacher_logits), teacher_logits
+    )
+    p = normalise(teacher_logits, temperature, filled(teacher_top))
+    silent_top = at_student_top <= FLOOR
+    # Where the teacher is silent there, its own largest logit stands in.
+    anchor = jnp.where(silent_top, p.top, at_student_top)
+    difference = anchored_difference(student_logits, teacher_logits, q.top, anchor)
     gap = (p.top - anchor) * (1 / temperature)
     constant = gap + jnp.log(p.total / q.total)
-    silent_top = at_top(student_logits, teacher_logits) <= FLOOR
     shared = jnp.where(excluded, 0.0, p.exp)
     return Pair(
         student=q,
@@ -209,17 +256,28 @@ def step(
     return jnp.where(near, start * expm1_near(log_ratio), end - start)
 
 
-def log_mass(
+class Move(NamedTuple):
+    """What a row of mass has to be moved to make the target out of the student.
+
+    Attributes:
+        moved: `(*tokens, vocab)`, `student.exp * (exp(difference) - 1)`.
+        relative: `(*tokens, 1)`, the sum of it over that of `student.exp`; 0 where it
+            is not near.
+        near: `(*tokens, 1)`, whether the sum is small and has all of its digits.
+    """
+
+    moved: Float[Array, "*tokens vocab"]
+    relative: Float[Array, "*tokens 1"]
+    near: Bool[Array, "*tokens 1"]
+
+
+def move(
     student: Row,
     target: Row,
     difference: Float[Array, "*tokens vocab"],
     gap: Float[Array, "*tokens 1"],
-) -> Float[Array, "*tokens 1"]:
-    """Returns `log sum_v q_v exp(difference_v)`, q the student's softmax, if small.
-
-    Here q is the student's softmax. A small result has digits that the logarithms of
-    two sums would lose in their difference. Otherwise the rows differ so much that
-    `step` needs no ratio.
+) -> Move:
+    """Returns the move from the student's row to the target's.
 
     Args:
         student: The student's row.
@@ -230,15 +288,16 @@ def log_mass(
     """
     # Capped against overflow: the sum is then far from small.
     end = target.exp * jnp.exp(jnp.minimum(gap, 30.0))
-    relative = row_sum(step(student.exp, end, difference)) / student.total
+    moved = step(student.exp, end, difference)
+    relative = row_sum(moved) / student.total
     near = jnp.abs(relative) < NEAR
-    return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0.0)), jnp.inf)
+    return Move(moved, jnp.where(near, relative, 0.0), near)
 
 
 def exact_constant(pair: Pair) -> Float[Array, "*tokens 1"]:
     """Returns `pair.constant` to all digits where the rows nearly agree, else inf."""
-    mass = log_mass(pair.student, pair.target, pair.difference, pair.gap)
-    return mass - jnp.log(pair.kept)
+    _, relative, near = move(pair.student, pair.target, pair.difference, pair.gap)
+    return jnp.where(near, jnp.log1p(relative) - jnp.log(pair.kept), jnp.inf)
 
 
 def change(pair: Pair) -> Float[Array, "*tokens vocab"]:

@@ -23,14 +23,24 @@ class _Rows(NamedTuple):
 
 
 def _rows(student_logits: Array, teacher_logits: Array, t: Array) -> _Rows:
-    q = softmax.normalise(student_logits)
-    teacher_top = softmax.largest(teacher_logits)
+    student_top, teacher_top = map(
+        softmax.filled, softmax.row_maxes(student_logits, teacher_logits)
+    )
+    q = softmax.normalise(student_logits, top=student_top)
     # Mixed after each is shifted to its largest, where the entries that matter are
     # small numbers: a float32 of 100 has an error of 4e-6, as much as its probability.
     mixture = (1 - t) * q.shifted + t * (softmax.finite(teacher_logits) - teacher_top)
     excluded = softmax.finite(student_logits) <= softmax.FLOOR
-    p = softmax.normalise(jnp.where(excluded, softmax.FLOOR, mixture))
-    difference, anchor = softmax.anchored_difference(student_logits, teacher_logits)
+    mixture = jnp.where(excluded, softmax.FLOOR, mixture)
+    anchor, mixture_top = softmax.row_maxes(
+        softmax.at_top(student_logits, student_top, teacher_logits), mixture
+    )
+    # Where the teacher is silent there, its own largest logit stands in.
+    anchor = jnp.where(anchor <= softmax.FLOOR, teacher_top, anchor)
+    p = softmax.normalise(mixture, top=softmax.filled(mixture_top))
+    difference = softmax.anchored_difference(
+        student_logits, teacher_logits, student_top, anchor
+    )
     gap = p.top + t * (teacher_top - anchor)
     return _Rows(q, p, t * difference, gap)
 
