@@ -35,7 +35,9 @@ def soft_cross_entropy(
     def gradient() -> Float[Array, "*tokens vocab"]:
         moved, relative, near = softmax.move(student, target, difference, gap)
         # p - q from the row of what is moved, less what grows the sum.
-        exact = (moved - relative * student.exp) * (1 / (student.total * (1 + relative)))
+        exact = (moved - relative * student.exp) * (
+            1 / (student.total * (1 + relative))
+        )
         apart = target.exp * (1 / target.total) - student.exp * (1 / student.total)
         return -kept * jnp.where(near, exact, apart)
 
