@@ -26,20 +26,16 @@ def soft_cross_entropy(
         student: The row of q.
         target: The row of p; 0 at entries that the student excludes.
         difference: Logits of the target less the student's, up to a constant.
-        gap: See `softmax.move`.
+        gap: See `softmax.log_mass`.
         kept: Share of the target's mass on entries that the student does not exclude.
     """
     mean = softmax.row_sum(target.exp * student.shifted) / target.total
     value = softmax.per_token(kept * (jnp.log(student.total) - mean))
 
     def gradient() -> Float[Array, "*tokens vocab"]:
-        moved, relative, near = softmax.move(student, target, difference, gap)
-        # p - q from the row of what is moved, less what grows the sum.
-        exact = (moved - relative * student.exp) * (
-            1 / (student.total * (1 + relative))
-        )
-        apart = target.exp * (1 / target.total) - student.exp * (1 / student.total)
-        return -kept * jnp.where(near, exact, apart)
+        log_ratio = difference - softmax.log_mass(student, target, difference, gap)
+        q, p = student.exp / student.total, target.exp / target.total
+        return -kept * softmax.step(q, p, log_ratio)
 
     return value, gradient
 

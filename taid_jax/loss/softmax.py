@@ -51,7 +51,7 @@ class Pair(NamedTuple):
             silent, large and positive where an entry is excluded.
         shift: `(*tokens, 1)`, what the difference of the logits had at that entry.
         constant: `(*tokens, 1)`, `difference - (log p - log q)`.
-        gap: `(*tokens, 1)`, see `move`.
+        gap: `(*tokens, 1)`, see `log_mass`.
         top_ratio: `(*tokens, 1)`, `log p - log q` at the student's largest entry.
     """
 
@@ -82,22 +82,28 @@ def row_max(values: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens 1"]:
 def row_maxes(
     a: Float[Array, "*tokens vocab"], b: Float[Array, "*tokens vocab"]
 ) -> tuple[Float[Array, "*tokens 1"], Float[Array, "*tokens 1"]]:
-    """Returns the largest entries of two arrays, from one pass over both.
+    """Returns the largest entries of two arrays, on a CPU from one pass over both.
 
-    On a CPU the pass also works the arrays out, which two passes would have stored.
-    Where the vocabulary may be spread over devices there are two: those would gather
-    the partial results of the one, and reduce those of the two.
+    There the pass also works the arrays out, which two passes would have stored. It is
+    not for a vocabulary that may be spread over devices, who would gather its partial
+    results instead of reducing them, nor for a TPU, where it makes arrays be stored.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+
+    def apart(a: Array, b: Array) -> tuple[Array, Array]:
         return row_max(a), row_max(b)
 
     def larger(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
         return jnp.maximum(x[0], y[0]), jnp.maximum(x[1], y[1])
 
-    low = jnp.float32(-jnp.inf)
-    tops = lax.reduce((a, b), (low, low), larger, (a.ndim - 1,))
-    return jnp.expand_dims(tops[0], -1), jnp.expand_dims(tops[1], -1)
+    def together(a: Array, b: Array) -> tuple[Array, Array]:
+        low = jnp.float32(-jnp.inf)
+        tops = lax.reduce((a, b), (low, low), larger, (a.ndim - 1,))
+        return jnp.expand_dims(tops[0], -1), jnp.expand_dims(tops[1], -1)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return apart(a, b)
+    return lax.platform_dependent(a, b, cpu=together, default=apart)
 
 
 @row_maxes.defjvp
@@ -256,28 +262,17 @@ def step(
     return jnp.where(near, start * expm1_near(log_ratio), end - start)
 
 
-class Move(NamedTuple):
-    """What a row of mass has to be moved to make the target out of the student.
-
-    Attributes:
-        moved: `(*tokens, vocab)`, `student.exp * (exp(difference) - 1)`.
-        relative: `(*tokens, 1)`, the sum of it over that of `student.exp`; 0 where it
-            is not near.
-        near: `(*tokens, 1)`, whether the sum is small and has all of its digits.
-    """
-
-    moved: Float[Array, "*tokens vocab"]
-    relative: Float[Array, "*tokens 1"]
-    near: Bool[Array, "*tokens 1"]
-
-
-def move(
+def log_mass(
     student: Row,
     target: Row,
     difference: Float[Array, "*tokens vocab"],
     gap: Float[Array, "*tokens 1"],
-) -> Move:
-    """Returns the move from the student's row to the target's.
+) -> Float[Array, "*tokens 1"]:
+    """Returns `log sum_v q_v exp(difference_v)`, q the student's softmax, if small.
+
+    Here q is the student's softmax. A small result has digits that the logarithms of
+    two sums would lose in their difference. Otherwise the rows differ so much that
+    `step` needs no ratio.
 
     Args:
         student: The student's row.
@@ -288,16 +283,15 @@ def move(
     """
     # Capped against overflow: the sum is then far from small.
     end = target.exp * jnp.exp(jnp.minimum(gap, 30.0))
-    moved = step(student.exp, end, difference)
-    relative = row_sum(moved) / student.total
+    relative = row_sum(step(student.exp, end, difference)) / student.total
     near = jnp.abs(relative) < NEAR
-    return Move(moved, jnp.where(near, relative, 0.0), near)
+    return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0.0)), jnp.inf)
 
 
 def exact_constant(pair: Pair) -> Float[Array, "*tokens 1"]:
     """Returns `pair.constant` to all digits where the rows nearly agree, else inf."""
-    _, relative, near = move(pair.student, pair.target, pair.difference, pair.gap)
-    return jnp.where(near, jnp.log1p(relative) - jnp.log(pair.kept), jnp.inf)
+    mass = log_mass(pair.student, pair.target, pair.difference, pair.gap)
+    return mass - jnp.log(pair.kept)
 
 
 def change(pair: Pair) -> Float[Array, "*tokens vocab"]:
