@@ -84,9 +84,9 @@ def row_maxes(
 ) -> tuple[Float[Array, "*tokens 1"], Float[Array, "*tokens 1"]]:
     """Returns the largest entries of two arrays, on a CPU from one pass over both.
 
-    There the pass also works the arrays out, which two passes would have stored. It is
-    not for a vocabulary that may be spread over devices, who would gather its partial
-    results instead of reducing them, nor for a TPU, where it makes arrays be stored.
+    There the pass also works the arrays out, which two passes would have stored; a TPU
+    needs the same memory either way. It is not for a vocabulary that may be spread over
+    devices, which would gather its partial results instead of reducing them.
     """
 
     def apart(a: Array, b: Array) -> tuple[Array, Array]:
