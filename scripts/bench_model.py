@@ -7,6 +7,7 @@ so that a drift of the machine's speed falls on both; medians are compared.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -21,28 +22,11 @@ from jax import Array
 
 from taid_jax.loss import CrossEntropy
 from taid_jax.loss.fused import fused_loss
-from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import decoder_functions, init_params
+from taid_jax.models.families.registry import write_config
+from taid_jax.models.presets import preset
 from taid_jax.types import Params
-
-THETA = 100_000.0
-"""Of SmolLM2's rotary positions."""
-
-
-def smollm2(layers: int) -> DecoderConfig:
-    """Returns SmolLM2-135M's architecture with this depth."""
-    return DecoderConfig(
-        vocab_size=49152,
-        d_model=576,
-        num_layers=layers,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        mlp_dim=1536,
-        max_length=8192,
-        rope=RopeConfig(theta=THETA),
-        tie_embeddings=True,
-    )
 
 
 def jax_side(config: DecoderConfig, ids: np.ndarray) -> Callable[[], float]:
@@ -80,19 +64,7 @@ def torch_side(config: DecoderConfig, ids: np.ndarray) -> Callable[[], float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            intermediate_size=config.mlp_dim,
-            max_position_embeddings=config.max_length,
-            rope_parameters={"rope_type": "default", "rope_theta": THETA},
-            tie_word_embeddings=True,
-        )
-    ).train()
+    model = LlamaForCausalLM(LlamaConfig.from_dict(write_config(config))).train()
     given = torch.from_numpy(ids).long()
 
     def run() -> float:
@@ -115,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     args = parser.parse_args(arguments)
 
-    config = smollm2(args.layers)
+    config = dataclasses.replace(preset("smollm2-135m"), num_layers=args.layers)
     shape = (args.batch_size, args.seq_len)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     ids = ids.astype(np.int32)

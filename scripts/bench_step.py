@@ -19,26 +19,16 @@ import jax
 import numpy as np
 
 from taid_jax import loss
-from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import decoder_functions, init_params
 from taid_jax.models.families.registry import write_config
+from taid_jax.models.presets import preset
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import Settings
 from taid_jax.train.state import init_state, make_optimizer
 from taid_jax.train.step import make_train_step
 
-SMOLLM2 = DecoderConfig(
-    vocab_size=49152,
-    d_model=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    mlp_dim=1536,
-    max_length=8192,
-    rope=RopeConfig(theta=100_000.0),
-    tie_embeddings=True,
-)
+SMOLLM2 = preset("smollm2-135m")
 
 
 def with_layers(layers: int) -> DecoderConfig:
