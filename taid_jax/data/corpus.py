@@ -17,9 +17,9 @@ _HEADING = re.compile(r"^(\S.*)\n([*=~^-])\2{2,}\n", re.MULTILINE)
 def pydoc_sections() -> Iterator[tuple[str, str]]:
     """Yields (name, text) of the sections of `help()`'s topics: the language reference.
 
-    Under Python 3.11 these are 169 sections with 373 kB of English and code, under the
-    PSF licence. The text is that of the running Python, so another version gives
-    another corpus (3.12: 182 sections, 397 kB): compare runs of the same version only.
+    Under Python 3.11.7 these are 169 sections with 373 kB of English and code, under
+    the PSF licence. The text is that of the running Python, so another version gives
+    another corpus (3.12.1: 182 sections, 397 kB): compare runs of one version only.
 
     Sections, not topics: a fifth of the topics' text stands in several of them (`if` is
     also a part of `compound`), which would put trained text among the held-out. A

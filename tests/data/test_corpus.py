@@ -19,7 +19,8 @@ def test_pydoc_sections_are_whole_and_in_order():
     sections = list(pydoc_sections())
     names = [name for name, _ in sections]
     assert [n.split(":")[0] for n in names] == sorted(n.split(":")[0] for n in names)
-    assert 150 <= len(sections) <= 300
+    # 136 under Debian's 3.11.2, whose data model is one section, 169 under 3.11.7.
+    assert 120 <= len(sections) <= 300
     # 373 kB under Python 3.11, 397 kB under 3.12.
     assert 350_000 < sum(len(text) for _, text in sections) < 600_000
     assert dict(sections)['assert: The "assert" statement'].startswith(
