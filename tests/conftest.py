@@ -20,8 +20,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs: most of the suite's time is compilation.
 _cache = pathlib.Path(
     os.environ.get(
-        "TAID_JAX_TEST_CACHE", tempfile.gettempdir() + "/taid-jax-test-cache"
+        "TAID_JAX_TEST_CACHE", tempfile.gettempdir() + "/taid-jax-tests-compiled"
     )
 )
 jax.config.update("jax_compilation_cache_dir", str(_cache))
+# With a bound, which also keeps it small, the cache is locked: processes share it.
+jax.config.update("jax_compilation_cache_max_size", 2**31)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
