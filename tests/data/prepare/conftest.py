@@ -1,5 +1,6 @@
 """Sources in UltraChat's schema, and the options to prepare them with."""
 
+import collections
 import json
 
 import pytest
@@ -39,3 +40,56 @@ def folder(tmp_path, ultrachat):
         lines = [json.dumps(record) for record in records]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture
+def ask():
+    """`ask(folder, output)`: options to prepare the folder with."""
+    # Imported late: the annotation checks have to be installed first.
+    from taid_jax.data.prepare import PrepareOptions
+
+    def make(folder, output, **options):
+        values = {"split": "train_sft", "validation_split": "test_sft", "jobs": 1}
+        return PrepareOptions(str(folder), str(output), **values | options)
+
+    return make
+
+
+@pytest.fixture
+def conversations():
+    """`conversations(dataset, tokenizer, side)`: how often each text is on a side."""
+
+    def count(dataset, tokenizer, side):
+        side = getattr(dataset, side)
+        numbers = [number for row in side.rows for number in row]
+        return collections.Counter(
+            tokenizer.decode(side.table[number].ids.tolist()) for number in numbers
+        )
+
+    return count
+
+
+@pytest.fixture
+def rendered():
+    """`rendered(folder, pattern, tokenizer)`: the same as the template writes files."""
+
+    def count(folder, pattern, tokenizer):
+        texts = collections.Counter()
+        for path in folder.glob(pattern):
+            for line in path.read_text().splitlines():
+                messages = json.loads(line)["messages"]
+                texts[tokenizer.apply_chat_template(messages, tokenize=False)] += 1
+        return texts
+
+    return count
+
+
+@pytest.fixture
+def lines_of():
+    """`lines_of(output)`: the records of the report."""
+    from taid_jax.data.prepare import REPORT
+
+    def read(output):
+        return [json.loads(line) for line in (output / REPORT).read_text().splitlines()]
+
+    return read

@@ -1,55 +1,24 @@
 """From raw conversations to shards: nothing lost, nothing doubled, stopped or not."""
 
-import collections
-import json
 import pathlib
 import random
-import re
 
 import numpy as np
 import pytest
 
 from taid_jax.data import DataError, load_dataset
-from taid_jax.data.errors import FILTERS, REASONS
 from taid_jax.data.manifest import read_manifest
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
 from taid_jax.data.prepare import run as module
-
-
-def ask(folder, output, **options):
-    values = {"split": "train_sft", "validation_split": "test_sft", "jobs": 1}
-    return PrepareOptions(str(folder), str(output), **values | options)
 
 
 def contents(output):
     return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
 
 
-def conversations(dataset, tokenizer, side):
-    side = getattr(dataset, side)
-    numbers = [number for row in side.rows for number in row]
-    return collections.Counter(
-        tokenizer.decode(side.table[number].ids.tolist()) for number in numbers
-    )
-
-
-def rendered(folder, pattern, tokenizer):
-    """The conversations of files as the template writes them."""
-    texts = collections.Counter()
-    for path in folder.glob(pattern):
-        for line in path.read_text().splitlines():
-            messages = json.loads(line)["messages"]
-            texts[tokenizer.apply_chat_template(messages, tokenize=False)] += 1
-    return texts
-
-
-def lines_of(output):
-    return [json.loads(line) for line in (output / REPORT).read_text().splitlines()]
-
-
 @pytest.mark.parametrize("pack", [False, True])
 def test_prepare_keeps_every_conversation_on_its_side(
-    folder, tmp_path, tokenizer, pack
+    folder, tmp_path, tokenizer, pack, ask, conversations, rendered
 ):
     manifest = prepare(ask(folder, tmp_path / "out"), tokenizer)
     assert manifest.records == 120
@@ -69,7 +38,7 @@ def test_prepare_keeps_every_conversation_on_its_side(
 
 @pytest.mark.parametrize("count_prompts", [False, True])
 def test_prepare_gives_what_reading_the_files_gives(
-    styled_tokenizer, folder, tmp_path, count_prompts
+    styled_tokenizer, folder, tmp_path, count_prompts, ask
 ):
     """The same tokens, the same counted ones, the same last answers; other order."""
     options = {"seq_len": 2048, "count_prompts": count_prompts}
@@ -90,7 +59,7 @@ def test_prepare_gives_what_reading_the_files_gives(
     assert examples(shards) == examples(raw)
 
 
-def test_prepare_shuffles(folder, tmp_path, tokenizer):
+def test_prepare_shuffles(folder, tmp_path, tokenizer, ask, conversations, rendered):
     def order(name, **options):
         prepare(ask(folder, tmp_path / name, **options), tokenizer)
         dataset = load_dataset(tmp_path / name, tokenizer, seq_len=2048, pack=False)
@@ -103,7 +72,7 @@ def test_prepare_shuffles(folder, tmp_path, tokenizer):
 
 
 def test_prepare_gives_the_same_bytes_however_it_is_shared_out(
-    folder, tmp_path, tokenizer
+    folder, tmp_path, tokenizer, ask
 ):
     options = {"piece_bytes": 4000, "shard_tokens": 2000}
     prepare(ask(folder, tmp_path / "one", **options), tokenizer)
@@ -117,7 +86,9 @@ def test_prepare_gives_the_same_bytes_however_it_is_shared_out(
     assert min(sizes) > 2000 / 2
 
 
-def test_prepare_gives_the_same_examples_in_any_shards(folder, tmp_path, tokenizer):
+def test_prepare_gives_the_same_examples_in_any_shards(
+    folder, tmp_path, tokenizer, ask
+):
     """The order of the shuffle does not hang on pieces and shards either."""
     orders = []
     for name, options in [
@@ -137,7 +108,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_prepare_goes_on_after_being_killed(
-    folder, tmp_path, tokenizer, monkeypatch, seed
+    folder, tmp_path, tokenizer, monkeypatch, seed, ask
 ):
     """Killed at some writes, whole or with half a file left behind."""
     options = {"piece_bytes": 6000, "shard_tokens": 3000}
@@ -171,7 +142,7 @@ def test_prepare_goes_on_after_being_killed(
 
 
 def test_prepare_does_not_encode_finished_pieces_again(
-    folder, tmp_path, tokenizer, monkeypatch
+    folder, tmp_path, tokenizer, monkeypatch, ask
 ):
     options = ask(folder, tmp_path / "out", piece_bytes=4000)
     monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
@@ -182,7 +153,7 @@ def test_prepare_does_not_encode_finished_pieces_again(
     assert prepare(options, tokenizer).records == 120
 
 
-def test_prepare_is_done_when_it_is_done(folder, tmp_path, tokenizer, monkeypatch):
+def test_prepare_is_done_when_it_is_done(folder, tmp_path, tokenizer, monkeypatch, ask):
     options = ask(folder, tmp_path / "out")
     manifest = prepare(options, tokenizer)
     before = contents(tmp_path / "out")
@@ -191,7 +162,7 @@ def test_prepare_is_done_when_it_is_done(folder, tmp_path, tokenizer, monkeypatc
     assert contents(tmp_path / "out") == before
 
 
-def test_prepare_refuses_a_folder_with_something_else(folder, tmp_path, tokenizer):
+def test_prepare_refuses_a_folder_with_something_else(folder, tmp_path, tokenizer, ask):
     output = tmp_path / "out"
     prepare(ask(folder, output), tokenizer)
     before = contents(output)
@@ -207,7 +178,7 @@ def test_prepare_refuses_a_folder_with_something_else(folder, tmp_path, tokenize
 
 
 def test_prepare_refuses_to_go_on_with_something_else(
-    folder, tmp_path, tokenizer, monkeypatch
+    folder, tmp_path, tokenizer, monkeypatch, ask
 ):
     options = ask(folder, tmp_path / "out")
     monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
@@ -219,224 +190,6 @@ def test_prepare_refuses_to_go_on_with_something_else(
     path.write_text(path.read_text() + "\n")
     with pytest.raises(DataError, match="files of the source have changed"):
         prepare(options, tokenizer)
-
-
-def test_prepare_limits_conversations_and_says_why(folder, tmp_path, tokenizer):
-    whole = prepare(ask(folder, tmp_path / "whole"), tokenizer)
-    limits = {"max_tokens": 240, "max_prompt": 200, "max_answer": 25}
-    manifest = prepare(ask(folder, tmp_path / "out", **limits), tokenizer)
-    assert set(manifest.left_out) == {"too_long", "prompt_too_long", "answer_too_long"}
-    kept = sum(file.examples for file in manifest.files)
-    assert kept + sum(manifest.left_out.values()) == whole.records == 120
-    table = load_dataset(tmp_path / "out", tokenizer, seq_len=2048).train.table
-    for number in range(len(table)):
-        ids, _, prompt, end = table[number]
-        assert len(ids) <= 240
-        assert prompt <= 200
-        assert end - prompt <= 25
-    reasons = collections.Counter(line["reason"] for line in lines_of(tmp_path / "out"))
-    assert reasons == manifest.left_out
-
-
-def test_prepare_validates_on_so_many(folder, tmp_path, tokenizer):
-    manifest = prepare(ask(folder, tmp_path / "out", validation_limit=5), tokenizer)
-    assert manifest.left_out == {"beyond_limit": 15}
-    dataset = load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
-    found = conversations(dataset, tokenizer, "held_out")
-    assert found.total() == 5
-    assert not found - rendered(folder, "test_sft*", tokenizer)
-    assert dataset.info.train.examples == 100
-
-
-def test_prepare_holds_out_by_prompts_without_a_validation_source(
-    folder, tmp_path, tokenizer
-):
-    asked = ask(folder, tmp_path / "out", validation_split=None, held_out_fraction=0.2)
-    manifest = prepare(asked, tokenizer)
-    assert manifest.noted == {}
-    raw = load_dataset(
-        [folder / f"train_sft-0000{n}.jsonl" for n in (0, 1)],
-        tokenizer,
-        seq_len=2048,
-        held_out_fraction=0.2,
-    )
-    shards = load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
-    for side in ("train", "held_out"):
-        ours, theirs = (conversations(d, tokenizer, side) for d in (shards, raw))
-        assert ours == theirs
-
-
-def test_prepare_takes_validation_data_from_elsewhere(folder, tmp_path, tokenizer):
-    asked = ask(
-        folder / "train_sft-00000.jsonl",
-        tmp_path / "out",
-        split=None,
-        validation_split=None,
-        validation_data=str(folder / "test_sft-00000.jsonl"),
-    )
-    manifest = prepare(asked, tokenizer)
-    assert [source["side"] for source in manifest.sources] == ["train", "validation"]
-    assert manifest.records == 80
-    with pytest.raises(DataError, match="both trained and validated on"):
-        prepare(
-            ask(
-                folder,
-                tmp_path / "other",
-                validation_split=None,
-                validation_data=str(folder),
-                split=None,
-            ),
-            tokenizer,
-        )
-
-
-def test_prepare_drops_copies_and_keeps_other_answers_to_a_prompt(
-    folder, tmp_path, tokenizer
-):
-    path = folder / "train_sft-00001.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    changed = json.loads(json.dumps(records[4]))
-    changed["messages"][-1]["content"] = "Another answer."
-    first = json.loads((folder / "test_sft-00000.jsonl").read_text().splitlines()[0])
-    leaked = {**records[7], "prompt_id": "leaked", "messages": first["messages"]}
-    records = [*records, records[2], changed, records[2], leaked]
-    path.write_text("\n".join(map(json.dumps, records)) + "\n")
-    manifest = prepare(ask(folder, tmp_path / "out", piece_bytes=3000), tokenizer)
-    assert manifest.left_out == {"copy": 2}
-    assert manifest.noted == {"same_name": 1, "prompt_on_both_sides": 1}
-    train = load_dataset(tmp_path / "out", tokenizer, seq_len=2048).info.train
-    assert train.examples == 102
-    places = {
-        (line["reason"], line["origin"].rpartition("/")[2])
-        for line in lines_of(tmp_path / "out")
-    }
-    assert places == {
-        ("copy", "train_sft-00001.jsonl, line 41"),
-        ("same_name", "train_sft-00001.jsonl, line 42"),
-        ("copy", "train_sft-00001.jsonl, line 43"),
-        ("prompt_on_both_sides", "test_sft-00000.jsonl, line 1"),
-    }
-
-
-BAD_LINES = {
-    "starts_with_assistant": [("assistant", "So."), ("user", "Why?")],
-    "empty_turn": [("user", "Why?"), ("assistant", " \n")],
-    "unknown_role": [("user", "Why?"), ("narrator", "He said"), ("assistant", "So.")],
-    "no_answer": [("user", "Why?")],
-}
-
-
-def bad_lines():
-    lines = {
-        reason: json.dumps(
-            {"messages": [{"role": role, "content": text} for role, text in turns]}
-        ).encode()
-        for reason, turns in BAD_LINES.items()
-    }
-    return lines | {
-        "not_utf8": b'{"messages": [{"role": "user", "content": "\xff"}]}',
-        "not_json": b'{"messages": [{"role": "user", "con',
-        "wrong_shape": b'{"conversation": []}',
-        "too_large": b'{"text": "' + b"x" * 10_000_000 + b'"}',
-    }
-
-
-def test_prepare_counts_bad_records_by_line_and_goes_on(folder, tmp_path, tokenizer):
-    path = folder / "train_sft-00000.jsonl"
-    good = path.read_bytes().splitlines()
-    bad = bad_lines()
-    lines = list(good)
-    # Between good ones, the last one cut short without an end of line.
-    for number, line in enumerate(bad.values()):
-        lines.insert(1 + 3 * number, line)
-    path.write_bytes(b"\n".join([*lines, good[0][:50]]))
-    manifest = prepare(ask(folder, tmp_path / "out", piece_bytes=5000), tokenizer)
-    wanted = dict.fromkeys(bad, 1) | {"not_json": 2}
-    assert manifest.left_out == wanted
-    assert set(wanted) < set(REASONS)
-    assert manifest.records == 120 + len(bad) + 1
-    dataset = load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
-    assert dataset.info.train.examples == 100
-    found = [
-        (line["reason"], int(re.search(r"line (\d+)$", line["origin"])[1]))
-        for line in lines_of(tmp_path / "out")
-    ]
-    numbered = [(reason, 2 + 3 * n) for n, reason in enumerate(bad)]
-    assert found == [*numbered, ("not_json", len(lines) + 1)]
-    assert all(line["message"] for line in lines_of(tmp_path / "out"))
-
-
-def test_prepare_counts_what_the_template_refuses(folder, tmp_path, tokenizers):
-    path = folder / "train_sft-00000.jsonl"
-    twice = [{"role": "user", "content": "Why?"}] * 2
-    line = json.dumps({"messages": [*twice, {"role": "assistant", "content": "So."}]})
-    path.write_text(path.read_text() + line + "\n")
-    manifest = prepare(ask(folder, tmp_path / "out"), tokenizers["llama2"])
-    assert manifest.left_out == {"template_refuses": 1}
-    [problem] = lines_of(tmp_path / "out")
-    assert problem["origin"].endswith("line 61")
-    assert "roles must alternate" in problem["message"]
-
-
-def test_prepare_counts_a_parquet_file_cut_short(folder, tmp_path, tokenizer):
-    (folder / "train_sft-00002.parquet").write_bytes(b"PAR1 and then no more")
-    manifest = prepare(ask(folder, tmp_path / "out"), tokenizer)
-    assert manifest.left_out == {"damaged_file": 1}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"messages": []}\n', r"no example is left .*no_answer: 1"),
-        ("", "is empty"),
-    ],
-)
-def test_prepare_says_when_nothing_is_left(tmp_path, tokenizer, text, message):
-    path = tmp_path / "a.jsonl"
-    path.write_text(text)
-    asked = PrepareOptions(str(path), str(tmp_path / "out"), jobs=1)
-    with pytest.raises(DataError, match=message):
-        prepare(asked, tokenizer)
-
-
-def test_prepare_says_when_all_are_too_long_and_can_be_asked_again(
-    folder, tmp_path, tokenizer
-):
-    output = tmp_path / "out"
-    with pytest.raises(DataError, match=r"too_long: 120.* shortest .* has \d+ tokens"):
-        prepare(ask(folder, output, max_tokens=4), tokenizer)
-    assert [path.name for path in output.iterdir()] == [REPORT]
-    assert len(lines_of(output)) == 120
-    assert prepare(ask(folder, output), tokenizer).records == 120
-
-
-def test_prepare_says_when_a_side_is_empty(folder, tmp_path, tokenizer):
-    (folder / "test_sft-00000.jsonl").write_text('{"messages": []}\n')
-    with pytest.raises(DataError, match="nothing is left on the validation side"):
-        prepare(ask(folder, tmp_path / "out"), tokenizer)
-
-
-def test_prepare_needs_a_template(folder, tmp_path, base_tokenizer):
-    asked = ask(folder, tmp_path / "out")
-    with pytest.raises(DataError, match=r"--chat-template FILE"):
-        prepare(asked, base_tokenizer)
-
-
-def test_prepare_takes_text_and_completions(tmp_path, base_tokenizer):
-    path = tmp_path / "a.jsonl"
-    records = [{"text": "that is all. " * 40}, {"prompt": "Why?", "completion": "So."}]
-    path.write_text("\n".join(map(json.dumps, records)))
-    asked = PrepareOptions(
-        str(path), str(tmp_path / "out"), held_out_fraction=0.0, max_tokens=32, jobs=1
-    )
-    manifest = prepare(asked, base_tokenizer)
-    assert manifest.chats  # a completion would be rendered, had it a template
-    options = {"held_out_fraction": 0.0, "seq_len": 20}
-    shards = load_dataset(tmp_path / "out", base_tokenizer, **options)
-    raw = load_dataset(path, base_tokenizer, **options)
-    # Windows of 32 tokens cut into 20 and 13: other borders, each token once.
-    assert shards.info.train.counted_tokens == raw.info.train.counted_tokens
-    assert shards.info.train.tokens >= raw.info.train.tokens
 
 
 def test_ultrachat_preset_is_the_published_recipe():
@@ -462,7 +215,3 @@ def test_ultrachat_preset_prepares_a_copy_of_the_folder(folder, tmp_path, tokeni
         tmp_path / "out", tokenizer, seq_len=2048, count_prompts=True
     ).info
     assert info.train.counted_tokens == info.train.tokens - info.train.examples
-
-
-def test_reasons_and_filters_have_names_of_their_own():
-    assert not set(REASONS) & set(FILTERS)
