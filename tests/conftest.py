@@ -23,7 +23,7 @@ _cache = pathlib.Path(
         "TAID_JAX_TEST_CACHE", tempfile.gettempdir() + "/taid-jax-tests-compiled"
     )
 )
+# A folder for each process of a parallel run: the cache is not locked.
+_cache /= os.environ.get("PYTEST_XDIST_WORKER", "")
 jax.config.update("jax_compilation_cache_dir", str(_cache))
-# With a bound, which also keeps it small, the cache is locked: processes share it.
-jax.config.update("jax_compilation_cache_max_size", 2**31)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
