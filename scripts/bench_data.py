@@ -21,10 +21,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 import tyro
 
-from taid_jax.data import DataError, Dataset, Tokenizer, load_dataset, train_iterator
+from taid_jax.data import Dataset, Tokenizer, load_dataset, train_iterator
 from taid_jax.data.corpus import pydoc_sections
 from taid_jax.data.prepare import PrepareOptions, prepare
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import InputError
 from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings
 
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             measure(command, pathlib.Path(folder))
-    except (DataError, ModelError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

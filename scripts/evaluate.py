@@ -24,9 +24,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from taid_jax.data import DataError
+from taid_jax.errors import InputError
 from taid_jax.evaluate import HeldOut
-from taid_jax.models.errors import ModelError
 from taid_jax.models.pypi import cache_folder
 from taid_jax.settings import (
     Settings,
@@ -35,13 +34,11 @@ from taid_jax.settings import (
     to_dict,
     with_steps,
 )
-from taid_jax.sharding import ShardingError, check_batch, make_mesh
+from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.answers import find_questions
 from taid_jax.train.inputs import check_models, load_pair, read_data
 from taid_jax.train.judge import finished_state, make_judge
 from taid_jax.train.report import write_json
-
-BAD_INPUT = (SettingsError, ShardingError, ModelError, DataError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         found = score(command.settings)
-    except BAD_INPUT as error:
+    except InputError as error:
         errors = Console(stderr=True)
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2

@@ -20,15 +20,15 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from taid_jax.data import DataError, Tokenizer
+from taid_jax.data import Tokenizer
+from taid_jax.errors import InputError
 from taid_jax.models.decoder import abstract_params, param_axes
-from taid_jax.models.errors import ModelError
 from taid_jax.models.load import load_config, load_model
 from taid_jax.models.pypi import cache_folder
 from taid_jax.models.sampling import Sampling
 from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import SettingsError
-from taid_jax.sharding import ShardingError, check_batch, make_mesh, tree_shardings
+from taid_jax.sharding import check_batch, make_mesh, tree_shardings
 from taid_jax.train.prompts import digest, encode_prompts, read_prompts
 from taid_jax.train.teacher_samples import (
     Job,
@@ -36,8 +36,6 @@ from taid_jax.train.teacher_samples import (
     answer_prompts,
     choose_fitting,
 )
-
-BAD_INPUT = (SettingsError, ShardingError, ModelError, DataError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     try:
         write_answers(command, Console())
-    except BAD_INPUT as error:
+    except InputError as error:
         errors = Console(stderr=True)
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2

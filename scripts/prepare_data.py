@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from taid_jax.data import DataError, Tokenizer
+from taid_jax.data import Tokenizer
 from taid_jax.data.errors import FILTERS, REASONS
 from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
 from taid_jax.data.template import set_chat_template
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import InputError
 from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
             manifest = prepare(
                 command.options, cast(Tokenizer, tokenizer), progress=progress
             )
-    except (DataError, ModelError) as error:
+    except InputError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -32,25 +32,12 @@ import tyro
 from rich.console import Console
 
 from taid_jax import hosts
-from taid_jax.data import DataError
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import InputError
 from taid_jax.models.pypi import cache_folder
-from taid_jax.plan import PlanError, make_plan
-from taid_jax.settings import Settings, SettingsError, read_settings, to_yaml
-from taid_jax.sharding import ShardingError
-from taid_jax.train.checkpoint import CheckpointError
+from taid_jax.plan import make_plan
+from taid_jax.settings import Settings, read_settings, to_yaml
 from taid_jax.train.loop import Interrupted, TrainingError
 from taid_jax.train.run import distil
-
-BAD_INPUT = (
-    SettingsError,
-    ShardingError,
-    ModelError,
-    DataError,
-    CheckpointError,
-    PlanError,
-    hosts.HostsError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
             make_plan(settings, command.plan, console)
             return 0
         report = distil(settings, console)
-    except BAD_INPUT as error:
+    except InputError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return hosts.leave(2, str(error))
     except (TrainingError, Interrupted) as error:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from taid_jax.errors import InputError
 from taid_jax.types import DATA, FSDP, TENSOR
 
 MESH_AXES = (DATA, FSDP, TENSOR)
@@ -43,7 +44,7 @@ TEACHER_RULES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 depends on it; activations are cut as the student's."""
 
 
-class ShardingError(ValueError):
+class ShardingError(InputError):
     """A mesh or a logical axis that cannot be."""
 
 

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from taid_jax.errors import InputError
+
 BadRecordPolicy = Literal["raise", "count"]
 
 REASONS: Mapping[str, str] = {
@@ -36,12 +38,8 @@ _KEPT_MESSAGES = 20
 """So many problems are kept word for word; the rest are only counted."""
 
 
-class DataError(ValueError):
-    """Data, or a setting of it, that cannot be used.
-
-    The message is one paragraph that names the place and says what was needed, what
-    came and the way out: the script prints it without a traceback.
-    """
+class DataError(InputError):
+    """Data, or a setting of it, that cannot be used; the message names the place."""
 
 
 class RecordError(DataError):

@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from taid_jax.chips import CHIPS, Chip
+from taid_jax.errors import InputError
 
 LOCAL = "local"
 
@@ -27,7 +28,7 @@ _COMPILE_ONLY = {
 }
 
 
-class PlanError(ValueError):
+class PlanError(InputError):
     """A machine that is not known, or a plan that cannot be made for it."""
 
 

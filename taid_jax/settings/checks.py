@@ -1,7 +1,9 @@
 """How a setting is refused."""
 
+from taid_jax.errors import InputError, show
 
-class SettingsError(ValueError):
+
+class SettingsError(InputError):
     """A setting is out of range, unknown, or contradicts another."""
 
 
@@ -18,4 +20,4 @@ def need(name: str, value: object, holds: bool, what: str) -> None:
         SettingsError: If it does not hold.
     """
     if not holds:
-        raise SettingsError(f"{name}: need {what}, got {value!r}")
+        raise SettingsError(f"{name}: need {what}, got {show(value)}")

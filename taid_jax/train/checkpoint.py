@@ -10,11 +10,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from taid_jax.errors import InputError
 from taid_jax.settings import Settings, SettingsError, from_dict, to_dict
 from taid_jax.train.state import DistillState
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """There is no checkpoint to go on from, or it is another run's."""
 
 
