@@ -1,0 +1,39 @@
+"""Tests of what a user sees of the package before using any of it."""
+
+import subprocess
+import sys
+
+import pytest
+
+import taid_jax
+
+
+def modules_after(statement: str) -> set[str]:
+    """Returns the modules that a fresh interpreter has imported after a statement."""
+    code = f"{statement}\nimport sys; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(found.stdout.split())
+
+
+def test_import_of_the_package_alone_imports_no_library():
+    heavy = {"jax", "flax", "transformers", "orbax", "grain", "torch"}
+    assert not heavy & modules_after("import taid_jax")
+
+
+def test_loss_is_reached_without_importing_it():
+    found = modules_after("import taid_jax; taid_jax.loss.TAID")
+    assert "taid_jax.loss" in found
+    assert not {"flax", "optax", "transformers", "orbax"} & found
+
+
+def test_dir_is_what_all_says_and_each_name_is_there():
+    assert dir(taid_jax) == sorted(taid_jax.__all__)
+    for name in taid_jax.__all__:
+        assert getattr(taid_jax, name) is not None
+
+
+def test_getattr_of_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'los'"):
+        _ = taid_jax.los
