@@ -35,13 +35,12 @@ _NAMES = {
     "taid_jax.schedule": ("TAIDScheduler", "TAIDState"),
     "taid_jax.types": ("ModelFunctions",),
 }
-__getattr__, _public = lazy(
+__getattr__, __all__ = lazy(
     __name__,
     {name: f"taid_jax.{name}" for name in _MODULES}
     | {name: home for home, names in _NAMES.items() for name in names},
 )
-__all__ = [*_public, "__version__"]
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]
