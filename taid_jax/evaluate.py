@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from taid_jax.loss import CrossEntropy
+from taid_jax.loss import CrossEntropy, softmax
 from taid_jax.loss.objective import Objective, register_objective
 from taid_jax.settings import BestBy
 from taid_jax.sharding import place_batch
@@ -41,9 +41,12 @@ class Comparison:
         teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
         probability = jnp.exp(teacher)
         # An entry that either side excludes has no share in the divergence.
-        counts = (probability > 0) & (student_logits > -jnp.inf)
-        gap = jnp.where(counts, teacher - student, 0.0)
-        return jnp.sum(probability * gap, axis=-1)
+        excluded = (probability <= 0) | jnp.isneginf(student_logits)
+        gap = jnp.where(excluded, 0.0, teacher - student)
+        kl = jnp.sum(probability * gap, axis=-1)
+        # A row that is no distribution may have had all of its entries excluded.
+        tops = softmax.checked(softmax.row_max(student_logits.astype(jnp.float32)))
+        return jnp.where(jnp.isnan(softmax.per_token(tops)), jnp.nan, kl)
 
     def metrics(
         self,
