@@ -207,7 +207,7 @@ def _nan_of_learned(updates, _):
         # 1 - b2 is 0 in float32, and so is the mean of a weight that is not used.
         {"b2": 1 - 1e-8},
         {"eps": 1e-50},
-        {"weight_decay": 1e300},
+        {"weight_decay": np.inf},
         # A mean of squares that float32 does not hold, with an update of 0.
         optax.chain(optax.scale(1e25), optax.adam(1e-2)),
         optax.chain(optax.stateless(_nan_of_learned), optax.sgd(1e-2)),
