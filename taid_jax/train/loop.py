@@ -195,11 +195,14 @@ class Loop:
         self._log.step(step, metrics, tokens)
         skipped = self._log.skipped_in_row
         if skipped >= self.settings.run.max_skipped:
+            self.checkpoints.wait()
+            latest = self.checkpoints.latest_step()
             raise TrainingError(
                 f"stopped at step {step}: {skipped} steps in a row "
                 "had a loss, gradient or update that is not finite, the last one its "
-                f"{self._log.not_finite}. The last good "
-                f"checkpoint is in {self.checkpoints.folder}. A lower "
+                f"{self._log.not_finite}. The last good checkpoint is "
+                f"{'none' if latest is None else latest} in "
+                f"{self.checkpoints.folder}. A lower "
                 "--learning-rate or --dtype float32 may help, for an update usual "
                 "values of --b2, --eps and --weight-decay; --max-skipped sets the limit"
             )
