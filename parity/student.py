@@ -72,7 +72,8 @@ def student_rows(folder: pathlib.Path | None) -> list[AnyRow]:
         _row(
             "held-out perplexity",
             PERPLEXITY,
-            abs(found / stated - 1),
+            # Both may be beyond a float.
+            0.0 if found == stated else abs(found / stated - 1),
             len(sequences),
             f"{found:.6g}, in the report {stated:.6g}",
         ),
@@ -143,7 +144,10 @@ def _perplexity(
         )
         total += float(nll)
         count += int((wanted != IGNORE_INDEX).sum())
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Real
 
@@ -149,7 +150,7 @@ class ScheduledT:
             ValueError: If the schedule has NaN there; a traced one cannot be looked at.
         """
         t = self._at(jnp.zeros((), jnp.float32))
-        if not isinstance(t, jax.core.Tracer) and jnp.isnan(t):
+        if not isinstance(t, Tracer) and jnp.isnan(t):
             raise ValueError("need a t in [0, 1] at step 0 that is not NaN, got NaN")
         return TAIDState(
             t=t,

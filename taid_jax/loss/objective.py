@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
@@ -92,7 +93,7 @@ def _numbers(name: str, value: object) -> np.ndarray | None:
     Raises:
         TypeError: If it holds no real numbers.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     if isinstance(value, Array) and not value.is_fully_addressable:
         return None

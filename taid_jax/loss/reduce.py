@@ -1,5 +1,7 @@
 """From the losses of tokens to the loss of a batch: weighted sums and means."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -117,7 +119,8 @@ def distillation_sums(
         student_logits = select_tokens(student_logits, weights)
         if teacher_logits is not None:
             teacher_logits = select_tokens(teacher_logits, weights)
-    loss_sum = weighted_sum(objective(student_logits, teacher_logits, labels), weights)
+    teacher: Any = teacher_logits
+    loss_sum = weighted_sum(objective(student_logits, teacher, labels), weights)
     sums = {"weight": jnp.sum(weights)}
     for name, values in token_metrics(
         objective, student_logits, teacher_logits, labels

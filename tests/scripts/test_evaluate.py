@@ -147,6 +147,8 @@ def test_evaluate_of_a_model_that_is_not_finite_is_an_error(
     models = {"teacher": teacher, "student": teacher} | {side: broken}
     flags = [f"--{name}={folder}" for name, folder in models.items()]
     flags += [f"--data={questions}", "--batch-size=8", "--seq-len=40", f"--json={path}"]
+    # A student without numbers has no answers to be scored.
+    flags += ["--answer-examples=4", "--answer-tokens=4"]
     assert evaluate.main(flags) == 2
     out, err = capsys.readouterr()
     assert f"error: {broken if side == 'student' else 'the teacher'}: not finite" in err
