@@ -104,8 +104,8 @@ class TAIDScheduler:
             state: The state that the step used.
             loss: The step's distillation loss, the token-weighted mean over the whole
                 global batch, in nats. One that is not finite leaves the state as it is.
-            step: Index of that step, from 0. Steps past the end are safe; NaN leaves the
-                state as it is.
+            step: Index of that step, from 0. Steps past the end are safe; NaN leaves
+                the state as it is.
         """
         loss = jnp.asarray(loss, jnp.float32)
         first = jnp.isposinf(state.prev_loss)
