@@ -21,7 +21,7 @@ from taid_jax.loss.fused.mesh import Partition
 from taid_jax.loss.fused.plan import make_plan
 from taid_jax.loss.fused.rows import Problem, Wanted
 from taid_jax.loss.objective import Objective
-from taid_jax.loss.reduce import token_weights
+from taid_jax.loss.reduce import select_tokens, token_weights
 from taid_jax.types import Head
 
 
@@ -84,7 +84,7 @@ def run(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> Outcome
         def together(*leaves: Array) -> Outcome:
             return one(*tree.unflatten(leaves))
 
-        if mapped[1].mask or mapped[1].labels:
+        if mapped[1].mask:
             outcome = lax.map(example, jnp.arange(size))
         else:
             in_axes = tuple(0 if flag else None for flag in flags)
@@ -197,6 +197,11 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
         teacher = cut(fixed.head, fixed.hidden.dtype)
         teacher_hidden = fixed.hidden.reshape(-1, fixed.hidden.shape[-1])
     weight = token_weights(fixed.mask, hidden.shape[:-1], fixed.labels)
+    if fixed.mask is None and fixed.labels is not None:
+        # A mask sorts these out; labels alone seldom leave many out.
+        hidden = select_tokens(hidden, weight)
+        if teacher_hidden is not None:
+            teacher_hidden = select_tokens(teacher_hidden, weight.reshape(-1))
     tokens = Tokens(
         hidden.reshape(-1, hidden.shape[-1]),
         teacher_hidden,
@@ -208,7 +213,7 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     on_device = -(-width // tensor)
     parts = 1 if width % tensor else tensor
     plan = make_plan(weight.size, on_device, static.platform, static.chunk_size)
-    masked = fixed.mask is not None or fixed.labels is not None
+    masked = fixed.mask is not None
     loss, metrics, (in_leaves, in_hidden, in_kernel, in_bias) = run_chunks(
         problem, tokens, masked, plan, wanted, spread, parts
     )
