@@ -5,7 +5,6 @@ own, so that its memory is its own. Its report, once it is there, is all that co
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import shutil
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
 
 from taid_jax.settings import (
     Settings,
@@ -23,7 +23,7 @@ from taid_jax.settings import (
     read_settings,
     to_yaml,
 )
-from taid_jax.train.report import EVALUATIONS, REPORT, read_lines
+from taid_jax.train.report import EVALUATIONS, REPORT, drawn, read_json, read_lines
 
 METHODS = (
     "sft",
@@ -106,7 +106,7 @@ class Cell:
     def report(self) -> dict[str, Any] | None:
         """Returns the report of the finished run, None if there is none yet."""
         path = self.run / REPORT
-        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def prepare(self) -> list[str]:
         """Writes the settings file and returns the flags of the run.
@@ -221,6 +221,9 @@ def _with_spread(values: Sequence[float], name: str) -> str:
     if not values:
         return ""
     digits = {TOKENS: 0, "perplexity": 2, MEMORY: 2}.get(name, 4)
+    if not all(map(math.isfinite, values)):
+        # One seed that failed is not to be lost in a mean, nor is it a spread.
+        return f"{sum(values):.{digits}f}"
     mean = f"{statistics.fmean(values):,.{digits}f}"
     if len(values) == 1:
         return mean
@@ -253,11 +256,11 @@ def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
     for number, (method, group) in enumerate(done.items()):
         runs = [read_lines(cell.run / EVALUATIONS) for cell in group]
         steps = [row["step"] for row in runs[0]]
-        found = [[row["kl"] or math.nan for row in run] for run in runs]
-        at_step = list(zip(*found, strict=True))
-        means = [statistics.fmean(values) for values in at_step]
-        low, high = [min(v) for v in at_step], [max(v) for v in at_step]
-        curves.plot(steps, means, color=colours(number), label=method)
+        found = [[drawn(row["kl"]) for row in run] for run in runs]
+        # Of all seeds: there is a gap where one is not finite.
+        at_step = np.array(found)
+        low, high = at_step.min(axis=0), at_step.max(axis=0)
+        curves.plot(steps, at_step.mean(axis=0), color=colours(number), label=method)
         curves.fill_between(steps, low, high, color=colours(number), alpha=0.2)
     curves.set(xlabel="step", ylabel="held-out KL(teacher || student), nats per token")
     curves.set_yscale("log")

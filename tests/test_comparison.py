@@ -120,6 +120,19 @@ def test_draw_makes_a_picture(plan, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [("NaN", "nan"), ("Infinity", "inf"), ("-Infinity", "-inf")]
+)
+def test_table_and_picture_show_what_is_not_finite(plan, tmp_path, value, text):
+    cells = plan(["rkl"])
+    _finish(cells[0], 1.0)
+    _finish(cells[1], value, student_perplexity_after="Infinity")
+    table = cp.make_table(cp.collect(cells)).splitlines()
+    assert table[3].startswith(f"| rkl | 2 | {text} | inf |")
+    cp.draw(cells, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
+
+
 def test_methods_are_the_recipes():
     folder = pathlib.Path(__file__).parents[1] / "scripts" / "recipes" / "methods"
     assert {path.stem for path in folder.iterdir()} == set(cp.METHODS)

@@ -250,3 +250,23 @@ def test_scheduled_t_keeps_its_state_without_a_finite_loss():
     state = driver.update(driver.init(), 2.0, 0)
     assert driver.update(state, jnp.nan, 1) == state
     assert jax.tree.structure(state) == jax.tree.structure(TAIDScheduler(5).init())
+
+
+@pytest.mark.parametrize(("loss", "step"), [(1.0, np.nan), (np.nan, 3), (-3e38, 3)])
+@pytest.mark.parametrize("disable_adaptive", [False, True])
+def test_update_by_what_is_not_finite_leaves_the_state(loss, step, disable_adaptive):
+    """The last loss makes a momentum that float32 does not hold."""
+    scheduler = TAIDScheduler(10, disable_adaptive=disable_adaptive)
+    state = scheduler.init()._replace(prev_loss=jnp.float32(3e38), t=jnp.float32(0.5))
+    found = scheduler.update(state, jnp.float32(loss), jnp.float32(step))
+    np.testing.assert_array_equal(found, state)
+
+
+def test_scheduled_t_keeps_the_last_one_where_the_schedule_is_nan():
+    scheduler = ScheduledT(lambda step: jnp.where(step == 2, jnp.nan, step / 10))
+    state = scheduler.init()
+    ts = []
+    for step in range(3):
+        state = scheduler.update(state, jnp.float32(1), jnp.int32(step))
+        ts.append(float(state.t))
+    np.testing.assert_allclose(ts, [0.1, 0.1, 0.3], rtol=1e-6)  # float32

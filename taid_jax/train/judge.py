@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from taid_jax.data import Dataset, held_out_batches
-from taid_jax.evaluate import HeldOut, evaluate, make_judge_step
+from taid_jax.evaluate import HeldOut, evaluate, make_judge_step, not_finite
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.tokenizer import Tokenizer
 from taid_jax.scores import score_answers
@@ -80,7 +80,8 @@ def make_judge(
 
     def judge(state: DistillState) -> HeldOut:
         found = evaluate(judge_step, state, pair.teacher.params, held_out, mesh)
-        if examination is None:
+        # A model that is no distribution has no answers.
+        if examination is None or not_finite(found._asdict()):
             return found
         answers = examination.answers(state.params)
         scores = score_answers(answers, examination.references)

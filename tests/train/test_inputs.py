@@ -9,11 +9,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from taid_jax.data import DataError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
 from taid_jax.models.errors import ModelError
 from taid_jax.models.load import export_model, load_model
-from taid_jax.settings import ModelSettings, Settings
+from taid_jax.models.tokenizer import load_tokenizer
+from taid_jax.settings import ModelSettings, Settings, from_dict
 from taid_jax.sharding import make_mesh
 from taid_jax.train.inputs import check_models, load_pair
 
@@ -122,3 +124,22 @@ def test_load_pair_resizes_layers_of_the_teacher_like_the_teacher(teacher):
         pair.student_params["embed"]["embedding"],
         pair.teacher.params["embed"]["embedding"],
     )
+
+
+@pytest.mark.parametrize("wrong", [40, 10**6, -1])
+def test_read_data_refuses_ids_that_the_models_lack(
+    monkeypatch, tmp_path, teacher, wrong
+):
+    """Such as those of prepared data that came with a wrong manifest."""
+    from taid_jax.train import inputs
+
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(TOKENS[:10]) * 4)
+    settings = from_dict({"data": {"data": str(path), "seq_len": 8}})
+    tokenizer = load_tokenizer(teacher)
+    dataset = inputs.read_data(settings, tokenizer)
+    assert dataset.train.table.ids.max() < 40
+    dataset.train.table.ids[3] = wrong
+    monkeypatch.setattr(inputs, "load_dataset", lambda *_, **__: dataset)
+    with pytest.raises(DataError, match=rf"text.txt has the token id {wrong}, .* 39"):
+        inputs.read_data(settings, tokenizer)

@@ -21,6 +21,7 @@ from taid_jax.loss.fused.mesh import Partition
 from taid_jax.loss.fused.plan import make_plan
 from taid_jax.loss.fused.rows import Problem, Wanted
 from taid_jax.loss.objective import Objective
+from taid_jax.loss.reduce import select_tokens, token_weights
 from taid_jax.types import Head
 
 
@@ -195,9 +196,12 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     if fixed.head is not None and fixed.hidden is not None:
         teacher = cut(fixed.head, fixed.hidden.dtype)
         teacher_hidden = fixed.hidden.reshape(-1, fixed.hidden.shape[-1])
-    weight = jnp.ones(hidden.shape[:-1], jnp.float32)
-    if fixed.mask is not None:
-        weight = fixed.mask.astype(jnp.float32)
+    weight = token_weights(fixed.mask, hidden.shape[:-1], fixed.labels)
+    if fixed.mask is None and fixed.labels is not None:
+        # A mask sorts these out; labels alone seldom leave many out.
+        hidden = select_tokens(hidden, weight)
+        if teacher_hidden is not None:
+            teacher_hidden = select_tokens(teacher_hidden, weight.reshape(-1))
     tokens = Tokens(
         hidden.reshape(-1, hidden.shape[-1]),
         teacher_hidden,
