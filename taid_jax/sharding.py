@@ -99,7 +99,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ShardingError(
-            f"mesh: {show(text)} does not match the {len(devices)} device(s) there are; "
+            f"mesh: {text} does not match the {len(devices)} device(s) there are; "
             "the sizes have to multiply to that number"
         )
     shape = tuple(sizes.values())

@@ -3,8 +3,10 @@
 from taid_jax.settings.checks import Checked as Checked
 from taid_jax.settings.checks import SettingsError as SettingsError
 from taid_jax.settings.checks import bounded as bounded
+from taid_jax.settings.checks import check_file as check_file
 from taid_jax.settings.checks import check_text as check_text
 from taid_jax.settings.convert import FREE_ON_RESUME as FREE_ON_RESUME
+from taid_jax.settings.convert import changed as changed
 from taid_jax.settings.convert import contradictions as contradictions
 from taid_jax.settings.convert import flatten as flatten
 from taid_jax.settings.convert import from_dict as from_dict

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 import operator
+import os
+import pathlib
 import struct
 import types
 import typing
@@ -11,7 +13,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from taid_jax.errors import InputError, show
+from taid_jax.errors import InputError, parsing, show
 
 _MOST = 2**31 - 1
 """Integers end here where no other bound is declared: the programs count in int32."""
@@ -155,6 +157,23 @@ def as_float32(value: float | int) -> float:
         return math.copysign(math.inf, value)
     # XLA takes subnormal numbers for 0.
     return rounded if abs(rounded) >= 2.0**-126 else 0.0
+
+
+def check_file(name: str, path: str | pathlib.Path) -> None:
+    """Raises unless a command can write a file at its end.
+
+    Raises:
+        SettingsError: If its folder is missing, or it cannot be written there.
+    """
+    check_text(name, str(path))
+    path = pathlib.Path(path).absolute()
+    with parsing(f"{name}: {path}", SettingsError):
+        folder = path.parent
+        need(name, str(path), folder.is_dir(), "a file in a folder that is there")
+        free = path.is_file() or not (path.exists() or path.is_symlink())
+        need(name, str(path), free, "a file, not a folder or a device")
+        can = os.access(path if path.exists() else folder, os.W_OK)
+        need(name, str(path), can, "a file that can be written")
 
 
 def check_text(name: str, text: str) -> None:

@@ -43,6 +43,12 @@ def flatten(settings: Settings) -> dict[str, Any]:
     }
 
 
+def changed(settings: Settings) -> dict[str, Any]:
+    """Returns the settings that are not the default, under dotted names."""
+    defaults = flatten(Settings())
+    return {k: v for k, v in flatten(settings).items() if v != defaults[k]}
+
+
 Changes = dict[str, dict[str, Any]]
 """New values of some settings, by group and name."""
 
