@@ -61,6 +61,11 @@ def refuse(error: InputError) -> int:
     return 2
 
 
+def how_to_install(extra: str) -> str:
+    """Returns the command that adds an extra's packages, for a wheel and for a clone."""
+    return f"pip install 'taid-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+
+
 @contextlib.contextmanager
 def parsing(what: str, kind: type[InputError] = InputError) -> Iterator[None]:
     """Turns whatever a parser raises within it into an error of the input.

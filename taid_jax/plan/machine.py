@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from taid_jax.chips import CHIPS, Chip
-from taid_jax.errors import InputError, show
+from taid_jax.errors import InputError, explain, how_to_install, show
 from taid_jax.memory import host_memory
 
 LOCAL = "local"
@@ -89,8 +89,8 @@ def _tpu(name: str, chip: Chip, shape: str) -> Machine:
         ).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
         raise PlanError(
-            f"plan: the TPU compiler cannot be had: {error}. It comes with libtpu: "
-            "pip install 'taid-jax[tpu]'"
+            f"plan: the TPU compiler cannot be had: {explain(error)}. It comes with "
+            f"libtpu: {how_to_install('tpu')}"
         ) from error
     return Machine(name, devices, chip.hbm_bytes, chip)
 

@@ -185,7 +185,8 @@ def test_documented_command_line_runs_on_tiny_models(
         "train_tpu": [
             f"--teacher={teacher}",
             f"--output={tmp_path / 'run'}",
-            "--steps=2",
+            "--steps=1",
+            "--held-out-batches=1",
             "--mesh=fsdp=4,tensor=2",
         ],
         "evaluate": [f"--student={teacher}", f"--json={tmp_path / 'scores.json'}"],
@@ -208,12 +209,14 @@ def test_documented_command_line_runs_on_tiny_models(
             small.append(f"--data={chats}")
         if "--student" in flags or "--config" in flags:
             small.append(f"--student={tiny['student']}")
-        if "--config" in flags:  # a recipe, of hours
-            small += ["--epochs=None", "--batch-size=8", "--seq-len=64"]
-            small += ["--answer-examples=2", "--answer-tokens=4"]
+        if "--seq-len" in flags or "--config" in flags:  # of hours
+            accumulated = "--grad-accum" in flags
+            small += ["--seq-len=64", f"--batch-size={32 if accumulated else 4}"]
+        if "--config" in flags:  # a recipe
+            small += ["--epochs=None", "--answer-examples=2", "--answer-tokens=4"]
     if script == "evaluate":
         settings = tmp_path / "settings.json"
-        values = {"teacher": str(teacher), "data": {"data": str(chats)}}
+        values = {"teacher": str(teacher), "data": {"data": str(chats)}, "seq_len": 64}
         settings.write_text(json.dumps({**values, "mesh": "fsdp=4,tensor=2"}))
         flags = [*flags, f"--config={settings}"]
     assert load_script(script).main([*flags, *small]) == 0
