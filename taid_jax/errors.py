@@ -62,7 +62,7 @@ def refuse(error: InputError) -> int:
 
 
 def how_to_install(extra: str) -> str:
-    """Returns the command that adds an extra's packages, for a wheel and for a clone."""
+    """Returns how an extra's packages are added, to a wheel and to a clone."""
     return f"pip install 'taid-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
 
 
