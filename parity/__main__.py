@@ -15,6 +15,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from taid_jax.errors import how_to_install
+
 NAMES = ("losses", "schedule", "models", "run", "deviations", "student")
 REPORT = pathlib.Path("parity") / "report.json"
 
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.seeds < 0:
         parser.error(f"need --seeds >= 0, got {chosen.seeds}")
     if importlib.util.find_spec("torch") is None:
-        _complain("parity needs PyTorch: pip install 'taid-jax[parity]'")
+        _complain(f"parity needs PyTorch: {how_to_install('parity')}")
         return 2
     # The comparison is one of arithmetic: both sides on the CPU, in float32 proper.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

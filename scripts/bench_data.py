@@ -24,7 +24,7 @@ import tyro
 from taid_jax.data import Dataset, Tokenizer, load_dataset, train_iterator
 from taid_jax.data.corpus import pydoc_sections
 from taid_jax.data.prepare import PrepareOptions, prepare
-from taid_jax.errors import InputError
+from taid_jax.errors import InputError, refuse
 from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings
 
@@ -169,8 +169,7 @@ def main(arguments: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             measure(command, pathlib.Path(folder))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 

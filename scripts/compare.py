@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-import yaml
 from rich.console import Console
 
 from taid_jax.comparison import METHODS, Cell, collect, draw, make_table, plan_cells
-from taid_jax.settings import SettingsError
+from taid_jax.errors import InputError, parsing, refuse, show
+from taid_jax.settings import SettingsError, check_text, parse_yaml
 from taid_jax.train.report import write_json
 
 TRAIN = pathlib.Path(__file__).with_name("train_tpu.py")
@@ -56,12 +56,14 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
     values = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SettingsError(f"set: cannot read {text!r}: {error}") from error
         if not equals or not name:
-            raise SettingsError(f"set: need NAME=VALUE, got {text!r}")
+            raise SettingsError(f"set: need NAME=VALUE, got {show(text)}")
+        if name in values:
+            raise SettingsError(f"set: {name} is given twice")
+        if name in ("seed", "output"):
+            raise SettingsError(f"set: {name} has a flag of its own here")
+        with parsing(f"set: cannot read {show(text)}", SettingsError):
+            values[name] = parse_yaml(value)
     return values
 
 
@@ -97,26 +99,23 @@ def write_results(cells: Sequence[Cell], output: pathlib.Path) -> str:
     return table
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command and returns its exit status."""
-    command = tyro.cli(
-        Command,
-        args=arguments,
-        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 a cell failed.",
+def compare(command: Command, console: Console, errors: Console) -> int:
+    """Runs the cells that wait, writes the table and returns the exit status.
+
+    Raises:
+        SettingsError: If the cells cannot be what is asked for.
+    """
+    for name in ("output", "config"):
+        check_text(name, str(getattr(command, name)))
+    for method in command.methods:
+        check_text("methods", method)
+    if command.output.exists() and not command.output.is_dir():
+        raise SettingsError(f"output: {command.output} is not a folder")
+    overrides = parse_overrides(command.set)
+    cells = plan_cells(
+        command.config, command.methods, command.seeds, command.output, overrides
     )
-    console, errors = Console(), Console(stderr=True)
-    try:
-        cells = plan_cells(
-            command.config,
-            command.methods,
-            command.seeds,
-            command.output,
-            parse_overrides(command.set),
-        )
-        waiting = [cell for cell in cells if cell.report() is None]
-    except (SettingsError, OSError) as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    waiting = [cell for cell in cells if cell.report() is None]
     statuses = []
     for number, cell in enumerate([] if command.only_table else waiting, start=1):
         console.print(f"cell {number} of {len(waiting)}: {cell.folder.name}")
@@ -126,6 +125,19 @@ def main(arguments: Sequence[str]) -> int:
     if any(cell.report() for cell in cells):
         print(write_results(cells, command.output))
     return 1 if any(statuses) else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 a cell failed.",
+    )
+    try:
+        return compare(command, Console(), Console(stderr=True))
+    except InputError as error:
+        return refuse(error)
 
 
 if __name__ == "__main__":

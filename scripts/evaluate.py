@@ -24,19 +24,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from taid_jax.errors import InputError
+from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.evaluate import HeldOut, check_finite
 from taid_jax.models.pypi import cache_folder
 from taid_jax.settings import (
     Settings,
     SettingsError,
+    check_file,
     read_settings,
     to_dict,
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.answers import find_questions
-from taid_jax.train.inputs import check_models, load_pair, read_data
+from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
 from taid_jax.train.judge import finished_state, make_judge
 from taid_jax.train.report import number, write_json
 
@@ -75,13 +76,13 @@ def parse(arguments: Sequence[str]) -> Command:
         Command,
         args=arguments,
         default=Command(settings=base, config=config),
-        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
+        description=f"{__doc__}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if command.settings.model.student is None:
         raise SettingsError("student: need the folder of the student to be scored")
-    if command.json is not None and not command.json.absolute().parent.is_dir():
-        raise SettingsError(f"json: {command.json.parent} is not a folder")
+    if command.json is not None:
+        check_file("json", command.json)
     return command
 
 
@@ -95,6 +96,7 @@ def score(settings: Settings) -> HeldOut:
     """
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
+    check_memory(settings, mesh)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     settings = with_steps(settings, len(dataset.train))
@@ -126,9 +128,7 @@ def main(arguments: Sequence[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         found = score(command.settings)
     except InputError as error:
-        errors = Console(stderr=True)
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return refuse(error)
     show(found, Console())
     if command.json is not None:
         values = {**found._asdict(), "settings": to_dict(command.settings)}

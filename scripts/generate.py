@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import track
 
 from taid_jax.data import Tokenizer
-from taid_jax.errors import InputError
+from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.load import load_config, load_model
 from taid_jax.models.pypi import cache_folder
 from taid_jax.models.sampling import Sampling
 from taid_jax.models.tokenizer import load_tokenizer
-from taid_jax.settings import SettingsError
+from taid_jax.settings import Checked, bounded, check_file
 from taid_jax.sharding import check_batch, make_mesh, tree_shardings
 from taid_jax.train.prompts import digest, encode_prompts, read_prompts
 from taid_jax.train.teacher_samples import (
@@ -39,7 +39,7 @@ from taid_jax.train.teacher_samples import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
+class Command(Checked):
     """The flags.
 
     Attributes:
@@ -58,15 +58,15 @@ class Command:
         overwrite: Write the output anew, whatever it holds.
     """
 
-    prompts: pathlib.Path
-    output: pathlib.Path
+    prompts: str
+    output: str
     model: str = "smollm2-135m-instruct"
-    batch_size: int = 8
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
+    batch_size: int = bounded(8, ge=1)
+    max_new_tokens: int = bounded(512, ge=1)
+    temperature: float = bounded(0.0, ge=0)
+    top_k: int | None = bounded(None, ge=1)
+    top_p: float = bounded(1.0, gt=0, le=1)
+    seed: int = bounded(0, ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: str = "data=1,fsdp=-1,tensor=1"
     overwrite: bool = False
@@ -81,21 +81,22 @@ def write_answers(command: Command, console: Console) -> None:
         ModelError: If the model cannot be used.
         DataError: If the prompts cannot be used.
     """
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(command, name) < 1:
-            raise SettingsError(f"{name}: need >= 1, got {getattr(command, name)}")
+    check_file("output", command.output)
     sampling = Sampling(command.temperature, command.top_k, command.top_p)
     mesh = make_mesh(command.mesh)
     check_batch(command.batch_size, mesh)
-    prompts = read_prompts(command.prompts)
+    prompts = read_prompts(pathlib.Path(command.prompts))
     tokenizer = cast(Tokenizer, load_tokenizer(command.model))
     encoded = encode_prompts(prompts, tokenizer)
     config = load_config(command.model)
     fitting = choose_fitting(encoded, config, command.max_new_tokens)
-    size, limit = command.batch_size, command.max_new_tokens
+    # More rows than there are prompts would only repeat them.
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = min(command.batch_size, -(-len(fitting) // parts) * parts)
+    limit = command.max_new_tokens
     about = command.seed, sampling, command.dtype
     job = Job(command.model, digest(prompts), limit, *about)
-    file = SampleFile(command.output, job, overwrite=command.overwrite)
+    file = SampleFile(pathlib.Path(command.output), job, overwrite=command.overwrite)
     left = [one for one in fitting if one.prompt.number >= file.done]
     console.print(
         f"{len(prompts)} prompts, {len(prompts) - len(fitting)} of them too long, "
@@ -127,19 +128,17 @@ def write_answers(command: Command, console: Console) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
-    command = tyro.cli(
-        Command,
-        args=arguments,
-        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
-    )
-    # A second start finds what the first one compiled.
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     try:
+        command = tyro.cli(
+            Command,
+            args=arguments,
+            description=f"{__doc__}{EXIT_STATUS}",
+        )
+        # A second start finds what the first one compiled.
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         write_answers(command, Console())
     except InputError as error:
-        errors = Console(stderr=True)
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return refuse(error)
     return 0
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from taid_jax import loss
+from taid_jax.errors import InputError, refuse
 from taid_jax.plan import find_machine
 from taid_jax.plan.compiled import compiled_anew, plan_mesh
 from taid_jax.plan.flops import count_flops
@@ -87,9 +88,8 @@ def main(arguments: Sequence[str]) -> int:
                 mesh = plan_mesh(args.mesh, machine)
             else:
                 mesh = Mesh([[[machine.devices[0]]]], MESH_AXES)
-        except ValueError as error:  # PlanError and ShardingError are.
-            print(error, file=sys.stderr)
-            return 2
+        except InputError as error:
+            return refuse(error)
         for form in ("fused", "plain"):
             temp, share = compile_loss(mesh, args, fused=form == "fused")
             print(

@@ -26,7 +26,7 @@ from taid_jax.data.errors import FILTERS, REASONS
 from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
 from taid_jax.data.template import set_chat_template
-from taid_jax.errors import InputError
+from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings
 
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Command:
     return tyro.cli(
         Command,
         args=[*flags, *arguments],
-        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
+        description=f"{__doc__}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
@@ -109,8 +109,7 @@ def main(arguments: Sequence[str]) -> int:
                 command.options, cast(Tokenizer, tokenizer), progress=progress
             )
     except InputError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on from here")
         return 1

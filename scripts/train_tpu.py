@@ -32,10 +32,10 @@ import tyro
 from rich.console import Console
 
 from taid_jax import hosts
-from taid_jax.errors import InputError
+from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.pypi import cache_folder
 from taid_jax.plan import make_plan
-from taid_jax.settings import Settings, read_settings, to_yaml
+from taid_jax.settings import Settings, read_settings
 from taid_jax.train.loop import Interrupted, TrainingError
 from taid_jax.train.report import number
 from taid_jax.train.run import distil
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Command,
         args=arguments,
         default=Command(settings=base, config=config),
-        description=f"{__doc__}\n\nExit status: 0 done, 2 bad input, 1 anything else.",
+        description=f"{__doc__}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
@@ -88,14 +88,12 @@ def main(arguments: Sequence[str]) -> int:
         if command.plan is None:
             hosts.join(settings.hosts)
             console.quiet = not hosts.is_first()
-        console.print(to_yaml(settings), markup=False, highlight=False)
         if command.plan is not None:
             make_plan(settings, command.plan, console)
             return 0
         report = distil(settings, console)
     except InputError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return hosts.leave(2, str(error))
+        return hosts.leave(refuse(error), str(error))
     except (TrainingError, Interrupted) as error:
         # Of several processes all are here: each saved its part and waited for it.
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)

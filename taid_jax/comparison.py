@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
+from taid_jax.errors import parsing
 from taid_jax.settings import (
     Settings,
     SettingsError,
@@ -106,7 +107,8 @@ class Cell:
     def report(self) -> dict[str, Any] | None:
         """Returns the report of the finished run, None if there is none yet."""
         path = self.run / REPORT
-        return read_json(path) if path.is_file() else None
+        with parsing(f"{path} is no report of a run", SettingsError):
+            return read_json(path) if path.is_file() else None
 
     def prepare(self) -> list[str]:
         """Writes the settings file and returns the flags of the run.
@@ -114,8 +116,9 @@ class Cell:
         A run that was stopped goes on from its last checkpoint; what a run left behind
         without one is removed.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(to_yaml(self.settings), encoding="utf-8")
+        with parsing(f"output: cannot write {self.file}", SettingsError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(to_yaml(self.settings), encoding="utf-8")
         checkpoints = self.run / "checkpoints"
         resumes = checkpoints.is_dir() and any(
             entry.name.isdigit() for entry in checkpoints.iterdir()

@@ -2,10 +2,15 @@
 
 import contextlib
 import reprlib
+import sys
 from collections.abc import Iterator
 
 MAX_SHOWN = 300
 """So many characters of a value, or of another's message, are shown at most."""
+
+
+EXIT_STATUS = "\n\nExit status: 0 done, 2 bad input, 1 anything else."
+"""The end of what every command says of itself."""
 
 
 class InputError(ValueError):
@@ -48,6 +53,17 @@ def shorten(text: str, limit: int = MAX_SHOWN) -> str:
 def explain(error: BaseException) -> str:
     """Returns what an exception says, shortened; its type where it says nothing."""
     return shorten(" ".join(str(error).split())) or type(error).__name__
+
+
+def refuse(error: InputError) -> int:
+    """Prints an error of the input as every command does, and returns its status, 2."""
+    print(f"error: {shorten(str(error), 2000)}", file=sys.stderr)
+    return 2
+
+
+def how_to_install(extra: str) -> str:
+    """Returns how an extra's packages are added, to a wheel and to a clone."""
+    return f"pip install 'taid-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from taid_jax.errors import InputError
+from taid_jax.errors import InputError, show
 from taid_jax.types import DATA, FSDP, TENSOR
 
 MESH_AXES = (DATA, FSDP, TENSOR)
@@ -52,26 +53,32 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Returns the sizes named in a text such as `data=1,fsdp=-1,tensor=1`.
 
     Raises:
-        ShardingError: On an unknown axis, a size that is no integer, or two -1.
+        ShardingError: On an axis that is unknown or comes twice, a size that is no
+            number from 1 on or -1, or two -1.
     """
-    sizes: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        axis, _, size = part.partition("=")
-        if axis.strip() not in sizes:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in MESH_AXES:
             raise ShardingError(
-                f"mesh: no axis is called {axis.strip()!r}; there are {MESH_AXES}"
+                f"mesh: no axis is called {show(axis)}; there are {MESH_AXES}"
             )
-        try:
-            sizes[axis.strip()] = int(size)
-        except ValueError:
+        if axis in sizes:
+            raise ShardingError(f"mesh: {axis} is given twice in {show(text)}")
+        if not re.fullmatch("-1|[0-9]{1,9}", size):
             raise ShardingError(
-                f"mesh: need axis=size with an integer, got {part!r}"
-            ) from None
-    if any(size == 0 or size < -1 for size in sizes.values()):
-        raise ShardingError(f"mesh: need sizes >= 1, or -1 for the rest, got {text!r}")
+                f"mesh: need axis=size with an integer, got {show(part)}"
+            )
+        sizes[axis] = int(size)
+    if 0 in sizes.values():
+        raise ShardingError(
+            f"mesh: need sizes >= 1, or -1 for the rest, got {show(text)}"
+        )
     if list(sizes.values()).count(-1) > 1:
-        raise ShardingError(f"mesh: only one axis can take the rest (-1), got {text!r}")
-    return sizes
+        raise ShardingError(
+            f"mesh: only one axis can take the rest (-1), got {show(text)}"
+        )
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:

@@ -2,7 +2,16 @@
 
 import pytest
 
-from taid_jax.errors import MAX_SHOWN, InputError, explain, parsing, shorten, show
+from taid_jax.errors import (
+    MAX_SHOWN,
+    InputError,
+    explain,
+    how_to_install,
+    parsing,
+    refuse,
+    shorten,
+    show,
+)
 
 
 class OtherError(InputError):
@@ -35,6 +44,19 @@ def test_show_never_fails_and_is_short(value):
 def test_explain_names_the_type_of_an_error_without_words():
     assert explain(ZeroDivisionError()) == "ZeroDivisionError"
     assert explain(ValueError("two\n  lines")) == "two lines"
+
+
+def test_how_to_install_fits_a_wheel_and_a_clone():
+    text = how_to_install("tpu")
+    assert "pip install 'taid-jax[tpu]'" in text
+    assert "pip install -e '.[tpu]'" in text
+
+
+def test_refuse_prints_one_short_message(capsys):
+    assert refuse(InputError("x" * 10**6)) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: xxx")
+    assert len(shown) < 2100
 
 
 class PanicException(BaseException):

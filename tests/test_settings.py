@@ -29,9 +29,10 @@ def test_settings_yaml_exponent_without_a_point_is_a_number(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"t_start": 1.5}, "0 <= t_start <= t_end <= 1"),
-        ({"t_start": float("nan")}, "0 <= t_start <= t_end <= 1"),
-        ({"alpha": -1.0}, "alpha >= 0"),
+        ({"t_start": 1.5}, "0 <= t_start <= 1"),
+        ({"t_start": float("nan")}, "0 <= t_start <= 1"),
+        ({"t_start": 0.5, "t_end": 0.4}, "0 <= t_start <= t_end <= 1"),
+        ({"alpha": -1.0}, "alpha: need >= 0"),
         ({"beta": 1.0}, "0 <= beta < 1"),
         ({"learning_rate": 0.0}, "0 < learning_rate"),
         ({"learning_rate": float("inf")}, "0 < learning_rate"),
@@ -60,6 +61,109 @@ def test_from_dict_bad_value_says_what_was_needed(values, message):
     with pytest.raises(s.SettingsError) as caught:
         s.from_dict(values)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"b2": 0.99999999}, "0 <= b2 < 1 in float32"),
+        ({"b1": 1 - 1e-9}, "0 <= b1 < 1 in float32"),
+        ({"beta": 1 - 1e-9}, "0 <= beta < 1 in float32"),
+        ({"eps": 1e-50}, "eps: need >= 1e-20"),
+        ({"eps": 0.0}, "eps: need >= 1e-20"),
+        ({"weight_decay": 1e300}, "0 <= weight_decay <= 1000000.0"),
+        ({"weight_decay": 1e5}, "at most 1 / learning_rate, which is 1000"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
+        ({"clip_norm": 1e300}, "clip_norm: need > 0 in float32"),
+        ({"clip_norm": 1e-46}, "is 0"),
+        ({"clip_norm": float("inf")}, "clip_norm: need > 0 and finite"),
+        # A subnormal number, which XLA takes for 0.
+        ({"learning_rate": 1e-40}, "0 < learning_rate <= 10 in float32"),
+        ({"learning_rate": 1e-50}, "0 < learning_rate <= 10 in float32"),
+        ({"alpha": 1e39}, "alpha: need >= 0 in float32"),
+        ({"alpha": 10**400}, "alpha: need >= 0 and finite"),
+        ({"temperature": 1e-40}, "1e-06 <= temperature <= 1000000.0"),
+        ({"temperature": 1e30}, "1e-06 <= temperature"),
+        ({"head_threshold": 1e-7}, "1e-06 <= head_threshold < 1"),
+        ({"head_threshold": 0.99999999}, "in float32, in which it is used and is 1"),
+        ({"dkd_alpha": 1e300}, "0 <= dkd_alpha <= 1000000.0"),
+        ({"dkd_beta": -1e-300}, "0 <= dkd_beta"),
+        ({"teacher_weight": 1e-60}, "0 < teacher_weight < 1 in float32"),
+        ({"sample_temperature": 1e-9}, "0 or >= 1e-06"),
+        ({"epochs": float("nan")}, "epochs: need > 0"),
+        ({"seed": 2**32}, "0 <= seed < 4294967296"),
+        ({"seed": 2**63}, "0 <= seed < 4294967296"),
+        ({"seed": -1}, "0 <= seed < 4294967296"),
+        ({"steps": 2**31}, "steps: need <= 2147483647"),
+        ({"steps": 10**5000}, "steps: need <= 2147483647"),
+        ({"batch_size": 10**10}, "batch_size: need <= 2147483647"),
+        ({"batch_size": 2**24}, "fewer than 2**31 tokens"),
+        ({"seq_len": 2**30}, "fewer than 2**31 tokens"),
+        ({"join_timeout": 2**31}, "1 <= join_timeout <= 1000000"),
+        ({"steps": 60.0}, "steps: need int, got 60.0"),
+        ({"alpha": True}, "alpha: need float, got True"),
+        ({"alpha": "0.1"}, "alpha: need float, got '0.1'"),
+        ({"resume": 1}, "resume: need bool, got 1"),
+        ({"student": 3}, "student: need str or none, got 3"),
+        ({"objective": ["taid"]}, "objective: need one of taid, forward_kl"),
+        ({"output": ""}, "output: need a text that is not empty"),
+        ({"student": ""}, "student: need a text that is not empty"),
+        ({"output": "runs/a\0b"}, "without control characters"),
+        ({"output": "runs/\ud800"}, "half surrogates, got 'runs/\\ud800'"),
+        ({"data": "a\nb"}, "without control characters"),
+        ({"output": "runs/" + "x" * 256}, "names of at most 255 bytes"),
+        ({"output": "runs/" + "é" * 128}, "names of at most 255 bytes"),
+        ({"output": "a/" * 3000}, "names of at most 255 bytes"),
+        ({"output": "~/runs"}, "written out in place of ~"),
+        ({"output": " runs"}, "no white space at its ends"),
+        ({"coordinator": "h:\u0661", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
+        ({"buckets": "\u0666\u0664,128", "pack": False}, "numbers with commas"),
+        ({"learning_rat": 1}, "was learning_rate meant?"),
+        ({"optimizer": {"steps": 1}}, "optimizer has no setting 'steps'"),
+        ({"run": 3}, "run: need names and values, got 3"),
+        ({"steps": 1, "run": {"steps": 2}}, "steps is given twice"),
+        ({"x" * 10**6: 1}, "no setting is called 'xxx"),
+        ({7: 1}, "no setting is called 7"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, str) else "",
+)
+def test_from_dict_value_that_the_programs_cannot_hold_is_refused(values, message):
+    with pytest.raises(s.SettingsError) as caught:
+        s.from_dict(values)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_from_dict_takes_what_is_within_the_bounds():
+    values = {
+        "b2": 0.9999999,
+        "eps": 1e-15,
+        "temperature": 1e-6,
+        "seed": 2**32 - 1,
+        "steps": 2**31 - 1,
+        "head_threshold": 1e-6,
+        "dkd_alpha": 0,
+        "output": "runs/é " + "x" * 245,
+        "epochs": 5,
+    }
+    found = s.flatten(s.from_dict(values))
+    own = {name.split(".")[1]: value for name, value in found.items()}
+    assert {name: own[name] for name in values} == values
+    assert type(found["run.epochs"]) is float
+
+
+def test_bounds_of_settings_are_those_of_the_code():
+    """What a setting allows at its ends, the code that it goes to takes as well."""
+    from taid_jax import loss
+    from taid_jax.models.sampling import Sampling
+
+    for bound in (1e-6, 1e6):
+        loss.ForwardKL(bound)
+    for bound in (0, 1e6):
+        loss.DKD(bound, bound)
+    loss.AdaptiveKL(1e-6)
+    Sampling(1e-6)
+    assert s.from_dict({"sample_temperature": 1e-6})
 
 
 def test_from_dict_another_student_replaces_the_base(tmp_path):

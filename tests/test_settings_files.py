@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from taid_jax import settings as s
@@ -100,6 +102,130 @@ def test_read_settings_bad_base_names_the_file(tmp_path, text, messages):
         assert message in str(caught.value)
 
 
+def _bomb():
+    """Nine levels of nine references: a `repr` of 10**9 entries."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, 9):
+        inner = ", ".join([f"*a{level - 1}"] * 9)
+        lines.append(f"a{level}: &a{level} [{inner}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: !!int x\n", "cannot read the settings"),
+        ("steps: !!float []\n", "cannot read the settings"),
+        ("output: !!timestamp 2020-13-45\n", "cannot read the settings"),
+        ("steps: !!binary 'a'\n", "cannot read the settings"),
+        ("steps: !!python/object/apply:os.getpid []\n", "cannot read the settings"),
+        ("steps: " + "[" * 20000, "cannot read the settings"),
+        ("steps: " + "{a: " * 20000, "cannot read the settings"),
+        ("a: b: c\n", "cannot read the settings"),
+        ("\tsteps: 1\n", "cannot read the settings"),
+        ("steps: 1\n---\nsteps: 2\n", "cannot read the settings"),
+        ("steps: \x00\n", "cannot read the settings"),
+        ("? [a]\n: 1\n", "cannot read the settings"),
+        (_bomb(), "no setting is called 'a0'"),
+        (_bomb() + "\nsteps: *a8\n", "no setting is called 'a0'"),
+        ("steps: &a [*a]\n", "steps: need int"),
+        ("model: &a {student: *a}\n", "student: need str"),
+        ("base: &a [*a]\n", "a file or a list of files"),
+        ("steps: 1\nsteps: 2\n", "'steps' is given twice"),
+        ("run: {seed: 1, seed: 1}\n", "'seed' is given twice"),
+        ("steps: 1\nrun: {steps: 2}\n", "steps is given twice"),
+        ("a: &a {steps: 3}\n<<: *a\n", "no setting is called"),
+        ("1: 2\n", "no setting is called 1"),
+        ("on: 2\n", "no setting is called True"),
+        ("steps: 1e3\n", "steps: need int, got 1000.0"),
+        ("steps: 60.0\n", "steps: need int, got 60.0"),
+        ("steps: true\n", "steps: need int, got True"),
+        ("steps: '60'\n", "steps: need int, got '60'"),
+        ("steps: 010\n", "steps: need int, got '010'"),
+        ("steps: 1:30\n", "steps: need int, got '1:30'"),
+        ("steps:\n", "steps: need int, got None"),
+        (f"steps: {'9' * 5000}\n", "cannot read the settings"),
+        ("alpha: .nan\n", "alpha: need >= 0"),
+        ("alpha: .inf\n", "alpha: need >= 0 and finite"),
+        ("alpha: '0.1'\n", "alpha: need float, got '0.1'"),
+        ("run:\n", "run: need names and values, got None"),
+        ("run: [steps]\n", "run: need names and values"),
+        ("- steps\n", "need names and values, got list"),
+        ("# " + "x" * 10**6, "at most 131072 bytes"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_read_settings_whatever_the_parser_raises_is_one_message(
+    tmp_path, text, message
+):
+    _write(tmp_path, top=text)
+    with pytest.raises(s.SettingsError) as caught:
+        s.read_settings(tmp_path / "top.yaml")
+    assert message in str(caught.value)
+    assert "top.yaml" in str(caught.value) or "alpha: need >= 0" in message
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the settings"),
+        ('{"steps": 1, "steps": 2}', "'steps' is given twice"),
+        ('{"run": {"steps": 1, "steps": 1}}', "'steps' is given twice"),
+        ('{"alpha": NaN}', "alpha: need >= 0, got nan"),
+        ('{"alpha": 1e999}', "alpha: need >= 0 and finite, got inf"),
+        ('{"steps": 1.0}', "steps: need int, got 1.0"),
+        ('{"output": "\\ud800"}', "half surrogates"),
+        ("[" * 100000, "cannot read the settings"),
+        ("3", "need names and values, got int"),
+        ("", "cannot read the settings"),
+    ],
+)
+def test_read_settings_bad_json_is_one_message(tmp_path, text, message):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(s.SettingsError) as caught:
+        s.read_settings(path)
+    assert message in str(caught.value)
+
+
+def test_read_settings_gives_back_what_was_written(tmp_path):
+    values = {"output": "runs/😀", "data": "1e-4", "student": "no", "teacher": "010"}
+    settings = s.from_dict(values | {"alpha": 1e-7, "beta": 0.5, "chunk_size": 8})
+    (tmp_path / "run.json").write_text(s.to_json(settings))
+    (tmp_path / "run.yaml").write_text(s.to_yaml(settings))
+    assert s.read_settings(tmp_path / "run.json") == settings
+    assert s.read_settings(tmp_path / "run.yaml") == settings
+
+
+def test_read_settings_dates_and_numbers_of_yaml_1_2(tmp_path):
+    _write(tmp_path, top="output: 2024-01-01\nlearning_rate: 1e-4\nalpha: 1\n")
+    found = s.read_settings(tmp_path / "top.yaml")
+    assert found.run.output == "2024-01-01"
+    assert (found.optimizer.learning_rate, found.objective.alpha) == (1e-4, 1.0)
+
+
+def test_read_settings_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    names = ["pipe.yaml", "folder.yaml", "loop.yaml", "binary.yaml", "x" * 300, "a\0b"]
+    for path in [*(tmp_path / name for name in names), "/dev/zero", "/dev/stdin", ""]:
+        with pytest.raises(s.SettingsError, match="cannot read the settings"):
+            s.read_settings(path)
+
+
+def test_read_settings_bases_that_multiply_end(tmp_path):
+    """Five levels of ten: 10**5 files to read, but for the limit."""
+    for level in range(5):
+        inner = ", ".join([f"f{level + 1}.yaml"] * 10)
+        _write(tmp_path, **{f"f{level}": f"base: [{inner}]\n"})
+    _write(tmp_path, f5="steps: 3\n")
+    with pytest.raises(s.SettingsError, match="more than 64 files"):
+        s.read_settings(tmp_path / "f0.yaml")
+
+
 def test_with_steps_from_epochs():
     settings = s.from_dict(
         {
@@ -127,6 +253,8 @@ def test_with_steps_contradiction_is_an_error():
     settings = s.from_dict({"epochs": 1, "warmup_steps": 50})
     with pytest.raises(s.SettingsError, match="fewer than steps"):
         s.with_steps(settings, 40)
+    with pytest.raises(s.SettingsError, match="steps: need <= 2147483647"):
+        s.with_steps(s.from_dict({"epochs": 1e30}), 40)
     for name in ("epochs", "ctkd_ramp_epochs"):
         with pytest.raises(s.SettingsError, match=name):
             s.from_dict({name: 0.0})

@@ -19,11 +19,31 @@ def test_parse_mesh_unnamed_axes_are_one():
         ("data=two", "an integer"),
         ("data=0", "sizes >= 1"),
         ("data=-1,fsdp=-1", "only one axis"),
+        ("data=1,data=1", "data is given twice"),
+        ("data=2, fsdp=1, data =4", "data is given twice"),
+        ("", "no axis is called ''"),
+        ("data=1,", "no axis is called ''"),
+        ("data=1,,fsdp=2", "no axis is called ''"),
+        ("data", "an integer"),
+        ("data=", "an integer"),
+        ("data==1", "an integer"),
+        ("data=1=1", "an integer"),
+        ("data=1.0", "an integer"),
+        ("data=1e3", "an integer"),
+        ("data=1_0", "an integer"),
+        ("data=1 0", "an integer"),
+        ("data=+1", "an integer"),
+        ("data=-2", "an integer"),
+        ("data=\u0661", "an integer"),
+        ("data=" + "9" * 5000, "an integer"),
+        ("Data=1", "no axis is called 'Data'"),
+        ("x" * 10**5, "no axis is called 'xxx"),
     ],
 )
 def test_parse_mesh_bad_text_says_why(text, message):
-    with pytest.raises(sh.ShardingError, match=message):
+    with pytest.raises(sh.ShardingError, match=message) as caught:
         sh.parse_mesh(text)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.multidevice

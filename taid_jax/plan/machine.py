@@ -11,7 +11,8 @@ import jax
 from jax.experimental import topologies
 
 from taid_jax.chips import CHIPS, Chip
-from taid_jax.errors import InputError
+from taid_jax.errors import InputError, explain, how_to_install, show
+from taid_jax.memory import host_memory
 
 LOCAL = "local"
 
@@ -67,7 +68,9 @@ def find_machine(name: str) -> Machine:
         return _local(name, int(shape))
     if kind in CHIPS and shape in CHIPS[kind].topologies:
         return _tpu(name, CHIPS[kind], shape)
-    raise PlanError(f"plan: no machine is called {name!r}; known: {known_machines()}")
+    raise PlanError(
+        f"plan: no machine is called {show(name)}; known: {known_machines()}"
+    )
 
 
 def _tpu(name: str, chip: Chip, shape: str) -> Machine:
@@ -86,8 +89,8 @@ def _tpu(name: str, chip: Chip, shape: str) -> Machine:
         ).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
         raise PlanError(
-            f"plan: the TPU compiler cannot be had: {error}. It comes with libtpu: "
-            "pip install 'taid-jax[tpu]'"
+            f"plan: the TPU compiler cannot be had: {explain(error)}. It comes with "
+            f"libtpu: {how_to_install('tpu')}"
         ) from error
     return Machine(name, devices, chip.hbm_bytes, chip)
 
@@ -102,6 +105,5 @@ def _local(name: str, count: int) -> Machine:
             f"JAX_NUM_CPU_DEVICES={count} JAX_PLATFORMS=cpu makes as many of a CPU"
         )
     stats = devices[0].memory_stats() or {}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = stats.get("bytes_limit", memory // count)
+    limit = stats.get("bytes_limit", host_memory() // count)
     return Machine(name, devices[:count], limit, None)

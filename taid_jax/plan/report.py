@@ -15,9 +15,10 @@ from taid_jax.models.load import load_config
 from taid_jax.models.presets import PRESETS
 from taid_jax.models.source import DEFAULT_TEACHER
 from taid_jax.plan.advice import Attempt, find_fit
-from taid_jax.plan.compiled import Plan, plan_step
+from taid_jax.plan.compiled import Plan, plan_mesh, plan_step
 from taid_jax.plan.machine import PlanError, find_machine
 from taid_jax.settings import Settings, to_dict
+from taid_jax.sharding import check_batch
 
 PLAN = "plan.json"
 FORMAT = "taid-jax plan 1"
@@ -46,9 +47,11 @@ def make_plan(settings: Settings, machine_name: str, console: Console) -> Plan:
         ModelError: If a model cannot be used.
         ShardingError: If mesh or batch do not suit the machine.
     """
-    path = _prepare(pathlib.Path(settings.run.output))
     teacher, student, notes = pair_configs(settings)
     machine = find_machine(machine_name)
+    rows = settings.data.batch_size // settings.optimizer.grad_accum
+    check_batch(rows, plan_mesh(settings.run.mesh, machine))
+    path = _prepare(pathlib.Path(settings.run.output))
     plan = plan_step(settings, teacher, student, machine)
     console.print(plan_table(plan))
     for note in notes:

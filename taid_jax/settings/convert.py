@@ -1,15 +1,13 @@
 """Settings to and from YAML, JSON and plain values; what a resumed run may change."""
 
 import dataclasses
+import difflib
 import json
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import yaml
-
-from taid_jax.settings.checks import SettingsError
+from taid_jax.errors import show
+from taid_jax.settings.checks import SettingsError, cast, need, typed_fields
 from taid_jax.settings.hosts import HostSettings
 from taid_jax.settings.tree import Settings
 
@@ -45,41 +43,23 @@ def flatten(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _cast(name: str, value: Any, kind: Any) -> Any:
-    """Returns `value` as `kind`, or says what was needed."""
-    choices = (
-        typing.get_args(kind)
-        if isinstance(kind, types.UnionType)
-        else (kind,)  # a plain type or a Literal
-    )
-    for choice in choices:
-        if choice is type(None):
-            if value is None:
-                return None
-        elif typing.get_origin(choice) is Literal:
-            if value in typing.get_args(choice):
-                return value
-        elif choice is float and isinstance(value, str):
-            # YAML 1.1 reads 1e-4, which has no point, as text.
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        elif choice is float and type(value) in (int, float):
-            return float(value)
-        elif type(value) is choice:
-            return value
-    wanted = getattr(kind, "__name__", str(kind).replace("typing.", ""))
-    raise SettingsError(f"{name}: need {wanted}, got {value!r}")
+def changed(settings: Settings) -> dict[str, Any]:
+    """Returns the settings that are not the default, under dotted names."""
+    defaults = flatten(Settings())
+    return {k: v for k, v in flatten(settings).items() if v != defaults[k]}
 
 
 Changes = dict[str, dict[str, Any]]
 """New values of some settings, by group and name."""
 
+_FIELDS = {
+    group: typed_fields(kind) for group, (kind, _) in typed_fields(Settings).items()
+}
+_HOME = {name: group for group, fields in _FIELDS.items() for name in fields}
 _STUDENT_SOURCES = ("student", "student_layers", "student_config")
 
 
-def read_changes(values: Mapping[str, Any]) -> Changes:
+def read_changes(values: Mapping[Any, Any]) -> Changes:
     """Returns the values in their groups, each of its setting's type.
 
     Args:
@@ -88,29 +68,38 @@ def read_changes(values: Mapping[str, Any]) -> Changes:
     Raises:
         SettingsError: On an unknown name or a wrong type.
     """
-    groups = {field.name: field.type for field in dataclasses.fields(Settings)}
-    kinds = {group: typing.get_type_hints(kind) for group, kind in groups.items()}
-    home = {name: group for group, fields in kinds.items() for name in fields}
-    changes: Changes = {group: {} for group in groups}
+    changes: Changes = {group: {} for group in _FIELDS}
 
     def put(group: str, name: str, value: Any) -> None:
-        changes[group][name] = _cast(name, value, kinds[group][name])
+        if name in changes[group]:
+            raise SettingsError(f"{name} is given twice, in {group} and beside it")
+        changes[group][name] = cast(name, value, _FIELDS[group][name][0])
 
     for key, value in values.items():
-        if key in groups and isinstance(value, Mapping):
+        if key in _FIELDS and isinstance(value, Mapping):
             for name, inner in value.items():
-                if home.get(name) != key:
-                    raise SettingsError(f"{key} has no setting {name!r}")
+                if name not in _FIELDS[key]:
+                    raise SettingsError(
+                        f"{key} has no setting {show(name)}{_meant(name, _HOME)}"
+                    )
                 put(key, name, inner)
-        elif key in home:
-            put(home[key], key, value)
+        elif key in _HOME:
+            put(_HOME[key], key, value)
+        elif key in _FIELDS:
+            need(key, value, False, "names and values")
         else:
-            known = ", ".join(sorted([*groups, *home]))
-            raise SettingsError(f"no setting is called {key!r}; known are {known}")
+            known = [*_HOME, *_FIELDS]
+            raise SettingsError(f"no setting is called {show(key)}{_meant(key, known)}")
     # Another source of the student replaces the one that stood there.
     if any(changes["model"].get(name) is not None for name in _STUDENT_SOURCES):
         changes["model"] = dict.fromkeys(_STUDENT_SOURCES) | changes["model"]
     return changes
+
+
+def _meant(name: object, known: Iterable[str]) -> str:
+    """Returns a question after the setting that was meant, if one is like it."""
+    close = difflib.get_close_matches(show(name)[:60].strip("'"), known, n=1)
+    return f"; was {close[0]} meant?" if close else "; --help lists all settings"
 
 
 def apply_changes(base: Settings, changes: Changes) -> Settings:
@@ -127,7 +116,7 @@ def apply_changes(base: Settings, changes: Changes) -> Settings:
     )
 
 
-def from_dict(values: Mapping[str, Any], base: Settings | None = None) -> Settings:
+def from_dict(values: Mapping[Any, Any], base: Settings | None = None) -> Settings:
     """Returns settings with `values` laid over `base`.
 
     Args:
@@ -145,11 +134,6 @@ def to_json(settings: Settings) -> str:
     return json.dumps(to_dict(settings), indent=2)
 
 
-def to_yaml(settings: Settings) -> str:
-    """Returns the settings as YAML that `read_settings` reads."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False)
-
-
 def contradictions(saved: Settings, asked: Settings) -> list[str]:
     """Returns what a resumed run may not change, one line per difference."""
     old, new = flatten(saved), flatten(asked)
@@ -158,7 +142,7 @@ def contradictions(saved: Settings, asked: Settings) -> list[str]:
         # Its threshold moves with every held-out evaluation.
         free = free - {"run.eval_every", "run.evals_per_epoch"}
     return [
-        f"{name}: the checkpoint has {old[name]!r}, now {new[name]!r}"
+        f"{name}: the checkpoint has {show(old[name])}, now {show(new[name])}"
         for name in old
         if name not in free and old[name] != new[name]
     ]

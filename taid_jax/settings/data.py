@@ -1,13 +1,14 @@
 """Settings of the data."""
 
 import dataclasses
+import re
 from typing import Literal
 
-from taid_jax.settings.checks import need
+from taid_jax.settings.checks import Checked, bounded, need
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Checked):
     """What is read and how it becomes batches.
 
     Attributes:
@@ -29,10 +30,10 @@ class DataSettings:
     """
 
     data: str = "pydoc"
-    batch_size: int = 4
-    seq_len: int = 256
-    held_out_fraction: float = 0.1
-    held_out_batches: int = 8
+    batch_size: int = bounded(4, ge=1)
+    seq_len: int = bounded(256, ge=2)
+    held_out_fraction: float = bounded(0.1, gt=0, lt=1)
+    held_out_batches: int = bounded(8, ge=1)
     count_prompts: bool = False
     pack: bool = True
     buckets: str = ""
@@ -40,13 +41,10 @@ class DataSettings:
     chat_template: str | None = None
 
     def __post_init__(self):
-        need("data", self.data, bool(self.data), "a file, a folder or 'pydoc'")
-        need("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
-        need("seq_len", self.seq_len, self.seq_len >= 2, ">= 2")
-        fraction = self.held_out_fraction
-        need("held_out_fraction", fraction, 0 < fraction < 1, "0 < fraction < 1")
-        batches = self.held_out_batches
-        need("held_out_batches", batches, batches >= 1, ">= 1")
+        super().__post_init__()
+        tokens = self.batch_size * self.seq_len
+        what = "fewer than 2**31 tokens in a batch of batch_size times seq_len"
+        need("batch_size", self.batch_size, tokens < 2**31, what)
         lengths = self.bucket_lengths
         need(
             "buckets",
@@ -64,6 +62,6 @@ class DataSettings:
     def bucket_lengths(self) -> tuple[int, ...]:
         """The numbers of `buckets`."""
         parts = self.buckets.split(",") if self.buckets else []
-        numbers = all(part.strip().isdecimal() for part in parts)
+        numbers = all(re.fullmatch(r"\s*[0-9]+\s*", part) for part in parts)
         need("buckets", self.buckets, numbers, "numbers with commas between them")
         return tuple(map(int, parts))

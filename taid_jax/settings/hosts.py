@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Literal
 
-from taid_jax.settings.checks import need
+from taid_jax.settings.checks import Checked, bounded, need
 
 
 @dataclasses.dataclass(frozen=True)
-class HostSettings:
+class HostSettings(Checked):
     """How several processes, mostly one per host, become one run.
 
     On TPU pods, under Slurm, Open MPI and in Kubernetes they find each other by JAX's
@@ -31,12 +31,13 @@ class HostSettings:
         "auto", "none", "slurm", "k8s", "gcetpu", "gketpu", "ompi", "mpi4py"
     ] = "auto"
     coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    join_timeout: int = 300
-    heartbeat_timeout: int = 30
+    num_processes: int | None = bounded(None, ge=1)
+    process_id: int | None = bounded(None, ge=0)
+    join_timeout: int = bounded(300, ge=1, le=10**6)
+    heartbeat_timeout: int = bounded(30, ge=1, le=10**6)
 
     def __post_init__(self):
+        super().__post_init__()
         by_hand = (self.coordinator, self.num_processes, self.process_id)
         need(
             "coordinator, num_processes, process_id",
@@ -46,13 +47,14 @@ class HostSettings:
         )
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
-            fits = bool(host) and port.isdecimal() and 0 < int(port) < 65536
+            fits = (
+                bool(host)
+                and port.isascii()
+                and port.isdigit()
+                and 0 < int(port) < 65536
+            )
             need("coordinator", self.coordinator, fits, "HOST:PORT of process 0")
         if self.num_processes is not None and self.process_id is not None:
-            need("num_processes", self.num_processes, self.num_processes >= 1, ">= 1")
-            inside = 0 <= self.process_id < self.num_processes
+            inside = self.process_id < self.num_processes
             wanted = f"0 <= process_id < num_processes, which is {self.num_processes}"
             need("process_id", self.process_id, inside, wanted)
-        for name in ("join_timeout", "heartbeat_timeout"):
-            seconds = getattr(self, name)
-            need(name, seconds, seconds >= 1, ">= 1 second")

@@ -1,16 +1,15 @@
 """Settings of how a student is judged."""
 
 import dataclasses
-import typing
 from typing import Literal
 
-from taid_jax.settings.checks import need
+from taid_jax.settings.checks import Checked, bounded, need
 
 BestBy = Literal["kl", "loss", "student_perplexity", "rouge_l", "exact_match"]
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeSettings:
+class JudgeSettings(Checked):
     """What decides which checkpoint is the best, and how answers are scored.
 
     Attributes:
@@ -24,16 +23,12 @@ class JudgeSettings:
     """
 
     best_by: BestBy = "kl"
-    answer_examples: int = 0
-    answer_tokens: int = 128
+    answer_examples: int = bounded(0, ge=0)
+    answer_tokens: int = bounded(128, ge=1)
 
     def __post_init__(self):
-        names = typing.get_args(BestBy)
-        need("best_by", self.best_by, self.best_by in names, f"one of {names}")
+        super().__post_init__()
         examples = self.answer_examples
-        need("answer_examples", examples, examples >= 0, ">= 0")
-        tokens = self.answer_tokens
-        need("answer_tokens", tokens, tokens >= 1, ">= 1")
         answers = self.best_by not in ("rouge_l", "exact_match") or examples > 0
         need(
             "answer_examples",

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Literal
 
-from taid_jax.settings.checks import need
+from taid_jax.settings.checks import Checked, bounded, need
 
 DEFAULT_STUDENT_LAYERS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Checked):
     """Which models, and how they are held.
 
     Attributes:
@@ -31,7 +31,7 @@ class ModelSettings:
 
     teacher: str = "smollm2-135m-instruct"
     student: str | None = None
-    student_layers: int | None = None
+    student_layers: int | None = bounded(None, ge=1)
     student_config: str | None = None
     resize_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -39,17 +39,13 @@ class ModelSettings:
     teacher_layout: Literal["same", "replicated", "all_devices"] = "same"
 
     def __post_init__(self):
-        need("teacher", self.teacher, bool(self.teacher), "a folder, Hub id or file")
+        super().__post_init__()
         named = [
             name
             for name in ("student", "student_layers", "student_config")
             if getattr(self, name) is not None
         ]
         need("student", named, len(named) <= 1, "one source for the student")
-        if self.student_layers is not None:
-            need(
-                "student_layers", self.student_layers, self.student_layers >= 1, ">= 1"
-            )
 
     @property
     def layers_of_teacher(self) -> int:

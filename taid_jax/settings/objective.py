@@ -1,11 +1,9 @@
 """Settings of the objective and of its schedule."""
 
 import dataclasses
-import math
-import typing
 from typing import Literal
 
-from taid_jax.settings.checks import need
+from taid_jax.settings.checks import Checked, bounded, need
 
 ObjectiveName = Literal[
     "taid",
@@ -23,7 +21,7 @@ ObjectiveName = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
+class ObjectiveSettings(Checked):
     """What the student is taught by.
 
     Attributes:
@@ -45,49 +43,22 @@ class ObjectiveSettings:
     """
 
     objective: ObjectiveName = "taid"
-    distil_ratio: float = 1.0
-    t_start: float = 0.4
-    t_end: float = 1.0
-    alpha: float = 5e-4
-    beta: float = 0.99
+    distil_ratio: float = bounded(1.0, ge=0, le=1)
+    t_start: float = bounded(0.4, ge=0, le=1)
+    t_end: float = bounded(1.0, ge=0, le=1)
+    alpha: float = bounded(5e-4, ge=0)
+    beta: float = bounded(0.99, ge=0, lt=1)
     disable_adaptive: bool = False
-    temperature: float = 1.0
-    teacher_weight: float = 0.1
-    head_threshold: float = 0.5
-    dkd_alpha: float = 1.0
-    dkd_beta: float = 0.5
-    ctkd_ramp_steps: int = 1000
-    ctkd_ramp_epochs: float | None = None
+    # Logits are divided by it, and the loss multiplied by its square.
+    temperature: float = bounded(1.0, ge=1e-6, le=1e6)
+    teacher_weight: float = bounded(0.1, gt=0, lt=1)
+    head_threshold: float = bounded(0.5, ge=1e-6, lt=1)
+    dkd_alpha: float = bounded(1.0, ge=0, le=1e6)
+    dkd_beta: float = bounded(0.5, ge=0, le=1e6)
+    ctkd_ramp_steps: int = bounded(1000, ge=1)
+    ctkd_ramp_epochs: float | None = bounded(None, gt=0)
 
     def __post_init__(self):
-        names = typing.get_args(ObjectiveName)
-        need("objective", self.objective, self.objective in names, f"one of {names}")
-        ratio = self.distil_ratio
-        need("distil_ratio", ratio, 0 <= ratio <= 1, "0 <= ratio <= 1")
-        order = 0 <= self.t_start <= self.t_end <= 1
-        need(
-            "t_start, t_end",
-            (self.t_start, self.t_end),
-            order,
-            "0 <= t_start <= t_end <= 1",
-        )
-        need(
-            "alpha",
-            self.alpha,
-            math.isfinite(self.alpha) and self.alpha >= 0,
-            "alpha >= 0",
-        )
-        need("beta", self.beta, 0 <= self.beta < 1, "0 <= beta < 1")
-        warm = self.temperature
-        need("temperature", warm, math.isfinite(warm) and warm > 0, "temperature > 0")
-        for name in ("teacher_weight", "head_threshold"):
-            value = getattr(self, name)
-            need(name, value, 0 < value < 1, "a value between 0 and 1, both excluded")
-        for name in ("dkd_alpha", "dkd_beta"):
-            value = getattr(self, name)
-            need(name, value, math.isfinite(value) and value >= 0, ">= 0")
-        ramp = self.ctkd_ramp_steps
-        need("ctkd_ramp_steps", ramp, ramp >= 1, ">= 1")
-        epochs = self.ctkd_ramp_epochs
-        holds = epochs is None or (math.isfinite(epochs) and epochs > 0)
-        need("ctkd_ramp_epochs", epochs, holds, "> 0")
+        super().__post_init__()
+        ends = self.t_start, self.t_end
+        need("t_start, t_end", ends, ends[0] <= ends[1], "0 <= t_start <= t_end <= 1")

@@ -1,13 +1,12 @@
 """Settings of a run as a whole."""
 
 import dataclasses
-import math
 
-from taid_jax.settings.checks import need
+from taid_jax.settings.checks import Checked, bounded
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Checked):
     """How long, where, and what is kept.
 
     Attributes:
@@ -30,38 +29,16 @@ class RunSettings:
     """
 
     output: str = "runs/default"
-    steps: int = 60
-    epochs: float | None = None
-    evals_per_epoch: int | None = None
-    seed: int = 0
+    steps: int = bounded(60, ge=1)
+    epochs: float | None = bounded(None, gt=0)
+    evals_per_epoch: int | None = bounded(None, ge=1)
+    seed: int = bounded(0, ge=0, lt=2**32)
     resume: bool = False
-    eval_every: int = 20
-    save_every: int = 20
-    log_every: int = 1
-    keep: int = 2
-    max_skipped: int = 10
+    eval_every: int = bounded(20, ge=0)
+    save_every: int = bounded(20, ge=0)
+    log_every: int = bounded(1, ge=1)
+    keep: int = bounded(2, ge=1)
+    max_skipped: int = bounded(10, ge=1)
     mesh: str = "data=1,fsdp=-1,tensor=1"
     logits_loss: bool = False
-    chunk_size: int | None = None
-
-    def __post_init__(self):
-        need("output", self.output, bool(self.output), "a folder")
-        for name in ("steps", "log_every", "keep", "max_skipped"):
-            need(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        for name in ("seed", "eval_every", "save_every"):
-            need(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
-        epochs, evaluations = self.epochs, self.evals_per_epoch
-        need(
-            "epochs",
-            epochs,
-            epochs is None or (math.isfinite(epochs) and epochs > 0),
-            "> 0",
-        )
-        need(
-            "evals_per_epoch",
-            evaluations,
-            evaluations is None or evaluations >= 1,
-            ">= 1",
-        )
-        chunk = self.chunk_size
-        need("chunk_size", chunk, chunk is None or chunk >= 1, ">= 1")
+    chunk_size: int | None = bounded(None, ge=1)

@@ -1,16 +1,15 @@
 """Settings of training on what the student itself writes."""
 
 import dataclasses
-import math
 from typing import Literal
 
-from taid_jax.settings.checks import need
+from taid_jax.settings.checks import Checked, bounded, need
 
 SamplerName = Literal["none", "mixed", "adaptive"]
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleSettings:
+class SampleSettings(Checked):
     """Which batches are answers of the student, and how it answers.
 
     Attributes:
@@ -29,50 +28,18 @@ class SampleSettings:
     """
 
     sampler: SamplerName = "none"
-    buffer_capacity: int = 1000
-    mixed_rate: float = 0.5
-    adaptive_step: float = 0.1
-    sample_tokens: int = 512
-    sample_temperature: float = 0.0
-    sample_top_k: int | None = None
-    sample_top_p: float = 1.0
+    buffer_capacity: int = bounded(1000, ge=1)
+    mixed_rate: float = bounded(0.5, ge=0, le=1)
+    adaptive_step: float = bounded(0.1, ge=0, le=1)
+    sample_tokens: int = bounded(128, ge=1)
+    sample_temperature: float = bounded(0.0, ge=0)
+    sample_top_k: int | None = bounded(None, ge=1)
+    sample_top_p: float = bounded(1.0, gt=0, le=1)
 
     def __post_init__(self):
-        names = ("none", "mixed", "adaptive")
-        need("sampler", self.sampler, self.sampler in names, f"one of {names}")
-        for name in ("buffer_capacity", "sample_tokens"):
-            need(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        for name in ("mixed_rate", "adaptive_step"):
-            value = getattr(self, name)
-            need(name, value, 0 <= value <= 1, "a share from 0 to 1")
-        warm, few = self.sample_temperature, self.sample_top_k
-        need("sample_temperature", warm, math.isfinite(warm) and warm >= 0, ">= 0")
-        need("sample_top_k", few, few is None or few >= 1, ">= 1")
-        mass = self.sample_top_p
-        need("sample_top_p", mass, 0 < mass <= 1, "0 < share <= 1")
-        greedy = warm == 0 and (few is not None or mass < 1)
+        super().__post_init__()
+        warm = self.sample_temperature
+        # Logits divided by less would not be numbers any more.
+        need("sample_temperature", warm, warm == 0 or warm >= 1e-6, "0 or >= 1e-06")
+        greedy = warm == 0 and (self.sample_top_k is not None or self.sample_top_p < 1)
         need("sample_temperature", warm, not greedy, "> 0 where top_k or top_p is set")
-
-    def check(self, *, batch_size: int, seq_len: int, pack: bool) -> None:
-        """Raises SettingsError where the settings of the data do not allow samples."""
-        if self.sampler == "none":
-            return
-        need(
-            "sampler",
-            self.sampler,
-            not pack,
-            "--no-pack, as each row has to be one prompt and its answer",
-        )
-        tokens, capacity = self.sample_tokens, self.buffer_capacity
-        need(
-            "sample_tokens",
-            tokens,
-            tokens < seq_len,
-            f"fewer than seq_len, which is {seq_len}, so that prompts have room",
-        )
-        need(
-            "buffer_capacity",
-            capacity,
-            capacity >= batch_size,
-            f"at least batch_size, which is {batch_size}",
-        )

@@ -39,23 +39,23 @@ class Settings:
     hosts: HostSettings = field(default_factory=HostSettings)
 
     def __post_init__(self):
-        data = self.data
-        self.samples.check(
-            batch_size=data.batch_size, seq_len=data.seq_len, pack=data.pack
-        )
-        sampler, buckets = self.samples.sampler, data.buckets
-        need(
-            "sampler",
-            sampler,
-            sampler == "none" or not buckets,
-            "no --buckets beside it: the student's answers are of one length",
-        )
-        parts, size = self.optimizer.grad_accum, self.data.batch_size
-        need(
-            "grad_accum",
-            parts,
-            size % parts == 0,
-            f"a divisor of batch_size, which is {size}",
-        )
+        data, samples = self.data, self.samples
+        sampler, size, length = samples.sampler, data.batch_size, data.seq_len
+        if sampler != "none":
+            what = "--no-pack, as each row has to be one prompt and its answer"
+            need("sampler", sampler, not data.pack, what)
+            what = "no --buckets beside it: the student's answers are of one length"
+            need("sampler", sampler, not data.buckets, what)
+            tokens, capacity = samples.sample_tokens, samples.buffer_capacity
+            what = f"fewer than seq_len, which is {length}, so that prompts have room"
+            need("sample_tokens", tokens, tokens < length, what)
+            what = f"at least batch_size, which is {size}"
+            need("buffer_capacity", capacity, capacity >= size, what)
+        rate, decay = self.optimizer.learning_rate, self.optimizer.weight_decay
+        what = f"at most 1 / learning_rate, which is {1 / rate:g}"
+        need("weight_decay", decay, rate * decay <= 1, what)
+        parts = self.optimizer.grad_accum
+        what = f"a divisor of batch_size, which is {size}"
+        need("grad_accum", parts, size % parts == 0, what)
         warmup, steps = self.optimizer.warmup_steps, self.run.steps
         need("warmup_steps", warmup, warmup < steps, f"fewer than steps, {steps}")

@@ -14,6 +14,7 @@ from taid_jax import hosts
 from taid_jax.data import DataError, Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.template import set_chat_template
+from taid_jax.memory import host_memory
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.errors import ModelError
@@ -25,7 +26,7 @@ from taid_jax.models.vocabulary import (
     with_tokenizer,
 )
 from taid_jax.settings import ModelSettings, Settings, SettingsError, contradictions
-from taid_jax.sharding import TEACHER_RULES, tree_shardings
+from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
 from taid_jax.types import Params
 
 
@@ -93,6 +94,30 @@ def share_output(settings: Settings) -> pathlib.Path:
             f"({socket.gethostname()}); it has to be on storage that all hosts share"
         )
     return folder
+
+
+_BYTES_OF_TOKEN = 96
+"""Of a batch on its host: four arrays of int32, read ahead, waiting and in use."""
+
+
+def check_memory(settings: Settings, mesh: Mesh) -> None:
+    """Raises unless the batches, and the answers that are kept, can be held at all.
+
+    Raises:
+        SettingsError: If they need more memory than this machine has.
+    """
+    data, samples = settings.data, settings.samples
+    sizes = {"batch_size": data.batch_size // batch_part(mesh)[1] * _BYTES_OF_TOKEN}
+    if samples.sampler != "none":
+        sizes["buffer_capacity"] = samples.buffer_capacity * 5  # Ids, and what counts.
+    for name, size in sizes.items():
+        needed, memory = size * data.seq_len, host_memory()
+        if needed > memory:
+            raise SettingsError(
+                f"{name}: so many sequences of seq_len {data.seq_len} need at least "
+                f"{needed / 2**30:,.1f} GiB, and this machine has "
+                f"{memory / 2**30:,.1f} GiB; choose fewer, or shorter ones"
+            )
 
 
 def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:

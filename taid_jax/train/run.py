@@ -14,13 +14,14 @@ from taid_jax import hosts
 from taid_jax.data import Dataset
 from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
-from taid_jax.settings import Settings, to_dict, to_json, with_steps
+from taid_jax.settings import Settings, changed, to_dict, to_json, with_steps
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.answers import find_questions
 from taid_jax.train.assemble import assemble
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.inputs import (
     Pair,
+    check_memory,
     check_models,
     load_pair,
     read_data,
@@ -79,6 +80,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     hosts.agree_on_settings(settings)
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size // settings.optimizer.grad_accum, mesh)
+    check_memory(settings, mesh)
     folder = share_output(settings)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
@@ -89,7 +91,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.run.resume:
         refuse_contradictions(checkpoints.settings(), settings)
     pair = load_pair(settings, mesh)
-    describe(pair, dataset, mesh, console)
+    describe(settings, pair, dataset, mesh, console)
     if hosts.is_first():
         path = folder / "settings.json"
         path.write_text(to_json(settings) + "\n", encoding="utf-8")
@@ -144,8 +146,10 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     return report
 
 
-def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None:
-    """Prints what is about to be trained, and where."""
+def describe(
+    settings: Settings, pair: Pair, dataset: Dataset, mesh: Mesh, console: Console
+) -> None:
+    """Prints what is about to be trained, by which settings, and where."""
 
     def size(params: Params) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
@@ -153,7 +157,9 @@ def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None
     axes = ", ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
     sides = {"training": dataset.info.train, "held out": dataset.info.held_out}
     dropped = ", ".join(f"{n} {reason}" for reason, n in dataset.info.dropped.items())
+    own = ", ".join(f"{name}={value}" for name, value in changed(settings).items())
     for line in (
+        f"settings: {own or 'the defaults'}",
         f"teacher: {pair.teacher.config.num_layers} layers, "
         f"{size(pair.teacher.params)}",
         f"student: {pair.student_config.num_layers} layers, "

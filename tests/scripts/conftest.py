@@ -82,11 +82,11 @@ def make_model(tmp_path_factory):
             "num_kv_heads": 1,
             "head_dim": 8,
             "mlp_dim": 32,
+            "max_length": 64,
         } | changes
         config = DecoderConfig(
             vocab_size=len(tokenizer),
             num_layers=layers,
-            max_length=64,
             tie_embeddings=True,
             initializer_range=0.3,
             **shape,

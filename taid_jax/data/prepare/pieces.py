@@ -9,6 +9,7 @@ from taid_jax.data.manifest import SIDES, TRAIN, VALIDATION
 from taid_jax.data.prepare.options import PrepareOptions
 from taid_jax.data.records import Piece, cut_jsonl, cut_parquet
 from taid_jax.data.sources import find_files
+from taid_jax.errors import how_to_install
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _COLUMNS = ("messages", "prompt", "completion", "text", "prompt_id", "id")
@@ -87,8 +88,8 @@ def export_data_set(name: str, split: str | None, path: pathlib.Path) -> pathlib
     except ImportError as error:
         raise DataError(
             f"{name} is no file or folder here; to read it as a data set of the "
-            "Hugging Face hub, the package `datasets` is needed: pip install "
-            "'taid-jax[data]'"
+            "Hugging Face hub, the package `datasets` is needed: "
+            f"{how_to_install('data')}"
         ) from error
     try:
         found: Any = datasets.load_dataset(name, split=split)
