@@ -17,7 +17,10 @@ class RunSettings:
         evals_per_epoch: Evaluations and checkpoints of every epoch; sets `eval_every`
             and `save_every` once the data are read. Counts only beside `epochs`.
         seed: Of the data order and of random weights.
-        resume: Go on from the last checkpoint in the output folder.
+        resume: Go on from the last sound checkpoint in the output folder, with the
+            settings of the run where they are not given again; more steps make it
+            longer. Without any checkpoint it starts anew.
+        resume_step: Go on from this checkpoint; newer ones are set aside.
         eval_every: Steps between held-out evaluations; 0: only before and after.
         save_every: Steps between checkpoints; 0: only at the end.
         log_every: Steps between lines of metrics.jsonl.
@@ -35,6 +38,7 @@ class RunSettings:
     evals_per_epoch: int | None = None
     seed: int = 0
     resume: bool = False
+    resume_step: int | None = None
     eval_every: int = 20
     save_every: int = 20
     log_every: int = 1
@@ -50,6 +54,9 @@ class RunSettings:
             need(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("seed", "eval_every", "save_every"):
             need(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        step = self.resume_step
+        need("resume_step", step, step is None or step >= 0, ">= 0")
+        need("resume_step", step, step is None or self.resume, "--resume beside it")
         epochs, evaluations = self.epochs, self.evals_per_epoch
         need(
             "epochs",
