@@ -63,7 +63,7 @@ def write_digests(folder: pathlib.Path) -> None:
         if path.is_file() and path.relative_to(folder).as_posix() not in _LATER
     }
     text = json.dumps({"files": files, "sha256": _sum(files)}, indent=1)
-    (folder / DIGESTS).write_text(text + "\n", encoding="utf-8")
+    (folder / DIGESTS).write_text(text, encoding="utf-8")
 
 
 def find_fault(folder: pathlib.Path) -> str | None:
@@ -129,7 +129,7 @@ def choose_checkpoint(folder: RunFolder, step: int | None) -> int | None:
     it the last.
 
     Args:
-        folder: Of the run; what is wrong with newer ones is noted.
+        folder: Of the run.
         step: Which one; the newest sound one when None.
 
     Raises:
@@ -155,8 +155,6 @@ def choose_checkpoint(folder: RunFolder, step: int | None) -> int | None:
     for number, place in places.items():
         fault = find_fault(place)
         if fault is None:
-            if faults:
-                folder.notes += [*faults, f"going on from checkpoint {number}"]
             return number
         faults.append(f"{place} {fault}")
     if faults:
@@ -176,11 +174,15 @@ def set_aside_others(folder: RunFolder, step: int) -> None:
         folder: Of the run, which this process has claimed.
         step: What `choose_checkpoint` gave.
     """
-    for number, place in step_folders(folder.path / CHECKPOINTS).items():
+    places = step_folders(folder.path / CHECKPOINTS)
+    for number, place in places.items():
         if number > step:
-            folder.set_aside(place, find_fault(place) or f"is newer than {step}")
+            why = find_fault(place) or "is newer than the one that is asked for"
+            folder.set_aside(place, why)
         elif number < step and (fault := find_fault(place)):
             folder.set_aside(place, fault)
+    if max(places) > step:
+        folder.notes.append(f"going on from checkpoint {step}")
 
 
 def checkpoint_settings(folder: pathlib.Path) -> Settings:

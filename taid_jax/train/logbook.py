@@ -1,6 +1,7 @@
 """What a run writes down on the way: lines of metrics, TensorBoard, a clock."""
 
 import contextlib
+import json
 import math
 import pathlib
 import time
@@ -9,15 +10,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from taid_jax.evaluate import HeldOut
 from taid_jax.hosts import from_first, is_first
 from taid_jax.train.folder import writing
-from taid_jax.train.report import EVALUATIONS, METRICS, Lines, plain_row, read_lines
+from taid_jax.train.report import EVALUATIONS, METRICS, Lines, read_lines
 from taid_jax.train.step import Metrics
 from taid_jax.train.utilisation import Meter
+
+# Made when it is imported, from a description that type checkers do not see.
+Event: Any = vars(event_pb2)["Event"]
+SessionLog: Any = vars(event_pb2)["SessionLog"]
 
 LOGGED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm")
 
@@ -82,13 +87,14 @@ class _Files(contextlib.ExitStack):
         self,
         folder: pathlib.Path,
         start: int,
-        metrics: Sequence[Mapping[str, Any]],
         evaluations: Sequence[Mapping[str, Any]],
     ):
         super().__init__()
-        self.metrics = Lines(folder / METRICS, metrics)
+        self.metrics = Lines(folder / METRICS, first_dropped=start + 1)
         self.callback(self.metrics.close)
-        self.evaluations = Lines(folder / EVALUATIONS, evaluations)
+        self.evaluations = Lines(
+            folder / EVALUATIONS, first_dropped=start + 1, rows=evaluations
+        )
         self.callback(self.evaluations.close)
         self.board = _Board(folder / "tensorboard", start + 1)
         self.callback(self.board.close)
@@ -126,17 +132,15 @@ class Logbook:
     ):
         self._every, self._last, self._progress = every, last, progress
         self._files: _Files | None = None
-
-        def done(name: str) -> list[dict[str, Any]]:
-            return [row for row in read_lines(folder / name) if row["step"] <= start]
-
-        written = from_first(lambda: done(EVALUATIONS))
-        known = written if evaluations is None else [*map(dict, evaluations)]
-        if start and known != written:
-            progress.say(f"{folder / EVALUATIONS} is written anew from the checkpoint")
-        self.evaluations: list[dict[str, Any]] = known
+        rows = from_first(lambda: read_lines(folder / EVALUATIONS))
+        rows = [row for row in rows if row["step"] <= start]
+        if evaluations is not None:
+            if start and json.dumps([*map(dict, evaluations)]) != json.dumps(rows):
+                progress.say(f"{EVALUATIONS} is not the checkpoint's: written anew")
+            rows = [*map(dict, evaluations)]
+        self.evaluations: list[dict[str, Any]] = rows
         if is_first():
-            self._files = _Files(folder, start, done(METRICS), known)
+            self._files = _Files(folder, start, rows)
         self.skipped_in_row = 0
         self._meter = meter
         self._logged = start
@@ -177,7 +181,7 @@ class Logbook:
     def evaluation(self, step: int, found: HeldOut) -> None:
         """Writes a held-out evaluation down."""
         row = {"step": step, **found._asdict()}
-        self.evaluations.append(plain_row(row))
+        self.evaluations.append(row)
         if self._files:
             self._files.evaluations.write(row)
             self._files.board.draw("held_out", row)

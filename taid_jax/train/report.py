@@ -29,19 +29,28 @@ def _plain(value: Any) -> Any:
 
 
 class Lines:
-    """A file of JSON lines that a resumed run begins with those from before.
+    """A file of JSON lines that a resumed run cuts back to where it goes on.
 
     Args:
-        path: Written anew.
-        rows: Its first lines.
+        path: Made when it is missing.
+        first_dropped: Lines of this step and later are from a run that was cut off.
+        rows: Its lines up to there, where they are known; else those of the file.
     """
 
-    def __init__(self, path: pathlib.Path, rows: Sequence[Mapping[str, Any]] = ()):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        first_dropped: int,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ):
         self._path = path
+        before = read_lines(path) if rows is None else rows
+        kept = [row for row in before if row["step"] < first_dropped]
         # A rename, so that being killed here loses nothing.
         scratch = path.with_suffix(".tmp")
         with writing(path):
-            scratch.write_text("".join(map(_line, rows)), encoding="utf-8")
+            scratch.write_text("".join(map(_line, kept)), encoding="utf-8")
             scratch.replace(path)
             self._file = path.open("a", encoding="utf-8")
 
@@ -58,12 +67,7 @@ class Lines:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(plain_row(row)) + "\n"
-
-
-def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a row as a line of JSON gives it back."""
-    return {key: _plain(value) for key, value in row.items()}
+    return json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -99,10 +103,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
             row = json.loads(line)
     except InputError:
         return None
-    figures = isinstance(row, dict) and all(
-        value is None or isinstance(value, int | float) for value in row.values()
-    )
-    return row if figures and type(row.get("step")) is int else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    others = [value for key, value in row.items() if key != "not_finite"]
+    figures = all(value is None or isinstance(value, int | float) for value in others)
+    return row if figures else None
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -268,7 +268,7 @@ def make_ready(output: RunFolder, settings: Settings, step: int | None) -> list[
         rows, fault = find_rows(output.path / name)
         if fault:
             output.set_aside(output.path / name, fault)
-            Lines(output.path / name, rows).close()
+            Lines(output.path / name, first_dropped=1 << 62, rows=rows).close()
     path = output.path / SETTINGS
     with writing(path):
         scratch = path.with_suffix(".tmp")
