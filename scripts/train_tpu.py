@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
 
-_AGAIN = "The same command with --resume goes on from the last checkpoint, if any"
+_say_way_on = [lambda: "The same command with --resume goes on"]
+"""The last one knows the most; `main` adds one that looks what is saved."""
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
@@ -36,7 +37,7 @@ def interrupted(number: int, frame: FrameType | None) -> None:
         os.write(2, b"\x1b[?25h")  # The cursor, which a progress bar hides.
     with contextlib.suppress(RuntimeError, OSError):  # In the midst of a write.
         sys.stdout.flush()
-    os.write(2, f"\nstopped by Ctrl-C. {_AGAIN}\n".encode())
+    os.write(2, f"\nstopped by Ctrl-C. {_say_way_on[-1]()}\n".encode())
     os._exit(1)
 
 
@@ -127,11 +128,11 @@ def parse(arguments: Sequence[str]) -> Command:
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
     console, errors = Console(), Console(stderr=True)
-    output = None
+    del _say_way_on[1:]
     try:
         command = parse(arguments)
         settings = command.settings
-        output = settings.run.output
+        _say_way_on.append(lambda: way_on(settings.run.output))
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         if command.plan is None:
@@ -154,14 +155,15 @@ def main(arguments: Sequence[str]) -> int:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return hosts.leave(1, str(error))
     except KeyboardInterrupt:  # Where the handler is somebody else's.
-        errors.print(f"stopped by Ctrl-C. {_AGAIN}", soft_wrap=True, highlight=False)
+        line = f"stopped by Ctrl-C. {_say_way_on[-1]()}"
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
         return hosts.leave(1, "stopped by Ctrl-C")
     # Whatever it is, the other processes wait for this one and have to be told.
     except Exception as error:
         why = None if hosts.is_alone() else hosts.explain_loss(error)
         if why is None:
             traceback.print_exc()
-            sys.stderr.write(f"{way_on(output)}\n" if output else "")
+            sys.stderr.write(f"{_say_way_on[-1]()}\n")
             return hosts.leave(1, f"{type(error).__name__}: {error}")
         errors.print(f"error: {why}", markup=False, highlight=False, soft_wrap=True)
         return hosts.leave(1, why)

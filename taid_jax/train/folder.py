@@ -10,7 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 
-from taid_jax.errors import explain, shorten
+from taid_jax.errors import explain, shorten, show
 from taid_jax.settings import RunSettings, SettingsError
 
 CHECKPOINTS = "checkpoints"
@@ -108,6 +108,8 @@ class RunFolder:
                 a run would have to overwrite.
         """
         try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self.path.stat()  # A name that no file can have is refused here.
             parent = self.path
             while not parent.exists():
                 parent = parent.parent
@@ -120,7 +122,7 @@ class RunFolder:
             if isinstance(error, SettingsError):
                 raise
             raise SettingsError(
-                f"output: {shorten(str(self.path))} cannot be written: {explain(error)}"
+                f"output: {show(str(self.path))} cannot be written: {explain(error)}"
             ) from error
         names = sorted(name for name in names if name not in _HARMLESS)
         if not names or (self._resume and self.has_checkpoints()):
@@ -162,7 +164,7 @@ class RunFolder:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         except (OSError, ValueError) as error:
             raise SettingsError(
-                f"output: cannot make {shorten(str(lock))}: {explain(error)}"
+                f"output: cannot make {show(str(lock))}: {explain(error)}"
             ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
