@@ -19,11 +19,13 @@ import pathlib
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Annotated
 
-_say_way_on = [lambda: "The same command with --resume goes on"]
+_say_way_on: list[Callable[[], str]] = [
+    lambda: "The same command with --resume goes on"
+]
 """The last one knows the most; `main` adds one that looks what is saved."""
 
 

@@ -151,7 +151,6 @@ def _expect(train_tpu, capsys, flags, *messages):
         (["--mesh=model=2"], ["no axis is called 'model'"]),
         (["--batch-size=6"], ["6 sequences", "8 devices"]),
         (["--resume", "--resume-step=3"], ["no checkpoint 3; there are none"]),
-        (["--resume-step=3"], ["resume_step: need --resume beside it"]),
         (["--output=/proc/nothing"], ["/proc/nothing"]),
         (["--config=/nowhere.yaml"], ["cannot read the settings"]),
     ],
@@ -172,6 +171,7 @@ def test_train_tpu_bad_input_is_one_message(
         ["--steps=0"],
         ["--steps=many"],
         ["--objective=kd"],
+        ["--resume-step=3"],
         ["--nonsense=1"],
     ],
 )
@@ -307,9 +307,16 @@ def test_train_tpu_finished_run_is_made_longer(train_tpu, run, finished, capsys)
     assert (
         json.loads((run / "report.json").read_text())["settings"]["run"]["steps"] == 14
     )
-    # And shorter again, from a checkpoint before.
-    assert train_tpu.main([*flags, "--resume-step=9", "--steps=9"]) == 0
+
+
+def test_train_tpu_resume_step_ends_a_run_at_an_earlier_checkpoint(train_tpu, run):
+    flags = ["--resume", f"--output={run}", "--resume-step=9", "--steps=9"]
+    assert train_tpu.main(flags) == 0
     assert [row["step"] for row in _rows(run)] == list(range(1, 10))
+    lines = (run / "evaluations.jsonl").read_text().splitlines()
+    # That checkpoint was not evaluated before.
+    assert [json.loads(line)["step"] for line in lines] == [0, 4, 8, 9]
+    assert [path.name for path in (run / "set_aside").iterdir()] == ["12"]
 
 
 def test_train_tpu_killed_before_the_first_save_starts_anew(
@@ -383,7 +390,7 @@ def test_train_tpu_full_disk_is_one_message_and_the_way_on(
     assert "Traceback" not in out + err
     assert len(err.splitlines()) == 1
     assert message in err
-    last = {"checkpoint": 3, "metrics": 3}.get(what, 12)
+    last = {"checkpoint": 4, "metrics": 4}.get(what, 12)
     assert f"The last good checkpoint is {last} in" in err
     assert "with --resume goes on" in err
     monkeypatch.undo()
