@@ -6,7 +6,10 @@ import hashlib
 import json
 import logging
 import math
+import os
 import pathlib
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -235,10 +238,30 @@ def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | N
 
 
 class _NoTracebacks(logging.Filter):
-    """Keeps from the log what is raised as an exception as well."""
+    """Keeps off the screen what of a failed save is raised as an exception as well.
+
+    Orbax logs it; and TensorStore's other writes come back when nobody waits any more.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
+        logging.getLogger("absl").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.exc_info
+
+    def _unraisable(self, what: Any) -> None:
+        late = isinstance(what.exc_value, RuntimeError) and what.object is None
+        if not (late and str(what.exc_value) == "Event loop is closed"):
+            self._hook(what)
+
+    def remove(self) -> None:
+        """Shows everything again."""
+        logging.getLogger("absl").removeFilter(self)
+        if sys.unraisablehook == self._unraisable:
+            sys.unraisablehook = self._hook
 
 
 def _cost(metrics: Mapping[str, float]) -> float:
@@ -271,8 +294,7 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self._saving: int | None = None
         self._closed = False
-        self._filter = _NoTracebacks()
-        logging.getLogger("absl").addFilter(self._filter)
+        self._silence = _NoTracebacks()
         options = ocp.CheckpointManagerOptions(
             create=True,
             # Only with this are costs written, so that a resumed run knows the best.
@@ -321,9 +343,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            # TensorStore says it at the end of a long message.
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            why = os.strerror(int(code[1])) if code else explain(error)
             raise WriteError(
-                f"checkpoint {self._saving} cannot be written to {self.folder}: "
-                f"{explain(error)}"
+                f"checkpoint {self._saving} cannot be written to {self.folder}: {why}"
             ) from error
 
     def latest_step(self) -> int | None:
@@ -385,11 +409,10 @@ class Checkpoints:
         if self._closed:
             return
         self._closed = True
-        try:
-            with self._writing():
-                self._manager.close()
-        finally:
-            logging.getLogger("absl").removeFilter(self._filter)
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+        self._silence.remove()  # After a failure more is to come.
 
     def _step(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
