@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -111,11 +110,11 @@ class Victim:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> int:
-        """Starts it, from its last checkpoint if it has one; returns that step."""
+        """Starts it, anew or from its last checkpoint; returns that step."""
         saved = self.saved()
-        if not saved:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        resume = ["--resume"] if saved else []
+        if not saved:  # What is counted then are the lines of this start.
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        resume = ["--resume"] if self.folder.exists() else []
         environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1")
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -12,13 +12,40 @@ and --process-id.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Annotated
+
+_say_way_on: list[Callable[[], str]] = [
+    lambda: "The same command with --resume goes on"
+]
+"""The last one knows the most; `main` adds one that looks what is saved."""
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """Ends the process with one line: an exception could come out of any callback.
+
+    Nothing is lost: while there are steps `stop_signals` takes the first Ctrl-C, and
+    what is half written has no name yet.
+    """
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h")  # The cursor, which a progress bar hides.
+    with contextlib.suppress(RuntimeError, OSError):  # In the midst of a write.
+        sys.stdout.flush()
+    os.write(2, f"\nstopped by Ctrl-C. {_say_way_on[-1]()}\n".encode())
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    signal.signal(signal.SIGINT, interrupted)
 
 # Before JAX is imported: its C++ side is to be silent below errors. A plan catches its
 # warnings, and counts some.
@@ -36,6 +63,8 @@ from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.pypi import cache_folder
 from taid_jax.plan import make_plan
 from taid_jax.settings import Settings, read_settings
+from taid_jax.train.checkpoint import saved_settings
+from taid_jax.train.folder import WriteError, way_on
 from taid_jax.train.loop import Interrupted, TrainingError
 from taid_jax.train.report import number
 from taid_jax.train.run import distil
@@ -61,13 +90,35 @@ class Command:
 def parse(arguments: Sequence[str]) -> Command:
     """Returns the flags, laid over the settings of `--config`.
 
+    With `--resume` those lie over the settings that the run began with.
+
     Raises:
         SettingsError: If the file cannot be used.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=pathlib.Path)
-    config = first.parse_known_args(arguments)[0].config
+    first.add_argument("--output")
+    first.add_argument("--steps")
+    first.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    given = first.parse_known_args(arguments)[0]
+    config = given.config
     base = Settings() if config is None else read_settings(config)
+    if base.run.resume if given.resume is None else given.resume:
+        output = given.output or base.run.output
+        saved, fault = saved_settings(output)
+        if fault:
+            sys.stderr.write(f"note: {fault}; those of the last checkpoint are used\n")
+        if saved is not None:
+            # What belongs to one start alone is not taken over.
+            run = dataclasses.replace(
+                saved.run,
+                output=output,
+                resume=True,
+                resume_step=None,
+                epochs=None if given.steps else saved.run.epochs,
+            )
+            base = dataclasses.replace(saved, run=run, hosts=base.hosts)
+            base = base if config is None else read_settings(config, base)
     return tyro.cli(
         Command,
         args=arguments,
@@ -80,9 +131,11 @@ def parse(arguments: Sequence[str]) -> Command:
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
     console, errors = Console(), Console(stderr=True)
+    del _say_way_on[1:]
     try:
         command = parse(arguments)
         settings = command.settings
+        _say_way_on.append(lambda: way_on(settings.run.output))
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         if command.plan is None:
@@ -99,13 +152,19 @@ def main(arguments: Sequence[str]) -> int:
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         hosts.finish()
         return 1
+    except WriteError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return hosts.leave(1, str(error))
+    except KeyboardInterrupt:  # Where the handler is somebody else's.
+        line = f"stopped by Ctrl-C. {_say_way_on[-1]()}"
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        return hosts.leave(1, "stopped by Ctrl-C")
     # Whatever it is, the other processes wait for this one and have to be told.
     except Exception as error:
-        if hosts.is_alone():
-            raise
-        why = hosts.explain_loss(error)
+        why = None if hosts.is_alone() else hosts.explain_loss(error)
         if why is None:
             traceback.print_exc()
+            sys.stderr.write(f"{_say_way_on[-1]()}\n")
             return hosts.leave(1, f"{type(error).__name__}: {error}")
         errors.print(f"error: {why}", markup=False, highlight=False, soft_wrap=True)
         return hosts.leave(1, why)

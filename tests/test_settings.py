@@ -187,6 +187,26 @@ def test_contradictions_lists_what_a_resumed_run_may_not_change():
     assert [line.split(":")[0] for line in found] == ["objective.t_start", "run.seed"]
 
 
+def test_contradictions_leave_to_the_checkpoint_what_it_knows_by_content():
+    saved = s.from_dict({"teacher": "a", "student": "b", "data": "c", "steps": 9})
+    asked = {"teacher": "./a", "student": "/x/b", "data": "c/../c", "epochs": 2.0}
+    assert not s.contradictions(saved, s.from_dict(asked, saved))
+    for other in ({"student_layers": 3}, {"student_config": "b"}):
+        found = s.contradictions(saved, s.from_dict(other, saved))
+        assert found[0].startswith("model.student: the checkpoint has 'b', now None")
+
+
+def test_with_found_keeps_what_a_run_found_at_its_start(monkeypatch):
+    monkeypatch.setattr(
+        "taid_jax.settings.convert.FOUND_AT_START", frozenset({"data.chat_template"})
+    )
+    saved = s.from_dict({"chat_template": "first", "seed": 3})
+    kept = s.with_found(saved, s.from_dict({"seed": 5}))
+    assert (kept.data.chat_template, kept.run.seed) == ("first", 5)
+    given = s.from_dict({"chat_template": "second"})
+    assert s.with_found(saved, given) == given
+
+
 def test_every_free_setting_exists():
     assert set(s.flatten(s.Settings())) >= s.FREE_ON_RESUME
     assert dataclasses.is_dataclass(s.Settings)

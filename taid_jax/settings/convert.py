@@ -16,6 +16,13 @@ FREE_ON_RESUME = frozenset(
     {
         "run.output",
         "run.resume",
+        "run.resume_step",
+        # Another length is said aloud, and refused where it is behind the checkpoint.
+        "run.steps",
+        "run.epochs",
+        # The checkpoint knows their content, and which files it was read from is free.
+        "data.data",
+        "model.teacher",
         "run.eval_every",
         "run.evals_per_epoch",
         "run.save_every",
@@ -27,6 +34,10 @@ FREE_ON_RESUME = frozenset(
         *(f"hosts.{field.name}" for field in dataclasses.fields(HostSettings)),
     }
 )
+
+
+FOUND_AT_START = frozenset({"data.template_date"})
+"""Settings that a run finds when it begins, where they are not given."""
 
 
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -141,8 +152,28 @@ def contradictions(saved: Settings, asked: Settings) -> list[str]:
     if saved.samples.sampler == "adaptive":
         # Its threshold moves with every held-out evaluation.
         free = free - {"run.eval_every", "run.evals_per_epoch"}
+    # Of these it is free which file is named, but not whether one is.
+    for name in ("model.student", "model.student_config"):
+        if old[name] is not None and new[name] is not None:
+            free = free | {name}
     return [
         f"{name}: the checkpoint has {show(old[name])}, now {show(new[name])}"
         for name in old
         if name not in free and old[name] != new[name]
     ]
+
+
+def with_found(saved: Settings, asked: Settings) -> Settings:
+    """Returns settings with what a run found at its start and has to keep.
+
+    Args:
+        saved: Of the run.
+        asked: Those of `FOUND_AT_START` that are None are taken from `saved`.
+    """
+    old, new = flatten(saved), flatten(asked)
+    changes: Changes = {group: {} for group in to_dict(asked)}
+    for dotted in FOUND_AT_START & new.keys():
+        if new[dotted] is None:
+            group, name = dotted.split(".")
+            changes[group][name] = old[dotted]
+    return apply_changes(asked, changes)

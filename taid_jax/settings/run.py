@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from taid_jax.settings.checks import Checked, bounded
+from taid_jax.settings.checks import Checked, bounded, need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,10 @@ class RunSettings(Checked):
         evals_per_epoch: Evaluations and checkpoints of every epoch; sets `eval_every`
             and `save_every` once the data are read. Counts only beside `epochs`.
         seed: Of the data order and of random weights.
-        resume: Go on from the last checkpoint in the output folder.
+        resume: Go on from the last sound checkpoint in the output folder, with the
+            settings of the run where they are not given again; more steps make it
+            longer. Without any checkpoint it starts anew.
+        resume_step: Go on from this checkpoint; newer ones are set aside.
         eval_every: Steps between held-out evaluations; 0: only before and after.
         save_every: Steps between checkpoints; 0: only at the end.
         log_every: Steps between lines of metrics.jsonl.
@@ -34,6 +37,7 @@ class RunSettings(Checked):
     evals_per_epoch: int | None = bounded(None, ge=1)
     seed: int = bounded(0, ge=0, lt=2**32)
     resume: bool = False
+    resume_step: int | None = bounded(None, ge=0)
     eval_every: int = bounded(20, ge=0)
     save_every: int = bounded(20, ge=0)
     log_every: int = bounded(1, ge=1)
@@ -42,3 +46,8 @@ class RunSettings(Checked):
     mesh: str = "data=1,fsdp=-1,tensor=1"
     logits_loss: bool = False
     chunk_size: int | None = bounded(None, ge=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        step = self.resume_step
+        need("resume_step", step, step is None or self.resume, "--resume beside it")

@@ -1,18 +1,21 @@
 """From settings, models and data to a loop and the state that it starts from."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from taid_jax import hosts
 from taid_jax.data import Dataset, train_iterator
+from taid_jax.errors import parsing
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.settings import Settings, SettingsError
 from taid_jax.sharding import batch_part, replicated
-from taid_jax.train.checkpoint import Checkpoints
-from taid_jax.train.inputs import Pair
+from taid_jax.train.checkpoint import CheckpointError, Checkpoints
+from taid_jax.train.inputs import Pair, identify_models, refuse_other_models
 from taid_jax.train.judge import Judge
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
@@ -39,8 +42,25 @@ def assemble(
     mesh: Mesh,
     judge: Judge,
     sampler: Sampler | None = None,
+    step: int | None = None,
 ) -> tuple[Loop, DistillState]:
-    """Returns the loop and the state that it starts from, new or restored."""
+    """Returns the loop and the state that it starts from, new or restored.
+
+    Args:
+        settings: Of the run.
+        folder: Of the run.
+        pair: Teacher and student.
+        dataset: The data.
+        checkpoints: Of the run.
+        mesh: Where arrays lie.
+        judge: Evaluates a state.
+        sampler: Puts the student's answers in place of batches; None for the data.
+        step: The checkpoint to go on from; None for a new run.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit, or cannot be read.
+        SettingsError: If data or models are others than the checkpoint's.
+    """
     data, run, opt = settings.data, settings.run, settings.optimizer
     dtype = jnp.dtype(settings.model.dtype)
     student = decoder_functions(
@@ -79,7 +99,9 @@ def assemble(
         process_count=parts,
         with_prompts=sampler is not None,
     )
-    if run.resume:
+    models = hosts.from_first(lambda: identify_models(settings.model, pair))
+    evaluations: list[dict[str, Any]] | None = []
+    if step is not None:
         template = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=where
@@ -87,17 +109,19 @@ def assemble(
             shapes,
             shardings,
         )
-        restored = checkpoints.restore(template)
-        state = restored.state
-        if restored.data_state["fingerprint"] != dataset.info.fingerprint:
+        restored = checkpoints.restore(template, step)
+        state, place = restored.state, restored.data_state
+        if place.get("fingerprint") != dataset.info.fingerprint:
             raise SettingsError(
-                f"the data of {data.data} are not those that checkpoint "
-                f"{restored.step} was trained on; give the same files, or start anew "
-                "with another --output"
+                f"the data of {data.data} are not those that checkpoint {step} was "
+                "trained on; give the same files, or start anew with another --output"
             )
-        batches.set_state(restored.data_state["iterator"])
-        if sampler is not None:
-            sampler.set_state(restored.data_state["sampler"])
+        refuse_other_models(place.get("models", {}), models)
+        with parsing(f"the place in the data of checkpoint {step}", CheckpointError):
+            batches.set_state(place["iterator"])
+            if sampler is not None:
+                sampler.set_state(place["sampler"])
+        evaluations = place.get("evaluations")
     else:
         begin = jax.jit(start, out_shardings=shardings, donate_argnums=0)
         state = begin(pair.student_params)
@@ -128,5 +152,7 @@ def assemble(
         progress=ConsoleProgress(Console(quiet=True), run.steps),
         meter=make_meter(settings, pair.student_config, pair.teacher.config, mesh),
         sampler=sampler,
+        models=models,
+        evaluations=evaluations,
     )
     return loop, state

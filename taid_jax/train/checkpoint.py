@@ -1,18 +1,43 @@
 """Checkpoints by Orbax: the student's state, the place in the data, the settings."""
 
+import concurrent.futures
+import contextlib
+import hashlib
 import json
+import logging
 import math
+import os
 import pathlib
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from taid_jax.errors import InputError
-from taid_jax.settings import Settings, SettingsError, from_dict, to_dict
+from taid_jax.errors import InputError, explain, parsing
+from taid_jax.hosts import is_first
+from taid_jax.settings import Settings, contradictions, from_dict, to_dict
+from taid_jax.train.folder import (
+    CHECKPOINTS,
+    SETTINGS,
+    RunFolder,
+    WriteError,
+    step_folders,
+)
 from taid_jax.train.state import DistillState
+
+DIGESTS = "digests.json"
+"""In each checkpoint: size and sha256 of all its other files."""
+
+UNVERIFIED = f"has no {DIGESTS}, so that nothing tells whether it is sound"
+
+_ORBAX = "_CHECKPOINT_METADATA"
+# Written once more after the digests, when Orbax gives the checkpoint its name.
+_LATER = (DIGESTS, _ORBAX, "commit_success.txt")
+_ITEMS = {"state", "data", "settings", "metrics"}
 
 
 class CheckpointError(InputError):
@@ -33,6 +58,212 @@ class Restored(NamedTuple):
     step: int
 
 
+def write_digests(folder: pathlib.Path) -> None:
+    """Writes down size and sha256 of all files in the folder of a checkpoint."""
+    files = {
+        path.relative_to(folder).as_posix(): _digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() not in _LATER
+    }
+    text = json.dumps({"files": files, "sha256": _sum(files)}, indent=1)
+    (folder / DIGESTS).write_text(text, encoding="utf-8")
+
+
+def find_fault(folder: pathlib.Path) -> str | None:
+    """Returns what is wrong with a checkpoint, or None: it is as it was written.
+
+    Every file is read. What is not in the list of digests is passed over.
+
+    Args:
+        folder: Of one checkpoint, named by its step.
+    """
+    try:
+        if not folder.is_dir():
+            return "is no folder"
+        if not any(folder.iterdir()):
+            return "is empty"
+        if not (folder / DIGESTS).exists():
+            return UNVERIFIED
+        with parsing(DIGESTS):
+            written = json.loads((folder / DIGESTS).read_bytes())
+            files = dict(written["files"])
+        if written["sha256"] != _sum(files):
+            return f"is damaged: {DIGESTS} is altered"
+        with parsing(_ORBAX):
+            about = json.loads((folder / _ORBAX).read_bytes())
+            times = [about[f"{name}_timestamp_nsecs"] for name in ("init", "commit")]
+            if set(about["item_handlers"]) != _ITEMS or {*map(type, times)} != {int}:
+                return f"is damaged: {_ORBAX} is altered"
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            faults = pool.map(lambda name: _compare(folder / name, files[name]), files)
+            for name, fault in zip(files, faults, strict=True):
+                if fault:
+                    return f"is damaged: {name} {fault}"
+    except (OSError, InputError) as error:
+        return f"is damaged: {explain(error)}"
+    return None
+
+
+def _compare(path: pathlib.Path, written: list[Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != written[0]:
+            return f"has {size:,} bytes instead of {written[0]:,}"
+        return None if _digest(path) == written else "is altered"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {explain(error)}"
+
+
+def _digest(path: pathlib.Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _sum(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def choose_checkpoint(folder: RunFolder, step: int | None) -> int | None:
+    """Returns the checkpoint that a run goes on from; None where there is none.
+
+    It is the newest sound one, or the one that is asked for. `set_aside_others` makes
+    it the last.
+
+    Args:
+        folder: Of the run.
+        step: Which one; the newest sound one when None.
+
+    Raises:
+        CheckpointError: If none is sound, or not the one that is asked for.
+    """
+    places = step_folders(folder.path / CHECKPOINTS)
+    if step is not None:
+        if step not in places:
+            there = ", ".join(map(str, places)) or "none"
+            raise CheckpointError(
+                f"resume_step: {folder.path} has no checkpoint {step}; there are "
+                f"{there}"
+            )
+        fault = find_fault(places[step])
+        if fault == UNVERIFIED:
+            folder.notes.append(f"checkpoint {step} {fault}; it is used as asked for")
+        elif fault:
+            raise CheckpointError(
+                f"resume_step: {places[step]} {fault}; choose another checkpoint"
+            )
+        return step
+    faults = []
+    for number, place in places.items():
+        fault = find_fault(place)
+        if fault is None:
+            return number
+        faults.append(f"{place} {fault}")
+    if faults:
+        raise CheckpointError(
+            "no checkpoint is sound:\n  "
+            + "\n  ".join(faults)
+            + f"\nMove {folder.path / CHECKPOINTS} away to start anew with --resume. "
+            f"--resume-step N takes one without {DIGESTS} as it is"
+        )
+    return None
+
+
+def set_aside_others(folder: RunFolder, step: int) -> None:
+    """Makes a checkpoint the last, with only sound ones before it.
+
+    Args:
+        folder: Of the run, which this process has claimed.
+        step: What `choose_checkpoint` gave.
+    """
+    places = step_folders(folder.path / CHECKPOINTS)
+    for number, place in places.items():
+        if number > step:
+            why = find_fault(place) or "is newer than the one that is asked for"
+            folder.set_aside(place, why)
+        elif number < step and (fault := find_fault(place)):
+            folder.set_aside(place, fault)
+    if max(places) > step:
+        folder.notes.append(f"going on from checkpoint {step}")
+
+
+def checkpoint_settings(folder: pathlib.Path) -> Settings:
+    """Returns the settings that a checkpoint was made with.
+
+    Args:
+        folder: Of one checkpoint.
+
+    Raises:
+        CheckpointError: If they cannot be read.
+    """
+    path = folder / "settings" / "metadata"
+    with parsing(str(path), CheckpointError):
+        return from_dict(json.loads(path.read_bytes()))
+
+
+def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | None]:
+    """Returns the settings that a run began with, for those not given again.
+
+    They are those of the newest checkpoint whose settings are as they were written;
+    what may change on the way is taken from `settings.json`, which is the only source
+    before the first checkpoint.
+
+    Args:
+        output: Folder of the run.
+
+    Returns:
+        The settings, None where there are none; and what is wrong with `settings.json`.
+    """
+    folder = pathlib.Path(output).absolute()
+    path = folder / SETTINGS
+    saved = written = note = None
+    for place in step_folders(folder / CHECKPOINTS).values():
+        with contextlib.suppress(InputError), parsing(str(place)):
+            files = json.loads((place / DIGESTS).read_bytes())["files"]
+            if not _compare(place / "settings/metadata", files["settings/metadata"]):
+                saved = checkpoint_settings(place)
+                break
+    if path.exists() or saved:
+        try:
+            with parsing(str(path)):
+                written = from_dict(json.loads(path.read_bytes()))
+        except InputError as error:
+            note = str(error)
+    if saved is None or written is None:
+        return written or saved, note
+    if contradictions(saved, written):
+        return saved, f"{path} has other settings than the last checkpoint"
+    return written, None
+
+
+class _NoTracebacks(logging.Filter):
+    """Keeps off the screen what of a failed save is raised as an exception as well.
+
+    Orbax logs it; and TensorStore's other writes come back when nobody waits any more.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
+        logging.getLogger("absl").addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    def _unraisable(self, what: Any) -> None:
+        late = isinstance(what.exc_value, RuntimeError) and what.object is None
+        if not (late and str(what.exc_value) == "Event loop is closed"):
+            self._hook(what)
+
+    def remove(self) -> None:
+        """Shows everything again."""
+        logging.getLogger("absl").removeFilter(self)
+        if sys.unraisablehook == self._unraisable:
+            sys.unraisablehook = self._hook
+
+
 def _cost(metrics: Mapping[str, float]) -> float:
     return metrics["cost"]
 
@@ -45,20 +276,27 @@ class Checkpoints:
     """The checkpoints of one output folder: the last few, and the best.
 
     Saving runs in the background and becomes visible by a rename, so that a killed
-    process leaves the last good checkpoint as it was.
+    process leaves the last good checkpoint as it was. Digests of its files are written
+    before the rename. `with Checkpoints(...)` waits for a save in flight, however the
+    block ends.
 
     Args:
         folder: Made if it is missing.
         keep: How many of the last are kept, beside the best. What falls behind is
             deleted when the next save is whole, so that one more may lie there, after a
             kill for as long as it takes to the next save.
+
+    Raises:
+        CheckpointError: If what is there cannot be read.
     """
 
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
         self.folder = pathlib.Path(folder).absolute()
+        self._saving: int | None = None
+        self._closed = False
+        self._silence = _NoTracebacks()
         options = ocp.CheckpointManagerOptions(
             create=True,
-            cleanup_tmp_directories=True,
             # Only with this are costs written, so that a resumed run knows the best.
             best_fn=_cost,
             best_mode="min",
@@ -73,16 +311,44 @@ class Checkpoints:
                     ),
                 ]
             ),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=options,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "settings": ocp.JsonCheckpointHandler(),
-            },
-        )
+        with parsing(f"the checkpoints in {self.folder}", CheckpointError):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=options,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
+                    "settings": ocp.JsonCheckpointHandler(),
+                },
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What went wrong before is what has to be told.
+        with contextlib.suppress(*([] if kind is None else [WriteError])):
+            self.close()
+
+    def _seal(self) -> None:
+        """Writes the digests of a checkpoint that is whole but for its name."""
+        if is_first():
+            (half,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            write_digests(half)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # TensorStore says it at the end of a long message.
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            why = os.strerror(int(code[1])) if code else explain(error)
+            raise WriteError(
+                f"checkpoint {self._saving} cannot be written to {self.folder}: {why}"
+            ) from error
 
     def latest_step(self) -> int | None:
         """Returns the step of the last whole checkpoint, or None."""
@@ -110,33 +376,48 @@ class Checkpoints:
             settings: Of the run.
             cost: Of this state where it was evaluated; the lowest is the best.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                data=ocp.args.JsonSave(data_state),
-                settings=ocp.args.JsonSave(to_dict(settings)),
-            ),
-            # Orbax wants a figure of each.
-            metrics={"cost": cost if _known(cost) else math.inf},
-            force=True,
-        )
+        self.wait()
+        self._saving = step
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()),
+                    data=ocp.args.JsonSave(data_state),
+                    settings=ocp.args.JsonSave(to_dict(settings)),
+                ),
+                # Orbax wants a figure of each.
+                metrics={"cost": cost if _known(cost) else math.inf},
+                force=True,
+            )
 
     def wait(self) -> None:
-        """Blocks until what was started is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
+        """Blocks until what was started is on disk.
+
+        Raises:
+            WriteError: If it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
-        self._manager.close()
+        """Waits, and lets go of the folder.
+
+        Raises:
+            WriteError: As `wait`.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+        self._silence.remove()  # After a failure more is to come.
 
     def _step(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
         if step is None:
-            raise CheckpointError(
-                f"{self.folder} has no checkpoint to go on from; leave --resume out to "
-                "start anew"
-            )
+            raise CheckpointError(f"{self.folder} has no checkpoint to go on from")
         return step
 
     def settings(self, step: int | None = None) -> Settings:
@@ -145,17 +426,7 @@ class Checkpoints:
         Raises:
             CheckpointError: If there is none, or it cannot be read.
         """
-        step = self._step(step)
-        try:
-            values = self._manager.restore(
-                step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())
-            )["settings"]
-            return from_dict(values)
-        except (OSError, json.JSONDecodeError, SettingsError, KeyError) as error:
-            raise CheckpointError(
-                f"the settings of checkpoint {step} in {self.folder} cannot be read: "
-                f"{error}"
-            ) from error
+        return checkpoint_settings(self.folder / str(self._step(step)))
 
     def _check_shapes(self, template: DistillState, step: int) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(template._asdict())
@@ -191,8 +462,8 @@ class Checkpoints:
                 differences are listed.
         """
         step = self._step(step)
-        self._check_shapes(template, step)
-        try:
+        with parsing(f"checkpoint {step} in {self.folder}", CheckpointError):
+            self._check_shapes(template, step)
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -200,8 +471,4 @@ class Checkpoints:
                     data=ocp.args.JsonRestore(),
                 ),
             )
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {self.folder} cannot be read: {error}"
-            ) from error
         return Restored(DistillState(**found["state"]), found["data"], step)

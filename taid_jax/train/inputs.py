@@ -1,16 +1,13 @@
 """What a run reads, and everything about it that can be wrong: looked at first."""
 
 import dataclasses
-import os
-import pathlib
-import socket
+import hashlib
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from taid_jax import hosts
 from taid_jax.data import DataError, Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.template import set_chat_template
@@ -19,6 +16,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.errors import ModelError
 from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
+from taid_jax.models.source import resolve
 from taid_jax.models.tokenizer import Tokenizer, load_tokenizer, same_tokenizer
 from taid_jax.models.vocabulary import (
     count_tokens,
@@ -45,55 +43,6 @@ class Pair:
     student_config: DecoderConfig
     student_params: Params
     shardings: Any
-
-
-def prepare_output(settings: Settings) -> pathlib.Path:
-    """Returns the output folder, made and writable; never one with something in it.
-
-    Raises:
-        SettingsError: If it cannot be written, holds something and `resume` is not set,
-            or holds nothing and `resume` is set.
-    """
-    folder = pathlib.Path(settings.run.output).absolute()
-    # A plan of this run may lie there already.
-    filled = folder.is_dir() and any(
-        entry.name != "plan.json" for entry in folder.iterdir()
-    )
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"output: {folder} is not a folder")
-    if filled and not settings.run.resume:
-        raise SettingsError(
-            f"output: {folder} is not empty. Go on with what is there by --resume, or "
-            "choose another --output; nothing was changed"
-        )
-    if settings.run.resume and not (folder / "checkpoints").is_dir():
-        raise SettingsError(
-            f"resume: {folder} has no checkpoints to go on from; leave --resume out to "
-            "start anew"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"output: cannot make {folder}: {error}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise SettingsError(f"output: {folder} is not writable")
-    return folder
-
-
-def share_output(settings: Settings) -> pathlib.Path:
-    """Returns the output folder, which process 0 prepares for all processes.
-
-    Raises:
-        SettingsError: On process 0, as `prepare_output`.
-        HostsError: If another process does not see the folder.
-    """
-    folder = pathlib.Path(hosts.from_first(lambda: str(prepare_output(settings))))
-    if not folder.is_dir():
-        raise hosts.HostsError(
-            f"output: process 0 has made {folder}, which is not on this host "
-            f"({socket.gethostname()}); it has to be on storage that all hosts share"
-        )
-    return folder
 
 
 _BYTES_OF_TOKEN = 96
@@ -197,7 +146,62 @@ def refuse_contradictions(saved: Settings, asked: Settings) -> None:
         raise SettingsError(
             "the settings contradict the checkpoint:\n  "
             + "\n  ".join(found)
-            + "\nuse the checkpoint's, or start anew with another --output"
+            + "\nleave them out to use the checkpoint's, or start anew with another "
+            "--output"
+        )
+
+
+_BLOCKS, _BLOCK = 64, 1 << 20
+
+
+def identify_models(settings: ModelSettings, pair: Pair) -> dict[str, str]:
+    """Returns what tells whether a resumed run has the models that it began with.
+
+    It is the content, wherever the files lie. Of weights, size, beginning and end of
+    each file and 64 blocks of 1 MiB between are read: whoever trains on changes all.
+
+    Args:
+        settings: They name the teacher.
+        pair: The models, read.
+
+    Returns:
+        Settings of both, and a sha256 of the teacher's weights.
+    """
+    weights = hashlib.sha256()
+    path = resolve(settings.teacher).path
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        weights.update(f"{file.name if path.is_dir() else ''}:{size}\n".encode())
+        last = max(0, size - _BLOCK)
+        with file.open("rb") as stream:
+            for place in sorted({last * n // _BLOCKS for n in range(_BLOCKS + 1)}):
+                stream.seek(place)
+                weights.update(stream.read(_BLOCK))
+    return {
+        "the teacher's weights": weights.hexdigest(),
+        **{f"the teacher's {k}": v for k, v in _fields(pair.teacher.config).items()},
+        **{f"the student's {k}": v for k, v in _fields(pair.student_config).items()},
+    }
+
+
+def _fields(config: DecoderConfig) -> dict[str, str]:
+    fields = dataclasses.fields(config)
+    return {field.name: repr(getattr(config, field.name)) for field in fields}
+
+
+def refuse_other_models(saved: dict[str, str], given: dict[str, str]) -> None:
+    """Raises when the models are not those that a run began with.
+
+    What another version of this library did not write down is not compared.
+
+    Raises:
+        SettingsError: With what differs.
+    """
+    found = [name for name in saved if given.get(name, saved[name]) != saved[name]]
+    if found:
+        raise SettingsError(
+            f"the models are not those that the run began with: {', '.join(found)} "
+            "differ. Give the same ones, or start anew with another --output"
         )
 
 

@@ -1,18 +1,28 @@
 """What a run writes down on the way: lines of metrics, TensorBoard, a clock."""
 
+import contextlib
+import json
 import math
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 from taid_jax.evaluate import HeldOut
 from taid_jax.hosts import from_first, is_first
+from taid_jax.train.folder import writing
 from taid_jax.train.report import EVALUATIONS, METRICS, Lines, read_lines
 from taid_jax.train.step import Metrics
 from taid_jax.train.utilisation import Meter
+
+# Made when it is imported, from a description that type checkers do not see.
+Event: Any = vars(event_pb2)["Event"]
+SessionLog: Any = vars(event_pb2)["SessionLog"]
 
 LOGGED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm")
 
@@ -34,24 +44,60 @@ class Progress(Protocol):
         ...
 
 
-class _Files:
-    """Where rows go; those of steps after `start` are from a run that was cut off."""
+class _Board:
+    """Events for TensorBoard; those from `first` on that are there are hidden.
 
-    def __init__(self, folder: pathlib.Path, start: int):
-        self.metrics = Lines(folder / METRICS, first_dropped=start + 1)
-        self.evaluations = Lines(folder / EVALUATIONS, first_dropped=start + 1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    Written here and now: a thread that cannot write would end without a word, and let
+    whoever fills its queue wait for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, first: int):
+        self._folder = folder
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+        self._write(Event(step=first, file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(step=first, session_log=start))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with writing(self._folder):
+            self._writer.write_event(event)
 
     def draw(self, group: str, row: Mapping[str, Any]) -> None:
-        """Gives TensorBoard the figures of a row."""
+        """Writes the figures of a row."""
         for key, value in row.items():
             if isinstance(value, float) and math.isfinite(value):
-                self._board.add_scalar(f"{group}/{key}", value, row["step"])
+                summary = scalar(f"{group}/{key}", value)
+                self._write(Event(step=row["step"], summary=summary))
+        with writing(self._folder):
+            self._writer.flush()
 
     def close(self) -> None:
-        self.metrics.close()
-        self.evaluations.close()
-        self._board.close()
+        """Closes the file."""
+        with writing(self._folder):
+            self._writer.close()
+
+
+class _Files(contextlib.ExitStack):
+    """Where rows go; all files are closed together."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        start: int,
+        evaluations: Sequence[Mapping[str, Any]],
+    ):
+        super().__init__()
+        self.metrics = Lines(folder / METRICS, first_dropped=start + 1)
+        self.callback(self.metrics.close)
+        self.evaluations = Lines(
+            folder / EVALUATIONS, first_dropped=start + 1, rows=evaluations
+        )
+        self.callback(self.evaluations.close)
+        self.board = _Board(folder / "tensorboard", start + 1)
+        self.callback(self.board.close)
 
 
 class Logbook:
@@ -66,6 +112,7 @@ class Logbook:
         every: Steps between lines of metrics.
         progress: Who is shown how it goes.
         meter: Of the time that steps take.
+        evaluations: Rows of the evaluations before; what their file says when None.
 
     Attributes:
         evaluations: Rows of all evaluations so far, those before a resume too.
@@ -82,14 +129,19 @@ class Logbook:
         every: int,
         progress: Progress,
         meter: Meter,
+        evaluations: Sequence[Mapping[str, Any]] | None = None,
     ):
         self._every, self._last, self._progress = every, last, progress
         self._files: _Files | None = None
+        rows = from_first(lambda: read_lines(folder / EVALUATIONS))
+        rows = [row for row in rows if row["step"] <= start]
+        if evaluations is not None:
+            if start and json.dumps([*map(dict, evaluations)]) != json.dumps(rows):
+                progress.say(f"{EVALUATIONS} is not the checkpoint's: written anew")
+            rows = [*map(dict, evaluations)]
+        self.evaluations: list[dict[str, Any]] = rows
         if is_first():
-            self._files = _Files(folder, start)
-        self.evaluations: list[dict[str, Any]] = from_first(
-            lambda: read_lines(folder / EVALUATIONS)
-        )
+            self._files = _Files(folder, start, rows)
         self.skipped_in_row = 0
         self.not_finite: str | None = None
         self._meter = meter
@@ -126,7 +178,7 @@ class Logbook:
         row |= {"skipped": skipped, "not_finite": self.not_finite, **measured}
         if self._files:
             self._files.metrics.write(row)
-            self._files.draw("train", row)
+            self._files.board.draw("train", row)
         self._progress.step(row)
 
     def evaluation(self, step: int, found: HeldOut) -> None:
@@ -135,7 +187,7 @@ class Logbook:
         self.evaluations.append(row)
         if self._files:
             self._files.evaluations.write(row)
-            self._files.draw("held_out", row)
+            self._files.board.draw("held_out", row)
         self._progress.evaluation(step, found)
 
     def close(self) -> None:

@@ -4,13 +4,15 @@ Metrics of a step are read after the next one was dispatched, so that the host n
 makes the devices wait.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,6 +21,7 @@ from taid_jax.models.errors import ModelError
 from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.folder import way_on
 from taid_jax.train.logbook import Logbook, Progress
 from taid_jax.train.samplers import Sampler
 from taid_jax.train.signals import stop_signals
@@ -70,6 +73,8 @@ class Loop:
         progress: Who is shown how it goes.
         meter: Of the time that steps take.
         sampler: Puts the student's answers in place of batches; None for the data.
+        models: What identifies teacher and student, saved with every checkpoint.
+        evaluations: Rows of the evaluations before; what their file says when None.
     """
 
     settings: Settings
@@ -84,6 +89,8 @@ class Loop:
     progress: Progress
     meter: Meter = dataclasses.field(default_factory=Meter)
     sampler: Sampler | None = None
+    models: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    evaluations: Sequence[Mapping[str, Any]] | None = None
 
     def run(self, state: DistillState) -> DistillState:
         """Returns the state after the last step.
@@ -95,6 +102,7 @@ class Loop:
             TrainingError: After too many non-finite steps in a row.
             ModelError: If teacher or student is not finite at the start.
             Interrupted: When SIGTERM or SIGINT came; the state is saved.
+            WriteError: If something cannot be written.
         """
         run = self.settings.run
         start = int(state.step)
@@ -105,6 +113,7 @@ class Loop:
             every=run.log_every,
             progress=self.progress,
             meter=self.meter,
+            evaluations=self.evaluations,
         )
         rows = self._log.evaluations
         best_by = self.settings.judge.best_by
@@ -113,7 +122,8 @@ class Loop:
         self._best = min(trained, default=math.inf)
         pending: tuple[int, Metrics] | None = None
         try:
-            with stop_signals() as signals:
+            # A first signal does not disturb the save in flight at the end either.
+            with stop_signals() as signals, self._saved():
                 if start == 0 and not rows:
                     self._evaluate(0, state)
                 self.meter.start()
@@ -138,14 +148,25 @@ class Loop:
                         pending = None
                         self._pause(step, state, evaluating, saving)
                     if stop and not last:
+                        self.checkpoints.wait()
                         raise Interrupted(
-                            f"stopped by {stop} after step {step} of {run.steps}; "
-                            "the state is saved, go on with --resume"
+                            f"stopped by {stop} after step {step} of {run.steps}. "
+                            + way_on(self.folder)
                         )
+                if rows[-1]["step"] != run.steps:
+                    # Made shorter, to a checkpoint that was not evaluated.
+                    self._evaluate(run.steps, state)
             return state
         finally:
-            self.checkpoints.wait()
             self._log.close()
+
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """However it is left, no save is in flight afterwards."""
+        try:
+            yield
+        finally:
+            self.checkpoints.wait()
 
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
         """Returns what a step trains on: a batch of the data, or of answers."""
@@ -166,11 +187,18 @@ class Loop:
             found = self._evaluate(step, state)
             saving = saving or found < self._best
             self._best = min(self._best, found)
-        if saving:
+        if saving and not bool(_finite((state.params, state.opt_state))):
+            self.progress.say(
+                f"step {step}: the student or its optimizer has numbers that are not "
+                "finite; no checkpoint is made of that"
+            )
+        elif saving:
             place = {
                 "iterator": self.batches.get_state(),
                 "fingerprint": self.fingerprint,
                 "sampler": self.sampler.get_state() if self.sampler else None,
+                "models": dict(self.models),
+                "evaluations": self._log.evaluations,
             }
             with self.meter.measured("save"):
                 self.checkpoints.save(step, state, place, self.settings, cost=found)
@@ -196,16 +224,20 @@ class Loop:
         skipped = self._log.skipped_in_row
         if skipped >= self.settings.run.max_skipped:
             self.checkpoints.wait()
-            latest = self.checkpoints.latest_step()
             raise TrainingError(
                 f"stopped at step {step}: {skipped} steps in a row "
                 "had a loss, gradient or update that is not finite, the last one its "
-                f"{self._log.not_finite}. The last good checkpoint is "
-                f"{'none' if latest is None else latest} in "
-                f"{self.checkpoints.folder}. A lower "
-                "--learning-rate or --dtype float32 may help, for an update usual "
-                "values of --b2, --eps and --weight-decay; --max-skipped sets the limit"
+                f"{self._log.not_finite}. A lower --learning-rate or --dtype float32 "
+                "may help, for an update usual values of --b2, --eps and "
+                "--weight-decay; --max-skipped sets the limit. " + way_on(self.folder)
             )
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    """Returns whether all numbers of a tree are finite."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,6 +12,9 @@ import jax
 import matplotlib
 import matplotlib.figure
 
+from taid_jax.errors import InputError, explain, parsing
+from taid_jax.train.folder import writing
+
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 REPORT = "report.json"
@@ -52,46 +55,89 @@ class Lines:
     Args:
         path: Made when it is missing.
         first_dropped: Lines of this step and later are from a run that was cut off.
+        rows: Its lines up to there, where they are known; else those of the file.
     """
 
-    def __init__(self, path: pathlib.Path, *, first_dropped: int):
-        kept = [row for row in read_lines(path) if row["step"] < first_dropped]
-        text = "".join(json.dumps(_plain(row)) + "\n" for row in kept)
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        first_dropped: int,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ):
+        self._path = path
+        before = read_lines(path) if rows is None else rows
+        kept = [row for row in before if row["step"] < first_dropped]
         # A rename, so that being killed here loses nothing.
         scratch = path.with_suffix(".tmp")
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            scratch.write_text("".join(map(_line, kept)), encoding="utf-8")
+            scratch.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a line and hands it to the operating system at once."""
-        self._file.write(json.dumps(_plain(row)) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(_line(row))
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of a file of JSON lines; a last line cut short is left out."""
+    return find_rows(path)[0]
+
+
+def find_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Returns the rows of a file of JSON lines, and what is wrong with it, if anything.
+
+    A row has a step, later than that of the row before, and figures.
+    """
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line, object_pairs_hook=_figures))
-        except json.JSONDecodeError:
-            break
-    return rows
+        return [], None
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        return [], f"cannot be read: {explain(error)}"
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None and number == len(lines):
+            break  # Cut short by a kill.
+        if row is None or (rows and row["step"] <= rows[-1]["step"]):
+            return rows, f"is damaged: line {number} is no row of a later step"
+        rows.append(row)
+    return rows, None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        with parsing("line"):
+            row = json.loads(line, object_pairs_hook=_figures)
+    except InputError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    others = [value for key, value in row.items() if key != "not_finite"]
+    figures = all(value is None or isinstance(value, int | float) for value in others)
+    return row if figures else None
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
     scratch = path.with_suffix(".tmp")
     text = json.dumps(_plain(value), indent=2, allow_nan=False)
-    scratch.write_text(text + "\n", encoding="utf-8")
-    scratch.replace(path)
+    with writing(path):
+        scratch.write_text(text + "\n", encoding="utf-8")
+        scratch.replace(path)
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -170,5 +216,6 @@ def draw_curves(
         axes.grid(alpha=0.3)
         axes.legend(loc="best", frameon=False)
     scratch = path.with_suffix(".tmp")
-    figure.savefig(scratch, dpi=120, format="png")
-    scratch.replace(path)
+    with writing(path):
+        figure.savefig(scratch, dpi=120, format="png")
+        scratch.replace(path)

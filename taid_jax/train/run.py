@@ -1,7 +1,9 @@
 """A whole run: from settings to a trained student, its report and its picture."""
 
+import contextlib
 import dataclasses
 import math
+import socket
 import time
 from typing import Any
 
@@ -12,13 +14,37 @@ from rich.console import Console
 
 from taid_jax import hosts
 from taid_jax.data import Dataset
+from taid_jax.errors import explain
 from taid_jax.evaluate import HeldOut, cost
+from taid_jax.models.errors import ModelError
 from taid_jax.models.load import export_model
-from taid_jax.settings import Settings, changed, to_dict, to_json, with_steps
+from taid_jax.settings import (
+    Settings,
+    SettingsError,
+    changed,
+    to_dict,
+    to_json,
+    with_found,
+    with_steps,
+)
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.answers import find_questions
 from taid_jax.train.assemble import assemble
-from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.checkpoint import (
+    Checkpoints,
+    checkpoint_settings,
+    choose_checkpoint,
+    find_fault,
+    set_aside_others,
+)
+from taid_jax.train.folder import (
+    CHECKPOINTS,
+    SETTINGS,
+    RunFolder,
+    WriteError,
+    way_on,
+    writing,
+)
 from taid_jax.train.inputs import (
     Pair,
     check_memory,
@@ -26,7 +52,6 @@ from taid_jax.train.inputs import (
     load_pair,
     read_data,
     refuse_contradictions,
-    share_output,
 )
 from taid_jax.train.judge import make_judge
 from taid_jax.train.loop import Loop, TrainingError
@@ -36,7 +61,9 @@ from taid_jax.train.report import (
     EVALUATIONS,
     METRICS,
     REPORT,
+    Lines,
     draw_curves,
+    find_rows,
     peak_memory,
     read_lines,
     write_json,
@@ -57,7 +84,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     Of several processes each calls this; process 0 alone writes and prints.
 
     Everything that can be wrong with the input is looked at before the weights are read
-    and before anything is compiled.
+    and before anything is compiled; nothing is written before all inputs are read.
 
     Args:
         settings: Of the run.
@@ -71,37 +98,69 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         SettingsError: If settings contradict each other, the machine or a checkpoint.
         ModelError: If a model cannot be used.
         DataError: If the data cannot be used.
+        CheckpointError: If there is no sound checkpoint to go on from.
         TrainingError: If training stopped because of non-finite steps, or no state
             that was evaluated is finite.
+        WriteError: If something cannot be written, with the way on.
         Interrupted: If a signal stopped it; the state is saved.
         HostsError: If the processes disagree in settings or data.
     """
+    output = RunFolder(settings.run)
+    with contextlib.ExitStack() as open_things:
+        open_things.callback(output.close)
+        try:
+            return _distil(settings, console, output, open_things)
+        except (WriteError, OSError) as error:
+            text = f"{explain(error)}. {way_on(output.path)}"
+            raise WriteError(text) from error
+
+
+def _distil(
+    settings: Settings,
+    console: Console,
+    output: RunFolder,
+    open_things: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """As `distil`; what is open at its end is put into `open_things`."""
     began = time.perf_counter()
     hosts.agree_on_settings(settings)
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size // settings.optimizer.grad_accum, mesh)
     check_memory(settings, mesh)
-    folder = share_output(settings)
+    folder = output.path
+    step = hosts.from_first(lambda: look(output, settings))
+    saved = None
+    if step is not None:
+        saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
+        settings = with_found(saved, settings)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     hosts.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
-    if settings.run.resume:
-        refuse_contradictions(checkpoints.settings(), settings)
+    if saved is not None and step is not None:
+        refuse_contradictions(saved, settings)
+        output.notes += compare_length(saved, settings, step)
     pair = load_pair(settings, mesh)
     describe(settings, pair, dataset, mesh, console)
-    if hosts.is_first():
-        path = folder / "settings.json"
-        path.write_text(to_json(settings) + "\n", encoding="utf-8")
+    notes = hosts.from_first(lambda: make_ready(output, settings, step))
+    for line in notes:
+        console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
+    if not folder.is_dir():
+        raise hosts.HostsError(
+            f"output: process 0 has made {folder}, which is not on this host "
+            f"({socket.gethostname()}); it has to be on storage that all hosts share"
+        )
+    checkpoints = open_things.enter_context(
+        Checkpoints(folder / CHECKPOINTS, keep=settings.run.keep)
+    )
 
     judge = make_judge(
         settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
     )
     sampler = make_sampler(settings, pair, dataset, tokenizer, mesh)
     loop, state = assemble(
-        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler
+        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler, step
     )
     with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
         loop.progress = progress
@@ -141,9 +200,86 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         )
         return report
 
-    report = hosts.from_first(publish)
+    try:
+        report = hosts.from_first(publish)
+    except ModelError as error:  # Of the student's folder; what was read is good.
+        raise WriteError(str(error)) from error
     show_samples(settings, pair, state.params, dataset, tokenizer, console)
     return report
+
+
+def look(output: RunFolder, settings: Settings) -> int | None:
+    """Returns the checkpoint to go on from, None for a run that begins.
+
+    Nothing is made. Where there are checkpoints the folder is held from here on.
+
+    Raises:
+        SettingsError: If there is no place for this run.
+        CheckpointError: If no checkpoint is sound, or not the one that is asked for.
+    """
+    output.check()
+    if not settings.run.resume:
+        return None
+    if output.has_checkpoints() or settings.run.resume_step is not None:
+        if output.has_checkpoints():
+            output.claim()
+        return choose_checkpoint(output, settings.run.resume_step)
+    output.notes.append(f"{output.path} has no checkpoint yet: the run starts anew")
+    return None
+
+
+def compare_length(saved: Settings, settings: Settings, step: int) -> list[str]:
+    """Returns lines about how long a resumed run is, where that has to be said.
+
+    Raises:
+        SettingsError: If it is shorter than what was done.
+    """
+    steps, before = settings.run.steps, saved.run.steps
+    if steps < step:
+        raise SettingsError(
+            f"steps: need at least {step}, the steps that checkpoint {step} has seen, "
+            f"got {steps}; --resume-step N goes on from an earlier one"
+        )
+    if steps != before:
+        return [
+            f"the run has {steps} steps in place of {before}: from step {step} on "
+            "learning rate, t and all that depends on the length follow the schedule "
+            f"of {steps} steps"
+        ]
+    if steps == step:
+        return [
+            f"all {steps} steps are done: student and report are written once more; "
+            "more --steps make the run longer"
+        ]
+    return []
+
+
+def make_ready(output: RunFolder, settings: Settings, step: int | None) -> list[str]:
+    """Makes the folder of a run ready to be written into; returns lines about it.
+
+    Args:
+        output: Its folder.
+        settings: Of the run, saved there.
+        step: The checkpoint that it goes on from; None for a run that begins.
+
+    Raises:
+        SettingsError: If it cannot be made, or another process holds it.
+        WriteError: If it cannot be written.
+    """
+    output.claim()
+    if step is not None:
+        set_aside_others(output, step)
+    for name in (METRICS, EVALUATIONS):
+        rows, fault = find_rows(output.path / name)
+        if fault:
+            output.set_aside(output.path / name, fault)
+            Lines(output.path / name, first_dropped=1 << 62, rows=rows).close()
+    path = output.path / SETTINGS
+    with writing(path):
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(to_json(settings) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    return output.notes
 
 
 def describe(
@@ -186,11 +322,20 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
     rows = hosts.from_first(lambda: read_lines(loop.folder / EVALUATIONS))
+
+    def sound(step: int) -> bool:
+        place = loop.checkpoints.folder / str(step)
+        fault = hosts.from_first(lambda: find_fault(place))
+        if fault:
+            loop.progress.say(f"{place} {fault}: the next best student is exported")
+        return not fault
+
     # Of equals the last: exact match is often 0 throughout.
-    best = min(
+    ranked = sorted(
         (row for row in rows if row["step"] > 0 and row["step"] in kept),
         key=lambda row: (cost(row, best_by), -row["step"]),
     )
+    best = next(row for row in ranked if row["step"] == here or sound(row["step"]))
     if best["step"] != here:
         state = loop.checkpoints.restore(state, best["step"]).state
     if math.isinf(cost(best, best_by)) or not_finite(state.params):
@@ -224,5 +369,5 @@ def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]
 
 def median_rate(rows: list[dict[str, Any]]) -> float | None:
     """Returns the median of the logged tokens per second."""
-    rates = [row["tokens_per_second"] for row in rows]
+    rates = [rate for row in rows if (rate := row.get("tokens_per_second"))]
     return round(float(np.median(rates)), 1) if rates else None

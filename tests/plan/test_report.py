@@ -46,11 +46,11 @@ def test_make_plan_writes_what_it_promises_and_replaces_only_plans(
 
 
 def test_make_plan_leaves_room_for_the_run_itself(make_settings, tmp_path):
-    from taid_jax.train.inputs import prepare_output
+    from taid_jax.train.folder import RunFolder
 
     (tmp_path / "plan.json").write_text("{}")
     settings = make_settings(output=str(tmp_path))
-    assert prepare_output(settings) == tmp_path
+    assert RunFolder(settings.run).check() is None
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pathlib
@@ -149,15 +150,16 @@ def _expect(train_tpu, capsys, flags, *messages):
         (["--mesh=data=3"], ["data=3", "8 device"]),
         (["--mesh=model=2"], ["no axis is called 'model'"]),
         (["--batch-size=6"], ["6 sequences", "8 devices"]),
-        (["--resume"], ["no checkpoints to go on from"]),
+        (["--resume", "--resume-step=3"], ["no checkpoint 3; there are none"]),
         (["--output=/proc/nothing"], ["/proc/nothing"]),
         (["--config=/nowhere.yaml"], ["cannot read the settings"]),
     ],
 )
 def test_train_tpu_bad_input_is_one_message(
-    train_tpu, arguments, capsys, flags, messages
+    train_tpu, arguments, tmp_path, capsys, flags, messages
 ):
     _expect(train_tpu, capsys, arguments + flags, *messages)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,7 @@ def test_train_tpu_bad_input_is_one_message(
         ["--steps=0"],
         ["--steps=many"],
         ["--objective=kd"],
+        ["--resume-step=3"],
         ["--nonsense=1"],
     ],
 )
@@ -193,8 +196,14 @@ def test_train_tpu_damaged_teacher_is_named(
     copy = tmp_path / "damaged"
     shutil.copytree(teacher, copy)
     weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    _expect(train_tpu, capsys, [*arguments, f"--teacher={copy}"], "model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    flags = [*arguments, f"--teacher={copy}"]
+    _expect(train_tpu, capsys, flags, "model.safetensors")
+    # Once it is repaired, the same words do.
+    assert not (tmp_path / "run").exists()
+    weights.write_bytes(whole)
+    assert train_tpu.main([*flags, "--steps=1", "--eval-every=0"]) == 0
 
 
 def test_train_tpu_bad_data_line_is_named(train_tpu, arguments, tmp_path, capsys):
@@ -222,6 +231,213 @@ def test_train_tpu_resume_with_other_data_is_refused(
         _expect(train_tpu, capsys, [*arguments, "--resume"], "data")
     finally:
         (text / "999.txt").unlink()
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _flip_a_bit(run, step):
+    data = run / "checkpoints" / str(step) / "state" / "ocdbt.process_0" / "d"
+    path = max(data.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_train_tpu_resume_of_a_damaged_folder_needs_the_folder_only(
+    train_tpu, run, finished, teacher, text, tmp_path, monkeypatch, capsys
+):
+    _flip_a_bit(run, 12)
+    (run / "settings.json").write_text('{"run": {"seed": 1')
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:5], "}", *lines[6:]]))
+    (run / "evaluations.jsonl").write_bytes(b"\xff\0")
+    # Another spelling of the same files is no contradiction.
+    (tmp_path / "link").symlink_to(teacher)
+    monkeypatch.chdir(text.parent)
+    flags = [f"--teacher={tmp_path / 'link'}", f"--data={text.name}"]
+    assert train_tpu.main(["--resume", f"--output={run}", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "settings.json" in err
+    for line in (
+        "12 is damaged: state/",
+        "going on from checkpoint 9",
+        "metrics.jsonl is damaged: line 6",
+        "evaluations.jsonl is not the checkpoint's",
+    ):
+        assert line in out
+    _same(_weights(run), _weights(finished))
+    for name in ("evaluations.jsonl", "settings.json"):
+        old, new = ((folder / name).read_text() for folder in (finished, run))
+        assert name == "settings.json" or old == new
+    assert [row["step"] for row in _rows(run)] == [1, 2, 3, 4, 5, 10, 11, 12]
+    names = {path.name for path in (run / "set_aside").iterdir()}
+    assert names == {"12", "metrics.jsonl"}
+    # What was given at the start is written down again.
+    assert json.loads((run / "settings.json").read_text())["run"]["steps"] == 12
+
+
+def test_train_tpu_resume_with_another_teacher_is_refused(
+    train_tpu, run, make_model, capsys
+):
+    other = make_model(seed=1)
+    flags = ["--resume", f"--output={run}", f"--teacher={other}"]
+    _expect(train_tpu, capsys, flags, "the teacher's weights differ")
+    _expect(train_tpu, capsys, [*flags, "--student-layers=1"], "student_layers")
+
+
+def test_train_tpu_finished_run_is_made_longer(train_tpu, run, finished, capsys):
+    flags = ["--resume", f"--output={run}"]
+    _expect(train_tpu, capsys, [*flags, "--steps=11"], "need at least 12")
+    assert train_tpu.main(flags) == 0
+    assert "all 12 steps are done" in capsys.readouterr().out
+    _same(_weights(run), _weights(finished))
+    assert train_tpu.main([*flags, "--steps=14"]) == 0
+    assert "14 steps in place of 12" in capsys.readouterr().out
+    rows = _rows(run)
+    assert rows[:12] == _rows(finished)
+    assert [row["step"] for row in rows] == list(range(1, 15))
+    rates = [row["learning_rate"] for row in rows]
+    expected = [0.01 * (1 + np.cos(np.pi * step / 14)) / 2 for step in (12, 13)]
+    np.testing.assert_allclose(rates[12:], expected, rtol=1e-5)
+    assert (
+        json.loads((run / "report.json").read_text())["settings"]["run"]["steps"] == 14
+    )
+
+
+def test_train_tpu_resume_step_ends_a_run_at_an_earlier_checkpoint(train_tpu, run):
+    flags = ["--resume", f"--output={run}", "--resume-step=9", "--steps=9"]
+    assert train_tpu.main(flags) == 0
+    assert [row["step"] for row in _rows(run)] == list(range(1, 10))
+    lines = (run / "evaluations.jsonl").read_text().splitlines()
+    # That checkpoint was not evaluated before.
+    assert [json.loads(line)["step"] for line in lines] == [0, 4, 8, 9]
+    assert [path.name for path in (run / "set_aside").iterdir()] == ["12"]
+
+
+def test_train_tpu_killed_before_the_first_save_starts_anew(
+    train_tpu, arguments, finished, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    for name in ("settings.json", "metrics.jsonl", "evaluations.jsonl"):
+        text = (finished / name).read_text()
+        (run / name).write_text(text.replace('"kl": 0', '"kl": 9'))
+    _expect(train_tpu, capsys, arguments, "--resume starts it anew")
+    assert train_tpu.main([*arguments, "--resume"]) == 0
+    assert "the run starts anew" in capsys.readouterr().out
+    _same(_weights(run), _weights(finished))
+    name = "evaluations.jsonl"
+    assert (run / name).read_text() == (finished / name).read_text()
+
+
+def test_train_tpu_two_runs_in_one_folder_are_refused(train_tpu, run, capsys):
+    from taid_jax.settings import from_dict
+    from taid_jax.train.folder import RunFolder
+
+    other = RunFolder(from_dict({"output": str(run), "resume": True}).run)
+    other.claim()
+    flags = ["--resume", f"--output={run}"]
+    _expect(train_tpu, capsys, flags, f"process {os.getpid()} on")
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("checkpoint", "checkpoint 6 cannot be written to"),
+        ("metrics", "metrics.jsonl cannot be written: No space left on device"),
+        ("student", "student: [Errno 28] No space left on device"),
+        ("curves", "curves.png cannot be written: No space left on device"),
+    ],
+)
+def test_train_tpu_full_disk_is_one_message_and_the_way_on(
+    train_tpu, arguments, finished, tmp_path, capsys, monkeypatch, what, message
+):
+    from taid_jax.models import export
+    from taid_jax.train import checkpoint, report
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(when):
+        def method(owner, name):
+            real = getattr(owner, name)
+
+            def failing(*args, **options):
+                if when(*args):
+                    raise full
+                return real(*args, **options)
+
+            monkeypatch.setattr(owner, name, failing)
+
+        return method
+
+    if what == "checkpoint":
+        fail(lambda at: at.name.startswith("6."))(checkpoint, "write_digests")
+    elif what == "metrics":
+        fail(lambda row: row["step"] == 5 and "loss" in row)(report, "_line")
+    elif what == "student":
+        fail(lambda *args: True)(export, "save_file")
+    else:
+        owner = report.matplotlib.figure.Figure
+        fail(lambda *args: True)(owner, "savefig")
+    assert train_tpu.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert len(err.splitlines()) == 1
+    assert message in err
+    last = {"checkpoint": 4, "metrics": 4}.get(what, 12)
+    assert f"The last good checkpoint is {last} in" in err
+    assert "with --resume goes on" in err
+    monkeypatch.undo()
+    assert train_tpu.main([*arguments, "--resume"]) == 0
+    _same(_weights(tmp_path / "run"), _weights(finished))
+
+
+INTERRUPT = """
+import builtins, os, runpy, signal, sys
+at, sys.argv = sys.argv[1], ["scripts/train_tpu.py", *sys.argv[2:]]
+real = builtins.__import__
+def find(name, *args, **options):
+    if name == at:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *args, **options)
+def called(frame, event, argument):
+    if event == "call" and frame.f_code.co_name == at:
+        os.kill(os.getpid(), signal.SIGINT)
+builtins.__import__ = find
+sys.setprofile(called)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "jax",
+        "tyro",
+        pytest.param("load_pair", marks=pytest.mark.slow),
+        pytest.param("write_folder", marks=pytest.mark.slow),
+    ],
+)
+def test_train_tpu_ctrl_c_is_one_line_at_any_moment(arguments, at):
+    found = subprocess.run(
+        [sys.executable, "-c", INTERRUPT, at, *arguments],
+        cwd=ROOT,
+        env=dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 1
+    (line,) = found.stderr.split("\n", 1)[1].splitlines()
+    assert line.startswith("stopped by Ctrl-C. ")
+    assert "with --resume" in line
+    assert ("checkpoint is 12" in line) == (at == "write_folder")
 
 
 def test_train_tpu_config_file_and_flags_over_it(train_tpu, tmp_path):

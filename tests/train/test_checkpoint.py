@@ -1,3 +1,6 @@
+import contextlib
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from taid_jax.settings import Settings, from_dict
 from taid_jax.sharding import make_mesh, place_batch, replicated, tree_shardings
 from taid_jax.train import checkpoint as c
+from taid_jax.train.folder import WriteError, step_folders
 
 
 @pytest.fixture
@@ -169,3 +173,64 @@ def test_checkpoints_of_another_model_is_a_clear_error(tmp_path, state, make_par
     line = r"params.lm_head.kernel: saved (8, 23), here (6, 23)"
     assert line in str(caught.value)
     store.close()
+
+
+def test_checkpoints_wait_for_a_save_in_flight_whatever_ends_them(tmp_path, state):
+    class StoppedError(BaseException):
+        pass
+
+    store = c.Checkpoints(tmp_path)
+
+    def save():
+        with store:
+            store.save(1, state, {}, Settings())
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        save()
+    assert c.find_fault(tmp_path / "1") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    store.close()  # Once more is harmless.
+
+
+@pytest.mark.parametrize("size", [0, 200, 2000])
+def test_checkpoints_that_cannot_be_written_are_one_error(
+    tmp_path, state, caplog, capfd, size
+):
+    with c.Checkpoints(tmp_path) as store:
+        store.save(1, state, {}, Settings())
+    store = c.Checkpoints(tmp_path)
+
+    def save():
+        store.save(2, state, {}, Settings())
+        store.wait()
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(WriteError) as caught:
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    text = str(caught.value)
+    assert text.startswith(f"checkpoint 2 cannot be written to {tmp_path}: ")
+    assert text.endswith("File too large")
+    assert not caplog.records
+    with contextlib.suppress(WriteError):
+        store.close()
+    # What is half written is never taken for good.
+    assert list(step_folders(tmp_path)) == [1]
+    again = c.Checkpoints(tmp_path)
+    assert again.steps() == [1]
+    _equal(again.restore(state).state, state)
+    again.close()
+    assert not capfd.readouterr().err
+
+
+def test_checkpoints_restore_names_what_cannot_be_read(tmp_path, state):
+    with c.Checkpoints(tmp_path) as store:
+        store.save(1, state, {}, Settings())
+        store.wait()
+        (tmp_path / "1" / "state" / "manifest.ocdbt").write_bytes(b"x")
+        with pytest.raises(c.CheckpointError, match=f"checkpoint 1 in {tmp_path}"):
+            store.restore(state)

@@ -24,16 +24,18 @@ def open_book(tmp_path, monkeypatch, told):
     monkeypatch.setattr(utilisation, "time", clock)
     books = []
 
-    def make(start=0, every=1, progress=None):
-        meter = utilisation.Meter()
+    def make(start=0, every=1, progress=None, **options):
+        meter, progress = utilisation.Meter(), progress or told()
         book = logbook.Logbook(
             tmp_path,
             start=start,
             last=10,
             every=every,
-            progress=progress or told(),
+            progress=progress,
             meter=meter,
+            **options,
         )
+        book.told = progress.lines
         books.append(book)
         return book, clock, meter
 
@@ -120,3 +122,36 @@ def test_logbook_resumed_drops_what_came_after_and_knows_what_came_before(
     lines = (tmp_path / EVALUATIONS).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 5]
     assert [row["step"] for row in read_lines(tmp_path / METRICS)] == [2]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"step": 2, "kl": 9.0}\n'])
+def test_logbook_evaluations_are_those_of_the_checkpoint(open_book, tmp_path, text):
+    (tmp_path / EVALUATIONS).write_text(text)
+    rows = [{"step": 2, "kl": 0.5}]
+    book, *_ = open_book(start=3, evaluations=rows)
+    assert book.evaluations == read_lines(tmp_path / EVALUATIONS) == rows
+    assert "evaluations.jsonl is not the checkpoint's" in book.told[0]
+    book.close()
+    again, *_ = open_book(start=3, evaluations=rows)
+    assert not again.told
+
+
+def test_logbook_of_a_new_run_begins_without_evaluations(open_book, tmp_path):
+    (tmp_path / EVALUATIONS).write_text('{"step": 0, "kl": 9.0}\n')
+    book, *_ = open_book(evaluations=[])
+    assert not book.evaluations
+    assert not (tmp_path / EVALUATIONS).read_text()
+
+
+def test_logbook_writes_events_that_tensorboard_reads(open_book, tmp_path):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="reads them with TensorBoard",
+    )
+    book, *_ = open_book()
+    book.step(1, _metrics(), 8)
+    book.evaluation(1, HeldOut(0.5, 2.0, 3.0, 4))
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [event.value for event in found.Scalars("held_out/kl")] == [0.5]
+    assert [event.step for event in found.Scalars("train/loss")] == [1]

@@ -240,6 +240,44 @@ def test_loop_stops_when_no_update_is_finite(make_loop):
     assert "the update is not finite" in loop.progress.lines[0]
 
 
+def test_loop_state_that_is_not_finite_is_no_checkpoint(make_loop):
+    loop, state = make_loop(max_skipped=6, eval_every=0)
+    real = loop.train_step
+
+    def step(state, teacher, batch):
+        state, metrics = real(state, teacher, batch)
+        params = jax.tree.map(
+            lambda leaf: jnp.where(state.step > 4, leaf * np.nan, leaf), state.params
+        )
+        return state._replace(params=params), metrics
+
+    loop.train_step = step
+    with pytest.raises(lp.TrainingError, match="The last good checkpoint is 3 in"):
+        loop.run(state)
+    assert loop.checkpoints.steps() == [3]
+    assert any("no checkpoint is made" in line for line in loop.progress.lines)
+
+
+def test_loop_checkpoint_holds_evaluations_and_models(make_loop):
+    loop, state = make_loop()
+    loop.models = {"the teacher's weights": "abc"}
+    state = loop.run(state)
+    place = loop.checkpoints.restore(state).data_state
+    assert place["evaluations"] == read_lines(loop.folder / "evaluations.jsonl")
+    assert place["models"] == loop.models
+
+
+def test_best_state_is_not_a_damaged_checkpoint(make_loop):
+    loop, state = make_loop(evaluate=_judged("kl", [0.5, 1.0, 2.0, 3.0]), keep=3)
+    state = loop.run(state)
+    path = loop.checkpoints.folder / "4" / "state" / "manifest.ocdbt"
+    path.write_bytes(path.read_bytes()[:-1])
+    state, found = best_state(loop, state)
+    assert found.kl == 3.0
+    assert int(state.step) == 12
+    assert "is damaged: state/manifest.ocdbt" in loop.progress.lines[-1]
+
+
 def test_loop_best_is_kept_although_older(make_loop):
     found = iter([5.0, 1.0, 3.0, 2.0])
     loop, state = make_loop(

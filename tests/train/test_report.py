@@ -1,10 +1,13 @@
+import contextlib
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
 
 from taid_jax.train import report
+from taid_jax.train.folder import WriteError
 
 
 def test_lines_cuts_back_to_where_a_resumed_run_goes_on(tmp_path):
@@ -46,6 +49,53 @@ def test_lines_not_finite_is_a_word_and_read_back_a_number(tmp_path):
 
 def _refuse(constant):
     raise AssertionError(f"{constant} is no JSON")
+
+
+@pytest.mark.parametrize(
+    ("content", "steps", "fault"),
+    [
+        (b"", [], None),
+        (b'{"step": 1}\n{"step": 2}\n', [1, 2], None),
+        (b'{"step": 1}\n{"step": 2, "lo', [1], None),
+        (b'{"step": 1}\n{"st\n{"step": 3}\n', [1], "line 2"),
+        (b'{"step": 1}\n\xff\xfe\0\n{"step": 3}\n', [1], "line 2"),
+        (b'{"step": 1}\n[2]\n{"step": 3}\n', [1], "line 2"),
+        (b'{"step": 1}\n{"step": "2"}\n{"step": 3}\n', [1], "line 2"),
+        (b'{"step": 1}\n{"kl": 2}\n{"step": 3}\n', [1], "line 2"),
+        (b'{"step": 2}\n{"step": 1}\n', [2], "line 2"),
+        (b'{"step": 1, "kl": [2]}\n{"step": 3}\n', [], "line 1"),
+        (b"[" * 100_000 + b"\n{}\n", [], "line 1"),
+    ],
+)
+def test_find_rows_says_where_a_file_is_damaged(tmp_path, content, steps, fault):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    rows, found = report.find_rows(path)
+    assert [row["step"] for row in rows] == steps
+    assert fault in found if fault else found is None
+    assert report.read_lines(path) == rows
+
+
+def test_find_rows_of_a_folder_is_no_traceback(tmp_path):
+    rows, found = report.find_rows(tmp_path)
+    assert not rows
+    assert "cannot be read" in found
+
+
+def test_lines_that_cannot_be_written_name_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = report.Lines(path, first_dropped=0)
+    lines.write({"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"metrics.jsonl cannot be written: File"):
+            lines.write({"step": 2, "loss": 1.5})
+        with contextlib.suppress(WriteError):
+            lines.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert report.read_lines(path) == [{"step": 1}]
 
 
 def test_write_json_is_strict_json_and_read_back(tmp_path):
