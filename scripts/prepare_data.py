@@ -29,6 +29,7 @@ from taid_jax.data.template import set_chat_template
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings
+from taid_jax.settings.checks import check_number, check_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,11 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Returns the flags, laid over those of `--preset`."""
+    """Returns the flags, laid over those of `--preset`.
+
+    Raises:
+        SettingsError: If a text can be no path, or a number no size.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(PRESETS))
     preset = first.parse_known_args(arguments)[0].preset
@@ -59,12 +64,18 @@ def parse(arguments: Sequence[str]) -> Command:
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in PRESETS.get(preset, {}).items()
     ]
-    return tyro.cli(
+    command = tyro.cli(
         Command,
         args=[*flags, *arguments],
         description=f"{__doc__}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    for name, value in {**vars(command), **vars(command.options)}.items():
+        if isinstance(value, str):
+            check_text(name, value)
+        elif type(value) is int:
+            check_number(name, value, {"le": 2**62})  # An offset in a file.
+    return command
 
 
 def show(manifest: Manifest, console: Console) -> None:

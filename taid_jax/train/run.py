@@ -310,6 +310,9 @@ def describe(
         f"devices: {mesh.size} x {jax.devices()[0].device_kind} ({axes})",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if (rows := len(dataset.train)) < settings.data.batch_size:
+        line = f"note: a batch has {settings.data.batch_size} rows, and the data {rows}"
+        console.print(f"{line}: they come several times in it", highlight=False)
 
 
 def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
