@@ -1,5 +1,6 @@
 """Tokenizers of model folders and GGUF files, and whether two are the same."""
 
+import importlib
 import json
 import logging
 import os
@@ -27,6 +28,11 @@ _FILES = (
     "spiece.model",
 )
 _EXAMPLES = 5
+# Keys of generation_config.json that hold ids and do not say so.
+_OTHER_IDS = (
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
+    *("forced_decoder_ids", "sequence_bias"),
+)
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 _NOTES = "_taid_jax_notes"
 _LOG = logging.getLogger("taid_jax")
@@ -183,7 +189,7 @@ def _read_sentencepiece(folder: pathlib.Path, name: str, take: str) -> Tokenizer
             f"how text is cut; {take}"
         )
     try:
-        import sentencepiece
+        sentencepiece = importlib.import_module("sentencepiece")
     except ImportError as error:
         raise ModelError(
             f"{path} is a SentencePiece model, which the package sentencepiece reads: "
@@ -273,14 +279,14 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
     special = sorted({*teacher.all_special_tokens, *student.all_special_tokens})
     texts = [*TEXTS, *special, *vocabulary_texts(ours)]
     if (text := first_difference(*encoders, texts)) is not None:
-        one, other = (
-            tokens.convert_ids_to_tokens(encode([text])[0])
-            for tokens, encode in zip((teacher, student), encoders, strict=True)
-        )
+        one, other = (encode([text])[0] for encode in encoders)
+        pairs = enumerate(zip(one, other, strict=False))
+        same = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+        parts = (teacher.convert_ids_to_tokens(ids[same:][:3]) for ids in (one, other))
         raise ModelError(
             "the tokenizers of teacher and student have the same tokens and cut text "
             f"in other ways (splitting, merges or normaliser), first {show(text)}: "
-            f"{show(one)} and {show(other)}. {out}"
+            f"after {same} tokens {' and '.join(map(show, parts))}. {out}"
         )
     edges = [*EDGES, *(f"{token} a\n b" for token in special)]
     if (text := first_difference(*encoders, edges)) is not None:
@@ -294,10 +300,80 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
 
 def _encoder(tokenizer: Tokenizer) -> Any:
     def encode(texts: list[str]) -> list[list[int]]:
-        options = {"add_special_tokens": False, "verbose": False}
-        return tokenizer(texts, **options)["input_ids"]
+        found = tokenizer(texts, add_special_tokens=False, verbose=False)
+        return found["input_ids"]  # pyright: ignore[reportReturnType]
 
     return encode
+
+
+def own_tokenizer(student: Tokenizer, teacher: Tokenizer) -> Tokenizer:
+    """Returns the student's tokenizer with what it lacks from the teacher's.
+
+    Chat template and special tokens are the student's, so that what it is trained and
+    exported with is what it was made for. Where both have a template and they differ,
+    or only one begins texts with its start token, that is a warning.
+
+    Args:
+        student: Changed in place.
+        teacher: With the same ids, see `same_tokenizer`.
+    """
+    notes = []
+    if not student.chat_template:
+        student.chat_template = teacher.chat_template
+    elif teacher.chat_template and teacher.chat_template != student.chat_template:
+        notes.append(
+            "teacher and student have different chat templates: conversations are "
+            "rendered by the student's, which is exported; --chat-template takes "
+            "another"
+        )
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if getattr(student, name) is None and getattr(teacher, name) is not None:
+            setattr(student, name, getattr(teacher, name))
+    framed = [each([""])["input_ids"][0] for each in (teacher, student)]
+    if framed[0] != framed[1]:
+        notes.append(
+            f"the teacher's tokenizer puts the ids {show(framed[0])} round a text and "
+            f"the student's {show(framed[1])}: texts are framed as the student's"
+        )
+    warn(notes)
+    return student
+
+
+def translate_ids(
+    generation: Mapping[str, object], source: Tokenizer | None, target: Tokenizer
+) -> dict[str, object]:
+    """Returns settings of generation with the ids of another tokenizer's equal tokens.
+
+    What has no equal token is left out, with a warning.
+
+    Args:
+        generation: As in generation_config.json.
+        source: What its ids mean; nothing is known of them when None.
+        target: What they shall mean.
+    """
+    found: dict[str, object] = {}
+    lost: list[str] = []
+    vocabulary = target.get_vocab()
+    names = _by_id(source.get_vocab()) if source is not None else {}
+    for key, value in generation.items():
+        if value is None or not ("token_id" in key or key in _OTHER_IDS):
+            found[key] = value
+            continue
+        ids = value if isinstance(value, list) else [value]
+        new = [vocabulary.get(names.get(n, "")) for n in ids if isinstance(n, int)]
+        kept = [n for n in new if n is not None]
+        if len(kept) < len(ids):
+            lost.append(key)
+        if kept:
+            found[key] = kept if isinstance(value, list) else kept[0]
+    if lost:
+        warn(
+            [
+                f"generation settings of the student name ids ({', '.join(lost)}) that "
+                "the tokenizer it is exported with has no token for; they are left out"
+            ]
+        )
+    return found
 
 
 def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:

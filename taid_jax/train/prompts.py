@@ -149,16 +149,8 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[Enco
             raise DataError(
                 f"{prompt.origin}: the chat template refuses this conversation: {error}"
             ) from error
-    start = _start(tokenizer)
-    ids = Encoder(tokenizer).ids(texts)
+    encoder = Encoder(tokenizer)
     return [
-        Encoded(prompt, [*start, *row] if bare else row)
-        for prompt, row, bare in zip(prompts, ids, framed, strict=True)
+        Encoded(prompt, encoder.begin(row, added=bare))
+        for prompt, row, bare in zip(prompts, encoder.ids(texts), framed, strict=True)
     ]
-
-
-def _start(tokenizer: Tokenizer) -> list[int]:
-    """Returns the token that the tokenizer itself puts before a text, if any."""
-    first = getattr(tokenizer, "bos_token_id", None)
-    alone = tokenizer([""], add_special_tokens=True)["input_ids"][0]
-    return [first] if first is not None and first in alone[:1] else []

@@ -15,7 +15,7 @@ from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
 from taid_jax.settings import Settings, to_dict, to_json, with_steps
 from taid_jax.sharding import check_batch, make_mesh
-from taid_jax.train.answers import find_questions
+from taid_jax.train.answers import export_generation, find_questions
 from taid_jax.train.assemble import assemble
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.inputs import (
@@ -113,7 +113,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
             pair.student_config,
             params,
             tokenizer,
-            generation=pair.teacher.generation,
+            generation=export_generation(pair.generation, tokenizer, dataset),
             replace=settings.run.resume,
         )
         evaluations = read_lines(folder / EVALUATIONS)
