@@ -1,6 +1,6 @@
 """Texts on which tokenizers show how they cut: what two of them are compared by."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 """Texts to ids, without start and end tokens."""
@@ -69,15 +69,22 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
-def vocabulary_texts(vocabulary: Mapping[str, int]) -> list[str]:
+def vocabulary_texts(
+    vocabulary: Mapping[str, int], *, without: Collection[str]
+) -> list[str]:
     """Returns texts made of a vocabulary's tokens, which show how it merges.
 
     Single tokens (at most 20,000, evenly taken), and all of them in a row. Equal for
     equal vocabularies, whatever else the tokenizers do.
+
+    Args:
+        vocabulary: Tokens and their ids.
+        without: Tokens that are not learned from text.
     """
+    learned = vocabulary.keys() - set(without)
     texts = [
         text
-        for token in sorted(vocabulary, key=lambda token: (vocabulary[token], token))
+        for token in sorted(learned, key=lambda token: (vocabulary[token], token))
         if (text := _text_of(token))
     ]
     alone = texts[:: -(-len(texts) // _ALONE) or 1]

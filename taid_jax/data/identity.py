@@ -32,13 +32,14 @@ def identify(tokenizer: Tokenizer) -> TokenizerIdentity:
     """Returns the identity of a tokenizer, by content, wherever it lies."""
     vocabulary = dict(getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)())
     encoder = Encoder(tokenizer)
+    texts = vocabulary_texts(vocabulary, without=tokenizer.get_added_vocab())
     template = getattr(tokenizer, "chat_template", None)
     starts = encoder.adds_start or "bos_token" in str(template)
     start = getattr(tokenizer, "bos_token_id", None) if starts else None
     return TokenizerIdentity(
         size=len(vocabulary),
         vocabulary=_digest(sorted(vocabulary.items(), key=lambda item: item[1])),
-        rules=_digest(encoder.ids([*TEXTS, *vocabulary_texts(vocabulary)])),
+        rules=_digest(encoder.ids([*TEXTS, *texts])),
         special={
             "bos_token_id": start,
             "eos_token_id": getattr(tokenizer, "eos_token_id", None),

@@ -110,7 +110,8 @@ def read_folder_tokenizer(folder: pathlib.Path) -> Tokenizer:
         return choose_pad_token(tokenizer)
     plain = _read_with(PreTrainedTokenizerFast, folder)
     vocabulary = plain.get_vocab()
-    texts = [*TEXTS, *EDGES, *plain.all_special_tokens, *vocabulary_texts(vocabulary)]
+    added = _added(plain)
+    texts = [*TEXTS, *EDGES, *added, *vocabulary_texts(vocabulary, without=added)]
     other = first_difference(_encoder(tokenizer), _encoder(plain), texts)
     framed = [each(["", "a"])["input_ids"] for each in (tokenizer, plain)]
     if other is not None:
@@ -168,7 +169,14 @@ def _read_vocabulary(folder: pathlib.Path) -> Tokenizer:
             f"{folder} has vocab.json without merges.txt, and how tokens are merged is "
             f"said there; copy merges.txt too, or {take}"
         )
-    return _read_with(AutoTokenizer, folder)
+    try:
+        return _read_with(AutoTokenizer, folder)
+    except ModelError as error:
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read from vocab.json and merges.txt: "
+            "how text is cut before is said by the class that tokenizer_config.json "
+            f"names as tokenizer_class; {take}"
+        ) from error
 
 
 def _read_sentencepiece(folder: pathlib.Path, name: str, take: str) -> Tokenizer:
@@ -197,6 +205,8 @@ def _read_sentencepiece(folder: pathlib.Path, name: str, take: str) -> Tokenizer
         ) from error
     with parsing(f"{path} is no SentencePiece model", ModelError):
         pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if not pieces.get_piece_size():
+            raise ModelError(f"{path} is no SentencePiece model: it has no pieces")
     tokenizer = _read_with(PreTrainedTokenizerFast, folder, vocab_file=str(path))
     settings = getattr(tokenizer, "init_kwargs", {})
     if tokenizer.bos_token is not None and "add_bos_token" not in settings:
@@ -249,7 +259,7 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
 
     A distribution over the vocabulary means the same for both models only then; equal
     sizes say nothing, and equal vocabularies nothing about how text is cut. That is
-    seen on `probes.TEXTS`, on texts of all tokens, and on the special tokens. If only
+    seen on `probes.TEXTS`, on texts of all tokens, and on added tokens. If only
     texts that begin with white space, or follow a special token, get other ids, that is
     a warning: files of one model in several formats differ there.
 
@@ -276,8 +286,8 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
             f"{'; '.join(different[:_EXAMPLES])}. {out}"
         )
     encoders = _encoder(teacher), _encoder(student)
-    special = sorted({*teacher.all_special_tokens, *student.all_special_tokens})
-    texts = [*TEXTS, *special, *vocabulary_texts(ours)]
+    special = sorted(_added(teacher) | _added(student))
+    texts = [*TEXTS, *special, *vocabulary_texts(ours, without=special)]
     if (text := first_difference(*encoders, texts)) is not None:
         one, other = (encode([text])[0] for encode in encoders)
         pairs = enumerate(zip(one, other, strict=False))
@@ -296,6 +306,10 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
                 f"(white space there, or after a special token), first in {show(text)}"
             ]
         )
+
+
+def _added(tokenizer: Any) -> set[str]:
+    return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
 
 
 def _encoder(tokenizer: Tokenizer) -> Any:
