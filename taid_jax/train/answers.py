@@ -87,8 +87,7 @@ def end_ids(
     """
     named = [tokenizer.eos_token_id, generation.get("eos_token_id")]
     known = [n for each in named for n in (each if isinstance(each, list) else [each])]
-    # transformers declares this method on its subclasses alone.
-    added = set(cast(DataTokenizer, tokenizer).get_added_vocab().values())
+    added = _added_ids(tokenizer)
     # Running text is cut anywhere, so that any token may end one of its questions.
     ended = collections.Counter(int(question.answer[-1]) for question in questions)
     last = {n for n, times in ended.items() if 2 * times >= len(questions)} & added
@@ -126,9 +125,16 @@ def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
     if not asked.answers:
         return None
     text = asked.text[asked.text.find("b", asked.answers[-1].start) + 1 :]
-    added = set(encoder.tokenizer.get_added_vocab().values())
+    added = _added_ids(tokenizer)
     [ids] = encoder.ids([text])
     return TemplateEnd(text, next((n for n in ids if n in added), None))
+
+
+def _added_ids(tokenizer: Tokenizer) -> set[int]:
+    """Returns the tokens not learned from text, without that of unknown text."""
+    # transformers declares this method on its subclasses alone.
+    added = cast(DataTokenizer, tokenizer).get_added_vocab().values()
+    return {number for number in added if number != tokenizer.unk_token_id}
 
 
 def export_generation(
