@@ -34,7 +34,8 @@ _OTHER_IDS = (
     *("forced_decoder_ids", "sequence_bias"),
 )
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-_NOTES = "_taid_jax_notes"
+# What is kept with a tokenizer and not written down with it.
+_NOTES, _PADS_WITH_END = "_taid_jax_notes", "_taid_jax_pads_with_end"
 _LOG = logging.getLogger("taid_jax")
 
 
@@ -228,6 +229,7 @@ def choose_pad_token(tokenizer: Tokenizer) -> Tokenizer:
     """Returns the tokenizer, padding with its end token where it has no other."""
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
+        setattr(tokenizer, _PADS_WITH_END, True)
     return tokenizer
 
 
@@ -259,9 +261,9 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
 
     A distribution over the vocabulary means the same for both models only then; equal
     sizes say nothing, and equal vocabularies nothing about how text is cut. That is
-    seen on `probes.TEXTS`, on texts of all tokens, and on added tokens. If only
-    texts that begin with white space, or follow a special token, get other ids, that is
-    a warning: files of one model in several formats differ there.
+    seen on `probes.TEXTS` and on texts of all tokens. If only texts that begin with
+    white space, or have added tokens in them, get other ids, that is a warning: files
+    of one model in several formats differ there.
 
     Raises:
         ModelError: With how many ids differ and the first of them, or the first text.
@@ -287,7 +289,7 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
         )
     encoders = _encoder(teacher), _encoder(student)
     special = sorted(_added(teacher) | _added(student))
-    texts = [*TEXTS, *special, *vocabulary_texts(ours, without=special)]
+    texts = [*TEXTS, *vocabulary_texts(ours, without=special)]
     if (text := first_difference(*encoders, texts)) is not None:
         one, other = (encode([text])[0] for encode in encoders)
         pairs = enumerate(zip(one, other, strict=False))
@@ -298,12 +300,12 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
             f"in other ways (splitting, merges or normaliser), first {show(text)}: "
             f"after {same} tokens {' and '.join(map(show, parts))}. {out}"
         )
-    edges = [*EDGES, *(f"{token} a\n b" for token in special)]
+    edges = [*EDGES, *special, *(f"{token} a\n b" for token in special)]
     if (text := first_difference(*encoders, edges)) is not None:
         warn(
             [
-                "the tokenizers of teacher and student differ in how a text begins "
-                f"(white space there, or after a special token), first in {show(text)}"
+                "the tokenizers of teacher and student differ in how a text begins, or "
+                f"in its special tokens, first in {show(text)}"
             ]
         )
 
@@ -324,7 +326,8 @@ def own_tokenizer(student: Tokenizer, teacher: Tokenizer) -> Tokenizer:
     """Returns the student's tokenizer with what it lacks from the teacher's.
 
     Chat template and special tokens are the student's, so that what it is trained and
-    exported with is what it was made for. Where both have a template and they differ,
+    exported with is what it was made for; tokens that the teacher's finds whole in text
+    are found so. Where both have a template and they differ,
     or only one begins texts with its start token, that is a warning.
 
     Args:
@@ -340,9 +343,15 @@ def own_tokenizer(student: Tokenizer, teacher: Tokenizer) -> Tokenizer:
             "rendered by the student's, which is exported; --chat-template takes "
             "another"
         )
+    there = _added(student)
+    for token in teacher.added_tokens_decoder.values():
+        if token.content not in there:
+            student.add_tokens([token], special_tokens=token.special)
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if getattr(student, name) is None and getattr(teacher, name) is not None:
             setattr(student, name, getattr(teacher, name))
+    if getattr(student, _PADS_WITH_END, False) and teacher.pad_token is not None:
+        student.pad_token = teacher.pad_token
     framed = [each([""])["input_ids"][0] for each in (teacher, student)]
     if framed[0] != framed[1]:
         notes.append(

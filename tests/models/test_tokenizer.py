@@ -621,11 +621,14 @@ def test_load_tokenizer_refuses_what_is_no_sentencepiece_model(tmp_path):
 def test_own_tokenizer_is_the_students_and_gets_what_it_lacks(caplog):
     teacher = make_tokenizer(eos_token="b", pad_token="a", bos_token="ab")
     teacher.chat_template = TEMPLATE
-    student = make_tokenizer(eos_token="a", padding_side="left")
+    student = choose_pad_token(make_tokenizer(eos_token="b", padding_side="left"))
+    student.eos_token = "a"
     own = own_tokenizer(student, teacher)
     assert (own.eos_token, own.pad_token, own.bos_token) == ("a", "a", "ab")
     assert (own.chat_template, own.padding_side) == (TEMPLATE, "left")
     assert not caplog.records
+    # "ab" is found whole, as by the teacher's; so are the student's own.
+    assert own("abba", add_special_tokens=False)["input_ids"] == [2, 1, 0]
     student.chat_template = "other"
     assert own_tokenizer(student, teacher).chat_template == "other"
     assert "different chat templates" in caplog.text
