@@ -300,4 +300,6 @@ def decode(tokenizer: Tokenizer, ids: np.ndarray, ends: Sequence[int]) -> str:
     """Returns the text of the tokens before the first that ends an answer."""
     stops = np.flatnonzero(np.isin(ids, ends))
     kept = ids[: stops[0]] if len(stops) else ids
-    return str(tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()
+    # As it stands: some tokenizers would take the space before a comma away.
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(kept.tolist(), **options)).strip()

@@ -221,7 +221,8 @@ def answer_prompts(
             said = tokens[row, : lengths[row]].tolist()
             finished = said[-1] in ends
             kept = said[:-1] if finished else said
-            text = str(tokenizer.decode(kept, skip_special_tokens=True))
+            exact = {"clean_up_tokenization_spaces": False}
+            text = str(tokenizer.decode(kept, skip_special_tokens=True, **exact))
             samples.append(Sample(one, text, finished))
         yield samples
 

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taid_jax.data.chat import ChatRenderer
+from taid_jax.data.documents import Completion
 from taid_jax.data.encoding import Encoder, Rendered, Span, cut_windows
 from taid_jax.data.errors import DataError
 from taid_jax.data.tokens import Example
@@ -99,6 +101,16 @@ def test_encoder_has_the_start_token_of_a_text_once(llama, times, framed):
     np.testing.assert_array_equal(
         np.flatnonzero(asked.counted), np.arange(asked.prompt, asked.answer_end)
     )
+
+
+@pytest.mark.parametrize("count_prompts", [True, False])
+def test_encoder_of_a_prompt_that_was_rendered_before(llama, count_prompts):
+    content = Completion("<s>[INST] hi [/INST]", " hello</s>")
+    item = ChatRenderer(llama, count_prompts=count_prompts).completion(content)
+    [example] = Encoder(llama).examples([item])
+    text = llama.decode(example.ids.tolist())
+    assert text.replace("<s> ", "<s>") == "<s>[INST] hi [/INST] hello</s>"
+    assert llama.decode(example.ids[example.prompt :]).strip() == "hello</s>"
 
 
 def test_encoder_leaves_start_tokens_to_a_tokenizer_that_adds_none(tokenizers):

@@ -28,8 +28,9 @@ def encode(tokenizer, text):
 @pytest.mark.parametrize("text", ["hi", "<s>hi", "<s> hi", "<s><s>hi"])
 def test_encode_prompts_begins_with_one_start_token(tokenizer, text):
     assert encode(tokenizer, text) == [0, 3]
+    # What begins with it was rendered before, and is no turn of a chat.
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }} user"
-    assert encode(tokenizer, text) == [0, 3, 4]
+    assert encode(tokenizer, text) == ([0, 3, 4] if text == "hi" else [0, 3])
 
 
 def test_encode_prompts_adds_no_start_token_to_a_template_without(tokenizer):
