@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jinja2
 
 from taid_jax.data.documents import ANSWER_ROLE, Chat, Completion, Message
-from taid_jax.data.encoding import Rendered, Span, Tokenizer
+from taid_jax.data.encoding import Rendered, Span, Tokenizer, is_rendered
 from taid_jax.data.errors import DataError, RecordError
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
@@ -54,12 +54,13 @@ class ChatRenderer:
         """Returns a prompt and its completion as one turn each of user and assistant.
 
         A tokenizer without a chat template (a base model's) gets prompt and completion
-        joined as they stand, with start and end tokens.
+        joined as they stand, with start and end tokens. So does a prompt that begins
+        with the start token: it was rendered before.
 
         Raises:
             RecordError: If the template refuses it.
         """
-        if self.has_template:
+        if self.has_template and not is_rendered(self._tokenizer, content.prompt):
             user = Message("user", content.prompt)
             return self.chat(Chat((user, Message(ANSWER_ROLE, content.completion))))
         text = content.prompt + content.completion

@@ -82,12 +82,18 @@ class _Found(NamedTuple):
     answer_end: int
 
 
+def is_rendered(tokenizer: Tokenizer, prompt: str) -> bool:
+    """Whether a prompt begins with the start token, as what a template wrote does."""
+    start = getattr(tokenizer, "bos_token", None)
+    return bool(start) and prompt.startswith(start)
+
+
 class Encoder:
     """A tokenizer together with the tokens that begin and end a text.
 
     The start token is added where the tokenizer itself adds one. The end token is
     `eos_token_id`, so that a student learns where texts end; a tokenizer without one
-    adds none.
+    adds none. A text that is written with them has them once all the same.
 
     Attributes:
         tokenizer: The tokenizer.
@@ -108,6 +114,21 @@ class Encoder:
         # from the middle of one must not get: the end token before it keeps it off.
         guard = getattr(tokenizer, "eos_token", None) or ""
         self._guard = guard if self.ids([guard]) == [self._end] else ""
+
+    @property
+    def adds_start(self) -> bool:
+        """Whether texts begin with the start token."""
+        return bool(self._start)
+
+    def begin(self, ids: list[int], *, added: bool) -> list[int]:
+        """Returns ids with the start token once, if they have it or it is added."""
+        written = self._starts(ids)
+        return [*(self._start if written or added else ()), *ids[written:]]
+
+    def _starts(self, ids: Sequence[int]) -> int:
+        """Returns how many start tokens ids begin with; 0 where texts have none."""
+        others = (place for place, one in enumerate(ids) if [one] != self._start)
+        return next(others, len(ids)) if self._start else 0
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of every text, without start and end tokens."""
@@ -179,10 +200,18 @@ class Encoder:
         ids, counted, prompt, answer_end = found
         if item.counts_all:
             counted = np.ones(len(ids), np.bool_)
+        # Written in the text, by a template or by both: one start token is right.
+        written = self._starts(ids)
+        if extra := max(0, written - 1):
+            ids, counted = ids[extra:], counted[extra:]
+            prompt, answer_end = max(0, prompt - extra), max(0, answer_end - extra)
         if item.framed:
-            before = len(self._start)
+            before = 0 if written else len(self._start)
+            while self._end and ids[-2:] == [*self._end, *self._end]:
+                ids, counted = ids[:-1], counted[:-1]
+            answer_end = min(answer_end, len(ids))
             end = self._end if ids[-1:] != self._end else []
-            ids = [*self._start, *ids, *end]
+            ids = [*self._start[:before], *ids, *end]
             counted = np.pad(counted, (before, len(end)), constant_values=True)
             if answer_end:
                 prompt, answer_end = prompt + before, answer_end + before + len(end)

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from taid_jax.data.encoding import Tokenizer
-
-# Set by whoever used the tokenizer last; they do not touch the ids of a text.
-_PASSING = ("truncation", "padding")
+from taid_jax.data.encoding import Encoder, Tokenizer
+from taid_jax.probes import TEXTS, vocabulary_texts
 
 
 class TokenizerIdentity(NamedTuple):
@@ -16,9 +14,10 @@ class TokenizerIdentity(NamedTuple):
     Attributes:
         size: How many tokens it has.
         vocabulary: sha256 of its tokens with their ids.
-        rules: sha256 of how it cuts text: merges, normalizer, pre-tokenizer, ...; of
-            the name of its class where it does not tell.
-        special: Ids of the tokens that begin and end a text.
+        rules: sha256 of the ids that it gives `probes.TEXTS` and texts of its tokens:
+            how it cuts text, however that is written down.
+        special: Ids of the tokens that begin and end a text; None for a start token
+            that neither the tokenizer nor the template writes.
         template: sha256 of the chat template, None without one.
     """
 
@@ -32,22 +31,18 @@ class TokenizerIdentity(NamedTuple):
 def identify(tokenizer: Tokenizer) -> TokenizerIdentity:
     """Returns the identity of a tokenizer, by content, wherever it lies."""
     vocabulary = dict(getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: Any = type(tokenizer).__name__
-    else:
-        rules = json.loads(backend.to_str())
-        rules = {key: value for key, value in rules.items() if key not in _PASSING}
-        # Hashed by itself, so that a difference can be named.
-        rules["model"].pop("vocab", None)
+    encoder = Encoder(tokenizer)
+    texts = vocabulary_texts(vocabulary, without=tokenizer.get_added_vocab())
     template = getattr(tokenizer, "chat_template", None)
+    starts = encoder.adds_start or "bos_token" in str(template)
+    start = getattr(tokenizer, "bos_token_id", None) if starts else None
     return TokenizerIdentity(
         size=len(vocabulary),
         vocabulary=_digest(sorted(vocabulary.items(), key=lambda item: item[1])),
-        rules=_digest(rules),
+        rules=_digest(encoder.ids([*TEXTS, *texts])),
         special={
-            name: getattr(tokenizer, name, None)
-            for name in ("bos_token_id", "eos_token_id")
+            "bos_token_id": start,
+            "eos_token_id": getattr(tokenizer, "eos_token_id", None),
         },
         template=_digest(template) if template else None,
     )

@@ -29,6 +29,10 @@ Cache = tuple[Array, Array]
 """Keys and values of a layer, `(batch, kv_heads, slots, head_dim)` each."""
 
 
+NOT_A_TOKEN = -1
+"""Stands where a token was to be chosen and the greatest logit was not finite."""
+
+
 class Prepared(NamedTuple):
     """Parameters as answers read them.
 
@@ -46,7 +50,8 @@ class Answers(NamedTuple):
     """What was generated.
 
     Attributes:
-        tokens: `(batch, max_new_tokens)` int32; padding behind a row's end.
+        tokens: `(batch, max_new_tokens)` int32; padding behind a row's end. A row ends
+            with -1 where its logits were no numbers, see `NOT_A_TOKEN`.
         lengths: `(batch,)` int32, tokens of each row, the one that ended it included.
         steps: int32 scalar, tokens of the longest row: no more were computed.
     """
@@ -123,9 +128,13 @@ def decode(
     def choose(x: Array, step: Int[Array, ""]) -> Int[Array, " batch"]:
         logits = head(params, config).logits(decoder.final_norm(x)[:, -1])
         if not sampling.temperature or keys is None:
-            return first_greatest(logits)
-        turn_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        return draw(logits, turn_keys, sampling)
+            token = first_greatest(logits)
+        else:
+            turn_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+            token = draw(logits, turn_keys, sampling)
+        # NaN if any of them is: the most probable token of nothing would be token 0.
+        sound = jnp.isfinite(logits.max(axis=-1))
+        return jnp.where(sound, token, jnp.int32(NOT_A_TOKEN))
 
     def read(ids: Array, mask: Array, new: int) -> tuple[Array, Any]:
         """Returns what follows the last layer, and caches with room for new tokens."""
@@ -223,7 +232,9 @@ def decode(
             state.tokens, token[:, None], state.step, axis=1
         )
         done = functools.reduce(
-            jnp.logical_or, [token == end for end in eos_token_ids], state.done
+            jnp.logical_or,
+            [token == end for end in (*eos_token_ids, NOT_A_TOKEN)],
+            state.done,
         )
         lengths = state.lengths + (~state.done).astype(jnp.int32)
         return _State(state.step + 1, tokens, lengths, done, state.caches)

@@ -4,12 +4,19 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Int, Key
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoding import Answers, Prepared, decode, turned_layers
+from taid_jax.models.decoding import (
+    NOT_A_TOKEN,
+    Answers,
+    Prepared,
+    decode,
+    turned_layers,
+)
 from taid_jax.models.errors import ModelError
 from taid_jax.models.sampling import GREEDY, Sampling, row_keys
 from taid_jax.types import Params
@@ -94,7 +101,8 @@ def answer(
 
     Raises:
         ModelError: If prompt and answer exceed the model's context, a prompt does not
-            end with a token, or tokens are to be drawn and there is no key.
+            end with a token, tokens are to be drawn and there is no key, or the logits
+            are not finite; of that, traced code sees `NOT_A_TOKEN` alone.
     """
     length = input_ids.shape[1]
     if max_new_tokens < 1 or length + max_new_tokens > config.max_length:
@@ -111,7 +119,7 @@ def answer(
         )
     if sampling.temperature and key is None:
         raise ModelError("generate: tokens that are drawn need a random key")
-    return decode(
+    answers = decode(
         params if isinstance(params, Prepared) else prepare(params, config),
         config,
         input_ids.astype(jnp.int32),
@@ -123,3 +131,21 @@ def answer(
         sampling=sampling,
         dtype=jnp.dtype(dtype),
     )
+    if not isinstance(answers.tokens, Tracer):
+        refuse_nonfinite(answers.tokens)
+    return answers
+
+
+def refuse_nonfinite(tokens: Int[ArrayLike, "batch new"]) -> None:
+    """Raises if an answer could not go on because the logits were not finite.
+
+    Raises:
+        ModelError: With how many of the answers.
+    """
+    broken = np.any(np.asarray(tokens) == NOT_A_TOKEN, axis=-1)
+    if broken.any():
+        raise ModelError(
+            "generate: the model's logits are not finite (NaN or infinite) in "
+            f"{broken.sum()} of {broken.size} answers, so that no token is best; its "
+            "weights are damaged, or too large for the dtype of the computation"
+        )

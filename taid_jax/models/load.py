@@ -19,6 +19,7 @@ from taid_jax.models.families import family_named, read_config
 from taid_jax.models.fields import read_json
 from taid_jax.models.gguf import open_gguf
 from taid_jax.models.gguf_config import read_gguf_config
+from taid_jax.models.gguf_tokenizer import read_generation
 from taid_jax.models.hf import GENERATION_CONFIG, open_folder, read_folder_config
 from taid_jax.models.source import Source, resolve
 from taid_jax.models.tokenizer import Tokenizer, find_tokenizer, gguf_tokenizer
@@ -36,7 +37,8 @@ class LoadedModel:
         params: The parameters: a nested dict of arrays, layers stacked on axis 0.
         tokenizer: Its tokenizer; None when its folder has none.
         source: What the user called it.
-        generation: What its generation_config.json says; empty when it has none.
+        generation: What its generation_config.json says, or its GGUF file; empty when
+            that is nothing.
     """
 
     config: DecoderConfig
@@ -82,9 +84,9 @@ def load_model(
         file = open_gguf(found.path)
         config = read_gguf_config(file)
         params = load_params(config, "gguf", file, dtype=dtype, shardings=shardings)
-        return _loaded(
-            found, config, params, gguf_tokenizer(file.metadata, file.origin)
-        )
+        tokenizer = gguf_tokenizer(file.metadata, file.origin)
+        said = read_generation(file.metadata)
+        return _loaded(found, config, params, tokenizer, said)
     config = _read_config(found)
     tensors = open_folder(_folder(found), family_named(config.family))
     params = load_params(config, "hf", tensors, dtype=dtype, shardings=shardings)
@@ -161,10 +163,12 @@ def _loaded(
     config: DecoderConfig,
     params: dict[str, Any],
     tokenizer: Tokenizer | None,
+    generation: Mapping[str, object] | None = None,
 ) -> LoadedModel:
     path = _folder(found) / GENERATION_CONFIG
-    has_one = found.kind != "gguf" and path.is_file()
-    generation = read_json(path) if has_one else {}
+    if generation is None:
+        has_one = found.kind != "gguf" and path.is_file()
+        generation = read_json(path) if has_one else {}
     # A tokenizer with more ids than embeddings is the business of whoever uses it.
     if tokenizer is not None and count_tokens(tokenizer) <= config.vocab_size:
         config = with_tokenizer(config, tokenizer)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generate import answer, prepare
+from taid_jax.models.generate import answer, prepare, refuse_nonfinite
 from taid_jax.models.sampling import Sampling
 from taid_jax.settings import SampleSettings
 from taid_jax.sharding import place_batch, replicated
@@ -37,7 +37,7 @@ def make_answer_rows(
 
     It runs on the student's parameters where they are; only the axis that cuts the
     weights themselves is gathered, once a batch and in the dtype of the computation,
-    not once a token.
+    not once a token. A student whose logits are not finite is a ModelError.
 
     Args:
         config: Of the student.
@@ -80,7 +80,9 @@ def make_answer_rows(
     ) -> dict[str, np.ndarray]:
         placed = place_batch(rows, mesh)
         found = compiled(params, placed, jnp.int32(step))
-        return {name: np.asarray(value) for name, value in found.items()}
+        answered = {name: np.asarray(value) for name, value in found.items()}
+        refuse_nonfinite(answered["tokens"])
+        return answered
 
     return answer_rows
 

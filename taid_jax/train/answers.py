@@ -1,5 +1,6 @@
 """Held-out questions, and the student's greedy answers to them."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -9,10 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from taid_jax.data import DataError, ExampleSet, held_out_batches
+from taid_jax.data import DataError, Dataset, ExampleSet, held_out_batches
 from taid_jax.data import Tokenizer as DataTokenizer
+from taid_jax.data.chat import ChatRenderer
+from taid_jax.data.documents import Completion
+from taid_jax.data.encoding import Encoder
+from taid_jax.errors import show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.models.tokenizer import Tokenizer, warn
+from taid_jax.models.vocabulary import count_tokens
 from taid_jax.settings import SampleSettings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.answer_rows import AnswerRows, make_answer_rows
@@ -20,6 +26,9 @@ from taid_jax.types import Params
 
 _WIDTH = 32
 """Prompts are padded to a multiple of this."""
+
+_LOOKED_AT = 64
+"""So many questions are looked at to see how answers end."""
 
 
 class Question(NamedTuple):
@@ -73,14 +82,99 @@ def end_ids(
     """Returns the tokens that end an answer, in order.
 
     The tokenizer's end token, those of the model's generation_config.json, and what the
-    chat template ends an answer with, where that is a token not learned from text.
+    chat template, or at least half of the questions, end an answer with, where that is
+    a token not learned from text.
     """
     named = [tokenizer.eos_token_id, generation.get("eos_token_id")]
     known = [n for each in named for n in (each if isinstance(each, list) else [each])]
+    added = _added_ids(tokenizer)
+    # Running text is cut anywhere, so that any token may end one of its questions.
+    ended = collections.Counter(int(question.answer[-1]) for question in questions)
+    last = {n for n, times in ended.items() if 2 * times >= len(questions)} & added
+    if (end := template_end(tokenizer)) is not None:
+        known.append(end.token)
+    ends = last.union(n for n in known if isinstance(n, int))
+    return tuple(sorted(n for n in ends if 0 <= n < count_tokens(tokenizer)))
+
+
+class TemplateEnd(NamedTuple):
+    """What a chat template ends an answer with.
+
+    Attributes:
+        text: All that follows the answer.
+        token: The first in it that is not learned from text; None without any.
+    """
+
+    text: str
+    token: int | None
+
+
+def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
+    """Returns how the chat template ends an answer, as any conversation shows.
+
+    None without a template, or if no answer is found in what it renders.
+    """
+    encoder = Encoder(cast(DataTokenizer, tokenizer))
+    renderer = ChatRenderer(encoder.tokenizer, count_prompts=False)
+    if not renderer.has_template:
+        return None
+    try:
+        asked = renderer.completion(Completion("a", "b"))
+    except DataError:
+        return None
+    if not asked.answers:
+        return None
+    text = asked.text[asked.text.find("b", asked.answers[-1].start) + 1 :]
+    added = _added_ids(tokenizer)
+    [ids] = encoder.ids([text])
+    return TemplateEnd(text, next((n for n in ids if n in added), None))
+
+
+def _added_ids(tokenizer: Tokenizer) -> set[int]:
+    """Returns the tokens not learned from text, without that of unknown text."""
     # transformers declares this method on its subclasses alone.
-    added = set(cast(DataTokenizer, tokenizer).get_added_vocab().values())
-    last = {int(question.answer[-1]) for question in questions} & added
-    return tuple(sorted(last.union(n for n in known if isinstance(n, int))))
+    added = cast(DataTokenizer, tokenizer).get_added_vocab().values()
+    return {number for number in added if number != tokenizer.unk_token_id}
+
+
+def export_generation(
+    generation: Mapping[str, object], tokenizer: Tokenizer, dataset: Dataset
+) -> dict[str, object]:
+    """Returns the settings of generation that a student is exported with.
+
+    Whatever ends an answer in training is among its `eos_token_id`, so that generation
+    stops there elsewhere too. Where a template ends an answer by text that is no single
+    token, no id can say so. `stop_strings` could, but with them in the settings
+    `generate` of transformers fails unless it is given the tokenizer: a warning names
+    them instead.
+
+    Args:
+        generation: See `Pair`.
+        tokenizer: That the student is exported with.
+        dataset: That it was trained on.
+    """
+    try:
+        questions = find_questions(dataset.train, _LOOKED_AT)
+    except DataError:  # None of them has a prompt.
+        questions = []
+    ends = list(end_ids(tokenizer, generation, questions))
+    end = template_end(tokenizer)
+    if end is not None and end.token is None:
+        text = show(" ".join(end.text.split()))
+        warn(
+            [
+                f"the chat template ends an answer by {text}, which is no token of its "
+                "own, so that no eos_token_id can stop generation there: generate with "
+                f"stop_strings=[{text}] and tokenizer=..., or train with a tokenizer "
+                "that has such a token"
+                if end.text.strip()
+                else "the chat template writes nothing after an answer: nothing but "
+                "the end token stops generation"
+            ]
+        )
+    if not ends:
+        return dict(generation)
+    return {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +253,7 @@ def prepare_examination(
         questions: From `find_questions`.
         tokenizer: Of the student.
         config: Of the student.
-        generation: What the teacher's generation_config.json says.
+        generation: Settings of the student's generation, see `Pair`.
         answer_tokens: Tokens of an answer at most.
         batch_size: Questions that are answered at once, over all processes.
         dtype: What the student computes in.
@@ -206,4 +300,6 @@ def decode(tokenizer: Tokenizer, ids: np.ndarray, ends: Sequence[int]) -> str:
     """Returns the text of the tokens before the first that ends an answer."""
     stops = np.flatnonzero(np.isin(ids, ends))
     kept = ids[: stops[0]] if len(stops) else ids
-    return str(tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()
+    # As it stands: some tokenizers would take the space before a comma away.
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(kept.tolist(), **options)).strip()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -17,7 +18,14 @@ from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.errors import ModelError
 from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
 from taid_jax.models.source import resolve
-from taid_jax.models.tokenizer import Tokenizer, load_tokenizer, same_tokenizer
+from taid_jax.models.tokenizer import (
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    own_tokenizer,
+    same_tokenizer,
+    translate_ids,
+)
 from taid_jax.models.vocabulary import (
     count_tokens,
     resize_vocabulary,
@@ -37,12 +45,15 @@ class Pair:
         student_config: The student's architecture.
         student_params: Its float32 master weights.
         shardings: Where the student's weights live.
+        generation: Settings of generation, as in generation_config.json: the student's
+            own, and of the teacher's what these lack.
     """
 
     teacher: LoadedModel
     student_config: DecoderConfig
     student_params: Params
     shardings: Any
+    generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 _BYTES_OF_TOKEN = 96
@@ -72,6 +83,10 @@ def check_memory(settings: Settings, mesh: Mesh) -> None:
 def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
     """Returns the tokenizer after reading configs and tokenizers, before any weights.
 
+    It is the student's own, with what that lacks from the teacher's, and the teacher's
+    where the student is made of its layers, of a config, or for its tokenizer
+    (`resize_embeddings`; without a chat template that gets the student's).
+
     Raises:
         ModelError: If a model cannot be used, or the tokenizers differ.
         SettingsError: If the sequences are longer than a model's context.
@@ -81,8 +96,14 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
     configs = {"teacher": teacher}
     if settings.student is not None:
         configs["student"] = load_config(settings.student)
-        if not settings.resize_embeddings:
-            same_tokenizer(tokenizer, load_tokenizer(settings.student))
+        if settings.resize_embeddings:
+            own = find_tokenizer(resolve(settings.student, weights=False))
+            if own is not None and not tokenizer.chat_template:
+                tokenizer.chat_template = own.chat_template
+        else:
+            own = load_tokenizer(settings.student)
+            same_tokenizer(tokenizer, own)
+            tokenizer = own_tokenizer(own, tokenizer)
     elif settings.student_config is not None:
         configs["student"] = load_config(settings.student_config)
     else:
@@ -217,9 +238,16 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
         return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
 
     teacher = load_model(model.teacher, dtype=model.dtype, shardings=teacher_shardings)
+    generation = teacher.generation
     if model.student is not None:
         student = load_model(model.student, dtype="float32", shardings=shardings)
         params, config = student.params, student.config
+        own_settings = student.generation
+        if model.resize_embeddings and teacher.tokenizer is not None:
+            own_settings = translate_ids(
+                own_settings, student.tokenizer, teacher.tokenizer
+            )
+        generation = {**generation, **own_settings}
     elif model.student_config is not None:
         student = random_init(
             model.student_config, jax.random.key(settings.run.seed), shardings=shardings
@@ -255,4 +283,5 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
     def own(params: Params) -> Params:
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), resized(params))
 
-    return Pair(teacher, config, jax.jit(own, out_shardings=where)(params), where)
+    own_params = jax.jit(own, out_shardings=where)(params)
+    return Pair(teacher, config, own_params, where, generation)

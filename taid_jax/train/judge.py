@@ -70,7 +70,7 @@ def make_judge(
             questions,
             tokenizer,
             pair.student_config,
-            pair.teacher.generation,
+            pair.generation,
             answer_tokens=settings.judge.answer_tokens,
             batch_size=data.batch_size,
             dtype=dtype,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from taid_jax.data import DataError
 from taid_jax.data.chat import MissingTemplateError
-from taid_jax.data.encoding import Encoder, Tokenizer
+from taid_jax.data.encoding import Encoder, Tokenizer, is_rendered
 
 Records = Iterator[tuple[str, object]]
 """Where each record stands, and what it holds."""
@@ -125,15 +125,20 @@ class Encoded(NamedTuple):
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[Encoded]:
     """Returns the ids of each prompt, as training would have them before the answer.
 
+    A plain prompt is asked as a user's turn of the chat template, if there is one and
+    it does not begin with the start token, as what was rendered before does.
+
     Raises:
         DataError: If a conversation is asked and there is no template, or the template
             refuses one.
     """
+    encoder = Encoder(tokenizer)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     texts, framed = [], []
     for prompt in prompts:
         messages = prompt.messages or ({"role": "user", "content": prompt.text},)
-        framed.append(prompt.messages is None and not has_template)
+        bare = not has_template or is_rendered(tokenizer, prompt.text)
+        framed.append(prompt.messages is None and bare)
         if framed[-1]:
             texts.append(prompt.text)
             continue
@@ -149,16 +154,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[Enco
             raise DataError(
                 f"{prompt.origin}: the chat template refuses this conversation: {error}"
             ) from error
-    start = _start(tokenizer)
-    ids = Encoder(tokenizer).ids(texts)
     return [
-        Encoded(prompt, [*start, *row] if bare else row)
-        for prompt, row, bare in zip(prompts, ids, framed, strict=True)
+        Encoded(prompt, encoder.begin(row, added=bare))
+        for prompt, row, bare in zip(prompts, encoder.ids(texts), framed, strict=True)
     ]
-
-
-def _start(tokenizer: Tokenizer) -> list[int]:
-    """Returns the token that the tokenizer itself puts before a text, if any."""
-    first = getattr(tokenizer, "bos_token_id", None)
-    alone = tokenizer([""], add_special_tokens=True)["input_ids"][0]
-    return [first] if first is not None and first in alone[:1] else []

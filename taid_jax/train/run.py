@@ -28,7 +28,7 @@ from taid_jax.settings import (
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
-from taid_jax.train.answers import find_questions
+from taid_jax.train.answers import export_generation, find_questions
 from taid_jax.train.assemble import assemble
 from taid_jax.train.checkpoint import (
     Checkpoints,
@@ -176,7 +176,7 @@ def _distil(
             pair.student_config,
             params,
             tokenizer,
-            generation=pair.teacher.generation,
+            generation=export_generation(pair.generation, tokenizer, dataset),
             replace=settings.run.resume,
         )
         evaluations = read_lines(folder / EVALUATIONS)

@@ -226,7 +226,7 @@ def make_sampler(
 
     Args:
         settings: Of the run.
-        pair: The student's config and shardings, and how the teacher's answers end.
+        pair: The student's config and shardings, and how its answers end.
         dataset: Its training side is sampled for.
         tokenizer: Of both models.
         mesh: Where batches go.
@@ -240,7 +240,7 @@ def make_sampler(
         samples,
         mesh,
         shardings=pair.shardings,
-        ends=end_ids(tokenizer, pair.teacher.generation, questions),
+        ends=end_ids(tokenizer, pair.generation, questions),
         dtype=jnp.dtype(settings.model.dtype),
         seed=run.seed,
     )

@@ -48,7 +48,7 @@ def show_samples(
         questions = find_questions(dataset.held_out, SAMPLES)
     except DataError:  # No answer was found in any of them; the run is as good.
         return
-    ends = end_ids(tokenizer, pair.teacher.generation, questions)
+    ends = end_ids(tokenizer, pair.generation, questions)
     configs = pair.teacher.config, pair.student_config
     length = min(config.max_length for config in configs) - SAMPLE_TOKENS
     if length < 1:

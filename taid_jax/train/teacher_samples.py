@@ -15,18 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from taid_jax.data import DataError, Tokenizer
-from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Completion
-from taid_jax.data.encoding import Encoder, Rendered
-from taid_jax.data.tokens import Example
+from taid_jax.data import DataError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.generate import answer, prepare
 from taid_jax.models.load import LoadedModel
 from taid_jax.models.sampling import Sampling
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import place_batch
-from taid_jax.train.answers import Question, end_ids
+from taid_jax.train.answers import end_ids
 from taid_jax.train.prompts import Encoded
 
 _WIDTH = 64
@@ -225,24 +221,12 @@ def answer_prompts(
             said = tokens[row, : lengths[row]].tolist()
             finished = said[-1] in ends
             kept = said[:-1] if finished else said
-            text = str(tokenizer.decode(kept, skip_special_tokens=True))
+            exact = {"clean_up_tokenization_spaces": False}
+            text = str(tokenizer.decode(kept, skip_special_tokens=True, **exact))
             samples.append(Sample(one, text, finished))
         yield samples
 
 
 def answer_ends(model: LoadedModel) -> tuple[int, ...]:
     """Returns the tokens that end an answer of the model."""
-    tokenizer = cast(Tokenizer, model.tokenizer)
-    # What the chat template puts behind an answer shows in any conversation.
-    renderer = ChatRenderer(tokenizer, count_prompts=False)
-    asked = renderer.completion(Completion("a", "b"))
-    found: Example | DataError
-    if isinstance(asked, Rendered):
-        [found] = Encoder(tokenizer).examples([asked])
-    else:
-        found = asked
-    questions = []
-    if isinstance(found, Example) and found.prompt:
-        start, stop = found.prompt, found.answer_end
-        questions = [Question(found.ids[:start], found.ids[start:stop])]
-    return end_ids(cast(Any, model.tokenizer), model.generation, questions)
+    return end_ids(cast(Any, model.tokenizer), model.generation)

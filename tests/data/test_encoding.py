@@ -1,10 +1,14 @@
 """Text to ids: start and end tokens, and windows that predict every token once."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taid_jax.data.chat import ChatRenderer
+from taid_jax.data.documents import Completion
 from taid_jax.data.encoding import Encoder, Rendered, Span, cut_windows
 from taid_jax.data.errors import DataError
 from taid_jax.data.tokens import Example
@@ -53,21 +57,21 @@ def test_encoder_frames_text_with_the_tokenizers_own_tokens(styled_tokenizer):
     assert example.counted.tolist() == [False] + [True] * len(plain)
 
 
-def test_encoder_adds_the_start_token_where_the_tokenizer_does(tokenizers):
+@pytest.fixture
+def llama(tokenizers):
+    """A tokenizer that begins texts with <s>."""
     from tokenizers.processors import TemplateProcessing
 
-    llama = tokenizers["llama2"]
-    backend = llama.backend_tokenizer
-    saved = backend.post_processor
-    backend.post_processor = TemplateProcessing(
+    llama = copy.deepcopy(tokenizers["llama2"])
+    llama.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", llama.bos_token_id)]
     )
-    try:
-        [example] = Encoder(llama).examples(
-            [Rendered("The cat", (Span(3, 7),), framed=True)]
-        )
-    finally:
-        backend.post_processor = saved or TemplateProcessing("$A")
+    return llama
+
+
+def test_encoder_adds_the_start_token_where_the_tokenizer_does(llama):
+    rendered = Rendered("The cat", (Span(3, 7),), framed=True)
+    [example] = Encoder(llama).examples([rendered])
     assert example.ids[0] == llama.bos_token_id
     assert example.ids[-1] == llama.eos_token_id
     assert llama.decode(example.ids[example.counted].tolist()).endswith("cat</s>")
@@ -76,8 +80,54 @@ def test_encoder_adds_the_start_token_where_the_tokenizer_does(tokenizers):
     assert example.answer_end == len(example.ids)
 
 
-def test_encoder_does_not_double_the_end_token(tokenizer):
-    [example] = Encoder(tokenizer).examples([Rendered("on<|im_end|>", framed=True)])
+@pytest.mark.parametrize("framed", [True, False])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_encoder_has_the_start_token_of_a_text_once(llama, times, framed):
+    # A text of the data, or of a template that writes it before a text that has it.
+    prompt, answer = "<s>" * times + "[INST] hi [/INST]", " hello</s>"
+    text = prompt + answer
+    spans = (Span(len(prompt), len(text)),)
+    [plain, asked] = Encoder(llama).examples(
+        [Rendered(text, framed=framed), Rendered(text, spans, framed=framed)]
+    )
+    for example in (plain, asked):
+        ids = example.ids.tolist()
+        assert ids[0] == llama.bos_token_id
+        assert ids.count(llama.bos_token_id) == 1
+        assert ids.count(llama.eos_token_id) == 1
+        assert llama.decode(ids) == llama.decode(plain.ids.tolist())
+    assert asked.answer_end == len(asked.ids)
+    assert llama.decode(asked.ids[asked.prompt :]).strip() == "hello</s>"
+    np.testing.assert_array_equal(
+        np.flatnonzero(asked.counted), np.arange(asked.prompt, asked.answer_end)
+    )
+
+
+@pytest.mark.parametrize("count_prompts", [True, False])
+def test_encoder_of_a_prompt_that_was_rendered_before(llama, count_prompts):
+    content = Completion("<s>[INST] hi [/INST]", " hello</s>")
+    item = ChatRenderer(llama, count_prompts=count_prompts).completion(content)
+    [example] = Encoder(llama).examples([item])
+    text = llama.decode(example.ids.tolist())
+    assert text.replace("<s> ", "<s>") == "<s>[INST] hi [/INST] hello</s>"
+    assert llama.decode(example.ids[example.prompt :]).strip() == "hello</s>"
+
+
+def test_encoder_leaves_start_tokens_to_a_tokenizer_that_adds_none(tokenizers):
+    [example] = Encoder(tokenizers["llama2"]).examples(
+        [Rendered("<s><s>hi", framed=True)]
+    )
+    assert example.ids.tolist().count(tokenizers["llama2"].bos_token_id) == 2
+
+
+def test_encoder_keeps_a_text_of_start_and_end_tokens_alone(llama):
+    [example] = Encoder(llama).examples([Rendered("<s><s></s></s>", framed=True)])
+    assert example.ids.tolist() == [llama.bos_token_id, llama.eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["on<|im_end|>", "on<|im_end|><|im_end|><|im_end|>"])
+def test_encoder_does_not_double_the_end_token(tokenizer, text):
+    [example] = Encoder(tokenizer).examples([Rendered(text, framed=True)])
     assert example.ids.tolist().count(tokenizer.eos_token_id) == 1
 
 

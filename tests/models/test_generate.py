@@ -297,3 +297,27 @@ def test_generate_refuses_prompts_padded_on_the_right(tiny_params):
             eos_token_ids=(),
             pad_token_id=0,
         )
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=5)])
+def test_generate_refuses_logits_that_are_not_finite(tiny_params, value, sampling):
+    # Not token 0, as the place of the greatest of nothing would be. The second prompt
+    # alone has the token whose embedding is broken.
+    params = jax.tree.map(lambda leaf: leaf, tiny_params)
+    embedding = params["embed"]["embedding"].at[7].set(value)
+    params["embed"] = {"embedding": embedding}
+    ids, mask = prompts(TINY, (3, 3))
+    ids = jnp.where(ids == 7, 8, ids).at[1, 1].set(7)
+    with pytest.raises(ModelError, match=r"not finite .* in 1 of 2 answers"):
+        generate(
+            prepare(params, TINY, unroll=False),
+            TINY,
+            ids,
+            mask,
+            max_new_tokens=2,
+            eos_token_ids=(),
+            pad_token_id=0,
+            sampling=sampling,
+            key=jax.random.key(0),
+        )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGUFValueType
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from taid_jax.models.config import DecoderConfig
@@ -66,6 +67,21 @@ def test_load_model_returns_config_weights_and_generation(folder, random_params)
     assert loaded.tokenizer is None
     assert loaded.generation["top_k"] == 5
     same(loaded.params, random_params(CONFIG))
+
+
+def test_load_model_returns_what_a_gguf_file_says_of_generation(tmp_path, write_gguf):
+    def tokens(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list([chr(0x100 + number) for number in range(40)])
+        writer.add_token_merges([])
+        writer.add_eos_token_id(3)
+        writer.add_eot_token_id(5)
+
+    keys = {"general.sampling.temp": (0.5, GGUFValueType.FLOAT32)}
+    write_gguf(tmp_path / "m.gguf", tokens=tokens, keys=keys)
+    said = load_model(tmp_path / "m.gguf").generation
+    assert said == {"eos_token_id": [3, 5], "temperature": 0.5, "do_sample": True}
 
 
 def test_load_model_leaves_arrays_free_to_move(folder):

@@ -1,17 +1,21 @@
+import copy
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from taid_jax.data import DataError, load_dataset
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import init_params
+from taid_jax.models.decoder import abstract_params, init_params
+from taid_jax.models.errors import ModelError
 from taid_jax.models.generate import generate
+from taid_jax.models.load import export_model
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import answers as an
@@ -142,6 +146,77 @@ def test_end_ids_of_tokenizer_model_and_template(tokenizer):
     assert an.end_ids(tokenizer, {}, [asked(1), asked(12)]) == (0, 1)
 
 
+def test_end_ids_of_running_text_is_not_where_it_was_cut(tokenizer):
+    questions = [
+        an.Question(np.array([4], np.int32), np.array([5, last], np.int32))
+        for last in (1, 4, 7)
+    ]
+    assert an.end_ids(tokenizer, {}, questions) == (0,)
+    # Nor an id that there is no token for.
+    assert an.end_ids(tokenizer, {"eos_token_id": [0, 99, -1]}) == (0,)
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    """The tokenizer of a base model, with a template that ends turns by its own."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <turn>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    return chatty
+
+
+@pytest.mark.parametrize("kept", [{}, {"eos_token_id": [2, 0], "top_k": 3}])
+def test_export_generation_stops_transformers_where_training_ended(
+    chatty, dataset, tmp_path, kept, caplog
+):
+    torch = pytest.importorskip("torch", reason="PyTorch runs the exported student")
+    data = dataset()
+    generation = an.export_generation(kept, chatty, data)
+    assert generation == {**kept, "eos_token_id": [0, 1, 2] if kept else [0, 1]}
+    assert not caplog.records
+    config = DecoderConfig(
+        vocab_size=len(WORDS) + 3,
+        d_model=4,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=4,
+        mlp_dim=4,
+        max_length=48,
+    )
+    # Always says <turn>, its end of an answer.
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), abstract_params(config))
+    params["embed"]["embedding"][:] = params["final_norm"]["scale"][:] = 1
+    params["lm_head"]["kernel"][:, 1] = 1
+    params = jax.tree.map(jnp.float32, params)
+    export_model(tmp_path / "student", config, params, chatty, generation=generation)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    answer = student.generate(torch.tensor([[5, 6]]), max_new_tokens=7, do_sample=False)
+    assert answer.tolist() == [[5, 6, 1]]
+    assert student.config.eos_token_id == generation["eos_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [(" w7 end\\n", r"by 'w7 end', which is no token"), ("", "writes nothing")],
+)
+def test_export_generation_warns_of_an_end_that_is_no_token(
+    chatty, dataset, end, said, caplog
+):
+    chatty.chat_template = chatty.chat_template.replace(" <turn>\\n", end)
+    generation = an.export_generation({"top_k": 3}, chatty, dataset())
+    assert generation == {"top_k": 3, "eos_token_id": 0}
+    assert re.search(said, caplog.text)
+
+
+def test_export_generation_of_an_end_behind_a_line_end(chatty, dataset, caplog):
+    chatty.chat_template = chatty.chat_template.replace(" <turn>\\n", "\\n<end>")
+    assert an.export_generation({}, chatty, dataset()) == {"eos_token_id": 0}
+    assert not caplog.records
+
+
 def test_decode_stops_before_the_end(tokenizer):
     ids = np.array([3, 4, 0, 5], np.int32)
     assert an.decode(tokenizer, ids, (0,)) == "w0 w1"
@@ -193,3 +268,12 @@ def test_prepare_examination_leaves_out_prompts_without_room(dataset, tokenizer,
     assert 0 < len(kept) < len(questions)
     with pytest.raises(SettingsError, match="context of 48"):
         _prepared(questions, tokenizer, model, answer_tokens=47)
+
+
+def test_answers_of_a_student_that_is_no_number_are_an_error(dataset, tokenizer, model):
+    _, params = model
+    questions = an.find_questions(dataset().held_out, 100)
+    examination = _prepared(questions, tokenizer, model)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(ModelError, match=r"logits are not finite .* 8 of 8 answers"):
+        examination.answers(broken)

@@ -17,6 +17,7 @@ from taid_jax.models.load import export_model, load_model
 from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings, Settings, from_dict
 from taid_jax.sharding import make_mesh
+from taid_jax.train.answers import end_ids
 from taid_jax.train.inputs import check_models, load_pair
 
 CONFIG = DecoderConfig(
@@ -31,12 +32,15 @@ CONFIG = DecoderConfig(
 )
 
 
-def make_tokenizer(tokens):
+def make_tokenizer(tokens, template=None, **options):
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0])
+    options = {"eos_token": tokens[0]} | options
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 TOKENS = tuple(chr(0x100 + index) for index in range(40))
@@ -45,11 +49,12 @@ OTHERS = (*TOKENS[:20], *(chr(0x400 + index) for index in range(10)))
 
 @pytest.fixture(scope="module")
 def make_folder(tmp_path_factory):
-    def make(vocab_size, tokens, seed, **changes):
+    def make(vocab_size, tokens, seed, tokenizer=None, generation=None, **changes):
         folder = tmp_path_factory.mktemp("model") / "folder"
         config = dataclasses.replace(CONFIG, vocab_size=vocab_size, **changes)
         params = init_params(config, jax.random.key(seed))
-        export_model(folder, config, params, make_tokenizer(tokens))
+        tokenizer = tokenizer or make_tokenizer(tokens)
+        export_model(folder, config, params, tokenizer, generation=generation)
         return str(folder)
 
     return make
@@ -143,3 +148,70 @@ def test_read_data_refuses_ids_that_the_models_lack(
     monkeypatch.setattr(inputs, "load_dataset", lambda *_, **__: dataset)
     with pytest.raises(DataError, match=rf"text.txt has the token id {wrong}, .* 39"):
         inputs.read_data(settings, tokenizer)
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] + '" + TOKENS[5] + "' }}{% endfor %}"
+BASE = {"eos_token_id": 0, "repetition_penalty": 1.5, "temperature": 1.0}
+INSTRUCT = {"eos_token_id": [3, 4], "temperature": 0.25, "do_sample": True}
+
+
+@pytest.fixture(scope="module")
+def base(make_folder):
+    return make_folder(48, TOKENS, 1, generation=BASE)
+
+
+@pytest.fixture(scope="module")
+def instruct(make_folder):
+    tokenizer = make_tokenizer(
+        TOKENS,
+        TEMPLATE,
+        eos_token=TOKENS[3],
+        pad_token=TOKENS[7],
+        padding_side="left",
+        additional_special_tokens=[TOKENS[5]],
+    )
+    return make_folder(48, TOKENS, 2, tokenizer=tokenizer, generation=INSTRUCT)
+
+
+def test_the_settings_of_an_instruct_student_are_its_own(base, instruct):
+    chosen = settings(teacher=base, student=instruct)
+    tokenizer = check_models(chosen.model, 8)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (TOKENS[3], TOKENS[7])
+    assert (tokenizer.chat_template, tokenizer.padding_side) == (TEMPLATE, "left")
+    pair = load_pair(chosen, make_mesh("data=8"))
+    said = {key: pair.generation[key] for key in {**BASE, **INSTRUCT}}
+    # The teacher's where the student's folder says nothing.
+    assert said == {**INSTRUCT, "repetition_penalty": 1.5}
+    assert end_ids(tokenizer, pair.generation) == (3, 4, 5)
+
+
+def test_the_settings_that_a_student_lacks_are_the_teachers(base, instruct):
+    chosen = settings(teacher=instruct, student=base)
+    tokenizer = check_models(chosen.model, 8)
+    assert (tokenizer.eos_token, tokenizer.chat_template) == (TOKENS[0], TEMPLATE)
+    pair = load_pair(chosen, make_mesh("data=8"))
+    assert {**pair.generation} | BASE | {"do_sample": True} == {**pair.generation}
+    layers = settings(teacher=instruct, student_layers=1)
+    assert load_pair(layers, make_mesh("data=8")).generation["eos_token_id"] == [3, 4]
+
+
+def test_the_settings_of_a_student_with_the_teachers_tokenizer(
+    base, make_folder, caplog
+):
+    # Id 9 of the student is the teacher's 19, and for 29 the teacher has no token.
+    student = make_folder(
+        32,
+        OTHERS,
+        2,
+        tokenizer=make_tokenizer(
+            (*OTHERS[10:20], *OTHERS[:10], *OTHERS[20:]), TEMPLATE
+        ),
+        generation={"eos_token_id": [9, 29], "top_k": 4},
+    )
+    chosen = settings(teacher=base, student=student, resize_embeddings=True)
+    tokenizer = check_models(chosen.model, 8)
+    assert tokenizer.get_vocab() == make_tokenizer(TOKENS).get_vocab()
+    assert tokenizer.chat_template == TEMPLATE
+    generation = load_pair(chosen, make_mesh("data=8")).generation
+    assert (generation["eos_token_id"], generation["top_k"]) == ([19], 4)
+    assert "eos_token_id" in caplog.text
