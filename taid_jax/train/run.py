@@ -114,6 +114,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
             params,
             tokenizer,
             generation=pair.teacher.generation,
+            dtype=settings.model.export_dtype,
             replace=settings.run.resume,
         )
         evaluations = read_lines(folder / EVALUATIONS)
@@ -125,6 +126,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
             "utilisation": summarize(loop.meter, metrics),
             "peak_memory_bytes": peak_memory(),
             "held_out_tokens": evaluations[0]["tokens"],
+            "notes": list(pair.notes),
             "settings": to_dict(settings),
         }
         write_json(folder / REPORT, report)
@@ -156,6 +158,7 @@ def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None
         f"{size(pair.teacher.params)}",
         f"student: {pair.student_config.num_layers} layers, "
         f"{size(pair.student_params)}",
+        *pair.notes,
         *(
             f"{name}: {side.documents} documents, {side.tokens:,} tokens in "
             f"{side.rows} rows"

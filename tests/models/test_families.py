@@ -13,8 +13,8 @@ from taid_jax.models.entries import axis_sizes, entries
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families import (
     FAMILIES,
+    buffer_kind,
     family_named,
-    is_ignored,
     read_config,
     write_config,
 )
@@ -270,9 +270,13 @@ def test_family_named_lists_those_there_are():
         family_named("mamba")
 
 
-def test_is_ignored_knows_rotary_buffers_only():
+def test_buffer_kind_knows_rotary_buffers_only():
     family = family_named("llama")
-    assert is_ignored(family, "model.layers.11.self_attn.rotary_emb.inv_freq")
-    assert is_ignored(family, "model.rotary_emb.inv_freq")
-    assert not is_ignored(family, "model.layers.0.self_attn.q_proj.weight")
-    assert not is_ignored(family, "x.model.rotary_emb.inv_freq")
+    for name in (
+        "model.layers.11.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    ):
+        assert buffer_kind(family, name) == "rope_frequencies"
+    assert buffer_kind(family, "model.layers.0.self_attn.q_proj.weight") is None
+    assert buffer_kind(family, "x.model.rotary_emb.inv_freq") is None
