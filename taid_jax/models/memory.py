@@ -120,21 +120,23 @@ def _device_memory(place: str, needs: Iterable[Need]) -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def host_memory() -> int | None:
+def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int | None:
     """Returns the bytes that this process may still use, None when unknown.
 
     What the kernel has available, swap included, or what the control group allows.
+
+    Args:
+        root: Where the kernel tells, under `proc` and `sys`.
     """
-    memory = _numbers(pathlib.Path("/proc/meminfo"))
+    memory = _numbers(root / "proc" / "meminfo")
     swap = 1024 * memory.get("SwapFree:", 0)
     found = []
     if "MemAvailable:" in memory:
         found.append(1024 * memory["MemAvailable:"] + swap)
     elif "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    root = pathlib.Path("/sys/fs/cgroup")
     for names in _CGROUPS:
-        limit, used, stat = (root / name for name in names)
+        limit, used, stat = (root / "sys/fs/cgroup" / name for name in names)
         try:
             most, now = int(limit.read_text()), int(used.read_text())
         except (OSError, ValueError):  # No such version; "max" is no limit.
