@@ -26,7 +26,7 @@ from taid_jax.models.hf import (
     open_folder,
     read_folder_config,
 )
-from taid_jax.models.memory import check_memory, params_need
+from taid_jax.models.memory import check_fits, params_need
 from taid_jax.models.source import Source, resolve
 from taid_jax.models.tokenizer import Tokenizer, find_tokenizer, gguf_tokenizer
 from taid_jax.models.vocabulary import count_tokens, with_tokenizer
@@ -158,7 +158,7 @@ def random_init(
     unknown = [] if allow_unknown_keys else None
     config = _read_config(found, unknown)
     where = shardings_for(config, shardings)
-    check_memory(params_need(found.name, config, dtype, where))
+    check_fits(params_need(found.name, config, dtype, where))
     init = jax.jit(
         functools.partial(init_params, config, dtype=dtype), out_shardings=where
     )

@@ -1,8 +1,6 @@
 """Whether models fit in memory: asked before anything of them is made."""
 
 import math
-import os
-import pathlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,19 +9,10 @@ import jax
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from taid_jax.memory import host_memory
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params
 from taid_jax.models.errors import ModelError
-
-_CGROUPS = (
-    # Version 2, then 1: the limit, what is used, and of what.
-    ("memory.max", "memory.current", "memory.stat"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-    ),
-)
 
 
 class Need(NamedTuple):
@@ -76,7 +65,7 @@ def sharding_of(where: Any, path: Iterable[str]) -> Sharding | None:
     return where
 
 
-def check_memory(*needs: Need) -> None:
+def check_fits(*needs: Need) -> None:
     """Raises if what is needed together is more than there is.
 
     Devices that are processors share the memory of their host; others have their own.
@@ -94,7 +83,7 @@ def check_memory(*needs: Need) -> None:
             continue
         lines = ", ".join(f"{_gib(size)} for {what}" for what, size in shares.items())
         raise ModelError(
-            f"not enough memory: need {lines}; {place} has {_gib(free)} available. "
+            f"not enough memory: need {lines}; {place} has {_gib(free)}. "
             "Give a smaller model, a dtype of fewer bytes, or a mesh of more devices"
         )
 
@@ -118,39 +107,3 @@ def _device_memory(place: str, needs: Iterable[Need]) -> int | None:
     if "bytes_limit" not in stats:
         return None
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-
-
-def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int | None:
-    """Returns the bytes that this process may still use, None when unknown.
-
-    What the kernel has available, swap included, or what the control group allows.
-
-    Args:
-        root: Where the kernel tells, under `proc` and `sys`.
-    """
-    memory = _numbers(root / "proc" / "meminfo")
-    swap = 1024 * memory.get("SwapFree:", 0)
-    found = []
-    if "MemAvailable:" in memory:
-        found.append(1024 * memory["MemAvailable:"] + swap)
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for names in _CGROUPS:
-        limit, used, stat = (root / "sys/fs/cgroup" / name for name in names)
-        try:
-            most, now = int(limit.read_text()), int(used.read_text())
-        except (OSError, ValueError):  # No such version; "max" is no limit.
-            continue
-        cached = _numbers(stat)
-        kept = sum(cached.get(f"{kind}active_file", 0) for kind in ("", "in"))
-        found.append(most - now + kept + swap)
-    return min(found, default=None)
-
-
-def _numbers(path: pathlib.Path) -> dict[str, int]:
-    """Returns the lines of a file of the kernel: a name and a number each."""
-    try:
-        lines = [line.split() for line in path.read_text().splitlines()]
-        return {line[0]: int(line[1]) for line in lines if len(line) >= 2}
-    except (OSError, ValueError):
-        return {}

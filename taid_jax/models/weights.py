@@ -24,13 +24,13 @@ from taid_jax.models.errors import ModelError
 from taid_jax.models.families import Buffer, buffer_kind, family_named
 from taid_jax.models.fields import PASS_OVER, shown_name
 from taid_jax.models.layout import Index, Sizes
-from taid_jax.models.memory import check_memory, params_need, sharding_of
+from taid_jax.models.memory import check_fits, params_need, sharding_of
 from taid_jax.models.rope import rope_frequencies
 
 Shardings = Sharding | Mapping[str, Any] | Callable[[DecoderConfig], Any]
 """One sharding for all parameters, a tree of them, or what makes the tree."""
 
-_MOST_LINES = 100
+_MOST_LINES = 20
 _BLOCK = 1 << 24
 """Numbers of a tensor that are compared at once."""
 
@@ -207,7 +207,7 @@ def load_params(
     check_tensors(config, file_format, tensors, unknown)
     sizes, kind = axis_sizes(config), jnp.dtype(dtype)
     where = shardings_for(config, shardings)
-    check_memory(params_need(tensors.origin, config, kind, where))
+    check_fits(params_need(tensors.origin, config, kind, where))
     params: dict[str, Any] = {}
     todo = list(entries(config, file_format))
     for entry in sorted(todo, key=lambda entry: -math.prod(entry.shape)):

@@ -18,7 +18,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.errors import ModelError
 from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
-from taid_jax.models.memory import check_memory, params_need
+from taid_jax.models.memory import check_fits, params_need
 from taid_jax.models.tokenizer import Tokenizer, load_tokenizer, same_tokenizer
 from taid_jax.models.vocabulary import (
     count_tokens,
@@ -206,7 +206,7 @@ def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
 
     configs, allow = read_configs(model), model.allow_unknown_keys
     known, learner = configs["teacher"], configs["student"]
-    check_memory(
+    check_fits(
         params_need("the teacher", known, model.dtype, teacher_shardings(known)),
         params_need(
             "the student", learner, "float32", shardings(learner), copies=copies
