@@ -131,7 +131,7 @@ def change(rng, tree):
                 parent[str(key) + "_"] = copy.deepcopy(other[inner])
             case 3 if isinstance(parent, dict):
                 parent[rng.choice(["strange", "\ud800", "x" * 999, ""])] = value
-            case 4 if isinstance(value, int | float):
+            case 4 if isinstance(value, int | float) and abs(value) < 1e300:
                 factor = rng.choice([-1, 0.5, 2, 1e-9, 1e9])
                 parent[key] = value * factor
             case _:
