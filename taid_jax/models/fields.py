@@ -131,7 +131,9 @@ class Fields:
             can = " or ".join(map(repr, allowed)) or "nothing here"
             self.problem(key, f"the decoder can do {can}, not {_shown(value)}")
 
-    def close(self, what: str, harmless: Iterable[str] = ()) -> None:
+    def close(
+        self, what: str, harmless: Iterable[str] = (), *, named: bool = False
+    ) -> None:
         """Notes every key that says something and that nobody asked for.
 
         False, zero, null and what is empty say nothing: they switch off what is not
@@ -140,10 +142,12 @@ class Fields:
         Args:
             what: Is said of such a key.
             harmless: Keys that may be there.
+            named: A key says something by its name; only null says nothing then.
         """
         known = self._seen.union(harmless)
         for key, value in self._values.items():
-            if key in known or not value or key.startswith("_"):
+            silent = value is None if named else not value
+            if key in known or silent or key.startswith("_"):
                 continue
             if self._unknown is None:
                 self.problem(key, f"{what}; {PASS_OVER}")

@@ -109,7 +109,7 @@ def dual_rope(*, theta: float, local_theta: float) -> Group:
             "rope": old or new.section("full_attention"),
             "local_rope": new.section("sliding_attention"),
         }
-        new.close("is not a kind of layer", ["full_attention"])
+        new.close("is not a kind of layer", ["full_attention"], named=True)
         return {
             field: _read(
                 fields,
