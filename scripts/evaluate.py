@@ -101,7 +101,9 @@ def score(settings: Settings) -> HeldOut:
     dataset = read_data(settings, tokenizer)
     settings = with_steps(settings, len(dataset.train))
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
-    pair = load_pair(settings, mesh)
+    pair = load_pair(settings, mesh, copies=2)
+    for note in pair.notes:
+        Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
     judge = make_judge(
         settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
     )

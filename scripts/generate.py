@@ -55,6 +55,8 @@ class Command(Checked):
         seed: Of the draws.
         dtype: What the model computes in.
         mesh: Devices along each axis, as in training.
+        allow_unknown_keys: Load the model though its files have settings or tensors
+            that nobody here knows: these are left out, and named.
         overwrite: Write the output anew, whatever it holds.
     """
 
@@ -69,6 +71,7 @@ class Command(Checked):
     seed: int = bounded(0, ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: str = "data=1,fsdp=-1,tensor=1"
+    allow_unknown_keys: bool = False
     overwrite: bool = False
 
 
@@ -88,7 +91,7 @@ def write_answers(command: Command, console: Console) -> None:
     prompts = read_prompts(pathlib.Path(command.prompts))
     tokenizer = cast(Tokenizer, load_tokenizer(command.model))
     encoded = encode_prompts(prompts, tokenizer)
-    config = load_config(command.model)
+    config = load_config(command.model, allow_unknown_keys=command.allow_unknown_keys)
     fitting = choose_fitting(encoded, config, command.max_new_tokens)
     # More rows than there are prompts would only repeat them.
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -111,7 +114,10 @@ def write_answers(command: Command, console: Console) -> None:
         shardings=lambda config: tree_shardings(
             param_axes(config), abstract_params(config), mesh
         ),
+        allow_unknown_keys=command.allow_unknown_keys,
     )
+    for note in model.notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
     batches = answer_prompts(model, left, job, batch_size=size, mesh=mesh)
     count = -(-len(left) // size)
     written = sum(

@@ -2,10 +2,18 @@
 
 import dataclasses
 
+from taid_jax.errors import show
 from taid_jax.models.errors import ModelError
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+_LEAST, _MOST = 1e-30, 1e30
+"""Bounds of positive numbers: what lies outside is 0 or infinite in float32 once it is
+squared, or multiplied by a position."""
+
+_SMALLEST_DIVISOR = 1e-6
+"""Of a frequency; of published models all are 1 or more."""
 
 _CHOICES = {
     "norm": ("rms", "rms_plus_one", "layer", "layer_no_bias"),
@@ -14,6 +22,20 @@ _CHOICES = {
     "qk_norm": ("none", "head", "projection", "each_head"),
     "activation": ACTIVATIONS,
 }
+
+
+def _not_positive(config: object, *names: str, least: float = _LEAST) -> list[str]:
+    """Returns which numbers are not positive in float32; None is no number."""
+    wrong = []
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if number is not None and not least <= number <= _MOST:
+                bound = f"between {least:g} and {_MOST:g}" if number > 0 else "> 0"
+                wrong.append(f"{name} {bound}, got {show(number)}")
+                break
+    return wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +85,12 @@ class RopeConfig:
         wrong = []
         if self.kind not in ROPE_KINDS:
             wrong.append(f"kind one of {', '.join(ROPE_KINDS)}, got {self.kind}")
-        if not self.theta > 0:
-            wrong.append(f"theta > 0, got {self.theta}")
-        if self.kind != "default" and not self.factor >= 1:
+        # Below 1, pairs turn more than a radian per token, up to infinity.
+        wrong += _not_positive(self, "theta", least=1.0)
+        if self.kind != "default" and not 1 <= self.factor <= _MOST:
             wrong.append(f"factor >= 1, got {self.factor}")
         if self.kind == "llama3" and (
-            not 0 < self.low_freq_factor < self.high_freq_factor
+            not _LEAST < self.low_freq_factor < self.high_freq_factor < _MOST
         ):
             wrong.append(
                 "0 < low_freq_factor < high_freq_factor, got "
@@ -78,20 +100,17 @@ class RopeConfig:
             wrong.append(f"original_max_length >= 1, got {self.original_max_length}")
         if not 0 < self.fraction <= 1:
             wrong.append(f"0 < fraction <= 1, got {self.fraction}")
-        if not self.attention_factor > 0:
-            wrong.append(f"attention_factor > 0, got {self.attention_factor}")
+        wrong += _not_positive(self, "attention_factor")
         if self.kind == "yarn" and not (
-            0 < self.beta_slow <= self.beta_fast and self.theta != 1
+            _LEAST < self.beta_slow <= self.beta_fast < _MOST and self.theta != 1
         ):
             wrong.append(
                 "0 < beta_slow <= beta_fast and theta other than 1, got "
                 f"{self.beta_slow}, {self.beta_fast} and {self.theta}"
             )
-        wrong += [
-            f"{name} > 0, got {min(getattr(self, name))}"
-            for name in ("short_factors", "long_factors")
-            if any(not factor > 0 for factor in getattr(self, name))
-        ]
+        wrong += _not_positive(
+            self, "short_factors", "long_factors", least=_SMALLEST_DIVISOR
+        )
         if wrong:
             raise ModelError("the rope settings need " + "; ".join(wrong))
 
@@ -220,9 +239,7 @@ class DecoderConfig:
             )
         for rope in filter(None, {self.rope, self.local_rope}):
             wrong += rope.problems(self.head_dim)
-        for name in ("norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                wrong.append(f"{name} > 0, got {getattr(self, name)}")
+        wrong += _not_positive(self, "norm_eps", "initializer_range")
         if self.num_tokens is not None and not 1 <= self.num_tokens <= self.vocab_size:
             wrong.append(
                 f"1 <= num_tokens <= vocab_size, got {self.num_tokens} and "
@@ -232,10 +249,9 @@ class DecoderConfig:
             if getattr(self, name) not in choices:
                 can = ", ".join(choices)
                 wrong.append(f"{name} one of {can}, got {getattr(self, name)}")
-        for name in ("query_scalar", "attention_softcap", "head_softcap", "window"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                wrong.append(f"{name} > 0, got {value}")
+        wrong += _not_positive(
+            self, "query_scalar", "attention_softcap", "head_softcap", "window"
+        )
         for name in ("window_layers", "rope_layers"):
             count = len(getattr(self, name) or range(self.num_layers))
             if count != self.num_layers:

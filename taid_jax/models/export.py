@@ -1,6 +1,7 @@
 """Hugging Face folders out: written aside, then given their name."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from taid_jax.errors import explain, parsing, show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.entries import Entry, axis_sizes, entries
 from taid_jax.models.errors import ModelError
@@ -29,6 +31,7 @@ from taid_jax.models.tokenizer import (
     save_tokenizer,
     special_ids,
 )
+from taid_jax.models.vocabulary import resize_vocabulary
 
 MAX_SHARD_BYTES = 4 << 30
 """A model above this size is written in several files."""
@@ -52,8 +55,14 @@ def write_folder(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model as a folder that `transformers` (4 and 5) loads.
+
+    The padding of the vocabulary is left out: here it takes no part in any softmax and
+    has no gradient, and outside nobody would know that it is padding. So the folder has
+    `config.num_tokens` rows of embedding and head, and the logits of these are the
+    same.
 
     All of it is written into a folder beside the asked one and flushed to the disk,
     then renamed: the name never stands for half a model.
@@ -69,13 +78,20 @@ def write_folder(
         max_shard_bytes: Weights above this size are cut into files of at most it.
         replace: Replace an older export of this name, once the new one is complete. A
             folder with any other file in it is never replaced.
+        allow_nonfinite: Write numbers that are infinite or none, too.
 
     Raises:
-        ModelError: If the folder holds something, cannot be written, or the parameters
-            are not those of the config.
+        ModelError: If the folder holds something, cannot be written, the parameters are
+            not those of the config, or a number is not finite as it would be stored.
     """
-    folder = folder.absolute()
-    _refuse_to_overwrite(folder, replace=replace)
+    with parsing(f"the model cannot be written to {show(str(folder))}", ModelError):
+        folder = folder.absolute()
+        _refuse_to_overwrite(folder, replace=replace)
+    if config.num_tokens is not None:
+        params = resize_vocabulary(params, config.num_tokens)
+        config = dataclasses.replace(
+            config, vocab_size=config.num_tokens, num_tokens=None
+        )
     tensors = list(stored_tensors(config, params))
     kind = jnp.dtype(tensors[0].dtype if dtype is None else dtype)
     if kind.name not in _DTYPES:
@@ -93,12 +109,18 @@ def write_folder(
             _write_json(
                 work / GENERATION_CONFIG, {**(generation or {}), **ids} | version
             )
-            _write_weights(work, tensors, kind, max_shard_bytes)
+            _write_weights(
+                work, tensors, kind, max_shard_bytes, allow_nonfinite=allow_nonfinite
+            )
             if tokenizer is not None:
                 save_tokenizer(tokenizer, work)
-    except (OSError, SafetensorError) as error:
+    # A path that cannot be is a ValueError: one with a NUL, or that no bytes stand for.
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(
-            f"the model cannot be written to {folder}: {error}; nothing was changed"
+            f"the model cannot be written to {show(str(folder))}: {explain(error)}; "
+            "nothing was changed"
         ) from error
 
 
@@ -223,6 +245,8 @@ def _write_weights(
     tensors: Sequence[StoredTensor],
     kind: np.dtype,
     max_shard_bytes: int,
+    *,
+    allow_nonfinite: bool,
 ) -> None:
     sizes = [int(np.prod(tensor.shape)) * kind.itemsize for tensor in tensors]
     shards = plan_shards(sizes, max_shard_bytes)
@@ -232,15 +256,28 @@ def _write_weights(
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path = work / (WEIGHTS if len(shards) == 1 else name)
         group = [tensors[index] for index in shard]
-        arrays = {
-            tensor.name: tensor.make().astype(kind, copy=False) for tensor in group
-        }
+        with np.errstate(over="ignore"):
+            arrays = {
+                tensor.name: tensor.make().astype(kind, copy=False) for tensor in group
+            }
+        if not allow_nonfinite:
+            _refuse_nonfinite(arrays, kind)
         save_file(arrays, path, metadata=_METADATA)
         path.chmod(mode)  # safetensors would let nobody but the owner read it.
         weight_map |= dict.fromkeys(arrays, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         _write_json(work / INDEX, index)
+
+
+def _refuse_nonfinite(arrays: Mapping[str, np.ndarray], kind: np.dtype) -> None:
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ModelError(
+                f"{name} has numbers that are not finite as {kind.name} (beyond "
+                f"{float(jnp.finfo(kind).max):g}, or no numbers); the model was not "
+                "written. If it is sound, write it with another dtype (--export-dtype)"
+            )
 
 
 def _write_json(path: pathlib.Path, values: Mapping[str, object]) -> None:
@@ -267,7 +304,8 @@ def _refuse_to_overwrite(folder: pathlib.Path, *, replace: bool) -> None:
 def _aside(folder: pathlib.Path, *, replace: bool) -> Iterator[pathlib.Path]:
     """Yields a new folder that becomes `folder` if nothing goes wrong."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    # Without the folder's name, which may be as long as names can be.
+    work = folder.with_name(f".{secrets.token_hex(8)}.partial")
     old = work.with_suffix(".old")
     work.mkdir()
     try:

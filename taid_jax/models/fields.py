@@ -1,10 +1,13 @@
 """Reading the settings of an untrusted file: typed, bounded, nothing overlooked."""
 
+import collections
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
+from taid_jax.errors import parsing, shorten, show
 from taid_jax.models.errors import ModelError
 
 LARGEST = 2**31 - 1
@@ -12,7 +15,12 @@ LARGEST = 2**31 - 1
 
 _LARGEST_FLOAT = 1e30
 _MOST_BYTES = 64 << 20
+_MOST_PROBLEMS = 20
 _T = TypeVar("_T", bool, int, float, str)
+
+
+PASS_OVER = "--allow-unknown-keys loads the model in spite of that"
+"""What a message about something unknown ends with."""
 
 
 class Required:
@@ -32,12 +40,20 @@ class Fields:
         values: Keys and values as they were read.
         origin: Where they come from, for messages.
         prefix: Put before the keys in messages.
+        unknown: Takes the keys that nobody asked for, which are problems when None.
     """
 
-    def __init__(self, values: Mapping[str, object], origin: str, prefix: str = ""):
+    def __init__(
+        self,
+        values: Mapping[str, object],
+        origin: str,
+        prefix: str = "",
+        unknown: list[str] | None = None,
+    ):
         self._values = dict(values)
         self._origin = origin
         self._prefix = prefix
+        self._unknown = unknown
         self._seen: set[str] = set()
         self._sections: list[Fields] = []
         self._own_problems: list[str] = []
@@ -56,7 +72,7 @@ class Fields:
 
     def problem(self, key: str, what: str) -> None:
         """Notes that the entry at `key` cannot be used."""
-        self._own_problems.append(f"{self._prefix}{key}: {what}")
+        self._own_problems.append(f"{shown_name(self._prefix + key)}: {what}")
 
     def raw(self, key: str) -> object:
         """Returns the entry as it is, None when absent, and counts it as read."""
@@ -103,7 +119,8 @@ class Fields:
         if not isinstance(value, Mapping):
             self.problem(key, f"need a mapping, got {_shown(value)}")
             value = {}
-        inner = Fields(value, self._origin, f"{self._prefix}{key}.")
+        prefix = f"{self._prefix}{key}."
+        inner = Fields(value, self._origin, prefix, self._unknown)
         self._sections.append(inner)
         return inner
 
@@ -111,17 +128,31 @@ class Fields:
         """Notes a problem unless the entry is absent or one of those allowed."""
         value = self.raw(key)
         if value is not None and not any(_same(value, other) for other in allowed):
-            can = " or ".join(map(repr, allowed))
+            can = " or ".join(map(repr, allowed)) or "nothing here"
             self.problem(key, f"the decoder can do {can}, not {_shown(value)}")
 
-    def unread(self, harmless: Iterable[str] = ()) -> list[str]:
-        """Returns the keys that say something and that nobody asked for."""
+    def close(
+        self, what: str, harmless: Iterable[str] = (), *, named: bool = False
+    ) -> None:
+        """Notes every key that says something and that nobody asked for.
+
+        False, zero, null and what is empty say nothing: they switch off what is not
+        there. Nor do keys that begin with an underscore.
+
+        Args:
+            what: Is said of such a key.
+            harmless: Keys that may be there.
+            named: A key says something by its name; only null says nothing then.
+        """
         known = self._seen.union(harmless)
-        return [
-            key
-            for key, value in self._values.items()
-            if key not in known and value is not None and not key.startswith("_")
-        ]
+        for key, value in self._values.items():
+            silent = value is None if named else not value
+            if key in known or silent or key.startswith("_"):
+                continue
+            if self._unknown is None:
+                self.problem(key, f"{what}; {PASS_OVER}")
+            else:
+                self._unknown.append(shown_name(self._prefix + key))
 
     def finish(self, harmless: Iterable[str] = ()) -> None:
         """Raises if something was wrong, or was not read and is not harmless.
@@ -129,32 +160,64 @@ class Fields:
         Raises:
             ModelError: With everything that is wrong.
         """
-        for key in self.unread(harmless):
-            self.problem(key, "is not a setting that the decoder knows")
+        self.close("is not a setting that the decoder knows", harmless)
         if self.problems:
+            count, shown = len(self.problems), self.problems[:_MOST_PROBLEMS]
+            shown += [f"and {count - len(shown)} more"] * (count > len(shown))
             raise ModelError(
-                f"{self._origin} asks for what cannot be done: "
-                + "; ".join(self.problems)
+                f"{self._origin} asks for what cannot be done: " + "; ".join(shown)
             )
 
 
-def read_json(path: pathlib.Path) -> dict[str, object]:
+def shown_name(name: str) -> str:
+    """Returns a name out of a file as a message may have it: short and printable."""
+    return shorten(name if name.isprintable() else show(name), 100)
+
+
+def require_file(path: pathlib.Path) -> None:
+    """Raises if there is something else than a file.
+
+    Opening a pipe would wait for its other end, and some devices never end.
+
+    Raises:
+        ModelError: If that is so; not if there is nothing.
+    """
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ModelError(f"{path} is no file, or a link to nothing")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
         ModelError: If there is none that can be read.
     """
-    try:
+    with parsing(f"{path} cannot be read", ModelError):
+        require_file(path)
         if path.stat().st_size > _MOST_BYTES:
             raise ModelError(f"{path} is too large to be a JSON file of a model")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
+        content = path.read_bytes()
+    with parsing(f"{path} is not JSON", ModelError):
+        values = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+        )
     if not isinstance(values, dict):
         raise ModelError(f"{path} has to hold a JSON object, got {_shown(values)}")
     return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has the key {show(twice)} twice")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it has the number {name}")
 
 
 _WANTED: Mapping[type, str] = {
@@ -180,5 +243,4 @@ def _same(value: object, other: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shorten(show(value), 80)

@@ -8,9 +8,13 @@ from collections.abc import Mapping
 import gguf
 import numpy as np
 
+from taid_jax.errors import parsing
 from taid_jax.models.errors import ModelError
+from taid_jax.models.fields import shown_name
 from taid_jax.models.gguf_header import Header, Value, read_header
 from taid_jax.models.layout import Index
+
+_MOST_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +59,13 @@ class GgufFile:
         step = math.prod(shape[1:-1]) * info.row_bytes
         size = (first.stop - first.start) * step
         offset = info.offset + first.start * step
-        try:
+        with parsing(f"{self.path} cannot be read", ModelError):
             raw = np.fromfile(self.path, np.uint8, count=size, offset=offset)
-        except OSError as error:
-            raise ModelError(f"{self.path} cannot be read: {error}") from error
         if raw.size != size:
             raise ModelError(f"{self.path} was cut off while it was read")
         # A damaged scale may be infinite; that shows in the numbers, not in a warning.
-        with np.errstate(all="ignore"):
+        damaged = parsing(f"{self.path}: {shown_name(name)} is damaged", ModelError)
+        with damaged, np.errstate(all="ignore"):
             values = gguf.dequantize(raw.reshape(-1, info.row_bytes), info.kind)
         part = values.reshape(-1, *shape[1:])[(slice(None), *rest)]
         return part if len(info.shape) > 1 else part[0]
@@ -85,12 +88,13 @@ def open_gguf(path: pathlib.Path) -> GgufFile:
     unknown = {kind for kind in kinds if not _can_dequantise(kind)}
     if unknown:
         tensors = [
-            f"{name} ({info.kind.name})"
+            f"{shown_name(name)} ({info.kind.name})"
             for name, info in file.header.tensors.items()
             if info.kind in unknown
         ]
         raise ModelError(
-            f"{path} has tensors of types that cannot be read: {', '.join(tensors)}. "
+            f"{path} has {len(tensors)} tensors of types that cannot be read, such as "
+            f"{', '.join(tensors[:_MOST_NAMED])}. "
             "F32, F16, BF16 and all quantisations that the gguf package undoes can"
         )
     return file

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from taid_jax.errors import parsing, show
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families import FAMILIES, MOST_LAYERS, Family, read_config
@@ -27,6 +28,13 @@ _ONE_WAY: Mapping[str, tuple[object, ...]] = {
 
 _HARMLESS = ("rope.scaling.finetuned", "tensor_data_layout")
 
+_YARN: Mapping[str, tuple[float, ...]] = {
+    "yarn_ext_factor": (1.0, -1.0),  # Below zero it is chosen by the kind of scaling.
+    "yarn_attn_factor": (1.0,),
+    "yarn_log_multiplier": (0.0,),
+}
+"""Keys of `rope.scaling` with the only values that the decoder can follow."""
+
 _OPTIONAL: Mapping[str, tuple[str, type[int] | type[float], tuple[str, ...]]] = {
     "attention.sliding_window": (
         "sliding_window",
@@ -48,23 +56,35 @@ _LARGEST_GEMMA: Mapping[str, int] = {"gemma2": 46, "gemma3": 62}
 than the width of a head. The file does not say so; llama.cpp goes by the layers too."""
 
 
-def read_gguf_config(file: GgufFile) -> DecoderConfig:
+def read_gguf_config(file: GgufFile, unknown: list[str] | None = None) -> DecoderConfig:
     """Returns the architecture that a GGUF file describes.
 
     What the metadata say is put in the words of config.json and read as such, so that
     the family's own file decides what it means.
 
+    Args:
+        file: Its header was read.
+        unknown: As in `read_config`.
+
     Raises:
         ModelError: With everything that is wrong or that the decoder cannot do.
     """
     family = _family_of(file)
+    with parsing(file.origin, ModelError):
+        values = _in_words_of_json(file, family, unknown)
+    return read_config(values, file.origin)
+
+
+def _in_words_of_json(
+    file: GgufFile, family: Family, unknown: list[str] | None
+) -> dict[str, Any]:
     prefix = f"{family.gguf}."
     metadata = {
         key.removeprefix(prefix): value
         for key, value in file.metadata.items()
         if key.startswith(prefix)
     }
-    fields = Fields(metadata, file.origin, prefix)
+    fields = Fields(metadata, file.origin, prefix, unknown)
     values = _read_sizes(file, fields)
     values |= _read_attention(family, fields, values)
     rope = _read_rope(file, family, fields, values)
@@ -72,8 +92,7 @@ def read_gguf_config(file: GgufFile) -> DecoderConfig:
         fields.only(key, allowed)
     fields.finish(_HARMLESS)
     values |= rope | _read_tensors(file, family)
-    values |= {"architectures": [family.architecture], "model_type": family.name}
-    return read_config(values, str(file.path))
+    return values | {"architectures": [family.architecture], "model_type": family.name}
 
 
 def _family_of(file: GgufFile) -> Family:
@@ -83,8 +102,8 @@ def _family_of(file: GgufFile) -> Family:
             return family
     names = ", ".join(family.gguf for family in FAMILIES if family.gguf)
     raise ModelError(
-        f"{file.path} has the architecture {architecture!r}, which is not supported in "
-        f"GGUF files; supported are: {names}"
+        f"{file.path} has the architecture {show(architecture)}, which is not "
+        f"supported in GGUF files; supported are: {names}"
     )
 
 
@@ -145,18 +164,35 @@ def _read_rope(
     head_dim = sizes["head_dim"]
     turned = fields.get("rope.dimension_count", head_dim, int)
     theta = _shortest(fields.get("rope.freq_base", 10000.0, float))
-    kind = fields.get("rope.scaling.type", "none", str)
+    kind = fields.get("rope.scaling.type", "", str)
     factor = fields.get("rope.scaling.factor", 1.0, float)
     factor = _shortest(fields.get("rope.scale_linear", factor, float))
     original = fields.get("rope.scaling.original_context_length", 0, int)
     attention = _shortest(fields.get("rope.scaling.attn_factor", 1.0, float))
-    long = all(name in file.shapes for name in _LONG_ROPE)
+    betas = {
+        f"beta_{end}": fields.get(f"rope.scaling.yarn_beta_{end}", standard, float)
+        for end, standard in (("fast", 32.0), ("slow", 1.0))
+    }
+    for key, allowed in _YARN.items():
+        # Where nothing is scaled by YaRN, zero says so.
+        fields.only(
+            f"rope.scaling.{key}", allowed if kind == "yarn" else (*allowed, 0.0)
+        )
+    given = [name for name in (_ROPE_FACTORS, *_LONG_ROPE) if name in file.shapes]
+    long = given == list(_LONG_ROPE)
+    scaled = factor != 1 or kind not in ("", "none", "longrope")
+    if given and not long and given != [_ROPE_FACTORS]:
+        fields.problem("rope", f"{' and '.join(given)} do not go together")
+    elif (long and scaled) or (kind == "none" and factor != 1):
+        fields.problem(
+            "rope.scaling", f"{kind!r} by {factor} contradicts {given or kind}"
+        )
     if turned != head_dim and family.gguf != "phi3":
         fields.only("rope.dimension_count", (head_dim,))
-    if kind not in ("none", "linear", "yarn", "longrope"):
+    if kind not in ("", "none", "linear", "yarn", "longrope"):
         fields.problem(
             "rope.scaling.type",
-            f"the decoder can do linear, yarn and longrope, not {kind!r}",
+            f"the decoder can do linear, yarn and longrope, not {show(kind)}",
         )
     if not (theta > 0 and factor >= 1):
         fields.problem("rope", f"need a base > 0 and a factor >= 1, got {factor}")
@@ -169,8 +205,16 @@ def _read_rope(
     if fields.problems:
         return {}
     found: dict[str, Any] = {"rope_theta": theta}
+    llama3 = None
+    if _ROPE_FACTORS in given:
+        llama3 = _llama3_scaling(file, _factors(file, _ROPE_FACTORS, turned), theta)
+        if llama3 is not None and scaled:
+            raise ModelError(
+                f"{file.path}: {_ROPE_FACTORS} scales the rotary positions, and so "
+                f"does rope.scaling ({show(kind)} by {factor}); the decoder does one"
+            )
     if turned != head_dim:
-        found["partial_rotary_factor"] = turned / head_dim
+        found["partial_rotary_factor"] = turned / max(1, head_dim)
     if long:
         short, extended = (_factors(file, name, turned) for name in _LONG_ROPE)
         found["original_max_position_embeddings"] = original or None
@@ -185,14 +229,14 @@ def _read_rope(
         if attention != _shortest(derived):
             scaling["attention_factor"] = attention
         found["rope_scaling"] = scaling
-    elif _ROPE_FACTORS in file.shapes:
-        factors = _factors(file, _ROPE_FACTORS, turned)
-        found["rope_scaling"] = _llama3_scaling(file, factors, theta)
+    elif llama3 is not None:
+        found["rope_scaling"] = llama3
     elif kind == "yarn":
         found["rope_scaling"] = {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original or None,
+            **{key: _shortest(value) for key, value in betas.items()},
         }
     elif factor != 1:
         found["rope_scaling"] = {"rope_type": "linear", "factor": factor}

@@ -17,11 +17,17 @@ from typing import NamedTuple
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.constants import GGUFValueType
 
+from taid_jax.errors import parsing, show
 from taid_jax.models.errors import ModelError
+from taid_jax.models.fields import require_file, shown_name
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+_MOST_ENTRIES = 1 << 24
+_MOST_BYTES = 64 << 20
+"""Of an array and of a text in the header. Vocabularies have a million entries at most;
+a count that was damaged would otherwise read the numbers of the tensors."""
 _SCALARS: Mapping[int, str] = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -74,18 +80,13 @@ def read_header(path: pathlib.Path) -> Header:
         ModelError: If it is no GGUF file, or damaged: cut off, with counts or offsets
             that do not fit, with tensors that do not follow each other.
     """
-    try:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            return _Reader(data).header()
-    except _DamagedError as error:
-        raise ModelError(
-            f"{path} is damaged or no GGUF file ({error}); fetch it again"
-        ) from error
-    except (OSError, ValueError) as error:  # mmap refuses an empty file.
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    require_file(path)
+    with (
+        parsing(f"{path} is damaged or no GGUF file, fetch it again", ModelError),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        return _Reader(data).header()
 
 
 class _DamagedError(Exception):
@@ -109,11 +110,11 @@ class _Reader:
         for _ in range(pair_count):
             key = self._text()
             if key in metadata:
-                raise _DamagedError(f"the key {key} is there twice")
+                raise _DamagedError(f"the key {shown_name(key)} is there twice")
             metadata[key] = self._value(self._number("I"))
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
-            raise _DamagedError(f"alignment {alignment!r}")
+            raise _DamagedError(f"alignment {show(alignment)}")
         entries = [self._tensor() for _ in range(self._within(tensor_count, 24))]
         start = _align(self._at, alignment)
         return Header(metadata, self._places(entries, start, alignment))
@@ -128,33 +129,37 @@ class _Reader:
         expected = 0
         for name, shape, kind, offset in entries:
             block, block_bytes = GGML_QUANT_SIZES[kind]
+            shown = shown_name(name)
             if name in tensors:
-                raise _DamagedError(f"the tensor {name} is there twice")
+                raise _DamagedError(f"the tensor {shown} is there twice")
             if min(shape) < 1:
-                raise _DamagedError(f"the tensor {name} has the shape {shape}")
+                raise _DamagedError(f"the tensor {shown} has the shape {shape}")
             if shape[-1] % block:
-                raise _DamagedError(f"{name}: rows of {shape[-1]} in blocks of {block}")
+                raise _DamagedError(
+                    f"{shown}: rows of {shape[-1]} in blocks of {block}"
+                )
             if offset != expected:
-                raise _DamagedError(f"{name} lies at {offset} instead of {expected}")
+                raise _DamagedError(f"{shown} lies at {offset} instead of {expected}")
             row_bytes = shape[-1] // block * block_bytes
             size = math.prod(shape[:-1]) * row_bytes
             if start + offset + size > len(self._data):
-                raise _DamagedError(f"it ends before the end of the tensor {name}")
+                raise _DamagedError(f"it ends before the end of the tensor {shown}")
             expected = _align(offset + size, alignment)
             tensors[name] = TensorInfo(shape, kind, start + offset, row_bytes)
         return tensors
 
     def _tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name, dimensions = self._text(), self._number("I")
+        shown = shown_name(name)
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
-            raise _DamagedError(f"the tensor {name} has {dimensions} dimensions")
-        shape = tuple(reversed(self._numbers("Q", dimensions)))
+            raise _DamagedError(f"the tensor {shown} has {dimensions} dimensions")
+        shape = tuple(reversed(self._numbers("Q", dimensions, _MOST_DIMENSIONS)))
         kind, offset = self._number("I"), self._number("Q")
         try:
             return name, shape, GGMLQuantizationType(kind), offset
         except ValueError:
             raise _DamagedError(
-                f"the tensor {name} has the unknown type {kind}"
+                f"the tensor {shown} has the unknown type {kind}"
             ) from None
 
     def _value(self, kind: int) -> Value:
@@ -166,15 +171,16 @@ class _Reader:
             raise _DamagedError(f"a value of the unknown type {kind}")
         of, count = self._number("I"), self._number("Q")
         if of in _SCALARS:
-            return self._numbers(_SCALARS[of], count)
+            return self._numbers(_SCALARS[of], count, _MOST_ENTRIES)
         if of == GGUFValueType.STRING:
-            return [self._text() for _ in range(self._within(count, 8))]
+            count = self._within(count, 8, _MOST_ENTRIES)
+            return [self._text() for _ in range(count)]
         raise _DamagedError(f"an array of values of the unknown type {of}")
 
     def _text(self) -> str:
         length = self._number("Q")
         start = self._at
-        self._at += self._within(length, 1)
+        self._at += self._within(length, 1, _MOST_BYTES)
         try:
             return self._data[start : self._at].decode("utf-8")
         except UnicodeDecodeError:
@@ -183,16 +189,20 @@ class _Reader:
     def _number(self, code: str):
         return self._numbers(code, 1)[0]
 
-    def _numbers(self, code: str, count: int) -> list:
+    def _numbers(self, code: str, count: int, most: int = 1) -> list:
         size = struct.calcsize(f"<{code}")
         start = self._at
-        self._at += size * self._within(count, size)
+        self._at += size * self._within(count, size, most)
         return list(struct.unpack_from(f"<{count}{code}", self._data, start))
 
-    def _within(self, count: int, size: int) -> int:
-        """Returns the count if so many things of a size are left in the file."""
+    def _within(self, count: int, size: int, most: int | None = None) -> int:
+        """Returns the count if so many things of a size may be and are in the file."""
         if count * size > len(self._data) - self._at:
             raise _DamagedError("it ends in the middle of its header")
+        if most is not None and count > most:
+            raise _DamagedError(
+                f"{count:,} entries of one value; at most {most:,} can be"
+            )
         return count
 
 

@@ -1,16 +1,19 @@
 """Hugging Face folders in: config.json and safetensors, whole or in shards."""
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from taid_jax.errors import parsing, show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.errors import ModelError
-from taid_jax.models.families import Family, is_ignored, read_config
-from taid_jax.models.fields import read_json
+from taid_jax.models.families import Family, buffer_kind, read_config
+from taid_jax.models.fields import read_json, shown_name
 from taid_jax.models.layout import Index
 
 CONFIG = "config.json"
@@ -18,9 +21,12 @@ GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_MOST_LINES = 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OTHERS = ("*.h5", "*.msgpack", "*.onnx")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What PyTorch's compiler and others put into names, at any place of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +41,14 @@ class FolderTensors:
         shapes: The shape of each tensor.
         files: The file of each tensor.
         stored_names: What the files call those that they call by another name.
+        notes: What was made of the names, a line each.
     """
 
     origin: str
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, pathlib.Path]
     stored_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a part of a tensor.
@@ -49,30 +57,43 @@ class FolderTensors:
             ModelError: If its file cannot be read any more.
         """
         path, stored = self.files[name], self.stored_names.get(name, name)
-        try:
-            with safe_open(path, framework="np") as file:
-                if not index:
-                    return file.get_tensor(stored)
-                return file.get_slice(stored)[index]
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+        with _sound(path), safe_open(path, framework="np") as file:
+            if not index:
+                return file.get_tensor(stored)
+            return file.get_slice(stored)[index]
 
 
-def read_folder_config(folder: pathlib.Path) -> DecoderConfig:
+def read_folder_config(
+    folder: pathlib.Path, unknown: list[str] | None = None
+) -> DecoderConfig:
     """Returns the architecture in a folder's config.json.
+
+    Args:
+        folder: Holds it.
+        unknown: As in `read_config`.
 
     Raises:
         ModelError: If the folder has none that the decoder can follow.
     """
     path = folder / CONFIG
-    if not path.is_file():
+    if not os.path.lexists(path):
         there = sorted(entry.name for entry in folder.iterdir())[:10]
         holds = f"holds {', '.join(there)}" if there else "is empty"
         raise ModelError(
             f"{folder} has no config.json, so it is no Hugging Face model folder; it "
             f"{holds}. Give the folder that `save_pretrained` wrote, or a .gguf file"
         )
-    return read_config(read_json(path), str(path))
+    return read_config(read_json(path), str(path), unknown=unknown)
+
+
+def has_weights(folder: pathlib.Path) -> bool:
+    """Returns whether all files of a folder's weights are there."""
+    if os.path.isfile(folder / WEIGHTS):
+        return True
+    return os.path.isfile(folder / INDEX) and all(
+        os.path.isfile(folder / name)
+        for name in set(_read_index(folder / INDEX).values())
+    )
 
 
 def open_folder(folder: pathlib.Path, family: Family | None = None) -> FolderTensors:
@@ -87,16 +108,17 @@ def open_folder(folder: pathlib.Path, family: Family | None = None) -> FolderTen
         ModelError: If there are no safetensors, a file is damaged, or the index does
             not fit the files.
     """
-    if (folder / WEIGHTS).is_file():
+    # Of pipes, which never end, and of names too long for the file system: no files.
+    if os.path.isfile(folder / WEIGHTS):
         listed = None
         paths = [folder / WEIGHTS]
-    elif (folder / INDEX).is_file():
+    elif os.path.isfile(folder / INDEX):
         listed = _read_index(folder / INDEX)
         paths = [folder / name for name in sorted(set(listed.values()))]
-        if missing := [path.name for path in paths if not path.is_file()]:
+        if missing := [path.name for path in paths if not os.path.isfile(path)]:
             raise ModelError(
                 f"{folder / INDEX} names files that are not there: "
-                f"{', '.join(missing)}; fetch the whole model again"
+                f"{_listed(missing)}; fetch the whole model again"
             )
     else:
         raise _no_weights(folder)
@@ -108,51 +130,94 @@ def open_folder(folder: pathlib.Path, family: Family | None = None) -> FolderTen
         for name, (shape, dtype) in _read_header(path).items():
             if listed is not None and listed.get(name, path.name) != path.name:
                 continue  # Another shard has the one that counts.
+            if name in files:
+                both = f"{files[name].name} and {path.name}"
+                problems.append(
+                    f"{shown_name(name)} is in {both}, and not in the index"
+                )
             shapes[name], files[name], dtypes[name] = shape, path, dtype
     for name, file in (listed or {}).items():
         if name not in files:
-            problems.append(f"{name} is not in {file}, where the index has it")
-    stored = {} if family is None else _full_names(shapes, family)
-    for name, other in stored.items():
-        shapes[name], files[name] = shapes.pop(other), files.pop(other)
-        dtypes[name] = dtypes.pop(other)
+            problems.append(
+                f"{shown_name(name)} is not in {file}, where the index has it"
+            )
+    full, notes = {name: name for name in shapes}, ()
+    if family is not None:
+        full, notes = _full_names(full, family)
     problems += [
-        f"{stored.get(name, name)} in {files[name].name} is {dtype}"
+        f"{shown_name(name)} in {files[name].name} is {dtype}"
         for name, dtype in dtypes.items()
-        if dtype not in _FLOATS and not (family and is_ignored(family, name))
+        if dtype not in _FLOATS and not (family and buffer_kind(family, full[name]))
     ]
     if problems:
+        count, shown = len(problems), problems[:_MOST_LINES]
+        shown += [f"... and {count - _MOST_LINES} more"] * (count > _MOST_LINES)
         raise ModelError(
             f"the weights in {folder} cannot be used (tensors have to be there, and "
-            f"{', '.join(_FLOATS)}):\n  " + "\n  ".join(problems)
+            f"{', '.join(_FLOATS)}):\n  " + "\n  ".join(shown)
         )
-    return FolderTensors(str(folder), shapes, files, stored)
+    return FolderTensors(
+        str(folder),
+        {full[name]: shape for name, shape in shapes.items()},
+        {full[name]: path for name, path in files.items()},
+        {full[name]: name for name in shapes if full[name] != name},
+        notes,
+    )
 
 
-def _full_names(shapes: Mapping[str, object], family: Family) -> dict[str, str]:
-    """Returns full name to name in the file, where the files leave the prefix out."""
-    start = family.hf_layer.partition(".")[0] + "."
-    if any(name.startswith(start) for name in shapes):
-        return {}
-    outside = {
-        weight.hf + end
-        for weight in family.weights
-        if not weight.module.startswith("layers.") and not weight.hf.startswith(start)
-        for end in (".weight", ".bias")
-    }
-    return {start + name: name for name in shapes if name not in outside}
+def _full_names(
+    names: Mapping[str, str], family: Family
+) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """Returns name in the file to the family's name, and what to say of it.
+
+    Training tools put their own words before or into all names; some published files
+    leave out the first word of the family's names.
+    """
+    layer = family.hf_layer.partition("{")[0]
+    start = layer.partition(".")[0] + "."
+    full, notes = dict(names), []
+    for wrapper in _WRAPPERS:
+        if any(wrapper in name for name in names):
+            full = {name: text.replace(wrapper, "") for name, text in full.items()}
+            notes.append(f"tensor names: {wrapper!r} was left out of them")
+    if prefix := _prefix(list(full.values()), (layer, layer.removeprefix(start))):
+        full = {name: text.removeprefix(prefix) for name, text in full.items()}
+        notes.append(f"tensor names: all begin with {prefix!r}, which was left out")
+    if not any(text.startswith(start) for text in full.values()):
+        outside = {
+            weight.hf + end
+            for weight in family.weights
+            if not weight.module.startswith("layers.")
+            and not weight.hf.startswith(start)
+            for end in (".weight", ".bias")
+        }
+        full = {
+            name: text if text in outside else start + text
+            for name, text in full.items()
+        }
+    if len(set(full.values())) < len(full):
+        return names, ()  # Two tensors of one name: they are listed as they are.
+    return full, tuple(notes)
+
+
+def _prefix(names: Sequence[str], layers: Sequence[str]) -> str:
+    """Returns what stands before the family's names, which the first layer shows."""
+    for layer in layers:
+        for name in names:
+            at = f".{name}".find(f".{layer}0.")
+            if at >= 0:
+                prefix = name[:at]
+                return prefix if all(one.startswith(prefix) for one in names) else ""
+    return ""
 
 
 def _read_header(path: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    try:
-        with safe_open(path, framework="np") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: (tuple(part.get_shape()), part.get_dtype())
-                for name, part in parts.items()
-            }
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+    with _sound(path), safe_open(path, framework="np") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: (tuple(part.get_shape()), part.get_dtype())
+            for name, part in parts.items()
+        }
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
@@ -163,8 +228,8 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         plain = isinstance(file, str) and pathlib.PurePath(file).name == file
         if not plain or "\\" in file or not file.endswith(".safetensors"):
             raise ModelError(
-                f"{path} has {name} in {file!r}; only .safetensors files in the same "
-                "folder are read"
+                f"{path} has {shown_name(name)} in {show(file)}; only .safetensors "
+                "files in the same folder are read"
             )
     return listed
 
@@ -172,7 +237,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 def _no_weights(folder: pathlib.Path) -> ModelError:
     def found(patterns: tuple[str, ...]) -> str:
         paths = [path for pattern in patterns for path in folder.glob(pattern)]
-        return ", ".join(sorted(path.name for path in paths))
+        return _listed(sorted(path.name for path in paths))
 
     if pickles := found(_PICKLES):
         return ModelError(
@@ -194,7 +259,13 @@ def _no_weights(folder: pathlib.Path) -> ModelError:
     )
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"{path} is damaged or no safetensors file ({error}); fetch it again"
+def _sound(path: pathlib.Path) -> AbstractContextManager[None]:
+    """Turns what reading a file raises into an error that names it."""
+    return parsing(
+        f"{path} is damaged or no safetensors file, fetch it again", ModelError
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(shown_name, names[:10]))
+    return shown + f" and {len(names) - 10} more" * (len(names) > 10)

@@ -5,7 +5,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,32 @@ from jax.typing import DTypeLike
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
+from taid_jax.models.entries import FileFormat
 from taid_jax.models.export import MAX_SHARD_BYTES, write_folder
 from taid_jax.models.families import family_named, read_config
 from taid_jax.models.fields import read_json
-from taid_jax.models.gguf import open_gguf
+from taid_jax.models.gguf import GgufFile, open_gguf
 from taid_jax.models.gguf_config import read_gguf_config
 from taid_jax.models.gguf_tokenizer import read_generation
-from taid_jax.models.hf import GENERATION_CONFIG, open_folder, read_folder_config
+from taid_jax.models.hf import (
+    GENERATION_CONFIG,
+    has_weights,
+    open_folder,
+    read_folder_config,
+)
+from taid_jax.models.memory import check_fits, params_need
 from taid_jax.models.source import Source, resolve
 from taid_jax.models.tokenizer import Tokenizer, find_tokenizer, gguf_tokenizer
 from taid_jax.models.vocabulary import count_tokens, with_tokenizer
-from taid_jax.models.weights import Shardings, load_params, shardings_for
+from taid_jax.models.weights import (
+    Shardings,
+    Tensors,
+    load_params,
+    own_head,
+    shardings_for,
+)
+
+_MOST_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,7 @@ class LoadedModel:
         source: What the user called it.
         generation: What its generation_config.json says, or its GGUF file; empty when
             that is nothing.
+        notes: What a user should know of how it was read, a line each.
     """
 
     config: DecoderConfig
@@ -46,18 +62,31 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     source: str
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def load_config(source: str | os.PathLike[str]) -> DecoderConfig:
+def load_config(
+    source: str | os.PathLike[str],
+    *,
+    weights: bool = True,
+    allow_unknown_keys: bool = False,
+) -> DecoderConfig:
     """Returns the architecture of a model, without its weights.
 
     Args:
         source: See `source.resolve`.
+        weights: Follow the files of the weights, where they are on this machine: a
+            head that differs from the embedding is one though the config ties them.
+        allow_unknown_keys: As in `load_model`.
 
     Raises:
         ModelError: If there is no such model, or the decoder cannot be it.
     """
-    return _read_config(resolve(source, weights=False))
+    found = resolve(source, weights=False)
+    unknown = [] if allow_unknown_keys else None
+    if weights and (found.kind == "gguf" or has_weights(_folder(found))):
+        return _open(found, unknown).config
+    return _read_config(found, unknown)
 
 
 def load_model(
@@ -65,8 +94,12 @@ def load_model(
     *,
     dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
+    allow_unknown_keys: bool = False,
 ) -> LoadedModel:
     """Returns a model with the weights that its source holds.
+
+    The files have the last word: where the config ties head and embedding and the files
+    have two that differ, the model is untied, as in transformers.
 
     Args:
         source: See `source.resolve`.
@@ -74,23 +107,31 @@ def load_model(
         shardings: Where the parameters go: one `jax.sharding.Sharding` for all, a tree
             like the parameters, or a function from the config to that tree. Each
             device's part is read straight from the files. The default device when None.
+        allow_unknown_keys: Pass over settings and tensors that the decoder does not
+            know; `notes` names them. They are refused otherwise.
 
     Raises:
         ModelError: If there is no such model, it is damaged, the decoder cannot be it,
-            or its tensors are not those of its config (all of them listed).
+            its tensors are not those of its config (all of them listed), or they do
+            not fit in memory.
     """
     found = resolve(source)
-    if found.kind == "gguf":
-        file = open_gguf(found.path)
-        config = read_gguf_config(file)
-        params = load_params(config, "gguf", file, dtype=dtype, shardings=shardings)
-        tokenizer = gguf_tokenizer(file.metadata, file.origin)
-        said = read_generation(file.metadata)
-        return _loaded(found, config, params, tokenizer, said)
-    config = _read_config(found)
-    tensors = open_folder(_folder(found), family_named(config.family))
-    params = load_params(config, "hf", tensors, dtype=dtype, shardings=shardings)
-    return _loaded(found, config, params, find_tokenizer(found))
+    unknown = [] if allow_unknown_keys else None
+    config, file_format, tensors, notes = _open(found, unknown)
+    params = load_params(
+        config,
+        file_format,
+        tensors,
+        dtype=dtype,
+        shardings=shardings,
+        unknown=unknown,
+    )
+    notes = [*notes, *_passed_over(unknown)]
+    if isinstance(tensors, GgufFile):
+        tokenizer = gguf_tokenizer(tensors.metadata, tensors.origin)
+        said = read_generation(tensors.metadata)
+        return _loaded(found, config, params, tokenizer, notes, said)
+    return _loaded(found, config, params, find_tokenizer(found), notes)
 
 
 def random_init(
@@ -99,6 +140,7 @@ def random_init(
     *,
     dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
+    allow_unknown_keys: bool = False,
 ) -> LoadedModel:
     """Returns a model with random weights, of the architecture that its source names.
 
@@ -109,17 +151,22 @@ def random_init(
         rng: A key of `jax.random`.
         dtype: Of the parameters.
         shardings: As in `load_model`; the parameters are created where they belong.
+        allow_unknown_keys: As in `load_model`.
 
     Raises:
-        ModelError: If there is no such config, or the decoder cannot be it.
+        ModelError: If there is no such config, the decoder cannot be it, or it does not
+            fit in memory.
     """
     found = resolve(source, weights=False)
-    config = _read_config(found)
+    unknown = [] if allow_unknown_keys else None
+    config = _read_config(found, unknown)
+    where = shardings_for(config, shardings)
+    check_fits(params_need(found.name, config, dtype, where))
     init = jax.jit(
-        functools.partial(init_params, config, dtype=dtype),
-        out_shardings=shardings_for(config, shardings),
+        functools.partial(init_params, config, dtype=dtype), out_shardings=where
     )
-    return _loaded(found, config, init(rng), find_tokenizer(found))
+    tokenizer, notes = find_tokenizer(found), _passed_over(unknown)
+    return _loaded(found, config, init(rng), tokenizer, notes)
 
 
 def export_model(
@@ -132,6 +179,7 @@ def export_model(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face folder; see `export.write_folder`."""
     write_folder(
@@ -143,6 +191,7 @@ def export_model(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         replace=replace,
+        allow_nonfinite=allow_nonfinite,
     )
 
 
@@ -150,12 +199,44 @@ def _folder(found: Source) -> pathlib.Path:
     return found.path.parent if found.kind == "config" else found.path
 
 
-def _read_config(found: Source) -> DecoderConfig:
+def _read_config(found: Source, unknown: list[str] | None) -> DecoderConfig:
     if found.kind == "gguf":
-        return read_gguf_config(open_gguf(found.path))
+        return read_gguf_config(open_gguf(found.path), unknown)
     if found.kind == "config":
-        return read_config(read_json(found.path), str(found.path))
-    return read_folder_config(found.path)
+        return read_config(read_json(found.path), str(found.path), unknown=unknown)
+    return read_folder_config(found.path, unknown)
+
+
+class _Opened(NamedTuple):
+    """A model whose settings were read, and its tensors, of which none was read."""
+
+    config: DecoderConfig
+    file_format: FileFormat
+    tensors: Tensors
+    notes: list[str]
+
+
+def _open(found: Source, unknown: list[str] | None) -> _Opened:
+    if found.kind == "gguf":
+        file = open_gguf(found.path)
+        return _Opened(read_gguf_config(file, unknown), "gguf", file, [])
+    config = _read_config(found, unknown)
+    tensors = open_folder(_folder(found), family_named(config.family))
+    followed, notes = own_head(config, "hf", tensors), list(tensors.notes)
+    if followed != config:
+        notes.append(
+            "tie_word_embeddings is true, and the files have a head that differs from "
+            "the embedding: the model is taken as untied, as transformers does"
+        )
+    return _Opened(followed, "hf", tensors, notes)
+
+
+def _passed_over(unknown: list[str] | None) -> list[str]:
+    """Returns the line that names what nobody knows, if there is anything."""
+    if not unknown:
+        return []
+    named = ", ".join(unknown[:_MOST_NAMED]) + ", ..." * (len(unknown) > _MOST_NAMED)
+    return [f"{len(unknown)} unknown settings or tensors left out: {named}"]
 
 
 def _loaded(
@@ -163,13 +244,14 @@ def _loaded(
     config: DecoderConfig,
     params: dict[str, Any],
     tokenizer: Tokenizer | None,
+    notes: list[str],
     generation: Mapping[str, object] | None = None,
 ) -> LoadedModel:
     path = _folder(found) / GENERATION_CONFIG
     if generation is None:
-        has_one = found.kind != "gguf" and path.is_file()
+        has_one = found.kind != "gguf" and os.path.lexists(path)
         generation = read_json(path) if has_one else {}
     # A tokenizer with more ids than embeddings is the business of whoever uses it.
     if tokenizer is not None and count_tokens(tokenizer) <= config.vocab_size:
         config = with_tokenizer(config, tokenizer)
-    return LoadedModel(config, params, tokenizer, found.name, generation)
+    return LoadedModel(config, params, tokenizer, found.name, generation, tuple(notes))

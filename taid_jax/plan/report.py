@@ -92,7 +92,7 @@ def pair_configs(
         if name in PRESETS:
             return PRESETS[name]
         if pathlib.Path(source).expanduser().exists():
-            return load_config(source)
+            return load_config(source, allow_unknown_keys=model.allow_unknown_keys)
         raise PlanError(
             f"{flag}: there is no file or folder {source!r}, and nothing is downloaded "
             f"for a plan. Presets are: {', '.join(PRESETS)}"

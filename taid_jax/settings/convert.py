@@ -31,6 +31,8 @@ FREE_ON_RESUME = frozenset(
         "run.max_skipped",
         "run.mesh",
         "model.teacher_layout",
+        "model.allow_unknown_keys",
+        "model.export_dtype",
         *(f"hosts.{field.name}" for field in dataclasses.fields(HostSettings)),
     }
 )

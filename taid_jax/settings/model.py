@@ -27,6 +27,9 @@ class ModelSettings(Checked):
             matrix products, or everything.
         teacher_layout: How the teacher's weights lie on the mesh: as the student's;
             whole on every device; cut over `data` too. The numbers are the same.
+        allow_unknown_keys: Load models though their files have settings or tensors that
+            nobody here knows: these are left out, and named.
+        export_dtype: Of the exported student's weights.
     """
 
     teacher: str = "smollm2-135m-instruct"
@@ -37,6 +40,8 @@ class ModelSettings(Checked):
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     teacher_layout: Literal["same", "replicated", "all_devices"] = "same"
+    allow_unknown_keys: bool = False
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
         super().__post_init__()

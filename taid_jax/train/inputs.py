@@ -17,6 +17,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.errors import ModelError
 from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
+from taid_jax.models.memory import check_fits, params_need
 from taid_jax.models.source import resolve
 from taid_jax.models.tokenizer import (
     Tokenizer,
@@ -47,6 +48,7 @@ class Pair:
         shardings: Where the student's weights live.
         generation: Settings of generation, as in generation_config.json: the student's
             own, and of the teacher's what these lack.
+        notes: What a user should know of how the models were read, a line each.
     """
 
     teacher: LoadedModel
@@ -54,6 +56,7 @@ class Pair:
     student_params: Params
     shardings: Any
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 _BYTES_OF_TOKEN = 96
@@ -91,28 +94,16 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
         ModelError: If a model cannot be used, or the tokenizers differ.
         SettingsError: If the sequences are longer than a model's context.
     """
-    teacher = load_config(settings.teacher)
     tokenizer = load_tokenizer(settings.teacher)
-    configs = {"teacher": teacher}
-    if settings.student is not None:
-        configs["student"] = load_config(settings.student)
-        if settings.resize_embeddings:
-            own = find_tokenizer(resolve(settings.student, weights=False))
-            if own is not None and not tokenizer.chat_template:
-                tokenizer.chat_template = own.chat_template
-        else:
-            own = load_tokenizer(settings.student)
-            same_tokenizer(tokenizer, own)
-            tokenizer = own_tokenizer(own, tokenizer)
-    elif settings.student_config is not None:
-        configs["student"] = load_config(settings.student_config)
-    else:
-        layers = settings.layers_of_teacher
-        if layers > teacher.num_layers:
-            raise SettingsError(
-                f"student_layers: the teacher has {teacher.num_layers} layers, "
-                f"got {layers}"
-            )
+    if settings.student is not None and settings.resize_embeddings:
+        own = find_tokenizer(resolve(settings.student, weights=False))
+        if own is not None and not tokenizer.chat_template:
+            tokenizer.chat_template = own.chat_template
+    elif settings.student is not None:
+        own = load_tokenizer(settings.student)
+        same_tokenizer(tokenizer, own)
+        tokenizer = own_tokenizer(own, tokenizer)
+    configs = read_configs(settings)
     for name, config in configs.items():
         if seq_len > config.max_length:
             raise SettingsError(
@@ -122,6 +113,33 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
         if not settings.resize_embeddings:
             with_tokenizer(config, tokenizer)
     return tokenizer
+
+
+def read_configs(settings: ModelSettings) -> dict[str, DecoderConfig]:
+    """Returns the architectures of "teacher" and "student".
+
+    Raises:
+        ModelError: If a model cannot be used.
+        SettingsError: If the teacher has not the layers that the student is to have.
+    """
+    allow = settings.allow_unknown_keys
+    teacher = load_config(settings.teacher, allow_unknown_keys=allow)
+    if settings.student is not None:
+        student = load_config(settings.student, allow_unknown_keys=allow)
+    elif settings.student_config is not None:
+        student = load_config(
+            settings.student_config, weights=False, allow_unknown_keys=allow
+        )
+    else:
+        layers = settings.layers_of_teacher
+        if layers > teacher.num_layers:
+            raise SettingsError(
+                f"student_layers: the teacher has {teacher.num_layers} layers, "
+                f"got {layers}"
+            )
+        # Only the choice of layers says what the student's are.
+        _, student = select_layers({"layers": {}}, teacher, layers)
+    return {"teacher": teacher, "student": student}
 
 
 def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
@@ -226,8 +244,18 @@ def refuse_other_models(saved: dict[str, str], given: dict[str, str]) -> None:
         )
 
 
-def load_pair(settings: Settings, mesh: Mesh) -> Pair:
-    """Returns teacher and student on their devices."""
+def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
+    """Returns teacher and student on their devices.
+
+    Args:
+        settings: Of the run.
+        mesh: The devices.
+        copies: Arrays like each of the student's weights that there will be: the two
+            moments of the optimizer with them, or two while they are loaded.
+
+    Raises:
+        ModelError: If a model cannot be used, or both do not fit in memory.
+    """
     model = settings.model
 
     def shardings(config: DecoderConfig) -> Any:
@@ -237,11 +265,29 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
         rules = TEACHER_RULES[model.teacher_layout]
         return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
 
-    teacher = load_model(model.teacher, dtype=model.dtype, shardings=teacher_shardings)
+    configs, allow = read_configs(model), model.allow_unknown_keys
+    known, learner = configs["teacher"], configs["student"]
+    check_fits(
+        params_need("the teacher", known, model.dtype, teacher_shardings(known)),
+        params_need(
+            "the student", learner, "float32", shardings(learner), copies=copies
+        ),
+    )
+    teacher = load_model(
+        model.teacher,
+        dtype=model.dtype,
+        shardings=teacher_shardings,
+        allow_unknown_keys=allow,
+    )
+    notes = [f"teacher: {note}" for note in teacher.notes]
     generation = teacher.generation
     if model.student is not None:
-        student = load_model(model.student, dtype="float32", shardings=shardings)
-        params, config = student.params, student.config
+        student = load_model(
+            model.student,
+            dtype="float32",
+            shardings=shardings,
+            allow_unknown_keys=allow,
+        )
         own_settings = student.generation
         if model.resize_embeddings and teacher.tokenizer is not None:
             own_settings = translate_ids(
@@ -250,9 +296,16 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
         generation = {**generation, **own_settings}
     elif model.student_config is not None:
         student = random_init(
-            model.student_config, jax.random.key(settings.run.seed), shardings=shardings
+            model.student_config,
+            jax.random.key(settings.run.seed),
+            shardings=shardings,
+            allow_unknown_keys=allow,
         )
+    else:
+        student = None
+    if student is not None:
         params, config = student.params, student.config
+        notes += [f"student: {note}" for note in student.notes]
     else:
         params, config = select_layers(
             teacher.params, teacher.config, model.layers_of_teacher
@@ -284,4 +337,4 @@ def load_pair(settings: Settings, mesh: Mesh) -> Pair:
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), resized(params))
 
     own_params = jax.jit(own, out_shardings=where)(params)
-    return Pair(teacher, config, own_params, where, generation)
+    return Pair(teacher, config, own_params, where, generation, tuple(notes))

@@ -177,6 +177,7 @@ def _distil(
             params,
             tokenizer,
             generation=export_generation(pair.generation, tokenizer, dataset),
+            dtype=settings.model.export_dtype,
             replace=settings.run.resume,
         )
         evaluations = read_lines(folder / EVALUATIONS)
@@ -188,6 +189,7 @@ def _distil(
             "utilisation": summarize(loop.meter, metrics),
             "peak_memory_bytes": peak_memory(),
             "held_out_tokens": evaluations[0]["tokens"],
+            "notes": list(pair.notes),
             "settings": to_dict(settings),
         }
         write_json(folder / REPORT, report)
@@ -300,6 +302,7 @@ def describe(
         f"{size(pair.teacher.params)}",
         f"student: {pair.student_config.num_layers} layers, "
         f"{size(pair.student_params)}",
+        *pair.notes,
         *(
             f"{name}: {side.documents} documents, {side.tokens:,} tokens in "
             f"{side.rows} rows"

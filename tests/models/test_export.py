@@ -291,3 +291,32 @@ def test_write_folder_names_parameters_that_do_not_fit(tmp_path, params):
     with pytest.raises(ModelError, match=r"final_norm\.scale is missing"):
         write_folder(tmp_path / "m", CONFIG, wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(np.nan, None), (np.inf, "bfloat16"), (7e4, "float16"), (3.4e38, "bfloat16")],
+)
+def test_write_folder_writes_no_number_that_is_none(tmp_path, params, value, dtype):
+    head = params["lm_head"]["kernel"].at[3, 4].set(value)
+    broken = {**params, "lm_head": {"kernel": head}}
+    with pytest.raises(
+        ModelError, match=r"lm_head\.weight has numbers that are not fi"
+    ):
+        write_folder(tmp_path / "m", CONFIG, broken, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+    write_folder(tmp_path / "m", CONFIG, broken, dtype=dtype, allow_nonfinite=True)
+    assert not np.isfinite(load_model(tmp_path / "m").params["lm_head"]["kernel"]).all()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 300])
+def test_write_folder_refuses_names_that_no_file_can_have(tmp_path, params, name):
+    with pytest.raises(ModelError, match="cannot be written") as caught:
+        write_folder(tmp_path / name, CONFIG, params)
+    str(caught.value).encode()  # A console can print it.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_folder_takes_names_as_long_as_they_can_be(tmp_path, params):
+    write_folder(tmp_path / ("x" * 255), CONFIG, params)
+    same(load_model(tmp_path / ("x" * 255)).params, params)

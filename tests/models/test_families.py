@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -13,8 +14,8 @@ from taid_jax.models.entries import axis_sizes, entries
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families import (
     FAMILIES,
+    buffer_kind,
     family_named,
-    is_ignored,
     read_config,
     write_config,
 )
@@ -178,6 +179,141 @@ def test_read_config_accepts_keys_that_change_nothing(tiny_settings):
     assert read_config(values, "config.json").d_model == 16
 
 
+INERT = {
+    "use_mrope": False,
+    "max_sequence_length": 256,
+    "tokenizer_padding_side": "left",
+    "neftune_noise_alpha": 5.0,
+    "pretraining_tp": 1,
+    "loss_type": "ForCausalLM",
+    "num_experts": 0,
+    "router_aux_loss_coef": 0.0,
+    "mtp_layers": [],
+    "quantization_config": {},
+    "vision_config": None,
+    "rope_interleave_kind": "",
+    "residual_multiplier": 1.0,
+    "auto_map": {"AutoConfig": "configuration_x.Config"},
+    "_attn_implementation_autoset": True,
+    "unsloth_fixed": True,
+    "is_causal": True,
+}
+
+
+def test_read_config_takes_keys_at_values_that_switch_nothing_on(tiny_settings):
+    plain = read_config(llama(tiny_settings), "config.json")
+    assert read_config(llama(tiny_settings, **INERT), "config.json") == plain
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    scaled = [
+        read_config(llama(tiny_settings, rope_scaling={**yarn, **more}), "config.json")
+        for more in ({}, {"finetuned": True, "extra": False, "another": None})
+    ]
+    assert scaled[0] == scaled[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_mrope", True),
+        ("num_experts", 8),
+        ("strange", "x"),
+        ("strange", [0]),
+        ("strange", {"a": False}),
+        ("strange", 1e-9),
+    ],
+)
+def test_read_config_refuses_other_keys_and_names_the_flag(tiny_settings, key, value):
+    values = llama(tiny_settings, **{key: value})
+    text = problem(values)
+    assert f"{key}: is not a setting that the decoder knows" in text
+    assert "--allow-unknown-keys loads the model in spite of that" in text
+    unknown = []
+    plain = read_config(llama(tiny_settings), "config.json")
+    assert read_config(values, "config.json", unknown=unknown) == plain
+    assert unknown == [key]
+
+
+def test_read_config_names_unknown_keys_of_sections(tiny_settings):
+    scaling = {"type": "linear", "factor": 2.0, "mrope_section": [1, 1]}
+    values = llama(tiny_settings, rope_scaling=scaling, **{"a\x1b[2J" * 200: 1})
+    text = problem(values)
+    assert "rope_scaling.mrope_section: is not a setting of 'linear'" in text
+    assert len(text) < 600
+    assert "\x1b" not in text
+    unknown = []
+    read_config(values, "config.json", unknown=unknown)
+    assert unknown[0] == "rope_scaling.mrope_section"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("is_causal", False), ("residual_multiplier", 0.0), ("is_encoder_decoder", True)],
+)
+def test_read_config_refuses_what_it_knows_to_matter(tiny_settings, key, value):
+    # With the flag too: it is for what nobody knows.
+    with pytest.raises(ModelError, match=key):
+        read_config(llama(tiny_settings, **{key: value}), "config.json", unknown=[])
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"architectures": {"a": "LlamaForCausalLM"}},
+        {"architectures": {}},
+        {"architectures": [["LlamaForCausalLM"]]},
+        {"architectures": [None]},
+        {"architectures": 3},
+        {"architectures": ["Qwen2ForCausalLM"]},
+        {"architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM"]},
+        {"architectures": ["x" * 10_000]},
+        {"model_type": ["llama"]},
+        {"model_type": "qwen2"},
+        {"model_type": None, "auto_map": {"AutoConfig": "x.Config"}},
+    ],
+)
+def test_read_config_refuses_names_that_do_not_fit(tiny_settings, named):
+    text = problem({**llama(tiny_settings), **named})
+    assert "need a list with one supported name" in text
+    assert len(text) < 1500
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e-300},
+        {"rope_theta": 1e-30},
+        {"rms_norm_eps": 1e-300},
+        {"initializer_range": 1e-46},
+        {"rope_scaling": {"type": "yarn", "factor": 0.0}},
+        {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": math.exp(10),
+                "mscale": 1.0,
+                "mscale_all_dim": -1.0,
+            }
+        },
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": 5e-324}},
+        {
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1e-300, 1.0],
+                "long_factor": [1.0, 1.0],
+            }
+        },
+        {"hidden_size": 10**400},
+        {"head_dim": 0, "num_attention_heads": 0, "num_key_value_heads": 0},
+        {"rms_norm_eps": "x" * 10_000},
+    ],
+)
+def test_read_config_refuses_numbers_that_cannot_be_computed_with(
+    tiny_settings, changes
+):
+    text = problem(llama(tiny_settings, **changes))
+    assert "config.json" in text
+    assert len(text) < 600
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -270,9 +406,13 @@ def test_family_named_lists_those_there_are():
         family_named("mamba")
 
 
-def test_is_ignored_knows_rotary_buffers_only():
+def test_buffer_kind_knows_rotary_buffers_only():
     family = family_named("llama")
-    assert is_ignored(family, "model.layers.11.self_attn.rotary_emb.inv_freq")
-    assert is_ignored(family, "model.rotary_emb.inv_freq")
-    assert not is_ignored(family, "model.layers.0.self_attn.q_proj.weight")
-    assert not is_ignored(family, "x.model.rotary_emb.inv_freq")
+    for name in (
+        "model.layers.11.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    ):
+        assert buffer_kind(family, name) == "rope_frequencies"
+    assert buffer_kind(family, "model.layers.0.self_attn.q_proj.weight") is None
+    assert buffer_kind(family, "x.model.rotary_emb.inv_freq") is None

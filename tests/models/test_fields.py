@@ -1,6 +1,7 @@
 """Settings of untrusted files: types, bounds, and nothing overlooked."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -79,14 +80,30 @@ def test_only_tells_true_from_one():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[1]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a": 1}}'],
-    ids=["empty", "cut", "list", "number", "binary", "deep", "trailing"],
+    [
+        *(b"", b"{", b"[1]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a": 1}}'),
+        *(b'{"a": NaN}', b'{"a": [-Infinity]}', b'{"a": 1, "a": 1}'),
+        b'{"b": {"' + b"x" * 9999 + b'": 1, "' + b"x" * 9999 + b'": 2}}',
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b'{"a":' * 100_000,
+    ],
+    ids=[
+        *("empty", "cut", "list", "number", "binary", "deep", "trailing"),
+        *("nan", "infinity", "twice", "twice-inside", "digits", "deep-objects"),
+    ],
 )
 def test_read_json_refuses_what_is_no_object(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json") as caught:
         read_json(path)
+    assert len(str(caught.value)) < 600
+
+
+def test_read_json_refuses_what_never_ends(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ModelError, match="is no file"):
+        read_json(tmp_path / "config.json")
 
 
 @settings(max_examples=50, deadline=None)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from taid_jax.models.export import stored_tensors, write_folder
 from taid_jax.models.families import family_named, read_config
 from taid_jax.models.hf import WEIGHTS, open_folder
 from taid_jax.models.load import load_model
+from taid_jax.models.rope import rope_frequencies
 from taid_jax.models.weights import load_params
 from taid_jax.sharding import make_mesh, tree_shardings
 
@@ -170,21 +172,44 @@ def test_load_model_takes_the_names_of_the_model_without_a_head(write, name):
 
 
 def test_load_model_tolerates_masks_of_early_releases(write):
-    folder, _, params = write("gpt_neox")
-    mask = np.ones((1, 1, 8, 8), bool)
+    folder, config, params = write("gpt_neox")
+    mask = np.tri(8, dtype=bool)[None, None]
     attention = "gpt_neox.layers.0.attention."
+    frequencies = rope_frequencies(config.rope, config.head_dim)
     change(
         folder,
         {
             attention + "bias": mask,
             attention + "masked_bias": np.array(-1e9, np.float32),
-            attention + "rotary_emb.inv_freq": np.ones(2, np.float32),
+            attention + "rotary_emb.inv_freq": frequencies.astype(ml_dtypes.bfloat16),
         },
     )
     same(load_model(folder).params, params)
     folder, _, params = write("gpt2")
     change(folder, {"transformer.h.1.attn.bias": mask.astype(np.uint8)})
     same(load_model(folder).params, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attn.bias", np.ones((1, 1, 8, 8), bool)),
+        ("attn.bias", np.tri(8, k=1, dtype=np.uint8)[None, None]),
+        ("attn.bias", 2 * np.tri(8, dtype=np.float32)[None, None]),
+        ("attn.bias", np.tri(8, 9, dtype=bool)[None, None]),
+        ("attn.bias", np.ones(48, np.float32)),
+        ("attn.masked_bias", np.array(-5.0, np.float32)),
+        ("attn.masked_bias", np.array(np.nan, np.float32)),
+        ("attn.masked_bias", np.full(3, -1e9, np.float32)),
+    ],
+)
+def test_load_model_refuses_masks_that_are_others(write, name, value):
+    folder, _, params = write("gpt2")
+    change(folder, {f"transformer.h.1.{name}": value})
+    assert f"not what the config gives: transformer.h.1.{name}" in refusal(folder)
+    loaded = load_model(folder, allow_unknown_keys=True)
+    assert name in "".join(loaded.notes)
+    same(loaded.params, params)
 
 
 def test_load_model_still_refuses_integers_among_the_weights(write):

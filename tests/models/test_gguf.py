@@ -16,6 +16,7 @@ from taid_jax.models.families import write_config
 from taid_jax.models.gguf import open_gguf
 from taid_jax.models.gguf_config import read_gguf_config
 from taid_jax.models.load import load_config, load_model
+from taid_jax.models.rope import rope_frequencies
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 K_KINDS = [
@@ -300,3 +301,100 @@ def test_read_gguf_config_gives_the_same_as_load_config(tmp_path, write_gguf):
     write_gguf(tmp_path / "m.gguf")
     file = open_gguf(tmp_path / "m.gguf")
     assert read_gguf_config(file) == load_config(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        # Where nothing is scaled by YaRN they are what the converter wrote as it found.
+        ({"yarn_ext_factor": 0.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 7.0}, ""),
+        ({"yarn_log_multiplier": 0.0, "finetuned": True}, ""),
+        ({"yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+        ({"yarn_attn_factor": 0.5}, "yarn_attn_factor"),
+        ({"type": "yarn", "factor": 2.0, "yarn_ext_factor": 0.0}, "yarn_ext_factor"),
+        ({"type": "none", "factor": 2.0}, "contradicts"),
+    ],
+)
+def test_read_gguf_config_knows_the_keys_of_yarn(tmp_path, write_gguf, keys, words):
+    kinds = {str: TYPE.STRING, float: TYPE.FLOAT32, bool: TYPE.BOOL}
+    typed = {
+        f"llama.rope.scaling.{key}": (value, kinds[type(value)])
+        for key, value in keys.items()
+    }
+    write_gguf(tmp_path / "m.gguf", keys=typed)
+    if words:
+        with pytest.raises(ModelError, match=words):
+            load_config(tmp_path / "m.gguf")
+    else:
+        assert load_config(tmp_path / "m.gguf").rope == RopeConfig(theta=1e5)
+
+
+def test_read_gguf_config_reads_the_bounds_of_yarn(tmp_path, write_gguf):
+    keys = {
+        "llama.rope.scaling.type": ("yarn", TYPE.STRING),
+        "llama.rope.scaling.factor": (4.0, TYPE.FLOAT32),
+        "llama.rope.scaling.original_context_length": (32, TYPE.UINT32),
+        "llama.rope.scaling.yarn_ext_factor": (1.0, TYPE.FLOAT32),
+        "llama.rope.scaling.yarn_beta_fast": (16.0, TYPE.FLOAT32),
+        "llama.rope.scaling.yarn_beta_slow": (2.0, TYPE.FLOAT32),
+    }
+    write_gguf(tmp_path / "m.gguf", keys=keys)
+    rope = load_config(tmp_path / "m.gguf").rope
+    assert (rope.kind, rope.beta_fast, rope.beta_slow) == ("yarn", 16.0, 2.0)
+
+
+def test_load_model_names_unknown_keys_of_a_gguf_file(tmp_path, write_gguf):
+    keys = {"llama.strange": (3, TYPE.UINT32), "llama.inert": (0, TYPE.UINT32)}
+    extra = {"blk.0.strange.weight": np.ones(3, np.float32)}
+    write_gguf(tmp_path / "m.gguf", keys=keys, extra=extra)
+    with pytest.raises(ModelError, match=r"llama\.strange: is not .*--allow-unknown"):
+        load_config(tmp_path / "m.gguf")
+    [note] = load_model(tmp_path / "m.gguf", allow_unknown_keys=True).notes
+    assert note.endswith("left out: llama.strange, blk.0.strange.weight")
+
+
+def test_load_model_refuses_two_scalings_of_a_gguf_file(tmp_path, write_gguf):
+    keys = {
+        "llama.rope.scaling.type": ("linear", TYPE.STRING),
+        "llama.rope.scaling.factor": (2.0, TYPE.FLOAT32),
+    }
+    plain = RopeConfig(theta=1e5)
+    llama3 = RopeConfig(theta=1e5, kind="llama3", factor=8.0)
+    ones = np.ones(8, np.float32)
+    factors = rope_frequencies(plain, 16) / rope_frequencies(llama3, 16)
+    for name, values, words in (
+        ("rope_freqs", factors, "the decoder does one"),
+        ("rope_factors_long", ones, "rope_factors_long.weight"),
+    ):
+        write_gguf(tmp_path / name, keys=keys, extra={f"{name}.weight": values})
+        (tmp_path / name).rename(tmp_path / f"{name}.gguf")
+        with pytest.raises(ModelError, match=words):
+            load_model(tmp_path / f"{name}.gguf")
+    # Factors of one scale nothing, and what the metadata say is done.
+    write_gguf(tmp_path / "m.gguf", keys=keys, extra={"rope_freqs.weight": ones})
+    assert load_config(tmp_path / "m.gguf").rope.kind == "linear"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", 0),
+        ("attention.key_length", 0),
+        ("embedding_length", 0),
+        ("rope.dimension_count", 0),
+        ("context_length", 0),
+        ("block_count", 2**31),
+    ],
+)
+def test_load_config_refuses_sizes_of_nothing(tmp_path, write_gguf, key, value):
+    write_gguf(tmp_path / "m.gguf")
+    name = f"llama.{key}".encode()
+    old = (tmp_path / "m.gguf").read_bytes()
+    if name not in old:
+        write_gguf(tmp_path / "m.gguf", keys={name.decode(): (value, TYPE.UINT32)})
+    else:
+        at = old.index(name) + len(name) + 4
+        number = value.to_bytes(4, "little")
+        (tmp_path / "m.gguf").write_bytes(old[:at] + number + old[at + 4 :])
+    with pytest.raises(ModelError):
+        load_config(tmp_path / "m.gguf")

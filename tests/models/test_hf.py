@@ -1,6 +1,7 @@
 """Hugging Face folders in: the numbers that transformers wrote, and broken folders."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from taid_jax.models.config import DecoderConfig
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.errors import ModelError
 from taid_jax.models.export import write_folder
 from taid_jax.models.hf import INDEX, WEIGHTS, open_folder
-from taid_jax.models.load import load_model
+from taid_jax.models.load import load_config, load_model
+from taid_jax.models.rope import rope_frequencies
 
 SMALL = DecoderConfig(
     vocab_size=12,
@@ -179,19 +182,196 @@ def test_load_model_needs_the_head_of_an_untied_model(folder):
     assert "missing: lm_head.weight, shape (12, 8)" in refusal(folder)
 
 
-def test_load_model_tolerates_tensors_that_say_nothing_new(folder):
-    before = load_model(folder)
+def tie(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["tie_word_embeddings"] = True
-    (folder / "config.json").write_text(json.dumps(config))
-    name = "model__layers__0__self_attn__rotary_emb__inv_freq"
-    change(folder, **{name: np.zeros(2, np.float32)})
-    after = load_model(folder)
-    assert after.config.tie_embeddings
-    assert "lm_head" not in after.params
-    np.testing.assert_array_equal(
-        after.params["embed"]["embedding"], before.params["embed"]["embedding"]
+    (folder / "config.json").write_text(
+        json.dumps({**config, "tie_word_embeddings": True})
     )
+
+
+def test_load_model_tolerates_tensors_that_say_nothing_new(folder):
+    tie(folder)
+    embedding = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    frequencies = rope_frequencies(RopeConfig(), 4)
+    change(
+        folder,
+        lm_head__weight=embedding,
+        model__layers__0__self_attn__rotary_emb__inv_freq=frequencies,
+        model__rotary_emb__original_inv_freq=frequencies.astype(np.float16),
+    )
+    loaded = load_model(folder)
+    assert loaded.config.tie_embeddings
+    assert "lm_head" not in loaded.params
+    assert loaded.notes == ()
+    np.testing.assert_array_equal(loaded.params["embed"]["embedding"], embedding)
+
+
+@pytest.mark.parametrize("block", [1 << 24, 8], ids=["whole", "row by row"])
+@pytest.mark.parametrize("end", ["head", "last number", "other dtype", "none"])
+def test_load_model_follows_a_head_that_differs(folder, monkeypatch, block, end):
+    monkeypatch.setattr("taid_jax.models.weights._BLOCK", block)
+    tie(folder)
+    values = load_file(folder / WEIGHTS)
+    head = values["lm_head.weight"]
+    if end != "head":
+        head = values["model.embed_tokens.weight"].copy()
+    if end == "last number":
+        head[-1, -1] += 1
+    if end == "other dtype":
+        head = head.astype(ml_dtypes.bfloat16)
+    change(folder, lm_head__weight=head)
+    loaded = load_model(folder)
+    untied = end != "none"
+    assert loaded.config.tie_embeddings is not untied
+    assert load_config(folder) == loaded.config
+    if untied:
+        np.testing.assert_array_equal(loaded.params["lm_head"]["kernel"], head.T)
+        [note] = loaded.notes
+        assert "tie_word_embeddings is true" in note
+    # What has no weights is what its config says.
+    assert load_config(folder, weights=False).tie_embeddings
+
+
+def test_load_model_untied_by_its_files_is_what_transformers_loads(folder, tmp_path):
+    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
+    transformers = pytest.importorskip("transformers")
+    tie(folder)
+    loaded = load_model(folder)
+    write_folder(tmp_path / "again", loaded.config, loaded.params)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    ids = np.random.default_rng(0).integers(0, 12, (2, 9))
+    functions = decoder_functions(loaded.config)
+    hidden = functions.hidden(loaded.params, {"input_ids": ids.astype(np.int32)})
+    ours = np.asarray(functions.head(loaded.params).logits(hidden))
+    for path in (folder, tmp_path / "again"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+        with torch.no_grad():
+            theirs = model(torch.tensor(ids)).logits.numpy()
+        # Both sides round in their own order; a head that is lost shows by far more.
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.layers.7.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.0.mlp.gate.weight",
+        "lm_head.bias",
+    ],
+)
+def test_load_model_drops_no_tensor_without_a_word(folder, tensor):
+    change(folder, **{tensor.replace(".", "__"): np.full(2, 0.5, np.float32)})
+    text = refusal(folder)
+    assert tensor in text
+    assert "--allow-unknown-keys" in text
+    loaded = load_model(folder, allow_unknown_keys=True)
+    assert loaded.notes == (f"1 unknown settings or tensors left out: {tensor}",)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "base_model.model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.",
+        "student.",
+    ],
+)
+def test_load_model_leaves_out_what_all_names_begin_with(folder, prefix):
+    before = load_model(folder)
+    values = load_file(folder / WEIGHTS)
+    save_file({prefix + name: each for name, each in values.items()}, folder / WEIGHTS)
+    after = load_model(folder)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    assert before.notes == ()
+    assert all(word in "".join(after.notes) for word in prefix.split(".")[:-1])
+    if prefix.endswith("model."):
+        return  # Then it would be the family's own first word.
+    save_file(
+        {prefix + name.removeprefix("model."): each for name, each in values.items()},
+        folder / WEIGHTS,
+    )
+    short = load_model(folder)
+    jax.tree.map(np.testing.assert_array_equal, short.params, before.params)
+
+
+def test_load_model_leaves_out_wrappers_within_names(sharded):
+    before = load_model(sharded)
+    index = json.loads((sharded / INDEX).read_text())
+
+    def wrapped(name):
+        for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
+            name = name.replace("self_attn.", f"self_attn.{wrapper}.")
+        return name
+
+    for path in sharded.glob("*.safetensors"):
+        values = load_file(path)
+        save_file({wrapped(name): each for name, each in values.items()}, path)
+    index["weight_map"] = {wrapped(k): v for k, v in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps(index))
+    after = load_model(sharded)
+    assert len(after.notes) == 2
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
+def test_load_model_keeps_a_prefix_that_not_all_names_have(folder):
+    values = load_file(folder / WEIGHTS)
+    norm = values.pop("model.norm.weight")
+    values = {"student." + name: tensor for name, tensor in values.items()}
+    save_file({**values, "teacher.model.norm.weight": norm}, folder / WEIGHTS)
+    assert "teacher.model.norm.weight" in refusal(folder)
+
+
+def test_load_model_refuses_two_tensors_that_become_one(folder):
+    change(folder, model__norm___orig_mod__weight=np.ones(8, np.float32))
+    assert "model.norm._orig_mod.weight" in refusal(folder)
+
+
+def test_load_model_refuses_a_tensor_that_two_files_have(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    first, second, *_ = sorted(set(index["weight_map"].values()))
+    for name in (first, second):
+        values = {**load_file(sharded / name), "model.norm.weight": np.ones(8, "f")}
+        save_file(values, sharded / name)
+    del index["weight_map"]["model.norm.weight"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert "is in model-0000" in refusal(sharded)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "loop", "device"])
+def test_load_model_never_waits_for_what_is_no_file(folder, name, kind):
+    path = folder / name
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else name)
+    assert f"{path} is no file" in refusal(folder)
+
+
+def test_load_model_says_that_a_folder_is_no_file(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    assert f"{folder / WEIGHTS} is no file" in refusal(folder)
+
+
+def test_load_model_survives_long_names_in_an_index(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "x" * 5000 + ".safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    text = refusal(sharded)
+    assert "names files that are not there" in text
+    assert len(text) < 600
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.bool_])

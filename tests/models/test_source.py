@@ -1,5 +1,6 @@
 """What a model's name stands for, and clear words when it stands for nothing."""
 
+import os
 import pathlib
 
 import huggingface_hub
@@ -123,3 +124,32 @@ def test_resolve_turns_any_failure_of_the_hub_into_one_message(monkeypatch, erro
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match="could not be fetched from the Hugging Face"):
         resolve("owner/name")
+
+
+def test_resolve_never_waits_for_pipes(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    for name in ("pytorch_model.json", "tokenizer.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        os.mkfifo(folder / name)
+        with pytest.raises(ModelError, match=f"{name} is no file"):
+            resolve(folder)
+    with pytest.raises(ModelError, match=r"m\.gguf is no file"):
+        resolve(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["loop.gguf", "gone.gguf", "zero.gguf"])
+def test_resolve_refuses_links_that_lead_to_no_file(tmp_path, name):
+    targets = {"loop": "loop.gguf", "gone": "nothing", "zero": "/dev/zero"}
+    (tmp_path / name).symlink_to(targets[name.partition(".")[0]])
+    with pytest.raises(ModelError):
+        resolve(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\ud800b", "owner/" + "x" * 5000, "x" * 300 + "/config.json"]
+)
+def test_resolve_names_what_it_cannot_find_in_few_words(name):
+    with pytest.raises(ModelError) as caught:
+        resolve(name)
+    assert len(str(caught.value).encode()) < 1500

@@ -12,7 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from taid_jax.loss import ForwardKL
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import decoder_functions, head
+from taid_jax.models.decoder import (
+    abstract_params,
+    decoder_functions,
+    head,
+    param_axes,
+)
 from taid_jax.models.errors import ModelError
 from taid_jax.models.generate import generate
 from taid_jax.models.load import export_model, load_model
@@ -21,6 +26,7 @@ from taid_jax.models.vocabulary import (
     resize_vocabulary,
     with_tokenizer,
 )
+from taid_jax.sharding import make_mesh, tree_shardings
 from taid_jax.train.step import batch_loss
 
 CONFIG = DecoderConfig(
@@ -94,15 +100,49 @@ def test_with_tokenizer_refuses_ids_without_an_embedding():
         with_tokenizer(CONFIG, make_tokenizer(41))
 
 
-def test_load_model_marks_the_padding_and_exports_it_again(tmp_path, random_params):
-    params = random_params(CONFIG)
-    export_model(tmp_path / "a", CONFIG, params, make_tokenizer())
-    loaded = load_model(tmp_path / "a")
-    assert loaded.config == dataclasses.replace(CONFIG, num_tokens=TOKENS)
-    export_model(tmp_path / "b", loaded.config, loaded.params, loaded.tokenizer)
-    again = load_model(tmp_path / "b")
-    assert again.config == loaded.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_model_leaves_the_padding_out(tmp_path, random_params, tied):
+    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    params = jax.tree.map(lambda leaf: 0.6 * leaf, random_params(config))
+    export_model(tmp_path / "padded", config, params)  # No tokenizer: all are real.
+    make_tokenizer().save_pretrained(tmp_path / "padded")
+    loaded = load_model(tmp_path / "padded")
+    assert loaded.config == dataclasses.replace(config, num_tokens=TOKENS)
+    export_model(tmp_path / "m", loaded.config, loaded.params, loaded.tokenizer)
+    ids = np.random.default_rng(0).integers(0, TOKENS, (2, 9))
+    functions = decoder_functions(loaded.config)
+    hidden = functions.hidden(loaded.params, {"input_ids": ids.astype(np.int32)})
+    ours = np.asarray(functions.head(loaded.params).logits(hidden))[..., :TOKENS]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits
+    mass = theirs.softmax(-1)[..., TOKENS:].sum(-1)
+    assert mass.max() < 1e-6
+    # Both sides round in their own order.
+    np.testing.assert_allclose(ours, theirs.numpy()[..., :TOKENS], atol=1e-4)
+    again = load_model(tmp_path / "m")
+    assert again.config == dataclasses.replace(config, vocab_size=TOKENS)
+    cut = resize_vocabulary(params, TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, again.params, cut)
+
+
+@pytest.mark.multidevice
+def test_export_model_leaves_out_the_padding_of_parameters_on_a_mesh(
+    tmp_path, random_params
+):
+    config = dataclasses.replace(CONFIG, num_tokens=TOKENS)
+    params = random_params(config)
+    export_model(tmp_path / "one", config, params)
+    mesh = make_mesh("data=1,fsdp=4,tensor=2")
+    where = tree_shardings(param_axes(config), abstract_params(config), mesh)
+    export_model(tmp_path / "many", config, jax.device_put(params, where))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_model(tmp_path / "many").params,
+        load_model(tmp_path / "one").params,
+    )
 
 
 @pytest.mark.parametrize("logits_loss", [False, True], ids=["fused", "logits"])

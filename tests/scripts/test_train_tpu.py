@@ -449,13 +449,32 @@ def test_train_tpu_config_file_and_flags_over_it(train_tpu, tmp_path):
 
 
 def test_train_tpu_random_student_from_a_config(
-    train_tpu, arguments, teacher, tmp_path
+    train_tpu, arguments, teacher, tmp_path, capsys
 ):
+    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
+    transformers = pytest.importorskip("transformers")
+    config = json.loads((teacher / "config.json").read_text())
+    count = config["vocab_size"]
+    # Padding that nobody trains, and a setting that nobody knows.
+    config |= {"vocab_size": count + 52, "strange": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     flags = [flag for flag in arguments if not flag.startswith("--student")]
-    flags += [f"--student-config={teacher / 'config.json'}", "--steps=2"]
-    flags += ["--eval-every=0", "--save-every=0"]
-    assert train_tpu.main(flags) == 0
-    assert (tmp_path / "run" / "student" / "config.json").exists()
+    flags += [f"--student-config={tmp_path / 'config.json'}", "--steps=2"]
+    flags += ["--eval-every=0", "--save-every=0", "--export-dtype=bfloat16"]
+    assert train_tpu.main(flags) == 2
+    assert "--allow-unknown-keys" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert train_tpu.main([*flags, "--allow-unknown-keys"]) == 0
+    note = "student: 1 unknown settings or tensors left out: strange"
+    assert note in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["notes"] == [note]
+    folder = tmp_path / "run" / "student"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        logits = model(torch.arange(9)[None]).logits.float()
+    assert logits.softmax(-1)[..., count:].sum(-1).max() < 1e-6
+    assert logits.shape[-1] == count
 
 
 def _start(arguments):

@@ -1,6 +1,9 @@
 """Pairs of models: tokenizers that have to agree, and vocabularies that are resized."""
 
 import dataclasses
+import json
+import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -215,3 +218,48 @@ def test_the_settings_of_a_student_with_the_teachers_tokenizer(
     generation = load_pair(chosen, make_mesh("data=8")).generation
     assert (generation["eos_token_id"], generation["top_k"]) == ([19], 4)
     assert "eos_token_id" in caplog.text
+
+
+def test_load_pair_refuses_what_does_not_fit_together(teacher, tmp_path, monkeypatch):
+    values = json.loads((pathlib.Path(teacher) / "config.json").read_text())
+    values |= {"hidden_size": 2**20, "num_hidden_layers": 100}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    huge = settings(teacher=teacher, student_config=str(tmp_path))
+    # Before any weights are read.
+    monkeypatch.setattr("taid_jax.train.inputs.load_model", None)
+    with pytest.raises(ModelError, match=r"for the teacher, .* for the student; this"):
+        load_pair(huge, make_mesh("data=1,fsdp=8,tensor=1"))
+
+
+def test_load_pair_says_how_the_models_were_read(teacher, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(teacher, folder)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"strange": 3, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(values))
+    asked = {"teacher": teacher, "student": str(folder)}
+    with pytest.raises(ModelError, match=r"strange: .*--allow-unknown-keys"):
+        check_models(ModelSettings(**asked), 8)
+    allowing = settings(**asked, allow_unknown_keys=True)
+    check_models(allowing.model, 8)
+    pair = load_pair(allowing, make_mesh("data=8"))
+    assert not pair.student_config.tie_embeddings
+    untied, unknown = pair.notes
+    assert untied.startswith("student: tie_word_embeddings is true, and the files")
+    assert unknown == "student: 1 unknown settings or tensors left out: strange"
+
+
+def test_load_pair_takes_a_student_that_was_exported_without_padding(teacher, tmp_path):
+    pair = load_pair(settings(teacher=teacher, student_layers=1), make_mesh("data=8"))
+    assert (pair.student_config.vocab_size, pair.student_config.num_tokens) == (48, 40)
+    export_model(
+        tmp_path / "m", pair.student_config, pair.student_params, pair.teacher.tokenizer
+    )
+    again = settings(teacher=teacher, student=str(tmp_path / "m"))
+    check_models(again.model, 8)
+    pair = load_pair(again, make_mesh("data=8"))
+    assert (pair.student_config.vocab_size, pair.student_config.num_tokens) == (
+        40,
+        None,
+    )
+    assert pair.teacher.config.num_tokens == 40

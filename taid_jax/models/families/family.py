@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.fields import Fields, Required
@@ -14,6 +14,9 @@ Got = Mapping[str, Any]
 
 Default = Value | Required | Callable[[Got], int]
 """A value, REQUIRED, or a function of the settings that stand before this one."""
+
+Buffer = Literal["rope_frequencies", "causal_mask", "masked_score"]
+"""Angles per position of rotary positions; what a token sees; the score of the rest."""
 
 ACTIVATIONS: Mapping[object, Value] = {
     "silu": "silu",
@@ -109,7 +112,9 @@ class Family:
         weights: All modules that a model of the family may have.
         hf_layer: Prefix of a layer's tensors in safetensors files.
         gguf_layer: The same in GGUF files.
-        ignored: Patterns of tensors that may be present and hold nothing new.
+        buffers: Pattern of tensors of safetensors files that follow from the settings,
+            and what they hold: they are compared, then left out.
+        gguf_settings: Tensors of GGUF files that settings are read from.
         gguf: `general.architecture` in GGUF files; None when there are none.
     """
 
@@ -117,11 +122,12 @@ class Family:
     architecture: str
     settings: tuple[Setting, ...]
     groups: tuple[Group, ...]
-    fixed: Mapping[str, tuple[object, ...]]
-    harmless: frozenset[str]
     weights: tuple[Weight, ...]
+    fixed: Mapping[str, tuple[object, ...]] = dataclasses.field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
     constants: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     hf_layer: str = "model.layers.{layer}."
     gguf_layer: str = "blk.{layer}."
-    ignored: tuple[str, ...] = ()
+    buffers: Mapping[str, Buffer] = dataclasses.field(default_factory=dict)
+    gguf_settings: frozenset[str] = frozenset()
     gguf: str | None = None

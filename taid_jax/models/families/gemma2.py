@@ -37,7 +37,7 @@ FINAL_NORM = Weight(
 )
 
 # The first releases name an activation that was never computed.
-HARMLESS = frozenset({"attention_dropout", "hidden_act", "cache_implementation"})
+HARMLESS = frozenset({"hidden_act", "cache_implementation"})
 FIXED = {"use_bidirectional_attention": (False,)}
 
 GEMMA2 = Family(
@@ -62,5 +62,5 @@ GEMMA2 = Family(
     fixed=FIXED,
     harmless=HARMLESS,
     weights=(EMBED, *BOTH_NORMS, *ATTENTION, *MLP, FINAL_NORM, LAST[1]),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

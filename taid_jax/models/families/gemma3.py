@@ -52,5 +52,5 @@ GEMMA3 = Family(
         FINAL_NORM,
         LAST[1],
     ),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

@@ -44,7 +44,6 @@ GPT2 = Family(
     harmless=frozenset(
         {
             *("n_ctx", "reorder_and_upcast_attn"),
-            *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
             *("summary_activation", "summary_first_dropout", "summary_type"),
             *("summary_proj_to_labels", "summary_use_proj"),
         }
@@ -71,6 +70,9 @@ GPT2 = Family(
         Weight("lm_head", "lm_head", "", "v d -> d v"),
     ),
     hf_layer="transformer.h.{layer}.",
-    # Masks that early versions of transformers saved with the weights.
-    ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
+    # Early versions of transformers saved them with the weights.
+    buffers={
+        r"transformer\.h\.\d+\.attn\.bias": "causal_mask",
+        r"transformer\.h\.\d+\.attn\.masked_bias": "masked_score",
+    },
 )

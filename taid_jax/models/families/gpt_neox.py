@@ -32,8 +32,6 @@ GPT_NEOX = Family(
         rope(theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25),
     ),
     constants={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
-    fixed={},
-    harmless=frozenset({"attention_dropout", "classifier_dropout", "hidden_dropout"}),
     weights=(
         Weight("embed", "gpt_neox.embed_in", "", "v d -> v d"),
         Weight("layers.attention_norm", "input_layernorm", "", "d -> d"),
@@ -56,8 +54,9 @@ GPT_NEOX = Family(
     ),
     hf_layer="gpt_neox.layers.{layer}.",
     # Early versions of transformers saved them with the weights.
-    ignored=(
-        r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias",
-        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq",
-    ),
+    buffers={
+        r"gpt_neox\.layers\.\d+\.attention\.bias": "causal_mask",
+        r"gpt_neox\.layers\.\d+\.attention\.masked_bias": "masked_score",
+        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq": ("rope_frequencies"),
+    },
 )

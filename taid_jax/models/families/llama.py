@@ -2,6 +2,7 @@
 
 from taid_jax.models.families.family import Family, Setting, Weight
 from taid_jax.models.families.rope import rope
+from taid_jax.models.families.usual import ROTARY_BUFFERS
 from taid_jax.models.fields import REQUIRED
 
 # llama.cpp keeps the two halves (c) of each rotary pair side by side; Hugging Face has
@@ -29,7 +30,7 @@ LLAMA = Family(
     ),
     groups=(rope(),),
     fixed={"hidden_act": ("silu", "swish")},
-    harmless=frozenset({"attention_dropout", "pretraining_tp", "is_llama_config"}),
+    harmless=frozenset({"is_llama_config"}),
     weights=(
         Weight("embed", "model.embed_tokens", "token_embd", "v d -> v d"),
         Weight("layers.attention_norm", "input_layernorm", "attn_norm", "d -> d"),
@@ -63,9 +64,6 @@ LLAMA = Family(
         Weight("final_norm", "model.norm", "output_norm", "d -> d"),
         Weight("lm_head", "lm_head", "output", "v d -> d v"),
     ),
-    # They follow from the config; some checkpoints carry them all the same.
-    ignored=(
-        r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-        r"rope_freqs\.weight",
-    ),
+    buffers=ROTARY_BUFFERS,
+    gguf_settings=frozenset({"rope_freqs.weight"}),
 )

@@ -26,8 +26,6 @@ MISTRAL = Family(
         Setting("window", "sliding_window", 4096),
     ),
     groups=(rope(),),
-    fixed={},
-    harmless=frozenset({"attention_dropout"}),
     weights=(EMBED, *NORMS, *ATTENTION, *MLP, *LAST),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

@@ -26,8 +26,6 @@ OLMO2 = Family(
     ),
     groups=(rope(),),
     constants={"norm_place": "after", "qk_norm": "projection"},
-    fixed={},
-    harmless=frozenset({"attention_dropout"}),
     weights=(
         EMBED,
         *ATTENTION,
@@ -38,5 +36,5 @@ OLMO2 = Family(
         Weight("layers.mlp_post_norm", "post_feedforward_layernorm", "", "d -> d"),
         *LAST,
     ),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

@@ -40,7 +40,6 @@ PHI3 = Family(
     fixed=dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,)),
     harmless=frozenset(
         {
-            *("attention_dropout", "embd_pdrop", "resid_pdrop"),
             # Of the code that came with some releases; transformers knows neither.
             *("full_attn_mod", "interpolate_factor"),
         }
@@ -72,5 +71,6 @@ PHI3 = Family(
         MLP[-1],
         *LAST,
     ),
-    ignored=(*ROTARY_BUFFERS, r"rope_factors_(long|short)\.weight"),
+    buffers=ROTARY_BUFFERS,
+    gguf_settings=frozenset({"rope_factors_long.weight", "rope_factors_short.weight"}),
 )

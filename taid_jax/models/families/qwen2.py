@@ -28,8 +28,6 @@ QWEN2 = Family(
     ),
     groups=(rope(), LAST_WINDOWS),
     constants={"qkv_bias": True},
-    fixed={},
-    harmless=frozenset({"attention_dropout"}),
     weights=(EMBED, *NORMS, *ATTENTION, *MLP, *LAST),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

@@ -29,8 +29,6 @@ QWEN3 = Family(
     ),
     groups=(rope(), LAST_WINDOWS),
     constants={"qk_norm": "head"},
-    fixed={},
-    harmless=frozenset({"attention_dropout"}),
     weights=(EMBED, *NORMS, *ATTENTION, *HEAD_NORMS, *MLP, *LAST),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

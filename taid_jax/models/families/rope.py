@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from taid_jax.errors import show
 from taid_jax.models.config import ROPE_KINDS, DecoderConfig, RopeConfig
 from taid_jax.models.errors import ModelError
 from taid_jax.models.families.family import Got, Group
@@ -108,8 +109,7 @@ def dual_rope(*, theta: float, local_theta: float) -> Group:
             "rope": old or new.section("full_attention"),
             "local_rope": new.section("sliding_attention"),
         }
-        for key in new.unread(["full_attention"]):
-            new.problem(key, "is not a kind of layer")
+        new.close("is not a kind of layer", ["full_attention"], named=True)
         return {
             field: _read(
                 fields,
@@ -161,7 +161,7 @@ def _read(
     named = section.get("rope_type", named, str)
     if named not in kinds:
         can = ", ".join(kinds)
-        section.problem("rope_type", f"the decoder can do {can}, not {named!r}")
+        section.problem("rope_type", f"the decoder can do {can}, not {show(named)}")
         return RopeConfig()
     kind = kinds[named]
     values: dict[str, Any] = {"theta": section.get("rope_theta", base["theta"], float)}
@@ -197,8 +197,10 @@ def _read(
         for field, key in keys.items():
             if field not in values:
                 values[field] = section.get(key, REQUIRED, float)
-    for key in section.unread():
-        section.problem(key, f"is not a setting of {kind!r} rotary positions")
+    if kind == "default":
+        section.only("factor", (1.0, 1))
+    # What the scaling was made by, which no number depends on.
+    section.close(f"is not a setting of {kind!r} rotary positions", ["finetuned"])
     if section.problems:  # Stand-ins for what is missing must not be judged.
         return RopeConfig()
     try:
@@ -222,7 +224,12 @@ def _yarn_attention(section: Fields, factor: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
     over, under = (section.get(key, 0.0, float) for key in ("mscale", "mscale_all_dim"))
-    standard = derived(over) / derived(under) if over and under else derived(1.0)
+    standard = derived(1.0)
+    if over and under:
+        if divisor := derived(under):
+            standard = derived(over) / divisor
+        else:
+            section.problem("mscale_all_dim", f"{under} asks for a division by zero")
     return section.get("attention_factor", standard, float)
 
 

@@ -28,8 +28,7 @@ SMOLLM3 = Family(
         Setting("activation", "hidden_act", "silu", ACTIVATIONS),
     ),
     groups=(rope(theta=2e6), UNTURNED_LAYERS),
-    fixed={},
-    harmless=frozenset({"attention_dropout", "max_window_layers", "pretraining_tp"}),
+    harmless=frozenset({"max_window_layers"}),
     weights=(EMBED, *NORMS, *ATTENTION, *MLP, *LAST),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

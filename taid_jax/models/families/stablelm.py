@@ -33,8 +33,6 @@ STABLELM = Family(
     ),
     groups=(rope(fraction=0.25),),
     constants={"norm": "layer"},
-    fixed={},
-    harmless=frozenset({"attention_dropout", "hidden_dropout"}),
     weights=(
         EMBED,
         *NORMS,
@@ -55,5 +53,5 @@ STABLELM = Family(
         *MLP,
         *LAST,
     ),
-    ignored=ROTARY_BUFFERS,
+    buffers=ROTARY_BUFFERS,
 )

@@ -1,6 +1,8 @@
 """What most families share: the settings and tensors that go by the names of Llama."""
 
-from taid_jax.models.families.family import Setting, Weight
+from collections.abc import Mapping
+
+from taid_jax.models.families.family import Buffer, Setting, Weight
 from taid_jax.models.fields import REQUIRED
 
 SIZES = (
@@ -49,5 +51,9 @@ LAST = (
     Weight("lm_head", "lm_head", "output", "v d -> d v"),
 )
 
-# They follow from the config; some checkpoints carry them all the same.
-ROTARY_BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+ROTARY_BUFFERS: Mapping[str, Buffer] = {
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq": (
+        "rope_frequencies"
+    )
+}
+"""Some checkpoints carry them though they follow from the config."""

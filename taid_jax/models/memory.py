@@ -1,0 +1,109 @@
+"""Whether models fit in memory: asked before anything of them is made."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+
+from taid_jax.memory import host_memory
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.decoder import abstract_params
+from taid_jax.models.errors import ModelError
+
+
+class Need(NamedTuple):
+    """What something takes on the devices of this process.
+
+    Attributes:
+        what: Its name, for messages.
+        bytes: Device to bytes.
+    """
+
+    what: str
+    bytes: Counter[Any]
+
+
+def params_need(
+    what: str, config: DecoderConfig, dtype: DTypeLike, where: Any, *, copies: int = 1
+) -> Need:
+    """Returns what the parameters of a model take, each device's part of them.
+
+    Args:
+        what: Of the model.
+        config: The architecture.
+        dtype: Of the parameters.
+        where: One sharding for all, a tree of them, or None for the default device.
+        copies: So many arrays like each parameter there are.
+    """
+    found: Counter[Any] = Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        sharding = sharding_of(where, [str(key.key) for key in path])
+        width = copies * jax.numpy.dtype(dtype).itemsize
+        if sharding is None:
+            found[jax.local_devices()[0]] += width * math.prod(leaf.shape)
+            continue
+        for device, index in sharding.addressable_devices_indices_map(
+            leaf.shape
+        ).items():
+            cuts = zip(index or (), leaf.shape, strict=True)
+            found[device] += width * math.prod(
+                len(range(*cut.indices(size))) for cut, size in cuts
+            )
+    return Need(what, found)
+
+
+def sharding_of(where: Any, path: Iterable[str]) -> Sharding | None:
+    """Returns where a parameter goes; None for the default device."""
+    if where is None or isinstance(where, Sharding):
+        return where
+    for key in path:
+        where = where[key]
+    return where
+
+
+def check_fits(*needs: Need) -> None:
+    """Raises if what is needed together is more than there is.
+
+    Devices that are processors share the memory of their host; others have their own.
+
+    Raises:
+        ModelError: With what is needed, each by its name, and what there is.
+    """
+    for place in sorted({_place(device) for need in needs for device in need.bytes}):
+        shares = {
+            need.what: sum(n for each, n in need.bytes.items() if _place(each) == place)
+            for need in needs
+        }
+        free = host_memory() if place == _HOST else _device_memory(place, needs)
+        if free is None or sum(shares.values()) <= free:
+            continue
+        lines = ", ".join(f"{_gib(size)} for {what}" for what, size in shares.items())
+        raise ModelError(
+            f"not enough memory: need {lines}; {place} has {_gib(free)}. "
+            "Give a smaller model, a dtype of fewer bytes, or a mesh of more devices"
+        )
+
+
+_HOST = "this host"
+
+
+def _place(device: Any) -> str:
+    return _HOST if device.platform == "cpu" else str(device)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _device_memory(place: str, needs: Iterable[Need]) -> int | None:
+    """Returns what a device has left, None when it does not say."""
+    devices = (device for need in needs for device in need.bytes)
+    device = next(each for each in devices if str(each) == place)
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
