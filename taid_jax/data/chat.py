@@ -160,9 +160,7 @@ class ChatRenderer:
         left_out = tuple(spans[n] for n in numbers)
         return Rendered(whole, trained[-1:], counts_all=True, not_counted=left_out)
 
-    def _rendered(
-        self, content: Chat, cuts: Sequence[Cut]
-    ) -> tuple[Chat, list[str]]:
+    def _rendered(self, content: Chat, cuts: Sequence[Cut]) -> tuple[Chat, list[str]]:
         """Returns the conversation as it can be rendered, and the text of each cut."""
         if not self.has_template:
             raise MissingTemplateError()
@@ -174,7 +172,9 @@ class ChatRenderer:
                 raise
             if self._merge_system:
                 moved = len(content.messages) - len(merged.messages)
-                cuts = [cut._replace(stop=cut.stop and cut.stop - moved) for cut in cuts]
+                cuts = [
+                    cut._replace(stop=cut.stop and cut.stop - moved) for cut in cuts
+                ]
                 return merged, self._strictly(merged, cuts)
             try:
                 self._strictly(merged, cuts[:1])
@@ -378,7 +378,7 @@ class _Answers:
     def _align(self, shown: str) -> list[int]:
         """Returns where in the whole each mark would stand.
 
-        White space at the end of an answer is before its mark, if the template keeps it.
+        White space at the end of an answer is before its mark, where it is kept.
         """
         pieces = re.split(f"[{''.join(self._marks)}]", shown)
         if len(pieces) != len(self._marks) + 1:
@@ -482,15 +482,15 @@ def _merged(content: Chat) -> Chat | None:
         return None
     said = "\n\n".join(message.content or "" for message in (*opening, user))
     rest = content.messages[count + 1 :]
-    return dataclasses.replace(
-        content, messages=(user._replace(content=said), *rest)
-    )
+    return dataclasses.replace(content, messages=(user._replace(content=said), *rest))
 
 
 def _free(text: str, count: int) -> list[str]:
     """Returns characters that a text does not have."""
     used = set(text)
-    free = [chr(code) for code in _PRIVATE[: count + len(used)] if chr(code) not in used]
+    free = [
+        chr(code) for code in _PRIVATE[: count + len(used)] if chr(code) not in used
+    ]
     return free[:count]
 
 

@@ -31,10 +31,8 @@ RECORD_KEYS = (
 )
 ID_KEYS = ("prompt_id", "id")
 """UltraChat calls its conversations by their prompts."""
-EXPECTED_KEYS = (
-    "`text`, or `prompt` and `completion`, or `messages`, or those of another format "
-    "of docs/data.md"
-)
+EXPECTED_KEYS = "`text`, or `prompt` and `completion`, or `messages`"
+OTHER_FORMATS = "docs/data.md lists other formats"
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -179,7 +177,10 @@ def parse_record(record: object) -> Content:
     if keys:
         return _pair(record, keys, options)
     found = ", ".join(f"`{key}`" for key in list(record)[:20]) or "none"
-    raise RecordError("wrong_shape", f"need the keys {EXPECTED_KEYS}; found {found}")
+    raise RecordError(
+        "wrong_shape",
+        f"need the keys {EXPECTED_KEYS}; found {found} ({OTHER_FORMATS})",
+    )
 
 
 def parse_prompt(record: object) -> Completion | Chat:
@@ -215,9 +216,7 @@ def parse_prompt(record: object) -> Completion | Chat:
     if messages[-1].role not in ("user", "tool") and answers:
         messages = messages[: answers[-1]]
     if not messages or messages[-1].role == ANSWER_ROLE:
-        raise RecordError(
-            "wrong_shape", "the conversation asks nothing before its end"
-        )
+        raise RecordError("wrong_shape", "the conversation asks nothing before its end")
     return Chat(tuple(messages), _options(said, (listed, *OPTION_KEYS)))
 
 
@@ -460,8 +459,7 @@ def _plain(name: str, value: Any) -> Any:
         return _string(name, value)
     if isinstance(value, Mapping):
         return {
-            _string(name, str(key)): _plain(name, other)
-            for key, other in value.items()
+            _string(name, str(key)): _plain(name, other) for key, other in value.items()
         }
     if isinstance(value, list):
         return [_plain(name, other) for other in value]

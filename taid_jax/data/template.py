@@ -1,6 +1,7 @@
 """Chat templates: from a file, and rendered within limits of time and output."""
 
 import atexit
+import contextlib
 import datetime
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import jinja2
 
@@ -84,27 +85,25 @@ class _Process:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
+        self._input = cast(IO[bytes], self._process.stdin)
+        self._output = cast(IO[bytes], self._process.stdout)
 
     def ask(self, request: bytes) -> list[Any] | None:
         """Returns the answer; None when the process has ended over it."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
         try:
-            stdin.write(request)
-            stdin.flush()
+            self._input.write(request)
+            self._input.flush()
         except OSError:
             return None
-        line = stdout.readline()
+        line = self._output.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     def close(self) -> int:
         """Ends the process and returns its status."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            try:
-                if pipe is not None:
-                    pipe.close()
-            except OSError:  # It has ended with some of a request unread.
-                pass
+        for pipe in (self._input, self._output):
+            # It may have ended with some of a request unread.
+            with contextlib.suppress(OSError):
+                pipe.close()
         self._process.terminate()
         return self._process.wait()
 
@@ -199,13 +198,16 @@ class ChatTemplate:
 
     def _look_at(self, template: str) -> None:
         """Looks at a template before any record, so that a broken one is told once."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turns = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
         cuts = [Cut(), Cut(1, True)]
         found = [*self._ask(template, turns, cuts, {})]
-        if any(isinstance(each, _Broken) for each in found):
+        if any(isinstance(each, _BrokenTemplateError) for each in found):
             first = {"role": "system", "content": "c"}
             found += self._ask(template, [first, *turns], [Cut()], {})
-        if all(isinstance(each, _Broken) for each in found):
+        if all(isinstance(each, _BrokenTemplateError) for each in found):
             raise TemplateError(
                 f"the chat template cannot be used: {found[0]}; give another by "
                 "--chat-template FILE"
@@ -255,7 +257,7 @@ class ChatTemplate:
                     "another by --chat-template FILE"
                 )
             else:
-                make = RecordError if kind == "refused" else _Broken
+                make = RecordError if kind == "refused" else _BrokenTemplateError
                 texts.append(
                     make(
                         "template_refuses",
@@ -266,5 +268,5 @@ class ChatTemplate:
         return texts
 
 
-class _Broken(RecordError):
+class _BrokenTemplateError(RecordError):
     """The template fails, other than by saying that it refuses."""

@@ -9,6 +9,7 @@ from taid_jax.settings.convert import to_dict as to_dict
 from taid_jax.settings.convert import to_json as to_json
 from taid_jax.settings.convert import to_yaml as to_yaml
 from taid_jax.settings.data import DataSettings as DataSettings
+from taid_jax.settings.epochs import with_date as with_date
 from taid_jax.settings.epochs import with_steps as with_steps
 from taid_jax.settings.files import read_settings as read_settings
 from taid_jax.settings.hosts import HostSettings as HostSettings

@@ -157,6 +157,9 @@ def contradictions(saved: Settings, asked: Settings) -> list[str]:
     if saved.samples.sampler == "adaptive":
         # Its threshold moves with every held-out evaluation.
         free = free - {"run.eval_every", "run.evals_per_epoch"}
+    if asked.data.template_date is None:
+        # The run goes on with the day when it began.
+        free = free | {"data.template_date"}
     return [
         f"{name}: the checkpoint has {old[name]!r}, now {new[name]!r}"
         for name in old

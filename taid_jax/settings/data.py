@@ -1,9 +1,18 @@
 """Settings of the data."""
 
 import dataclasses
+import datetime
 from typing import Literal
 
 from taid_jax.settings.checks import need
+
+
+def is_date(text: str) -> bool:
+    """Returns whether a text is a date such as 2026-01-31."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,9 +21,10 @@ class DataSettings:
 
     Attributes:
         data: `pydoc` (Python's own documentation), `pydoc-questions` (the same as
-            questions and answers), or a .txt, .jsonl or .parquet file or a folder of
-            them, with `text`, `prompt` and `completion`, or `messages`; or a folder
-            that scripts/prepare_data.py has made.
+            questions and answers), a file of text or of records (.txt, .jsonl, .json,
+            .csv, .parquet, .arrow; docs/data.md has the keys) or a folder of them, a
+            data set of the Hugging Face hub as OWNER/NAME or OWNER/NAME:SPLIT, or a
+            folder that scripts/prepare_data.py has made.
         batch_size: Sequences of one optimizer step, over all devices.
         seq_len: Tokens of one sequence.
         held_out_fraction: Share of the documents that is never trained on.
@@ -26,6 +36,10 @@ class DataSettings:
         bad_records: Whether a record that cannot be used is counted and left out, or
             raises, which ends the run.
         chat_template: A Jinja template in place of the teacher's own.
+        merge_system: Put a system turn that the chat template refuses before the first
+            turn of the user.
+        template_date: What chat templates take for today, such as 2026-01-31; the day
+            when the run began by default, also when it is resumed.
     """
 
     data: str = "pydoc"
@@ -38,9 +52,13 @@ class DataSettings:
     buckets: str = ""
     bad_records: Literal["count", "raise"] = "count"
     chat_template: str | None = None
+    merge_system: bool = False
+    template_date: str | None = None
 
     def __post_init__(self):
         need("data", self.data, bool(self.data), "a file, a folder or 'pydoc'")
+        date = self.template_date
+        need("template_date", date, date is None or is_date(date), "a date, YYYY-MM-DD")
         need("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
         need("seq_len", self.seq_len, self.seq_len >= 2, ">= 2")
         fraction = self.held_out_fraction

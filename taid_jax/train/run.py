@@ -13,7 +13,7 @@ from taid_jax import hosts
 from taid_jax.data import Dataset
 from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
-from taid_jax.settings import Settings, to_dict, to_json, with_steps
+from taid_jax.settings import Settings, to_dict, to_json, with_date, with_steps
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.answers import find_questions
 from taid_jax.train.assemble import assemble
@@ -78,14 +78,19 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size // settings.optimizer.grad_accum, mesh)
     folder = share_output(settings)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
+    saved = checkpoints.settings() if settings.run.resume else None
+    # Process 0's: another may begin after midnight.
+    date = hosts.from_first(lambda: with_date(settings, saved).data.template_date)
+    data = dataclasses.replace(settings.data, template_date=date)
+    settings = dataclasses.replace(settings, data=data)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     hosts.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
-    if settings.run.resume:
-        refuse_contradictions(checkpoints.settings(), settings)
+    if saved is not None:
+        refuse_contradictions(saved, settings)
     pair = load_pair(settings, mesh)
     describe(pair, dataset, mesh, console)
     if hosts.is_first():
@@ -125,6 +130,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
             "utilisation": summarize(loop.meter, metrics),
             "peak_memory_bytes": peak_memory(),
             "held_out_tokens": evaluations[0]["tokens"],
+            "data": dataclasses.asdict(dataset.info),
             "settings": to_dict(settings),
         }
         write_json(folder / REPORT, report)
@@ -150,7 +156,10 @@ def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None
 
     axes = ", ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
     sides = {"training": dataset.info.train, "held out": dataset.info.held_out}
-    dropped = ", ".join(f"{n} {reason}" for reason, n in dataset.info.dropped.items())
+    info = dataset.info
+    dropped = ", ".join(f"{n} {reason}" for reason, n in info.dropped.items())
+    unused = ", ".join(f"{key} ({n} records)" for key, n in info.unused_keys.items())
+    skipped = ", ".join(info.skipped_files[:_PROBLEMS])
     for line in (
         f"teacher: {pair.teacher.config.num_layers} layers, "
         f"{size(pair.teacher.params)}",
@@ -162,7 +171,14 @@ def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None
             for name, side in sides.items()
         ),
         f"left out: {dropped or 'nothing'}",
-        *(f"  {problem}" for problem in dataset.info.problems[:_PROBLEMS]),
+        *(f"  {problem}" for problem in info.problems[:_PROBLEMS]),
+        *([f"keys not used: {unused}"] if unused else []),
+        *(
+            [f"files passed over: {info.num_skipped_files} ({skipped}, ...)"]
+            if skipped
+            else []
+        ),
+        *info.notes,
         f"devices: {mesh.size} x {jax.devices()[0].device_kind} ({axes})",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

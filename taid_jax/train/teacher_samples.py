@@ -74,7 +74,7 @@ class Sample(NamedTuple):
         if prompt.messages is None:
             return {"prompt": prompt.text, "completion": self.text, **about}
         said = {"role": "assistant", "content": self.text}
-        return {"messages": [*prompt.messages, said], **about}
+        return {"messages": [*prompt.messages, said], **prompt.options, **about}
 
 
 class SampleFile:

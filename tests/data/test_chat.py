@@ -197,16 +197,21 @@ def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):
     assert everything[2:] == example[2:]
 
 
-def test_chat_does_not_count_the_next_turns_header(tokenizer, monkeypatch):
-    """A template without an end token: the header after it is not the answer's."""
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_chat_leaves_out_answers_that_nothing_ends(
+    tokenizer, monkeypatch, count_prompts
+):
+    """The header of the next turn is no end: a model would go on by itself."""
     bare = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
         "+ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", bare)
-    example = encode(tokenizer, Chat((QUESTION, ANSWER, QUESTION, ANSWER)))
-    assert counted_texts(tokenizer, example) == ["that is all."] * 2
+    chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
+    with pytest.raises(RecordError, match="nothing that ends the answer in turn") as e:
+        encode(tokenizer, chat, count_prompts=count_prompts)
+    assert e.value.reason == "no_end"
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_load_dataset_says_when_nothing_is_left(write_jsonl, tokenizer):
 
 def test_load_dataset_needs_two_conversations_to_hold_one_out(write_jsonl, tokenizer):
     path = write_jsonl([{"messages": CHAT}] * 3)
-    with pytest.raises(DataError, match=r"two different documents.*held_out_fraction"):
+    with pytest.raises(DataError, match=r"two different documents.*; add documents$"):
         load_dataset(path, tokenizer, seq_len=64)
     assert len(load_dataset(path, tokenizer, seq_len=64, held_out_fraction=0.0).train)
 

@@ -64,7 +64,7 @@ def test_parse_record_reads_a_conversation():
             "'gpt' in turn 2; known roles: system",
         ),
         (turns(("user", "Why?"), ("assistant", None)), "content of turn 2.*got null"),
-        ({"messages": [{"from": "human", "value": "a"}]}, "turn 1 .*`from`, `value`"),
+        ({"messages": [{"from": "human", "text": "a"}]}, "turn 1 .*`from`, `text`"),
         ({"messages": ["Why?"]}, "turn 1 needs .* found a string"),
         ({"messages": "Why?"}, "list of objects.*got a string"),
         ({"messages": {"role": "user"}}, "got an object"),

@@ -14,8 +14,6 @@ from taid_jax.data.records import (
     Piece,
     cut_jsonl,
     cut_parquet,
-    read_jsonl,
-    read_parquet,
 )
 from taid_jax.data.sources import read_piece
 
@@ -76,7 +74,7 @@ def test_read_jsonl_passes_over_a_record_of_ten_megabytes(tmp_path):
     large = json.dumps({"text": "x" * 10_000_000})
     path.write_text(f'{{"text": "one"}}\n{large}\n{{"text": "three"}}\n')
     bad = BadRecords("count")
-    found = list(read_jsonl(Piece(str(path)), 0, bad, 4_000_000))
+    found = list(read_piece(Piece(str(path)), 0, bad, 4_000_000))
     assert [document.content.text for document in found] == ["one", "three"]
     assert found[1].origin.endswith("line 3")
     assert dict(bad.reasons) == {"too_large": 1}
@@ -110,12 +108,12 @@ def test_read_parquet_names_the_row_that_is_not_utf8(tmp_path):
     column = pyarrow.Array.from_buffers(pyarrow.string(), 3, bytes_.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
     bad = BadRecords("count")
-    found = list(read_parquet(Piece(str(path)), 0, bad, 1000))
+    found = list(read_piece(Piece(str(path)), 0, bad, 1000))
     assert [document.content.text for document in found] == ["one", "three"]
     assert dict(bad.reasons) == {"not_utf8": 1}
     assert re.search(r"row 2: not UTF-8 .* byte 1", bad.messages[0])
     with pytest.raises(DataError, match="row 2: not UTF-8"):
-        list(read_parquet(Piece(str(path)), 0, BadRecords("raise"), 1000))
+        list(read_piece(Piece(str(path)), 0, BadRecords("raise"), 1000))
 
 
 def test_read_piece_counts_a_parquet_file_cut_short(tmp_path):

@@ -98,9 +98,9 @@ def test_read_documents_names_what_is_missing(tmp_path):
 
 
 def test_read_documents_lists_what_is_supported(tmp_path):
-    path = tmp_path / "data.csv"
+    path = tmp_path / "data.xlsx"
     path.write_text("a,b")
-    with pytest.raises(DataError, match=r"ending \.csv; .*\.txt, \.jsonl, \.parquet"):
+    with pytest.raises(DataError, match=r"ending \.xlsx; .*\.txt, \.jsonl, \.parquet"):
         read(path)
 
 
