@@ -146,8 +146,8 @@ class ChatRenderer:
                     )
                 numbers = [n for n, turn in enumerate(every) if turn + moved in silent]
             elif turns:
-                finder = _Answers(self._template, content, turns, whole)
-                spans = finder.find(texts[1:], self._end_of)
+                finder = _Answers(self._template, content, turns, whole, self._token)
+                spans = finder.find(texts[1:])
             else:
                 spans = ()
         except RecordError as error:
@@ -237,22 +237,6 @@ class ChatRenderer:
                 )
             self.unused[key] += 1
 
-    def _end_of(self, after: str, follows: str | None, *, calls: bool) -> str:
-        """Returns what ends an answer, from what stands between it and the next turn.
-
-        Args:
-            after: What follows the answer where the conversation ends with it.
-            follows: The same where it goes on, None if it cannot.
-            calls: Whether calls of tools stand there too.
-        """
-        end = after
-        if follows is not None and not follows.startswith(after):
-            same = _common(after, follows)
-            # Both may go on by like characters, of which no token is one.
-            end = _WHOLE_WORD.match(after[:same])[0]  # pyright: ignore
-        token = None if calls else self._token.search(end)
-        return end[: token.end()] if token else end.rstrip()
-
     def _marked_answers(
         self, whole: str, content: Chat, template: str
     ) -> tuple[Span, ...]:
@@ -299,27 +283,39 @@ class _Answers:
 
     Each answer is rendered once more with a character behind it that the conversation
     does not have: what follows that character is the template's.
+
+    Args:
+        template: Renders the conversation.
+        content: The conversation.
+        turns: The places of the answers that are looked for.
+        whole: What the template writes.
+        token: Finds tokens that are not learned from text.
     """
 
     def __init__(
-        self, template: ChatTemplate, content: Chat, turns: Sequence[int], whole: str
+        self,
+        template: ChatTemplate,
+        content: Chat,
+        turns: Sequence[int],
+        whole: str,
+        token: re.Pattern[str],
     ):
         self._template = template
         self._options = dict(content.options)
         self._messages = content.messages
         self._turns = turns
         self._whole = whole
+        self._token = token
         self._marks = _free(whole, len(turns))
         self._marked = _dicts(content.messages)
         for mark, turn in zip(self._marks, turns, strict=True):
             self._marked[turn] = _marked(self._marked[turn], mark)
 
-    def find(self, prompts: Sequence[str], end_of: Any) -> list[Span]:
+    def find(self, prompts: Sequence[str]) -> list[Span]:
         """Returns the answers.
 
         Args:
             prompts: What each answer is asked by.
-            end_of: Of what follows an answer, the part that ends it.
 
         Raises:
             RecordError: If one is not found, or nothing ends it.
@@ -346,10 +342,10 @@ class _Answers:
             if not ends:
                 after = alone.partition(mark)[2]
                 more = on.partition(mark)[2] if isinstance(on, str) else None
-                end = end_of(after, more if last else goes_on, calls=calls)
+                end = self._end_of(after, more if last else goes_on, calls=calls)
                 if last and not end.strip():
                     # Only the end of the text is written down.
-                    end = end_of(after, None, calls=calls)
+                    end = self._end_of(after, None, calls=calls)
             elif not calls and ends[0].strip() and goes_on.startswith(ends[0]):
                 end = ends[0]  # As the last one ends, as nearly all do.
             else:
@@ -358,7 +354,10 @@ class _Answers:
                 )
                 if isinstance(ended, RecordError):
                     raise self._problem(number)
-                end = end_of(ended.partition(mark)[2], goes_on, calls=calls)
+                end = self._end_of(ended.partition(mark)[2], goes_on, calls=calls)
+                if not end.strip():
+                    # Some end the last answer of all by another token.
+                    end = self._other_end(goes_on)
             if not end.strip():
                 raise RecordError(
                     "no_end",
@@ -371,6 +370,32 @@ class _Answers:
             Span(start, stop + len(end))
             for start, stop, end in zip(starts, stops, ends[::-1], strict=True)
         ]
+
+    def _end_of(self, after: str, follows: str | None, *, calls: bool) -> str:
+        """Returns what ends an answer, from what stands between it and the next turn.
+
+        Args:
+            after: What follows the answer where the conversation ends with it.
+            follows: The same where it goes on, None if it cannot.
+            calls: Whether calls of tools stand there too.
+        """
+        end = after
+        if follows is not None and not follows.startswith(after):
+            same = _common(after, follows)
+            # Both may go on by like characters, of which no token is one.
+            end = _WHOLE_WORD.match(after[:same])[0]  # pyright: ignore
+        token = None if calls else self._token.search(end)
+        return end[: token.end()] if token else end.rstrip()
+
+    def _other_end(self, goes_on: str) -> str:
+        """Returns the token behind an answer, if none that begins a turn is it."""
+        found = re.match(rf"\s*(?:{self._token.pattern})", goes_on)
+        first = [{"role": "user", "content": self._marks[0]}]
+        [begins] = self._template.render(first, options=self._options)
+        if not found or isinstance(begins, RecordError):
+            return ""
+        header = begins.partition(self._marks[0])[0]
+        return "" if found[0].strip() in header else found[0]
 
     def _calls(self, number: int) -> bool:
         return "tool_calls" in dict(self._messages[self._turns[number]].others)
@@ -430,9 +455,12 @@ class _Answers:
     def _check(self, number: int, region: str, prompt: str) -> None:
         """Raises RecordError if that is not what is said in a turn."""
         said = (self._messages[self._turns[number]].content or "").strip()
-        answer = _CLOSED.sub("", said, count=1).strip()
-        if said not in region and not (answer and answer in region):
-            raise self._problem(number)
+        if said not in region:
+            # The answer alone may be left of one that says its thoughts first.
+            closed = _CLOSED.match(said)
+            answer = said[closed.end() :].strip() if closed else ""
+            if not answer or answer not in region:
+                raise self._problem(number)
         if self._calls(number) or region.lstrip().startswith(said):
             return
         # Where nothing asks, what stands before an answer may be the turn's header.
