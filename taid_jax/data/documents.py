@@ -176,7 +176,11 @@ def parse_record(record: object) -> Content:
         return Text(_string("text", record["text"]))
     if keys:
         return _pair(record, keys, options)
-    found = ", ".join(f"`{key}`" for key in list(record)[:20]) or "none"
+    found = ", ".join(
+        f"`{key}`" + (" (null)" if record[key] is None else "")
+        for key in list(record)[:20]
+    )
+    found = found or "none"
     raise RecordError(
         "wrong_shape",
         f"need the keys {EXPECTED_KEYS}; found {found} ({OTHER_FORMATS})",
@@ -256,7 +260,8 @@ def _pair(
     if _is_turns(asked) or _is_turns(answered):
         # What a data set has in the prompt is context, and not to be learned.
         before = [
-            each._replace(trained=False) for each in _turns(keys[0], asked, "user")
+            each._replace(trained=each.role != ANSWER_ROLE)
+            for each in _turns(keys[0], asked, "user")
         ]
         after = _turns(keys[1], answered, ANSWER_ROLE)
         return _chat([*opening, *before, *after], options)

@@ -34,6 +34,10 @@ _ROWS = 1024
 _ROW_BYTES = 32_000_000
 """Fewer of them where they are larger than this together."""
 
+_CODED_BYTES = 256_000_000
+"""The same for columns that hold each value once: so many short rows are quick to read,
+and as many copies of one large value still fit into memory."""
+
 _UNPACKED_BYTES = 2**30
 """The most that a packed file which is read whole may have in it."""
 
@@ -265,7 +269,7 @@ def read_json(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
             raise DataError(f"{piece.name} is empty (no record in it)")
 
 
-def _values(data: bytes) -> Iterator[tuple[int, int]]:
+def _values(data: bytes | mmap.mmap) -> Iterator[tuple[int, int]]:
     """Yields where each value of a list lies, or each of those without a list.
 
     What stands between them and is no bracket, comma or white space is given too: it is
@@ -292,10 +296,15 @@ def _values(data: bytes) -> Iterator[tuple[int, int]]:
                 place = found.end()
             elif depth < level:
                 break
+    # What a list does not close, or what stands behind it.
+    if depth < level:
+        begun = between.match(data, place).end()  # pyright: ignore
+        if begun < found.start():  # pyright: ignore
+            yield begun, found.start()  # pyright: ignore
+        place = found.end()  # pyright: ignore
     rest = between.match(data, place).end()  # pyright: ignore
-    stop = found.start() if depth < level else len(data)  # pyright: ignore
-    if rest < stop:
-        yield rest, stop
+    if rest < len(data):
+        yield rest, len(data)
 
 
 def read_csv(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
@@ -370,15 +379,22 @@ def read_parquet(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Record
                 raise DataError(f"{piece.name} is empty (0 rows)")
             stop = file.num_row_groups if piece.stop is None else piece.stop
             for group in range(piece.start, stop):
-                held = file.metadata.row_group(group)
-                each = held.total_byte_size // max(1, held.num_rows)
-                yield from file.iter_batches(
-                    max(1, min(_ROWS, _ROW_BYTES // max(1, each))),
-                    row_groups=[group],
-                    columns=columns,
-                )
+                count = _rows_at_a_time(file.metadata.row_group(group), columns)
+                yield from file.iter_batches(count, row_groups=[group], columns=columns)
 
     return arrow_records(piece, batches(), bad, max_record_bytes)
+
+
+def _rows_at_a_time(group: Any, columns: Sequence[str]) -> int:
+    """Returns how many rows of a Parquet row group are held in memory together."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    chunks = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    count = _ROW_BYTES // max(1, size // max(1, group.num_rows))
+    # Of a dictionary each value is held once there, and may be that of every row.
+    coded = [c.total_uncompressed_size for c in chunks if c.has_dictionary_page]
+    count = min(count, _CODED_BYTES // max(coded, default=1))
+    return max(1, min(_ROWS, count))
 
 
 def read_arrow(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
