@@ -94,3 +94,25 @@ def test_with_steps_counts_the_last_batch_of_an_epoch_of_buckets(buckets, steps)
     data = {"batch_size": 4, "pack": False, "buckets": buckets}
     settings = s.from_dict({"data": data, "run": {"epochs": 5.0}})
     assert s.with_steps(settings, 25).run.steps == steps
+
+
+def test_with_date_keeps_the_day_when_the_run_began():
+    new = s.Settings()
+    assert new.data.template_date is None
+    begun = s.with_date(new)
+    assert begun.data.template_date is not None
+    saved = s.from_dict({"template_date": "2026-01-31"})
+    resumed = s.with_date(new, saved)
+    assert resumed.data.template_date == "2026-01-31"
+    assert s.with_date(resumed).data.template_date == "2026-01-31"
+    # Asked for nothing, or the same, a resumed run goes on with it.
+    assert not s.contradictions(saved, new)
+    assert not s.contradictions(saved, resumed)
+    other = s.from_dict({"template_date": "2026-02-01"})
+    assert "template_date" in s.contradictions(saved, other)[0]
+
+
+@pytest.mark.parametrize("date", ["today", "2026-1-1", "20260101", "2026-02-30", ""])
+def test_settings_refuse_what_is_no_date(date):
+    with pytest.raises(s.SettingsError, match="template_date: need a date"):
+        s.from_dict({"template_date": date})

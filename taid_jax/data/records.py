@@ -34,9 +34,8 @@ _ROWS = 1024
 _ROW_BYTES = 32_000_000
 """Fewer of them where they are larger than this together."""
 
-_CODED_BYTES = 256_000_000
-"""The same for columns that hold each value once: so many short rows are quick to read,
-and as many copies of one large value still fit into memory."""
+_CODED_BYTES, _MANY_ROWS = 256_000_000, 10_000
+"""The same where there are many rows and columns that hold each value once."""
 
 _UNPACKED_BYTES = 2**30
 """The most that a packed file which is read whole may have in it."""
@@ -367,7 +366,7 @@ def read_parquet(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Record
     # Imported here: most runs read no Parquet.
     import pyarrow.parquet
 
-    def batches() -> Iterator["pyarrow.RecordBatch"]:
+    def batches() -> Iterator["pyarrow.RecordBatch | tuple[int, RecordError]"]:
         # Read as it is used: whole columns of large rows would not fit.
         with pyarrow.parquet.ParquetFile(
             piece.path, buffer_size=_BLOCK, pre_buffer=False
@@ -379,22 +378,31 @@ def read_parquet(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Record
                 raise DataError(f"{piece.name} is empty (0 rows)")
             stop = file.num_row_groups if piece.stop is None else piece.stop
             for group in range(piece.start, stop):
-                count = _rows_at_a_time(file.metadata.row_group(group), columns)
+                held = file.metadata.row_group(group)
+                size, count = _measure(held, columns)
+                each = size // max(1, held.num_rows)
+                if each > max_record_bytes and size > _ROW_BYTES:
+                    # They would be in memory together, for nothing.
+                    error = _too_large(each, max_record_bytes)
+                    yield held.num_rows, error
+                    continue
                 yield from file.iter_batches(count, row_groups=[group], columns=columns)
 
     return arrow_records(piece, batches(), bad, max_record_bytes)
 
 
-def _rows_at_a_time(group: Any, columns: Sequence[str]) -> int:
-    """Returns how many rows of a Parquet row group are held in memory together."""
+def _measure(group: Any, columns: Sequence[str]) -> tuple[int, int]:
+    """Returns the bytes of a Parquet row group, and how many rows are read together."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     chunks = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
     size = sum(chunk.total_uncompressed_size for chunk in chunks)
     count = _ROW_BYTES // max(1, size // max(1, group.num_rows))
-    # Of a dictionary each value is held once there, and may be that of every row.
+    # A dictionary has each value once, which may be that of every row. A few short
+    # rows at a time are slow to read, and there are many of them.
     coded = [c.total_uncompressed_size for c in chunks if c.has_dictionary_page]
-    count = min(count, _CODED_BYTES // max(coded, default=1))
-    return max(1, min(_ROWS, count))
+    room = _CODED_BYTES if group.num_rows > _MANY_ROWS else _ROW_BYTES
+    count = min(count, room // max(coded, default=1))
+    return size, max(1, min(_ROWS, count))
 
 
 def read_arrow(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
@@ -444,11 +452,17 @@ def known_columns(
 
 def arrow_records(
     piece: Piece,
-    batches: Iterable["pyarrow.RecordBatch"],
+    batches: Iterable["pyarrow.RecordBatch | tuple[int, RecordError]"],
     bad: BadRecords,
     max_record_bytes: int,
 ) -> Records:
     """Yields the rows of tables as records.
+
+    Args:
+        piece: Where they come from.
+        batches: The tables; how many rows are left out unread, and why, is one too.
+        bad: Told of records that cannot be used.
+        max_record_bytes: Rows above it are such records.
 
     Raises:
         RecordError: If they come from a file that is damaged.
@@ -458,6 +472,11 @@ def arrow_records(
     row = piece.first - 1
     try:
         for batch in batches:
+            if isinstance(batch, tuple):
+                for number in range(row + 1, row + batch[0] + 1):
+                    bad.report(f"{piece.name}, row {number}", batch[1])
+                row += batch[0]
+                continue
             for index in range(batch.num_rows):
                 row += 1
                 origin = f"{piece.name}, row {row}"

@@ -368,8 +368,9 @@ ENDINGS = {
     ),
     # The last turn of all ends by another token than those before it.
     "other_at_the_end": (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '</s>' if loop.last and "
-        "m.role == 'assistant' else '<s>' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '</s>' if loop.last "
+        "and m.role == 'assistant' else '<s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
         "One. <s>",
         "Two</s>",
     ),
