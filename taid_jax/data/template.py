@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -238,11 +239,16 @@ class ChatTemplate:
                 "characters": CHARACTERS,
             }
         )
-        if isinstance(answer, int):
+        if answer == -signal.SIGPROF:
             raise TemplateError(
                 f"the chat template was stopped after {SECONDS:g} seconds of computing "
-                f"for one conversation (status {answer}); give another by "
-                "--chat-template FILE"
+                "for one conversation; give another by --chat-template FILE"
+            )
+        if isinstance(answer, int):
+            raise TemplateError(
+                "the process that renders chat templates has ended with status "
+                f"{answer}: out of memory, or `transformers` cannot be imported by "
+                f"{sys.executable}"
             )
         texts: list[str | RecordError] = []
         whole = ""
