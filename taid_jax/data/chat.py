@@ -16,6 +16,7 @@ from taid_jax.data.documents import (
 from taid_jax.data.encoding import Rendered, Span, Tokenizer
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Cut
+from taid_jax.errors import shorten
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 """What a template has round all that the assistant writes, where it says so itself."""
@@ -25,6 +26,9 @@ _PRIVATE = (*range(0xE000, 0xF8FF), *range(0xF0000, 0xFFFFE))
 
 _CLOSED = re.compile(r".*(?:</\w+>|\[/\w+\])", re.DOTALL)
 """What is thought before an answer, of which templates keep the answer alone."""
+
+_MOST_KEYS = 50
+"""Each key of a conversation's messages costs a rendering."""
 
 _WHOLE_WORD = re.compile(r"(?:.*[\s>\])}])?", re.DOTALL)
 
@@ -214,6 +218,12 @@ class ChatRenderer:
         """
         options = dict(content.options)
         keys = dict.fromkeys(key for turn in content.messages for key, _ in turn.others)
+        if len(keys) + len(options) > _MOST_KEYS:
+            raise RecordError(
+                "wrong_shape",
+                f"{len(keys) + len(options)} keys beside `role` and `content`; at most "
+                f"{_MOST_KEYS} can be looked at",
+            )
         for key in (*keys, *options):
             less = [
                 {name: value for name, value in turn.items() if name != key}
@@ -235,7 +245,7 @@ class ChatRenderer:
                     "the chat template does not write the calls of tools; give another "
                     "by --chat-template, or take them out",
                 )
-            self.unused[key] += 1
+            self.unused[shorten(key, 80)] += 1
 
     def _marked_answers(
         self, whole: str, content: Chat, template: str

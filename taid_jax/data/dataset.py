@@ -22,8 +22,8 @@ from taid_jax.data.sources import Source, describe_source, read_documents
 from taid_jax.data.split import cut_only_text, hold_out
 from taid_jax.data.tokens import TokenTable, make_table
 
-_FILES_NAMED = 20
-"""So many files that are passed over are named."""
+_NAMED = 20
+"""So many files that are passed over, and keys that are not used, are named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +178,10 @@ def load_dataset(
         held_out=_describe(held),
         dropped=dict(bad.reasons),
         problems=tuple(bad.messages),
-        unused_keys=dict(bad.unused_keys),
+        unused_keys=dict(bad.unused_keys.most_common(_NAMED)),
         num_skipped_files=len(bad.skipped_files),
-        skipped_files=tuple(bad.skipped_files[:_FILES_NAMED]),
-        notes=tuple(bad.notes[:_FILES_NAMED]),
+        skipped_files=tuple(bad.skipped_files[:_NAMED]),
+        notes=tuple(bad.notes[:_NAMED]),
         fingerprint=_fingerprint(table, train, held),
     )
     return Dataset(train, held, info)

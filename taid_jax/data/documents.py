@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from taid_jax.data.errors import RecordError
-from taid_jax.errors import show
+from taid_jax.errors import shorten, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OPENING_ROLES = ("system", "developer")
@@ -243,7 +243,7 @@ def unused_keys(record: Mapping[str, object]) -> list[str]:
     """Returns the keys of a record that change nothing, names and nulls left aside."""
     used = {*used_keys(record), *ID_KEYS}
     return [
-        str(key)
+        shorten(str(key), 80)
         for key, value in record.items()
         if value not in (None, "", []) and key not in used
     ]

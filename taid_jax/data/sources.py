@@ -1,8 +1,12 @@
 """Files to documents: text, records, folders, data sets of the Hub, the corpus."""
 
+import contextlib
 import os
 import pathlib
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,8 +101,8 @@ def read_documents(
                 content = Completion(question, answer)
                 yield make_document(f"{PYDOC_QUESTIONS}, {name}", content, seed)
             continue
-        if is_hub_name(entry):
-            records = _hub_records(str(entry), bad, max_record_bytes)
+        if (named := hub_name(entry)) is not None:
+            records = _hub_records(*named, bad, max_record_bytes)
             yield from _documents(records, seed, bad)
             continue
         for path in find_files(pathlib.Path(entry), bad=bad):
@@ -275,11 +279,19 @@ def _read_text(path: pathlib.Path, seed: int) -> Document:
     return make_document(str(path), Text(text.replace("\r\n", "\n")), seed)
 
 
-def is_hub_name(entry: str | os.PathLike[str]) -> bool:
-    """Returns whether a source is called as data sets of the Hub are, and no file."""
-    if not isinstance(entry, str) or not _HUB_NAME.fullmatch(entry):
-        return False
-    return not pathlib.Path(entry).exists() and kind_of(pathlib.Path(entry)) is None
+def hub_name(entry: str | os.PathLike[str]) -> tuple[str, str | None] | None:
+    """Returns the data set of the Hub, and its split, that a source names; else None.
+
+    What is there as a file or folder, or ends as files do, is none.
+    """
+    named = _HUB_NAME.fullmatch(entry) if isinstance(entry, str) else None
+    if named is None or kind_of(pathlib.Path(named[0])) is not None:
+        return None
+    try:
+        there = pathlib.Path(named[0]).exists()
+    except OSError:  # A name too long for the file system.
+        return None
+    return None if there else (named["name"], named["split"])
 
 
 def load_hub(name: str, split: str | None, *, choose: str | None = None) -> Any:
@@ -296,7 +308,8 @@ def load_hub(name: str, split: str | None, *, choose: str | None = None) -> Any:
     import datasets
 
     try:
-        found: Any = datasets.load_dataset(name, split=split)
+        with _without_waiting():
+            found: Any = datasets.load_dataset(name, split=split)
     # What a missing network, name or split leads to in there is open-ended.
     except Exception as error:
         raise DataError(
@@ -315,9 +328,30 @@ def load_hub(name: str, split: str | None, *, choose: str | None = None) -> Any:
     return found
 
 
-def _hub_records(entry: str, bad: BadRecords, max_record_bytes: int) -> Records:
-    named = _HUB_NAME.fullmatch(entry)
-    name, split = (named["name"], named["split"]) if named else (entry, None)
+@contextlib.contextmanager
+def _without_waiting() -> Iterator[None]:
+    """Where no network leads to the Hub, has its libraries look in their cache alone.
+
+    They would try again for half a minute, also where the name is that of a lost file.
+    """
+    import huggingface_hub.constants as hub
+
+    usual = hub.HF_HUB_OFFLINE
+    try:
+        if not urllib.request.getproxies():
+            host = urllib.parse.urlsplit(hub.ENDPOINT).hostname
+            socket.getaddrinfo(host, None)
+    except OSError:
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = usual
+
+
+def _hub_records(
+    name: str, split: str | None, bad: BadRecords, max_record_bytes: int
+) -> Records:
     found = load_hub(name, split, choose="train")
     shown = f"{name}:{found.split or split or 'all'}"
     if split is None:

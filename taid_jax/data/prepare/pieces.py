@@ -7,7 +7,7 @@ from taid_jax.data.errors import BadRecords, DataError
 from taid_jax.data.manifest import SIDES, TRAIN, VALIDATION
 from taid_jax.data.prepare.options import PrepareOptions
 from taid_jax.data.records import Piece, cut_jsonl, cut_parquet, known_columns
-from taid_jax.data.sources import find_files, is_hub_name, kind_of, load_hub
+from taid_jax.data.sources import find_files, hub_name, kind_of, load_hub
 
 
 class SourceFile(NamedTuple):
@@ -55,9 +55,10 @@ def list_sources(
     files = []
     for side, data, split in wanted:
         path = pathlib.Path(data)
-        if is_hub_name(data):
-            exported = export_data_set(data, split, work / f"{side}.source.parquet")
-            files.append(SourceFile(exported, f"{data}:{split or 'train'}", side))
+        if (named := hub_name(data)) is not None:
+            name, split = named[0], split or named[1]
+            exported = export_data_set(name, split, work / f"{side}.source.parquet")
+            files.append(SourceFile(exported, f"{name}:{split or 'train'}", side))
             continue
         for file in find_files(path, split or "", bad=bad):
             # A text beside records is about them.

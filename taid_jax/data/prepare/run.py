@@ -47,6 +47,7 @@ REPORT = "left_out.jsonl"
 _WORK = ".unfinished"
 _PLAN = "plan.json"
 _ASKED = "asked.json"
+_KEYS_NAMED = 20
 _PACKAGES = ("taid-jax", "transformers", "tokenizers", "pyarrow", "numpy", "jinja2")
 
 Progress = Callable[[str, int, int], None]
@@ -130,7 +131,9 @@ def prepare(
         files=shards,
         versions=_versions(),
         unused_keys=dict(
-            sum((Counter(record.unused_keys) for record in records), Counter())
+            sum(
+                (Counter(record.unused_keys) for record in records), Counter()
+            ).most_common(_KEYS_NAMED)
         ),
         skipped_files=source.skipped_files,
         notes=[*source.notes, *(note for record in records for note in record.notes)],
