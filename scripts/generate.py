@@ -1,8 +1,9 @@
 """Has a model answer the prompts of a file, for training a student on its answers.
 
-Prompts come from a .jsonl or .parquet file with `prompt` or `messages`; answers go to a
-.jsonl file that --data of train_tpu.py reads. A file that was not finished is continued
-by the same command. The most probable token is taken unless --temperature is above 0.
+Prompts come from a file of records in any format that training reads (docs/data.md);
+answers go to a .jsonl file that --data of train_tpu.py reads. A file that was not
+finished is continued by the same command. The most probable token is taken unless
+--temperature is above 0.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from taid_jax.train.teacher_samples import (
     Job,
     SampleFile,
     answer_prompts,
+    begun_on,
     choose_fitting,
 )
 
@@ -90,14 +92,15 @@ def write_answers(command: Command, console: Console) -> None:
     check_batch(command.batch_size, mesh)
     prompts = read_prompts(pathlib.Path(command.prompts))
     tokenizer = cast(Tokenizer, load_tokenizer(command.model))
-    encoded = encode_prompts(prompts, tokenizer)
+    date = begun_on(pathlib.Path(command.output))
+    encoded = encode_prompts(prompts, tokenizer, date=date)
     config = load_config(command.model, allow_unknown_keys=command.allow_unknown_keys)
     fitting = choose_fitting(encoded, config, command.max_new_tokens)
     # More rows than there are prompts would only repeat them.
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(command.batch_size, -(-len(fitting) // parts) * parts)
     limit = command.max_new_tokens
-    about = command.seed, sampling, command.dtype
+    about = command.seed, sampling, command.dtype, date
     job = Job(command.model, digest(prompts), limit, *about)
     file = SampleFile(pathlib.Path(command.output), job, overwrite=command.overwrite)
     left = [one for one in fitting if one.prompt.number >= file.done]

@@ -1,7 +1,7 @@
 """Prepares conversations for training: tokenised, filtered, shuffled, in shards.
 
-The source is a data set of the Hugging Face hub, a file of JSON lines or Parquet, or a
-folder of them, with `messages` (or `prompt` and `completion`, or `text`). Train with
+The source is a data set of the Hugging Face hub, a file of records (JSON lines, JSON,
+CSV, Parquet, Arrow) or a folder of them; docs/data.md has the keys. Train with
 `scripts/train_tpu.py --data FOLDER`. A stopped preparation goes on when it is started
 again; manifest.json and left_out.jsonl tell what became of every record.
 """
@@ -95,8 +95,20 @@ def show(manifest: Manifest, console: Console) -> None:
         told.add_row(f"{count:,}", f"left out ({reason}): {meanings[reason]}")
     for reason, count in sorted(manifest.noted.items()):
         told.add_row(f"{count:,}", f"kept, but: {reason.replace('_', ' ')}")
-    if manifest.left_out or manifest.noted:
+    for key, count in sorted(manifest.unused_keys.items()):
+        told.add_row(f"{count:,}", f"kept, but the key `{key}` changed nothing")
+    if told.row_count:
         console.print(told)
+    if skipped := manifest.skipped_files:
+        few = ", ".join(skipped[:5])
+        console.print(
+            f"{len(skipped)} files passed over: {few}{', ...' * (len(skipped) > 5)}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    for note in manifest.notes[:20]:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
 def main(arguments: Sequence[str]) -> int:

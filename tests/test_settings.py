@@ -196,17 +196,6 @@ def test_contradictions_leave_to_the_checkpoint_what_it_knows_by_content():
         assert found[0].startswith("model.student: the checkpoint has 'b', now None")
 
 
-def test_with_found_keeps_what_a_run_found_at_its_start(monkeypatch):
-    monkeypatch.setattr(
-        "taid_jax.settings.convert.FOUND_AT_START", frozenset({"data.chat_template"})
-    )
-    saved = s.from_dict({"chat_template": "first", "seed": 3})
-    kept = s.with_found(saved, s.from_dict({"seed": 5}))
-    assert (kept.data.chat_template, kept.run.seed) == ("first", 5)
-    given = s.from_dict({"chat_template": "second"})
-    assert s.with_found(saved, given) == given
-
-
 def test_every_free_setting_exists():
     assert set(s.flatten(s.Settings())) >= s.FREE_ON_RESUME
     assert dataclasses.is_dataclass(s.Settings)
@@ -218,3 +207,25 @@ def test_with_steps_counts_the_last_batch_of_an_epoch_of_buckets(buckets, steps)
     data = {"batch_size": 4, "pack": False, "buckets": buckets}
     settings = s.from_dict({"data": data, "run": {"epochs": 5.0}})
     assert s.with_steps(settings, 25).run.steps == steps
+
+
+def test_with_date_keeps_the_day_when_the_run_began():
+    new = s.Settings()
+    assert new.data.template_date is None
+    begun = s.with_date(new)
+    assert begun.data.template_date is not None
+    saved = s.from_dict({"template_date": "2026-01-31"})
+    resumed = s.with_date(new, saved)
+    assert resumed.data.template_date == "2026-01-31"
+    assert s.with_date(resumed).data.template_date == "2026-01-31"
+    # Asked for nothing, or the same, a resumed run goes on with it.
+    assert not s.contradictions(saved, new)
+    assert not s.contradictions(saved, resumed)
+    other = s.from_dict({"template_date": "2026-02-01"})
+    assert "template_date" in s.contradictions(saved, other)[0]
+
+
+@pytest.mark.parametrize("date", ["today", "2026-1-1", "20260101", "2026-02-30", ""])
+def test_settings_refuse_what_is_no_date(date):
+    with pytest.raises(s.SettingsError, match="template_date: need a date"):
+        s.from_dict({"template_date": date})

@@ -22,6 +22,9 @@ from taid_jax.data.sources import Source, describe_source, read_documents
 from taid_jax.data.split import cut_only_text, hold_out
 from taid_jax.data.tokens import TokenTable, make_table
 
+_NAMED = 20
+"""So many files that are passed over, and keys that are not used, are named."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SideInfo:
@@ -54,6 +57,11 @@ class DatasetInfo:
         dropped: How many records were left out, by reason: the keys of
             `errors.REASONS` (see `problems`) and `errors.FILTERS`.
         problems: The first records that could not be used, with file and line.
+        unused_keys: How many records had each key that neither a format of data nor
+            the chat template uses.
+        num_skipped_files: Files of the source that were passed over.
+        skipped_files: The first of them.
+        notes: What else is to be said of the source, such as which split was taken.
         fingerprint: 16 hexadecimal digits; other examples or sides, other digits.
     """
 
@@ -61,6 +69,10 @@ class DatasetInfo:
     held_out: SideInfo
     dropped: dict[str, int]
     problems: tuple[str, ...]
+    unused_keys: dict[str, int]
+    num_skipped_files: int
+    skipped_files: tuple[str, ...]
+    notes: tuple[str, ...]
     fingerprint: str
 
 
@@ -84,6 +96,8 @@ def load_dataset(
     pack: bool = True,
     buckets: Sequence[int] = (),
     bad_records: BadRecordPolicy = "raise",
+    merge_system: bool = False,
+    template_date: str | None = None,
 ) -> Dataset:
     """Reads a source, encodes it and splits it into train and held-out rows.
 
@@ -95,9 +109,10 @@ def load_dataset(
     validation side is held out.
 
     Args:
-        source: `pydoc` for Python's own documentation; a .txt, .jsonl or .parquet file
-            with `text`, `prompt` and `completion`, or `messages`; a folder of them, or
-            of prepared data; or a list of any of these but prepared data.
+        source: `pydoc` for Python's own documentation; a file of text or of records
+            (docs/data.md lists kinds and keys); a folder of them, or of prepared data;
+            OWNER/NAME or OWNER/NAME:SPLIT of the Hugging Face hub; or a list of any of
+            these but prepared data.
         tokenizer: The teacher's, which must be the student's too.
         seq_len: Tokens of a row, >= 2.
         held_out_fraction: Share of the documents that is held out, in [0, 1).
@@ -110,6 +125,10 @@ def load_dataset(
             of them in any case.
         bad_records: `raise` ends at the first record that cannot be used; `count`
             leaves it out and names it in `info`.
+        merge_system: Put a system turn that the chat template refuses before the first
+            turn of the user.
+        template_date: What chat templates take for today, `YYYY-MM-DD`; today when
+            None.
 
     Raises:
         DataError: If a file or record cannot be used, or nothing is left.
@@ -135,6 +154,8 @@ def load_dataset(
             split_seed=split_seed,
             count_prompts=count_prompts,
             bad=bad,
+            merge_system=merge_system,
+            template_date=template_date,
         )
     else:
         table, held_out = read_prepared(
@@ -157,6 +178,10 @@ def load_dataset(
         held_out=_describe(held),
         dropped=dict(bad.reasons),
         problems=tuple(bad.messages),
+        unused_keys=dict(bad.unused_keys.most_common(_NAMED)),
+        num_skipped_files=len(bad.skipped_files),
+        skipped_files=tuple(bad.skipped_files[:_NAMED]),
+        notes=tuple(bad.notes[:_NAMED]),
         fingerprint=_fingerprint(table, train, held),
     )
     return Dataset(train, held, info)
@@ -187,11 +212,20 @@ def _read_and_encode(
     split_seed: int,
     count_prompts: bool,
     bad: BadRecords,
+    merge_system: bool,
+    template_date: str | None,
 ) -> _Encoded:
     documents = list(read_documents(source, seed=split_seed, bad=bad))
     if held_out_fraction:
         documents = cut_only_text(documents, held_out_fraction)
-    intake = Intake(encoder, Limits(seq_len), count_prompts=count_prompts, bad=bad)
+    intake = Intake(
+        encoder,
+        Limits(seq_len),
+        count_prompts=count_prompts,
+        bad=bad,
+        merge_system=merge_system,
+        template_date=template_date,
+    )
     table = make_table(
         (number, example) for number, _, example in intake.examples(documents)
     )

@@ -2,19 +2,47 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from taid_jax.data.errors import RecordError
+from taid_jax.errors import shorten, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OPENING_ROLES = ("system", "developer")
 ANSWER_ROLE = "assistant"
 
-RECORD_KEYS = ("messages", "prompt", "completion", "text")
+CHAT_KEYS = ("messages", "conversations")
+PAIR_KEYS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+)
+"""What is asked and what should follow, as data sets call them."""
+OPTION_KEYS = ("tools", "documents", "chat_template_kwargs")
+"""What a record has for the chat template beside its messages."""
+_PAIR_OPTIONS = ("input", "system", "history", *OPTION_KEYS)
+RECORD_KEYS = (
+    *CHAT_KEYS,
+    *dict.fromkeys(key for pair in PAIR_KEYS for key in pair),
+    *_PAIR_OPTIONS,
+    "text",
+)
 ID_KEYS = ("prompt_id", "id")
 """UltraChat calls its conversations by their prompts."""
 EXPECTED_KEYS = "`text`, or `prompt` and `completion`, or `messages`"
+OTHER_FORMATS = "docs/data.md lists other formats"
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": ANSWER_ROLE,
+    "function_call": ANSWER_ROLE,
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+"""Of `from`; other names are roles already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +61,36 @@ class Completion:
 
 
 class Message(NamedTuple):
-    """One turn of a chat."""
+    """One turn of a chat.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; null only where the assistant calls tools.
+        others: What else the message has for the template, such as `tool_calls`.
+        trained: Whether an answer is trained on (`weight` is not 0).
+    """
 
     role: str
-    content: str
+    content: str | None
+    others: tuple[tuple[str, Any], ...] = ()
+    trained: bool = True
+
+    def for_template(self) -> dict[str, Any]:
+        """Returns the message as chat templates want it."""
+        return {"role": self.role, "content": self.content, **dict(self.others)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation that opens with the user and has an answer in it."""
+    """A conversation that opens with the user and has an answer in it.
+
+    Attributes:
+        messages: Its turns.
+        options: What the template gets beside them, such as `tools`.
+    """
 
     messages: tuple[Message, ...]
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 Content = Text | Completion | Chat
@@ -73,8 +120,8 @@ def make_document(
     The rank comes from what the document says, never from its place: it stays the same
     when files are renamed or put in another order, and copies share it. Case and the
     amount of white space do not change it. A completion and a chat are ranked by their
-    prompt (all that comes before the first answer), so that no prompt is trained on
-    with one answer and evaluated with another.
+    prompt (all that is said before the first answer), so that no prompt is trained on
+    with one answer, or one set of tools, and evaluated with another.
 
     Args:
         origin: Where it stands, for messages.
@@ -89,8 +136,10 @@ def make_document(
     else:
         roles = [message.role for message in content.messages]
         opening = content.messages[: roles.index(ANSWER_ROLE)]
-        parts = [part for message in opening for part in message]
-    key = "\0".join(" ".join(part.split()).casefold() for part in parts)
+        parts = [
+            part for message in opening for part in (message.role, message.content)
+        ]
+    key = "\0".join(" ".join((part or "").split()).casefold() for part in parts)
     digest = hashlib.blake2b(
         key.encode(), digest_size=8, salt=seed.to_bytes(8, "little")
     ).digest()
@@ -104,10 +153,10 @@ def record_name(record: Mapping[str, object]) -> str | None:
 
 
 def parse_record(record: object) -> Content:
-    """Returns what a record of a JSONL or Parquet file says.
+    """Returns what a record of any of the formats of docs/data.md says.
 
-    Keys that hold None count as absent, other keys are ignored. Where a record has
-    several of the known keys, `messages` comes first, then `prompt` and `completion`.
+    Keys that hold None count as absent, other keys are ignored (`unused_keys` names
+    them). A conversation comes first, then a prompt and what follows it, then text.
 
     Raises:
         RecordError: If it is not a record, has other keys, values of another type, or a
@@ -118,40 +167,196 @@ def parse_record(record: object) -> Content:
             "wrong_shape",
             f"need an object with {EXPECTED_KEYS}, got {_type_name(record)}",
         )
-    present = {key for key in RECORD_KEYS if record.get(key) is not None}
-    if "messages" in present:
-        return _parse_chat(record["messages"])
-    if {"prompt", "completion"} <= present:
-        prompt = _string("prompt", record["prompt"])
-        completion = _string("completion", record["completion"])
-        for name, value in (("prompt", prompt), ("completion", completion)):
-            if not value.strip():
-                raise RecordError(
-                    "empty_turn",
-                    f"`{name}` is empty; a record without a prompt belongs under "
-                    "`text`",
-                )
-        return Completion(prompt, completion)
-    if "text" in present:
+    keys = used_keys(record)
+    options = _options(record, keys)
+    if keys and keys[0] in CHAT_KEYS:
+        opening = _opening(record, keys, ())
+        return _chat([*opening, *_messages(keys[0], record[keys[0]])], options)
+    if "text" in keys:
         return Text(_string("text", record["text"]))
-    found = ", ".join(f"`{key}`" for key in record) or "none"
-    raise RecordError("wrong_shape", f"need the keys {EXPECTED_KEYS}; found {found}")
+    if keys:
+        return _pair(record, keys, options)
+    found = ", ".join(
+        f"`{key}`" + (" (null)" if record[key] is None else "")
+        for key in list(record)[:20]
+    )
+    found = found or "none"
+    raise RecordError(
+        "wrong_shape",
+        f"need the keys {EXPECTED_KEYS}; found {found} ({OTHER_FORMATS})",
+    )
 
 
-def _parse_chat(value: object) -> Chat:
-    if not isinstance(value, list):
+def parse_prompt(record: object) -> Completion | Chat:
+    """Returns what a record asks: with an empty completion, or up to its last answer.
+
+    Raises:
+        RecordError: As `parse_record`, or if nothing is asked.
+    """
+    if not isinstance(record, Mapping):
         raise RecordError(
             "wrong_shape",
-            "`messages` must be a list of objects with `role` and `content`, got "
-            f"{_type_name(value)}",
+            f"need an object with `prompt` or `messages`, got {_type_name(record)}",
         )
-    messages = [_parse_message(n, message) for n, message in enumerate(value, start=1)]
+    said = {key: value for key, value in record.items() if value not in (None, [])}
+    listed = next((key for key in (*CHAT_KEYS, "prompt") if key in said), None)
+    if listed is None or (listed == "prompt" and not isinstance(said["prompt"], list)):
+        asking = next((pair for pair in PAIR_KEYS if pair[0] in said), None)
+        if asking is None or not str(said[asking[0]]).strip():
+            found = ", ".join(f"`{key}`" for key in list(record)[:20]) or "no keys"
+            raise RecordError(
+                "wrong_shape",
+                f"need `prompt` or `messages` with text; found {found}",
+            )
+        keys = (*asking, *(key for key in _PAIR_OPTIONS if key in said))
+        answered = {**said, asking[1]: "-"}
+        content = _pair(answered, keys, _options(said, keys))
+        if isinstance(content, Completion):
+            return dataclasses.replace(content, completion="")
+        return dataclasses.replace(content, messages=content.messages[:-1])
+    opening = _opening(said, tuple(said), ())
+    messages = [*opening, *_messages(listed, said[listed])]
+    answers = [n for n, each in enumerate(messages) if each.role == ANSWER_ROLE]
+    if messages[-1].role not in ("user", "tool") and answers:
+        messages = messages[: answers[-1]]
+    if not messages or messages[-1].role == ANSWER_ROLE:
+        raise RecordError("wrong_shape", "the conversation asks nothing before its end")
+    return Chat(tuple(messages), _options(said, (listed, *OPTION_KEYS)))
+
+
+def used_keys(record: Mapping[str, object]) -> tuple[str, ...]:
+    """Returns the keys that say what a record says, the deciding one first."""
+    present = {key for key in RECORD_KEYS if record.get(key) is not None}
+    options = tuple(key for key in OPTION_KEYS if key in present)
+    system = ("system",) if record.get("system") else ()
+    for key in CHAT_KEYS:
+        if key in present:
+            return (key, *system, *options)
+    for pair in PAIR_KEYS:
+        if present.issuperset(pair):
+            more = [key for key in ("input", "history") if key in present]
+            return (*pair, *more, *system, *options)
+    return ("text",) if "text" in present else ()
+
+
+def unused_keys(record: Mapping[str, object]) -> list[str]:
+    """Returns the keys of a record that change nothing, names and nulls left aside."""
+    used = {*used_keys(record), *ID_KEYS}
+    return [
+        shorten(str(key), 80)
+        for key, value in record.items()
+        if value not in (None, "", []) and key not in used
+    ]
+
+
+def _pair(
+    record: Mapping[str, Any],
+    keys: Sequence[str],
+    options: tuple[tuple[str, Any], ...],
+) -> Completion | Chat:
+    """Returns what is asked and what should follow, as a chat where it needs one."""
+    asked, answered = (record[key] for key in keys[:2])
+    opening = _opening(record, keys, record.get("history") or ())
+    if _is_turns(asked) or _is_turns(answered):
+        # What a data set has in the prompt is context, and not to be learned.
+        before = [
+            each._replace(trained=each.role != ANSWER_ROLE)
+            for each in _turns(keys[0], asked, "user")
+        ]
+        after = _turns(keys[1], answered, ANSWER_ROLE)
+        return _chat([*opening, *before, *after], options)
+    asked, answered = (_string(key, record[key]) for key in keys[:2])
+    more = _string("input", record["input"]) if "input" in keys else ""
+    if more.strip():
+        asked = f"{asked}\n\n{more}"
+    for name, value in zip(keys, (asked, answered), strict=False):
+        if not value.strip():
+            raise RecordError(
+                "empty_turn",
+                f"`{name}` is empty; a record without a prompt belongs under `text`",
+            )
+    if opening or options:
+        turns = [Message("user", asked), Message(ANSWER_ROLE, answered)]
+        return _chat([*opening, *turns], options)
+    return Completion(asked, answered)
+
+
+def _opening(
+    record: Mapping[str, Any], keys: Sequence[str], history: object
+) -> list[Message]:
+    """Returns the turns that a record has before its own: `system` and `history`."""
+    opening = []
+    if "system" in keys and str(record["system"]).strip():
+        opening.append(Message("system", _string("system", record["system"])))
+    for number, pair in enumerate(_list("history", history), start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RecordError(
+                "wrong_shape", f"`history` needs pairs of texts, got {show(pair)}"
+            )
+        for role, said in zip(("user", ANSWER_ROLE), pair, strict=True):
+            opening.append(Message(role, _string(f"history {number}", said)))
+    return opening
+
+
+def _is_turns(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
+
+
+def _turns(key: str, value: object, role: str) -> list[Message]:
+    if _is_turns(value):
+        return _messages(key, value)
+    return [_parse_message(1, {"role": role, "content": _string(key, value)})]
+
+
+def _options(
+    record: Mapping[str, Any], keys: Sequence[str]
+) -> tuple[tuple[str, Any], ...]:
+    """Returns what the chat template gets beside the messages."""
+    found: dict[str, Any] = {}
+    for key in OPTION_KEYS:
+        value = record.get(key) if key in keys else None
+        if key == "chat_template_kwargs":
+            if value is not None and not isinstance(value, Mapping):
+                raise RecordError(
+                    "wrong_shape", f"`{key}` must be an object, got {_type_name(value)}"
+                )
+            found |= _plain(key, value or {})
+        elif value is not None and (given := _list(key, value)):
+            if not all(isinstance(each, Mapping) for each in given):
+                raise RecordError("wrong_shape", f"`{key}` must be a list of objects")
+            found[key] = _plain(key, given)
+    return tuple(found.items())
+
+
+def _list(name: str, value: object) -> Sequence[Any]:
+    """Returns a list, which tables may have as text of JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RecordError("wrong_shape", f"`{name}` is not JSON: {error}") from None
+    if not isinstance(value, list | tuple):
+        raise RecordError(
+            "wrong_shape",
+            f"`{name}` must be a list of objects"
+            + (" with `role` and `content`" if name in CHAT_KEYS else "")
+            + f", got {_type_name(value)}",
+        )
+    return value
+
+
+def _messages(key: str, value: object) -> list[Message]:
+    turns = enumerate(_list(key, value), start=1)
+    return [_parse_message(number, message) for number, message in turns]
+
+
+def _chat(messages: list[Message], options: tuple[tuple[str, Any], ...]) -> Chat:
     roles = [message.role for message in messages]
     if ANSWER_ROLE not in roles:
         raise RecordError(
             "no_answer",
             "the conversation has no assistant turn, so there is nothing to learn; "
-            f"its roles are {', '.join(roles) or 'none'}",
+            f"its roles are {', '.join(roles[:20]) or 'none'}",
         )
     first = next(role for role in roles if role not in OPENING_ROLES)
     if first != "user":
@@ -160,28 +365,110 @@ def _parse_chat(value: object) -> Chat:
             f"the conversation must start with a user turn, got {first}; "
             "remove the turns before the first user turn",
         )
-    return Chat(tuple(messages))
+    return Chat(tuple(messages), options)
 
 
 def _parse_message(number: int, value: object) -> Message:
-    if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
+    names = ("role", "content")
+    if isinstance(value, Mapping) and {"from", "value"} <= value.keys():
+        names = ("from", "value")
+    if not isinstance(value, Mapping) or not (
+        names[0] in value and (names[1] in value or value.get("tool_calls"))
+    ):
         if isinstance(value, Mapping):
-            found = ", ".join(f"`{key}`" for key in value) or "no keys"
+            found = ", ".join(f"`{key}`" for key in list(value)[:20]) or "no keys"
         else:
             found = _type_name(value)
         raise RecordError(
             "wrong_shape", f"turn {number} needs `role` and `content`, found {found}"
         )
-    role = _string(f"role of turn {number}", value["role"])
-    content = _string(f"content of turn {number}", value["content"])
+    said = _string(f"role of turn {number}", value[names[0]])
+    role = _SHAREGPT_ROLES.get(said, said) if names[0] == "from" else said
     if role not in ROLES:
         raise RecordError(
             "unknown_role",
-            f"unknown role {role!r} in turn {number}; known roles: {', '.join(ROLES)}",
+            f"unknown role {show(said)} in turn {number}; known roles: "
+            f"{', '.join(ROLES)}",
         )
-    if not content.strip():
-        raise RecordError("empty_turn", f"turn {number} ({role}) is empty")
-    return Message(role, content)
+    others = {
+        str(key): _plain(f"{key} of turn {number}", other)
+        for key, other in value.items()
+        if key not in names and other is not None and other != []
+    }
+    trained = _weight(number, others) if role == ANSWER_ROLE else True
+    content = value.get(names[1])
+    if said == "function_call":
+        others["tool_calls"] = [_call(number, content)]
+        content = None
+    calls = role == ANSWER_ROLE and "tool_calls" in others
+    if content is not None or not calls:
+        content = _said(f"content of turn {number}", content)
+        if not content.strip() and not calls:
+            raise RecordError("empty_turn", f"turn {number} ({role}) is empty")
+    return Message(role, content, tuple(others.items()), trained)
+
+
+def _said(name: str, value: object) -> str:
+    """Returns a content, whose parts of text are joined."""
+    if not isinstance(value, list):
+        return _string(name, value)
+    texts = []
+    for part in value:
+        given = part.items() if isinstance(part, Mapping) else ()
+        held = {key: other for key, other in given if other is not None}
+        if isinstance(part, str):
+            held = {"text": part}
+        if held.get("type", "text") != "text" or "text" not in held:
+            kind = held.get("type", _type_name(part))
+            raise RecordError(
+                "wrong_shape",
+                f"the {name} has a part that is not text ({show(kind)}); only parts "
+                'such as {"type": "text", "text": ...} can be read',
+            )
+        texts.append(_string(name, held["text"]))
+    return "".join(texts)
+
+
+def _weight(number: int, others: dict[str, Any]) -> bool:
+    """Returns whether an answer is trained on, and takes out what says so."""
+    trained = True
+    for key in ("weight", "train"):
+        value = others.pop(key, None)
+        if value not in (None, 0, 1):
+            raise RecordError(
+                "wrong_shape",
+                f"`{key}` of turn {number} must be 0 or 1, got {show(value)}",
+            )
+        trained = trained and value != 0
+    return trained
+
+
+def _call(number: int, value: object) -> dict[str, Any]:
+    """Returns the call of a tool that ShareGPT's form has as text."""
+    try:
+        call = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        call = None
+    if not isinstance(call, Mapping) or "name" not in call:
+        raise RecordError(
+            "wrong_shape",
+            f"turn {number} (function_call) must be an object of JSON with `name` and "
+            f"`arguments`, got {show(value)}",
+        )
+    return {"type": "function", "function": _plain(f"turn {number}", call)}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Returns a value for the template, whose texts are checked."""
+    if isinstance(value, str):
+        return _string(name, value)
+    if isinstance(value, Mapping):
+        return {
+            _string(name, str(key)): _plain(name, other) for key, other in value.items()
+        }
+    if isinstance(value, list):
+        return [_plain(name, other) for other in value]
+    return value
 
 
 def _string(name: str, value: object) -> str:

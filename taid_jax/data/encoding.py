@@ -56,6 +56,7 @@ class Rendered(NamedTuple):
         framed: Gets the tokenizer's start token and the end token, which the text of a
             chat template brings itself.
         windowed: Is cut into windows when it is too long, instead of being dropped.
+        not_counted: The characters of answers that do not count though all others do.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Rendered(NamedTuple):
     counts_all: bool = False
     framed: bool = False
     windowed: bool = False
+    not_counted: tuple[Span, ...] = ()
 
 
 class _Piece(NamedTuple):
@@ -200,6 +202,10 @@ class Encoder:
         ids, counted, prompt, answer_end = found
         if item.counts_all:
             counted = np.ones(len(ids), np.bool_)
+            borders = [item.text[:place] for span in item.not_counted for place in span]
+            places = [_common_start(ids, start) for start in self.ids(borders)]
+            for first, stop in zip(places[::2], places[1::2], strict=True):
+                counted[first:stop] = False
         # Written in the text, by a template or by both: one start token is right.
         written = self._starts(ids)
         if extra := max(0, written - 1):

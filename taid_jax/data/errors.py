@@ -12,7 +12,7 @@ REASONS: Mapping[str, str] = {
     "not_utf8": "bytes that are not UTF-8, or half of a surrogate pair",
     "not_json": "a line that is not JSON",
     "wrong_shape": "other keys or types than a record has",
-    "damaged_file": "a Parquet file that cannot be read, or not to its end",
+    "damaged_file": "a file that cannot be read, or not to its end",
     "too_large": "a record above the limit of bytes, never parsed",
     "starts_with_assistant": "a conversation that does not start with the user",
     "empty_turn": "a turn without text",
@@ -20,6 +20,8 @@ REASONS: Mapping[str, str] = {
     "no_answer": "a conversation without an assistant turn",
     "template_refuses": "a conversation that the chat template refuses",
     "answer_not_found": "answers whose tokens cannot be told from the prompts'",
+    "no_end": "answers that nothing ends in the chat template",
+    "tool_calls_not_written": "calls of tools that the chat template does not write",
 }
 """Why a record cannot be used."""
 
@@ -83,6 +85,9 @@ class BadRecords:
         policy: `raise` or `count`.
         reasons: How many records were left out, by reason.
         problems: The first of them, in order.
+        unused_keys: How many records had each key that changed nothing.
+        skipped_files: The files of a folder that were passed over.
+        notes: What else is to be said of the source, such as which split was taken.
     """
 
     def __init__(
@@ -95,6 +100,9 @@ class BadRecords:
         self.policy: BadRecordPolicy = policy
         self.reasons: Counter[str] = Counter()
         self.problems: list[Problem] = []
+        self.unused_keys: Counter[str] = Counter()
+        self.skipped_files: list[str] = []
+        self.notes: list[str] = []
         self._kept = kept
         self._filtered = filtered
 

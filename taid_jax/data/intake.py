@@ -38,6 +38,8 @@ class Intake:
             to unseen questions. Text is cut into windows of `limits.tokens`.
         count_prompts: Count every token, not only the assistant's.
         bad: Told of what cannot be used and what is left out.
+        merge_system: As `ChatRenderer` has it.
+        template_date: As `ChatRenderer` has it.
 
     Attributes:
         shortest_too_long: Tokens of the shortest conversation that was too long.
@@ -50,9 +52,16 @@ class Intake:
         *,
         count_prompts: bool,
         bad: BadRecords,
+        merge_system: bool = False,
+        template_date: str | None = None,
     ):
         self._encoder = encoder
-        self._renderer = ChatRenderer(encoder.tokenizer, count_prompts=count_prompts)
+        self._renderer = ChatRenderer(
+            encoder.tokenizer,
+            count_prompts=count_prompts,
+            merge_system=merge_system,
+            date=template_date,
+        )
         self._limits = limits
         self._bad = bad
         self.shortest_too_long: int | None = None
@@ -85,6 +94,8 @@ class Intake:
                 yield from self._encode(group)
                 group, characters = [], 0
         yield from self._encode(group)
+        self._bad.unused_keys.update(self._renderer.unused)
+        self._renderer.unused.clear()
 
     def _render(self, content: Content) -> Rendered:
         match content:

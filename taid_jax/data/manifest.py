@@ -54,6 +54,9 @@ class Manifest:
         noted: How many were taken though there was something to say, by reason.
         files: The shards.
         versions: Of the packages that took part.
+        unused_keys: How many records had each key that changed nothing.
+        skipped_files: Files of the source that were passed over.
+        notes: What else is to be said of the source, such as which split was taken.
     """
 
     tokenizer: TokenizerIdentity
@@ -66,6 +69,9 @@ class Manifest:
     noted: dict[str, int]
     files: list[ShardFile]
     versions: dict[str, str]
+    unused_keys: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped_files: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def write(self, folder: pathlib.Path) -> None:
         """Puts it into the folder, whole or not at all."""

@@ -41,8 +41,7 @@ def hold_out(
         raise DataError(
             f"{source}: need two different documents, one to train on and one to hold "
             "out, and there is one (copies, and records with the same prompt, count as "
-            "one); add other documents: without held-out ones, at a "
-            "held_out_fraction of 0, data can be read but no student judged"
+            "one); add other documents"
         )
     sizes = np.zeros(len(values), np.int64)
     np.add.at(sizes, document, tokens)

@@ -1,16 +1,38 @@
-"""A chat template from a file, for tokenizers that bring none."""
+"""Chat templates: from a file, and rendered within limits of time and output."""
 
+import atexit
+import contextlib
+import datetime
+import json
 import os
 import pathlib
 import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, NamedTuple, cast
 
 import jinja2
 
 from taid_jax.data.encoding import Tokenizer
-from taid_jax.data.errors import DataError
+from taid_jax.data.errors import DataError, RecordError
+from taid_jax.errors import parsing, shorten
 
 # What marks an answer, which Jinja alone does not know.
 _MARKS = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+
+SECONDS = 5.0
+"""Of computing for one conversation; a template needs some milliseconds."""
+
+CHARACTERS = 32_000_000
+"""That one conversation may become: a record has at most some four million."""
+
+MEMORY = 512 * 2**20
+"""Bytes that all templates together may take."""
+
+_PROGRAM = pathlib.Path(__file__).with_name("template_process.py")
 
 
 def set_chat_template(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
@@ -25,20 +47,232 @@ def set_chat_template(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> Non
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
-        if not text.strip():
-            raise DataError(f"chat_template: {path} is empty")
+    except UnicodeDecodeError as error:
+        raise DataError(f"chat_template: {path} is not UTF-8: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"chat_template: {path} cannot be read: {reason}") from error
+    if not text.strip():
+        raise DataError(f"chat_template: {path} is empty")
+    with parsing(f"chat_template: {path} is not a Jinja template", DataError):
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             _MARKS.sub("", text)
         )
-    except OSError as error:
-        raise DataError(
-            f"chat_template: {path} cannot be read: {error.strerror}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"chat_template: {path} is not UTF-8: {error}") from error
-    except jinja2.TemplateError as error:
-        raise DataError(
-            f"chat_template: {path} is not a Jinja template: {error}"
-        ) from error
     # Every tokenizer of transformers has it; the protocol cannot name it.
     tokenizer.chat_template = text  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Cut(NamedTuple):
+    """Which messages are rendered: the first `stop`, and whether an answer is asked."""
+
+    stop: int | None = None
+    generation: bool = False
+
+
+class TemplateError(DataError):
+    """A chat template that no conversation can be rendered with."""
+
+
+class _Process:
+    """The process that templates run in, and what it said last."""
+
+    def __init__(self):
+        # Not from the folder of the program, whose modules have names of others.
+        flags = ["-P", "-W", "ignore"]
+        self._process = subprocess.Popen(
+            [sys.executable, *flags, str(_PROGRAM), str(MEMORY)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._input = cast(IO[bytes], self._process.stdin)
+        self._output = cast(IO[bytes], self._process.stdout)
+
+    def ask(self, request: bytes) -> list[Any] | None:
+        """Returns the answer; None when the process has ended over it."""
+        try:
+            self._input.write(request)
+            self._input.flush()
+        except OSError:
+            return None
+        line = self._output.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def close(self) -> int:
+        """Ends the process and returns its status."""
+        for pipe in (self._input, self._output):
+            # It may have ended with some of a request unread.
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._process.terminate()
+        return self._process.wait()
+
+
+class _Running:
+    """The one process of this process, if it is there."""
+
+    lock = threading.Lock()
+    owner = 0
+    process: _Process | None = None
+
+    @classmethod
+    def ask(cls, request: Mapping[str, Any]) -> list[Any] | int:
+        """Returns the answer, or the status that the process ended with over it."""
+        line = json.dumps(request, default=_placeholder).encode() + b"\n"
+        with cls.lock:
+            if cls.process is None or cls.owner != os.getpid():
+                # A forked process must not read the answers to its parent.
+                cls.process, cls.owner = _Process(), os.getpid()
+            answer = cls.process.ask(line)
+            if answer is None or (answer and answer[-1][0] == "limit"):
+                status = cls.process.close()
+                cls.process = None
+                return status if answer is None else answer
+            return answer
+
+    @classmethod
+    def close(cls) -> None:
+        """Ends it; the next request starts another."""
+        with cls.lock:
+            if cls.process is not None and cls.owner == os.getpid():
+                cls.process.close()
+            cls.process = None
+
+
+atexit.register(_Running.close)
+
+
+def _placeholder(value: object) -> str:
+    """Returns what `transformers` shows a template of a value that is no JSON."""
+    return f"<{type(value).__name__}>"
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, as `transformers` renders it, within limits.
+
+    Args:
+        tokenizer: Whose template it is.
+        date: What templates take for today, `YYYY-MM-DD`; today when None.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, date: str | None = None):
+        self._tokenizer = tokenizer
+        self._date = date or datetime.date.today().isoformat()
+        self._sound: set[str] = set()
+
+    def text(self, options: Mapping[str, Any]) -> str | None:
+        """Returns the template, None if there is none; some have another for tools."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        if not isinstance(template, Mapping):
+            return template or None
+        named = "tool_use" if options.get("tools") and "tool_use" in template else None
+        return template.get(named or "default")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        cuts: Sequence[Cut] = (Cut(),),
+        options: Mapping[str, Any] | None = None,
+        *,
+        template: str | None = None,
+    ) -> list[str | RecordError]:
+        """Returns the text of each cut, or why the template refuses it.
+
+        Args:
+            messages: Of a conversation, at least one.
+            cuts: What is rendered.
+            options: What the template gets beside the messages, such as `tools`.
+            template: In place of the tokenizer's.
+
+        Raises:
+            TemplateError: If the template breaks on the plainest conversation, or does
+                not keep within the limits.
+        """
+        options = options or {}
+        template = template or self.text(options)
+        if not isinstance(template, str):
+            raise TemplateError("the tokenizer's chat template is not text")
+        if template not in self._sound:
+            self._look_at(template)
+        return self._ask(template, messages, cuts, options)
+
+    def _look_at(self, template: str) -> None:
+        """Looks at a template before any record, so that a broken one is told once."""
+        turns = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+        cuts = [Cut(), Cut(1, True)]
+        found = [*self._ask(template, turns, cuts, {})]
+        if any(isinstance(each, _BrokenTemplateError) for each in found):
+            first = {"role": "system", "content": "c"}
+            found += self._ask(template, [first, *turns], [Cut()], {})
+        if all(isinstance(each, _BrokenTemplateError) for each in found):
+            raise TemplateError(
+                f"the chat template cannot be used: {found[0]}; give another by "
+                "--chat-template FILE"
+            )
+        self._sound.add(template)
+
+    def _ask(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        cuts: Sequence[Cut],
+        options: Mapping[str, Any],
+    ) -> list[str | RecordError]:
+        special = getattr(self._tokenizer, "special_tokens_map", None) or {}
+        # As transformers does: null is no key at all.
+        turns = [
+            {key: value for key, value in turn.items() if value is not None}
+            for turn in messages
+        ]
+        answer = _Running.ask(
+            {
+                "template": template,
+                "messages": turns,
+                "cuts": cuts,
+                "options": {**special, **options},
+                "date": self._date,
+                "seconds": SECONDS,
+                "characters": CHARACTERS,
+            }
+        )
+        if answer == -signal.SIGPROF:
+            raise TemplateError(
+                f"the chat template was stopped after {SECONDS:g} seconds of computing "
+                "for one conversation; give another by --chat-template FILE"
+            )
+        if isinstance(answer, int):
+            raise TemplateError(
+                "the process that renders chat templates has ended with status "
+                f"{answer}: out of memory, or `transformers` cannot be imported by "
+                f"{sys.executable}"
+            )
+        texts: list[str | RecordError] = []
+        whole = ""
+        for kind, *rest in answer:
+            if kind == "text":
+                texts.append(whole[: rest[0]] + rest[1])
+                whole = whole or whole[: rest[0]] + rest[1]
+            elif kind == "limit":
+                raise TemplateError(
+                    f"the chat template {rest[0]} for one conversation, and gets "
+                    f"{MEMORY:,} bytes for at most {CHARACTERS:,} characters; give "
+                    "another by --chat-template FILE"
+                )
+            else:
+                make = RecordError if kind == "refused" else _BrokenTemplateError
+                texts.append(
+                    make(
+                        "template_refuses",
+                        "the chat template refuses this conversation: "
+                        f"{shorten(rest[0])}",
+                    )
+                )
+        return texts
+
+
+class _BrokenTemplateError(RecordError):
+    """The template fails, other than by saying that it refuses."""

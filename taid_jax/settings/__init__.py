@@ -12,8 +12,8 @@ from taid_jax.settings.convert import flatten as flatten
 from taid_jax.settings.convert import from_dict as from_dict
 from taid_jax.settings.convert import to_dict as to_dict
 from taid_jax.settings.convert import to_json as to_json
-from taid_jax.settings.convert import with_found as with_found
 from taid_jax.settings.data import DataSettings as DataSettings
+from taid_jax.settings.epochs import with_date as with_date
 from taid_jax.settings.epochs import with_steps as with_steps
 from taid_jax.settings.files import parse_yaml as parse_yaml
 from taid_jax.settings.files import read_settings as read_settings

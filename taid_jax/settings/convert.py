@@ -38,10 +38,6 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-FOUND_AT_START = frozenset({"data.template_date"})
-"""Settings that a run finds when it begins, where they are not given."""
-
-
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
     """Returns the settings as nested plain values, for JSON and YAML."""
     return dataclasses.asdict(settings)
@@ -158,24 +154,11 @@ def contradictions(saved: Settings, asked: Settings) -> list[str]:
     for name in ("model.student", "model.student_config"):
         if old[name] is not None and new[name] is not None:
             free = free | {name}
+    if asked.data.template_date is None:
+        # The run goes on with the day when it began.
+        free = free | {"data.template_date"}
     return [
         f"{name}: the checkpoint has {show(old[name])}, now {show(new[name])}"
         for name in old
         if name not in free and old[name] != new[name]
     ]
-
-
-def with_found(saved: Settings, asked: Settings) -> Settings:
-    """Returns settings with what a run found at its start and has to keep.
-
-    Args:
-        saved: Of the run.
-        asked: Those of `FOUND_AT_START` that are None are taken from `saved`.
-    """
-    old, new = flatten(saved), flatten(asked)
-    changes: Changes = {group: {} for group in to_dict(asked)}
-    for dotted in FOUND_AT_START & new.keys():
-        if new[dotted] is None:
-            group, name = dotted.split(".")
-            changes[group][name] = old[dotted]
-    return apply_changes(asked, changes)

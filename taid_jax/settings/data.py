@@ -1,10 +1,19 @@
 """Settings of the data."""
 
 import dataclasses
+import datetime
 import re
 from typing import Literal
 
 from taid_jax.settings.checks import Checked, bounded, need
+
+
+def is_date(text: str) -> bool:
+    """Returns whether a text is a date such as 2026-01-31."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,9 +22,10 @@ class DataSettings(Checked):
 
     Attributes:
         data: `pydoc` (Python's own documentation), `pydoc-questions` (the same as
-            questions and answers), or a .txt, .jsonl or .parquet file or a folder of
-            them, with `text`, `prompt` and `completion`, or `messages`; or a folder
-            that scripts/prepare_data.py has made.
+            questions and answers), a file of text or of records (.txt, .jsonl, .json,
+            .csv, .parquet, .arrow; docs/data.md has the keys) or a folder of them, a
+            data set of the Hugging Face hub as OWNER/NAME or OWNER/NAME:SPLIT, or a
+            folder that scripts/prepare_data.py has made.
         batch_size: Sequences of one optimizer step, over all devices.
         seq_len: Tokens of one sequence.
         held_out_fraction: Share of the documents that is never trained on.
@@ -27,6 +37,10 @@ class DataSettings(Checked):
         bad_records: Whether a record that cannot be used is counted and left out, or
             raises, which ends the run.
         chat_template: A Jinja template in place of the teacher's own.
+        merge_system: Put a system turn that the chat template refuses before the first
+            turn of the user.
+        template_date: What chat templates take for today, such as 2026-01-31; the day
+            when the run began by default, also when it is resumed.
     """
 
     data: str = "pydoc"
@@ -39,9 +53,13 @@ class DataSettings(Checked):
     buckets: str = ""
     bad_records: Literal["count", "raise"] = "count"
     chat_template: str | None = None
+    merge_system: bool = False
+    template_date: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        date = self.template_date
+        need("template_date", date, date is None or is_date(date), "a date, YYYY-MM-DD")
         tokens = self.batch_size * self.seq_len
         what = "fewer than 2**31 tokens in a batch of batch_size times seq_len"
         need("batch_size", self.batch_size, tokens < 2**31, what)

@@ -163,6 +163,8 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
         pack=data.pack,
         buckets=data.bucket_lengths,
         bad_records=data.bad_records,
+        merge_system=data.merge_system,
+        template_date=data.template_date,
     )
     ids, count = dataset.train.table.ids, count_tokens(tokenizer)
     if len(ids) and not 0 <= ids.min() <= ids.max() < count:

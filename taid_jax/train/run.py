@@ -24,7 +24,7 @@ from taid_jax.settings import (
     changed,
     to_dict,
     to_json,
-    with_found,
+    with_date,
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
@@ -132,7 +132,10 @@ def _distil(
     saved = None
     if step is not None:
         saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
-        settings = with_found(saved, settings)
+    # Process 0's: another may begin after midnight.
+    date = hosts.from_first(lambda: with_date(settings, saved).data.template_date)
+    data = dataclasses.replace(settings.data, template_date=date)
+    settings = dataclasses.replace(settings, data=data)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     hosts.agree("data", dataclasses.asdict(dataset.info))
@@ -190,6 +193,7 @@ def _distil(
             "peak_memory_bytes": peak_memory(),
             "held_out_tokens": evaluations[0]["tokens"],
             "notes": list(pair.notes),
+            "data": dataclasses.asdict(dataset.info),
             "settings": to_dict(settings),
         }
         write_json(folder / REPORT, report)
@@ -294,7 +298,10 @@ def describe(
 
     axes = ", ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
     sides = {"training": dataset.info.train, "held out": dataset.info.held_out}
-    dropped = ", ".join(f"{n} {reason}" for reason, n in dataset.info.dropped.items())
+    info = dataset.info
+    dropped = ", ".join(f"{n} {reason}" for reason, n in info.dropped.items())
+    unused = ", ".join(f"{key} ({n} records)" for key, n in info.unused_keys.items())
+    skipped = ", ".join(info.skipped_files[:_PROBLEMS])
     own = ", ".join(f"{name}={value}" for name, value in changed(settings).items())
     for line in (
         f"settings: {own or 'the defaults'}",
@@ -309,7 +316,14 @@ def describe(
             for name, side in sides.items()
         ),
         f"left out: {dropped or 'nothing'}",
-        *(f"  {problem}" for problem in dataset.info.problems[:_PROBLEMS]),
+        *(f"  {problem}" for problem in info.problems[:_PROBLEMS]),
+        *([f"keys not used: {unused}"] if unused else []),
+        *(
+            [f"files passed over: {info.num_skipped_files} ({skipped}, ...)"]
+            if skipped
+            else []
+        ),
+        *info.notes,
         f"devices: {mesh.size} x {jax.devices()[0].device_kind} ({axes})",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

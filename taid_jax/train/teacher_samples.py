@@ -5,6 +5,7 @@ References:
 """
 
 import dataclasses
+import datetime
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ class Job:
         seed: Of the draws.
         sampling: How tokens are taken.
         dtype: Of the computation.
+        template_date: What the chat template takes for today.
     """
 
     model: str
@@ -48,6 +50,19 @@ class Job:
     seed: int
     sampling: Sampling
     dtype: str
+    template_date: str | None = None
+
+
+def begun_on(path: pathlib.Path) -> str | None:
+    """Returns the date that the prompts of a file of answers have, today for a new one.
+
+    Gone on with on another day, a template with a clock must not write another one.
+    """
+    try:
+        beside = path.with_name(path.name + ".job.json")
+        return json.loads(beside.read_text(encoding="utf-8")).get("template_date")
+    except (OSError, ValueError, AttributeError):
+        return datetime.date.today().isoformat()
 
 
 class Sample(NamedTuple):
@@ -70,7 +85,7 @@ class Sample(NamedTuple):
         if prompt.messages is None:
             return {"prompt": prompt.text, "completion": self.text, **about}
         said = {"role": "assistant", "content": self.text}
-        return {"messages": [*prompt.messages, said], **about}
+        return {"messages": [*prompt.messages, said], **prompt.options, **about}
 
 
 class SampleFile:

@@ -7,13 +7,14 @@ from taid_jax.data.chat import ChatRenderer, MissingTemplateError
 from taid_jax.data.documents import Chat, Completion, Message, parse_record
 from taid_jax.data.encoding import Encoder, Rendered
 from taid_jax.data.errors import DataError, RecordError
+from taid_jax.data.template import ChatTemplate, Cut
 
 QUESTION = Message("user", "Whether?")
 ANSWER = Message("assistant", "that is all.")
 
 
-def encode(tokenizer, content, *, count_prompts=False):
-    renderer = ChatRenderer(tokenizer, count_prompts=count_prompts)
+def encode(tokenizer, content, *, count_prompts=False, **options):
+    renderer = ChatRenderer(tokenizer, count_prompts=count_prompts, **options)
     chat = isinstance(content, Chat)
     item = renderer.chat(content) if chat else renderer.completion(content)
     [example] = Encoder(tokenizer).examples([item])
@@ -197,16 +198,21 @@ def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):
     assert everything[2:] == example[2:]
 
 
-def test_chat_does_not_count_the_next_turns_header(tokenizer, monkeypatch):
-    """A template without an end token: the header after it is not the answer's."""
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_chat_leaves_out_answers_that_nothing_ends(
+    tokenizer, monkeypatch, count_prompts
+):
+    """The header of the next turn is no end: a model would go on by itself."""
     bare = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
         "+ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", bare)
-    example = encode(tokenizer, Chat((QUESTION, ANSWER, QUESTION, ANSWER)))
-    assert counted_texts(tokenizer, example) == ["that is all."] * 2
+    chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
+    with pytest.raises(RecordError, match="nothing that ends the answer in turn") as e:
+        encode(tokenizer, chat, count_prompts=count_prompts)
+    assert e.value.reason == "no_end"
 
 
 @pytest.mark.parametrize(
@@ -320,3 +326,282 @@ def test_rendered_text_is_what_the_template_writes(tokenizer):
     assert isinstance(item, Rendered)
     start, stop = item.answers[0]
     assert item.text[start:stop] == "that is all.<|im_end|>"
+
+
+def chat_of(*turns, **record):
+    """A conversation of (role, content) or (role, content, other keys)."""
+    messages = [
+        {"role": role, "content": content, **dict(*others)}
+        for role, content, *others in turns
+    ]
+    return parse_record({"messages": messages, **record})
+
+
+TWO = (("user", "Q?"), ("assistant", "One. "), ("user", "And?"), ("assistant", "Two"))
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ENDINGS = {
+    # Text where the tokenizer has no such token, and what follows it is no end.
+    "text": (CHATML, "One. <|im_end|>", "Two<|im_end|>"),
+    "newline_then_eos": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "One. \n</s>",
+        "Two\n</s>",
+    ),
+    "words_then_eos": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == "
+        "'assistant' %} [over]{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "One.  [over]</s>",
+        "Two [over]</s>",
+    ),
+    # The end of the text follows the end of the last turn; both begin by like signs.
+    "text_and_end_of_all": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|over|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}<|done|>{% endif %}",
+        "One. <|over|>",
+        "Two<|over|>",
+    ),
+    # The last turn of all ends by another token than those before it.
+    "other_at_the_end": (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '</s>' if loop.last "
+        "and m.role == 'assistant' else '<s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+        "One. <s>",
+        "Two</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_chat_counts_whatever_ends_an_answer(tokenizers, monkeypatch, case):
+    template, first, last = ENDINGS[case]
+    monkeypatch.setattr(tokenizers["zephyr"], "chat_template", template)
+    example = encode(tokenizers["zephyr"], chat_of(*TWO))
+    assert counted_texts(tokenizers["zephyr"], example) == [first, last]
+    alone = encode(tokenizers["zephyr"], chat_of(*TWO[2:]))
+    assert counted_texts(tokenizers["zephyr"], alone) == [last]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}",
+        # The end of the text ends the last turn, and nothing the one before it.
+        "{% for m in messages %}{{ '\n\n' + m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n\n' }}assistant: {% else %}</s>"
+        "{% endif %}",
+        # Headers are tokens, and no ends.
+        "{% for m in messages %}{{ '<s>' + m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>' }}assistant: {% endif %}",
+    ],
+)
+def test_chat_leaves_out_turns_without_an_end(tokenizers, monkeypatch, template):
+    monkeypatch.setattr(tokenizers["zephyr"], "chat_template", template)
+    with pytest.raises(RecordError, match="would never stop") as caught:
+        encode(tokenizers["zephyr"], chat_of(*TWO))
+    assert caught.value.reason == "no_end"
+
+
+# What reasoning models have: a block in the last turn, earlier thoughts taken out, a
+# tag in the generation prompt, a switch.
+REASONING = (
+    "{% for m in messages %}{% set said = m.content.split('</think>')[-1].lstrip() %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' %}{{ m.content }}"
+    "{% elif loop.last and m.reasoning_content %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{{ said }}"
+    "{% elif loop.last and '</think>' in m.content %}{{ m.content }}"
+    "{% elif loop.last %}<think>\n\n</think>\n\n{{ said }}{% else %}{{ said }}"
+    "{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+TAG = CHATML.replace(
+    "{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"
+).replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+THOUGHT = "<think>\nso\n</think>\n\nTwo"
+
+
+@pytest.mark.parametrize(
+    ("template", "last", "options", "wanted"),
+    [
+        (REASONING, ("Two",), {}, "<think>\n\n</think>\n\nTwo"),
+        (REASONING, (THOUGHT,), {}, THOUGHT),
+        (REASONING, ("Two", {"reasoning_content": "so"}), {}, THOUGHT),
+        (REASONING, ("Two", {"thinking": "so"}), {}, THOUGHT),
+        # What generation is given does not count.
+        (
+            REASONING,
+            ("Two",),
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            "Two",
+        ),
+        (TAG, ("Two",), {}, "Two"),
+        (TAG, ("<b> is bold",), {}, "<b> is bold"),
+        (TAG, ("t",), {}, "t"),
+        (TAG, (THOUGHT,), {}, "\n\nTwo"),
+    ],
+)
+def test_chat_counts_what_a_reasoning_template_writes_before_an_answer(
+    tokenizer, monkeypatch, template, last, options, wanted
+):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    first = ("assistant", "<think>hm</think>One")
+    chat = chat_of(TWO[0], first, TWO[2], ("assistant", *last), **options)
+    example = encode(tokenizer, chat)
+    assert counted_texts(tokenizer, example) == ["One<|im_end|>", wanted + "<|im_end|>"]
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"word": "é"}}}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+TOOLED = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+@pytest.mark.parametrize("more", [(), (("tool", "a bird"), ("assistant", "A bird."))])
+def test_chat_counts_calls_of_tools(tokenizer, monkeypatch, content, more):
+    monkeypatch.setattr(tokenizer, "chat_template", TOOLED)
+    turns = ("user", "A heron?"), ("assistant", content, {"tool_calls": [CALL] * 2})
+    example = encode(tokenizer, chat_of(*turns, *more, tools=TOOLS))
+    call = '<call>{"name": "look", "arguments": {"word": "é"}}</call>'
+    wanted = [(content or "") + call * 2 + "<|im_end|>"]
+    wanted += ["A bird.<|im_end|>"] if more else []
+    assert counted_texts(tokenizer, example) == wanted
+    theirs = tokenizer.apply_chat_template(
+        [
+            {"role": role, "content": said, **dict(*others)}
+            for role, said, *others in (*turns, *more)
+        ],
+        tools=TOOLS,
+        return_dict=False,
+    )
+    assert example.ids.tolist() == theirs
+
+
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_chat_leaves_out_calls_that_the_template_does_not_write(
+    tokenizer, count_prompts
+):
+    chat = chat_of(("user", "Q"), ("assistant", "Let me look.", {"tool_calls": [CALL]}))
+    with pytest.raises(
+        RecordError, match="does not write the calls of tools"
+    ) as caught:
+        encode(tokenizer, chat, count_prompts=count_prompts)
+    assert caught.value.reason == "tool_calls_not_written"
+
+
+def test_chat_counts_the_keys_that_the_template_does_not_use(tokenizer, monkeypatch):
+    named = CHATML.replace("{{ m.role }}", "{{ m.name or m.role }}")
+    monkeypatch.setattr(tokenizer, "chat_template", named)
+    renderer = ChatRenderer(tokenizer)
+    renderer.chat(chat_of(("user", "Q", {"name": "Ann"}), ("assistant", "A")))
+    assert not renderer.unused
+    others = {"reasoning_content": "hm", "mood": "good"}
+    renderer.chat(chat_of(("user", "Q"), ("assistant", "A", others), tools=TOOLS))
+    assert dict(renderer.unused) == {"reasoning_content": 1, "mood": 1, "tools": 1}
+
+
+@pytest.mark.parametrize("count_prompts", [False, True])
+def test_chat_does_not_count_answers_of_weight_0(tokenizer, count_prompts):
+    chat = chat_of(
+        ("user", "Say it."),
+        ("assistant", "bad answer", {"weight": 0}),
+        ("user", "Once more."),
+        ("assistant", "good answer", {"weight": 1}),
+        ("user", "And?"),
+        ("assistant", "worse", {"weight": 0.0}),
+    )
+    example = encode(tokenizer, chat, count_prompts=count_prompts)
+    counted = "".join(counted_texts(tokenizer, example))
+    assert "good answer<|im_end|>" in counted
+    assert "bad answer" not in counted
+    assert "worse" not in counted
+    if not count_prompts:
+        assert counted == "good answer<|im_end|>"
+    asked = tokenizer.decode(example.ids[: example.prompt].tolist())
+    assert asked.rstrip().endswith("Once more.<|im_end|>\n<|im_start|>assistant")
+
+
+def test_chat_of_weight_0_agrees_with_the_marks_of_a_template(tokenizer, monkeypatch):
+    template = marked_template("chatml", "<|im_end|>")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    chat = chat_of(TWO[0], (*TWO[1], {"weight": 0}), *TWO[2:])
+    assert counted_texts(tokenizer, encode(tokenizer, chat)) == ["Two<|im_end|>"]
+
+
+def test_chat_puts_a_refused_system_turn_before_the_user_on_request(
+    tokenizer, monkeypatch
+):
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}"
+        "{% endif %}" + CHATML
+    )
+    chat = chat_of(("system", "Be brief."), *TWO)
+    plain = encode(tokenizer, chat, merge_system=True)
+    np.testing.assert_array_equal(plain.ids, encode(tokenizer, chat).ids)
+    monkeypatch.setattr(tokenizer, "chat_template", strict)
+    with pytest.raises(RecordError, match="No system; --merge-system puts"):
+        encode(tokenizer, chat)
+    merged = encode(tokenizer, chat, merge_system=True)
+    same = encode(tokenizer, chat_of(("user", "Be brief.\n\nQ?"), *TWO[1:]))
+    np.testing.assert_array_equal(merged.ids, same.ids)
+    np.testing.assert_array_equal(merged.counted, same.counted)
+
+
+def test_chat_of_a_template_with_a_clock_has_the_date_that_is_given(
+    tokenizer, monkeypatch
+):
+    clock = "{{ strftime_now('%d %B %Y') if strftime_now is defined }}\n" + CHATML
+    monkeypatch.setattr(tokenizer, "chat_template", clock)
+    chat = chat_of(*TWO)
+    texts = {
+        date: ChatRenderer(tokenizer, date=date).chat(chat).text
+        for date in ("2026-01-31", "2027-02-01", "2026-01-31")
+    }
+    assert texts["2026-01-31"].startswith("31 January 2026\n")
+    assert texts["2027-02-01"].startswith("01 February 2027\n")
+    asked = ChatRenderer(tokenizer, date="2026-01-31").prompt(chat_of(*TWO[:3], TWO[3]))
+    assert asked.text.startswith("31 January 2026\n")
+
+
+@pytest.mark.parametrize("template", [REASONING, TAG, TOOLED, CHATML])
+def test_template_renders_as_transformers_does(tokenizer, monkeypatch, template):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    messages = [
+        {"role": "user", "content": "Größe 🙂 \ud83d", "name": None},
+        {"role": "assistant", "content": " A\n", "thinking": "hm"},
+        {"role": "user", "content": "\ue000"},
+    ]
+    cuts = [Cut(), Cut(1, True), Cut(2), Cut(3, True)]
+    ours = ChatTemplate(tokenizer).render(messages, cuts, {"tools": TOOLS})
+    theirs = [
+        tokenizer.apply_chat_template(
+            messages[: cut.stop],
+            tools=TOOLS,
+            tokenize=False,
+            add_generation_prompt=cut.generation,
+        )
+        for cut in cuts
+    ]
+    assert ours == theirs
+
+
+def test_template_for_tools_is_taken_where_there_are_tools(tokenizer, monkeypatch):
+    several = {"default": CHATML, "tool_use": TOOLED}
+    monkeypatch.setattr(tokenizer, "chat_template", several)
+    renderer = ChatRenderer(tokenizer)
+    assert renderer.chat(chat_of(*TWO, tools=TOOLS)).text.startswith('[{"type"')
+    assert renderer.chat(chat_of(*TWO)).text.startswith("<|im_start|>user")
+    assert not renderer.unused

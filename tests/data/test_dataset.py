@@ -220,7 +220,7 @@ def test_load_dataset_says_when_nothing_is_left(write_jsonl, tokenizer):
 
 def test_load_dataset_needs_two_conversations_to_hold_one_out(write_jsonl, tokenizer):
     path = write_jsonl([{"messages": CHAT}] * 3)
-    with pytest.raises(DataError, match=r"two different documents.*held_out_fraction"):
+    with pytest.raises(DataError, match=r"two different documents.*; add documents$"):
         load_dataset(path, tokenizer, seq_len=64)
     assert len(load_dataset(path, tokenizer, seq_len=64, held_out_fraction=0.0).train)
 
@@ -286,3 +286,37 @@ def test_train_iterator_feeds_far_more_than_a_step_takes(write_jsonl, tokenizer)
         time.perf_counter() - start
     )
     assert count > 200_000
+
+
+def test_load_dataset_keeps_the_date_that_it_is_given(
+    write_jsonl, tokenizer, monkeypatch
+):
+    clock = "{{ strftime_now('%Y-%m-%d') }} " + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", clock)
+    path = write_jsonl([{"messages": CHAT}])
+    options = {"seq_len": 64, "held_out_fraction": 0.0}
+
+    def fingerprint(date):
+        data = load_dataset(path, tokenizer, template_date=date, **options)
+        assert tokenizer.decode(data.train.table[0].ids.tolist()).startswith(date)
+        return data.info.fingerprint
+
+    assert fingerprint("2026-01-31") == fingerprint("2026-01-31")
+    assert fingerprint("2026-01-31") != fingerprint("2026-02-01")
+
+
+def test_load_dataset_tells_what_is_not_used(tmp_path, tokenizer):
+    asked = {"role": "user", "content": "Q", "name": "Ann"}
+    record = {"messages": [asked, CHAT[1]], "source": "x"}
+    for name in ("train-0.jsonl", "test-0.jsonl", "notes.md"):
+        (tmp_path / name).write_text(json.dumps(record))
+    info = load_dataset(tmp_path, tokenizer, seq_len=64, held_out_fraction=0.0).info
+    assert info.train.documents == 1
+    assert info.unused_keys == {"source": 1, "name": 1}
+    assert info.num_skipped_files == 2
+    assert info.skipped_files == (
+        str(tmp_path / "notes.md"),
+        str(tmp_path / "test-0.jsonl"),
+    )
+    assert "split train" in info.notes[0]
+    assert json.loads(json.dumps(dataclasses.asdict(info)))["num_skipped_files"] == 2

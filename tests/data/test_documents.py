@@ -8,7 +8,9 @@ from taid_jax.data.documents import (
     Message,
     Text,
     make_document,
+    parse_prompt,
     parse_record,
+    unused_keys,
 )
 from taid_jax.data.errors import DataError
 
@@ -64,7 +66,7 @@ def test_parse_record_reads_a_conversation():
             "'gpt' in turn 2; known roles: system",
         ),
         (turns(("user", "Why?"), ("assistant", None)), "content of turn 2.*got null"),
-        ({"messages": [{"from": "human", "value": "a"}]}, "turn 1 .*`from`, `value`"),
+        ({"messages": [{"from": "human", "text": "a"}]}, "turn 1 .*`from`, `text`"),
         ({"messages": ["Why?"]}, "turn 1 needs .* found a string"),
         ({"messages": "Why?"}, "list of objects.*got a string"),
         ({"messages": {"role": "user"}}, "got an object"),
@@ -78,3 +80,198 @@ def test_parse_record_reads_a_conversation():
 def test_parse_record_says_what_is_wrong(record, message):
     with pytest.raises(DataError, match=message):
         parse_record(record)
+
+
+def chat(*messages, **options):
+    return Chat(tuple(Message(*each) for each in messages), tuple(options.items()))
+
+
+USER, ANSWER = ("user", "Q"), ("assistant", "A")
+TURNS = [{"role": role, "content": text} for role, text in (USER, ANSWER)]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "content"),
+    [
+        # ShareGPT
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "S"},
+                    {"from": "human", "value": "Q"},
+                    {"from": "gpt", "value": "A"},
+                ]
+            },
+            chat(("system", "S"), USER, ANSWER),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Q"},
+                    {
+                        "from": "function_call",
+                        "value": '{"name": "f", "arguments": {"x": 1}}',
+                    },
+                    {"from": "observation", "value": "1"},
+                    {"from": "gpt", "value": "A"},
+                ],
+                "system": "S",
+                "tools": '[{"name": "f"}]',
+            },
+            chat(
+                ("system", "S"),
+                USER,
+                ("assistant", None, (("tool_calls", [CALL]),)),
+                ("tool", "1"),
+                ANSWER,
+                tools=[{"name": "f"}],
+            ),
+        ),
+        ({"conversations": TURNS}, chat(USER, ANSWER)),
+        # Alpaca
+        ({"instruction": "Q", "input": "", "output": "A"}, Completion("Q", "A")),
+        (
+            {"instruction": "Q", "input": "I", "output": "A", "text": "all"},
+            Completion("Q\n\nI", "A"),
+        ),
+        ({"instruction": "Q", "output": "A"}, Completion("Q", "A")),
+        (
+            {
+                "instruction": "Q",
+                "output": "A",
+                "system": "S",
+                "history": [["Q0", "A0"]],
+            },
+            chat(("system", "S"), ("user", "Q0"), ("assistant", "A0"), USER, ANSWER),
+        ),
+        # Pairs
+        ({"prompt": "Q", "response": "A"}, Completion("Q", "A")),
+        (
+            {"prompt": TURNS[:1], "completion": TURNS[1:]},
+            chat(USER, ANSWER),
+        ),
+        (
+            {"prompt": [*TURNS, TURNS[0]], "completion": "A"},
+            chat(USER, ("assistant", "A", (), False), USER, ANSWER),
+        ),
+        # Parts, weights, calls
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "Q", "image_url": None},
+                            {"text": "!"},
+                        ],
+                    },
+                    {"role": "assistant", "content": "A", "weight": 0},
+                ]
+            },
+            chat(("user", "Q!"), ("assistant", "A", (), False)),
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q", "name": "Ann"},
+                    {"role": "assistant", "tool_calls": [CALL], "weight": 1},
+                ],
+                "chat_template_kwargs": {"enable_thinking": False},
+            },
+            chat(
+                ("user", "Q", (("name", "Ann"),)),
+                ("assistant", None, (("tool_calls", [CALL]),)),
+                enable_thinking=False,
+            ),
+        ),
+    ],
+)
+def test_parse_record_reads_the_formats_of_data_sets(record, content):
+    assert parse_record(record) == content
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [{"role": "user", "content": [{"type": "image", "url": "a"}]}],
+            "part that is not text .*image",
+        ),
+        ([{"role": "user", "content": [3]}], "part that is not text .*number"),
+        ([{"role": "assistant", "content": "A", "weight": 0.5}], "must be 0 or 1"),
+        ([{"role": "assistant", "content": "A", "weight": "0"}], "must be 0 or 1"),
+        ([{"from": "function_call", "value": "f(1)"}], "object of JSON with `name`"),
+        ([{"role": "assistant", "tool_calls": []}], "found `role`, `tool_calls`"),
+        ([{"role": "user", "content": "a", "name": "\ud800"}], "surrogate"),
+        ([{"role": "x" * 1000, "content": "a"}], "unknown role .{,320} in turn 1"),
+    ],
+)
+def test_parse_record_says_which_turn_cannot_be_read(messages, message):
+    with pytest.raises(DataError, match=message):
+        parse_record({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": TURNS, "tools": [3]}, "`tools` must be a list of objects"),
+        ({"messages": TURNS, "tools": "[1"}, "`tools` is not JSON"),
+        ({"messages": TURNS, "chat_template_kwargs": [1]}, "must be an object"),
+        ({"instruction": "Q", "output": "A", "history": ["Q"]}, "needs pairs of texts"),
+        ({"instruction": "Q", "output": "A", "system": 3}, "`system` must be a string"),
+        ({"instruction": " ", "output": "A"}, "`instruction` is empty"),
+    ],
+)
+def test_parse_record_says_which_key_cannot_be_read(record, message):
+    with pytest.raises(DataError, match=message):
+        parse_record(record)
+
+
+def test_unused_keys_are_those_that_change_nothing():
+    record = {"messages": TURNS, "prompt": "Q", "id": 3, "source": "x", "n": None}
+    assert unused_keys(record) == ["prompt", "source"]
+    assert unused_keys({"text": "a", "prompt": "b"}) == ["prompt"]
+    assert unused_keys({"instruction": "Q", "input": "", "output": "A"}) == []
+
+
+def test_make_document_ranks_by_what_is_said_before_the_answer_alone():
+    asked = {"role": "user", "content": "Why?"}
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    plain = parse_record({"prompt": "Why?", "completion": "So."})
+    calls = parse_record({"messages": [asked, called], "tools": [CALL]})
+    assert rank(calls) == rank(plain)
+    pairs = [{"role": "user", "content": "Why?"}], [dict(TURNS[1])]
+    listed = parse_record(dict(zip(("prompt", "completion"), pairs, strict=True)))
+    assert rank(listed) == rank(plain)
+
+
+@pytest.mark.parametrize(
+    ("record", "content"),
+    [
+        ({"prompt": "Q", "completion": "A"}, Completion("Q", "")),
+        ({"instruction": "Q", "input": "I"}, Completion("Q\n\nI", "")),
+        ({"prompt": "Q", "system": "S"}, chat(("system", "S"), USER)),
+        ({"messages": TURNS}, chat(USER)),
+        ({"prompt": TURNS[:1]}, chat(USER)),
+        ({"conversations": [{"from": "human", "value": "Q"}]}, chat(USER)),
+        (
+            {
+                "messages": [
+                    TURNS[0],
+                    {"role": "assistant", "tool_calls": [CALL]},
+                    {"role": "tool", "content": "1"},
+                ],
+                "tools": [CALL],
+            },
+            chat(
+                USER,
+                ("assistant", None, (("tool_calls", [CALL]),)),
+                ("tool", "1"),
+                tools=[CALL],
+            ),
+        ),
+    ],
+)
+def test_parse_prompt_gives_all_before_the_last_answer(record, content):
+    assert parse_prompt(record) == content

@@ -1,5 +1,6 @@
 """Records: read whole or in pieces, each bad one named and the others kept."""
 
+import gzip
 import json
 import re
 
@@ -9,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taid_jax.data import records as rec
 from taid_jax.data.errors import BadRecords, DataError
 from taid_jax.data.records import (
     Piece,
     cut_jsonl,
     cut_parquet,
-    read_jsonl,
-    read_parquet,
 )
 from taid_jax.data.sources import read_piece
 
@@ -76,7 +76,7 @@ def test_read_jsonl_passes_over_a_record_of_ten_megabytes(tmp_path):
     large = json.dumps({"text": "x" * 10_000_000})
     path.write_text(f'{{"text": "one"}}\n{large}\n{{"text": "three"}}\n')
     bad = BadRecords("count")
-    found = list(read_jsonl(Piece(str(path)), 0, bad, 4_000_000))
+    found = list(read_piece(Piece(str(path)), 0, bad, 4_000_000))
     assert [document.content.text for document in found] == ["one", "three"]
     assert found[1].origin.endswith("line 3")
     assert dict(bad.reasons) == {"too_large": 1}
@@ -110,12 +110,12 @@ def test_read_parquet_names_the_row_that_is_not_utf8(tmp_path):
     column = pyarrow.Array.from_buffers(pyarrow.string(), 3, bytes_.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
     bad = BadRecords("count")
-    found = list(read_parquet(Piece(str(path)), 0, bad, 1000))
+    found = list(read_piece(Piece(str(path)), 0, bad, 1000))
     assert [document.content.text for document in found] == ["one", "three"]
     assert dict(bad.reasons) == {"not_utf8": 1}
     assert re.search(r"row 2: not UTF-8 .* byte 1", bad.messages[0])
     with pytest.raises(DataError, match="row 2: not UTF-8"):
-        list(read_parquet(Piece(str(path)), 0, BadRecords("raise"), 1000))
+        list(read_piece(Piece(str(path)), 0, BadRecords("raise"), 1000))
 
 
 def test_read_piece_counts_a_parquet_file_cut_short(tmp_path):
@@ -145,3 +145,152 @@ def test_documents_have_the_name_of_the_record(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     found, _ = read([Piece(str(path))])
     assert [document.name for document in found] == ["p", "q"]
+
+
+RECORDS = [
+    {"prompt": "Two\nlines, one field", "response": "Yes."},
+    {"prompt": 'Quote "a [b {c"', "response": "é ]}"},
+]
+
+
+def write_as(path, records):
+    """The records in the kind of file that the name asks for."""
+    name = path.name.removesuffix(".gz")
+    columns = {key: [record[key] for record in records] for key in records[0]}
+    if name.endswith(".jsonl"):
+        data = "\n".join(map(json.dumps, records))
+    elif name.endswith("lines.json"):
+        data = "".join(json.dumps(record) + "\n" for record in records)
+    elif name.endswith("pretty.json"):
+        data = "\n".join(json.dumps(record, indent=2) for record in records)
+    elif name.endswith(".json"):
+        data = "\ufeff" + json.dumps(records, indent=1, ensure_ascii=False)
+    elif name.endswith((".csv", ".tsv")):
+        cut = "," if name.endswith(".csv") else "\t"
+        rows = [list(columns), *([*record.values()] for record in records)]
+        data = "\r\n".join(
+            cut.join('"' + cell.replace('"', '""') + '"' for cell in row)
+            for row in rows
+        )
+    else:
+        table = pyarrow.table(columns)
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(table, path)
+            return path
+        kind = pyarrow.ipc.new_stream if "stream" in name else pyarrow.ipc.new_file
+        with kind(path, table.schema) as writer:
+            writer.write_table(table)
+        return path
+    packed = gzip.compress if path.name.endswith(".gz") else bytes
+    path.write_bytes(packed(data.encode()))
+    return path
+
+
+KINDS = [
+    *("a.jsonl", "a.json", "lines.json", "pretty.json", "a.csv", "a.tsv", "a.parquet"),
+    *("a.arrow", "stream.arrow", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "A.JSONL.GZ"),
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_read_piece_reads_every_kind_of_file_alike(tmp_path, name):
+    path = write_as(tmp_path / name.lower(), RECORDS).rename(tmp_path / name)
+    found, bad = read([Piece(str(path))])
+    said = [(d.content.prompt, d.content.completion) for d in found]
+    assert said == [tuple(record.values()) for record in RECORDS]
+    assert re.search(r"(line|row|record) 2$", found[1].origin)
+    assert not bad.reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reasons"),
+    [
+        ("a.json", b'[{"text": "one"}, null, {"text": "x}, {"text": "two"}]', 2),
+        ("a.json", b'[{"text": "one"}, {"text": 3}, {"text": "two"}]', 1),
+        ("a.json", b'[{"text": "one"}, {"text": "\xff"}, {"text": "two"}]', 1),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}, {"te', 1),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}] and so on', 1),
+        ("a.json", b'{"text": "one"}\nwords\n{"text": "two"}', 1),
+        ("a.json", b'[{"text": "one"}, [1], {"text": "two"}, ' + b"[" * 10**5, 2),
+        ("a.csv", b'text,n\none,1\n\xff,2\n"open, 3\ntwo,3', 2),
+        ("a.csv", b"text,n\none,1\ntoo,many,3\nfew\ntwo,2", 2),
+        ("a.csv", b"text\none\n" + b"x" * 2000 + b"\ntwo", 1),
+        ("a.jsonl.gz", b"no gzip at all", 1),
+    ],
+)
+def test_read_piece_counts_bad_records_of_every_kind(tmp_path, name, data, reasons):
+    path = tmp_path / name
+    path.write_bytes(data)
+    found, bad = read([Piece(str(path))])
+    texts = [document.content.text for document in found]
+    assert bad.count == reasons, (texts, bad.messages)
+    if name != "a.jsonl.gz":
+        assert texts[0] == "one"
+    with pytest.raises(DataError, match=re.escape(name)):
+        list(read_piece(Piece(str(path)), 0, BadRecords("raise"), 1000))
+
+
+def test_read_piece_counts_a_gzip_file_cut_short(tmp_path):
+    lines = "".join(json.dumps({"text": f"text {n * n}"}) + "\n" for n in range(9999))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines.encode())[:-1000])
+    found, bad = read([Piece(str(path))])
+    assert found[0].content.text == "text 0"
+    assert dict(bad.reasons) == {"damaged_file": 1}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_read_piece_counts_rows_of_nulls(tmp_path, name):
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    rows = [turns, None, [None], [{"role": None, "content": None}], [], turns]
+    kind = pyarrow.list_(
+        pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
+    )
+    table = pyarrow.table({"messages": pyarrow.array(rows, kind)})
+    path = tmp_path / name
+    if name == "a.arrow":
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    found, bad = read([Piece(str(path))])
+    assert [d.origin.rpartition(" ")[2] for d in found] == ["1", "6"]
+    assert dict(bad.reasons) == {"wrong_shape": 3, "no_answer": 1}
+    assert "row 2: need the keys" in bad.messages[0]
+    assert "`messages` (null)" in bad.messages[0]
+
+
+def test_read_piece_names_columns_and_keys_that_change_nothing(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = {"text": ["a", "b"], "prompt": ["c", None], "source": ["x", "y"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    _, bad = read([Piece(str(path))])
+    assert dict(bad.unused_keys) == {"prompt": 1}
+    assert bad.notes == [f"{path}: columns not used: source"]
+
+
+@pytest.mark.parametrize("kind", ["copies", "alone", "together"])
+def test_read_parquet_holds_few_large_rows_at_a_time(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(rec, "_ROW_BYTES", 3_000_000)
+    path = tmp_path / "a.parquet"
+    row, rows = 1_000_000, 40
+    # Copies of one text are written once, and were all held at a time.
+    texts = [chr(65 + n * (kind != "copies")) * row for n in range(rows)]
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(
+        table,
+        path,
+        use_dictionary=kind == "copies",
+        row_group_size=1 if kind == "alone" else rows,
+    )
+    usual = pyarrow.default_memory_pool()
+    counting = pyarrow.proxy_memory_pool(usual)
+    pyarrow.set_memory_pool(counting)
+    try:
+        found, bad = read([Piece(str(path))], limit=900_000)
+    finally:
+        pyarrow.set_memory_pool(usual)
+    assert (found, dict(bad.reasons)) == ([], {"too_large": rows})
+    assert bad.messages[2].startswith(f"{path}, row 3: a record of 1,000,0")
+    # Batches of three rows at most, with what it takes to unpack and copy them.
+    assert counting.max_memory() < 12 * row

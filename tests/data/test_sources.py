@@ -1,6 +1,9 @@
 """Files to documents, and one clear message for each that cannot be read."""
 
+import gzip
 import json
+import sys
+import types
 
 import pyarrow
 import pyarrow.parquet
@@ -98,9 +101,9 @@ def test_read_documents_names_what_is_missing(tmp_path):
 
 
 def test_read_documents_lists_what_is_supported(tmp_path):
-    path = tmp_path / "data.csv"
+    path = tmp_path / "data.xlsx"
     path.write_text("a,b")
-    with pytest.raises(DataError, match=r"ending \.csv; .*\.txt, \.jsonl, \.parquet"):
+    with pytest.raises(DataError, match=r"ending \.xlsx; .*\.txt, \.jsonl, \.parquet"):
         read(path)
 
 
@@ -197,3 +200,106 @@ def test_read_documents_reports_files_that_cannot_be_opened(tmp_path, monkeypatc
     monkeypatch.setattr(type(path), "read_bytes", refuse)
     with pytest.raises(DataError, match=r"a\.txt cannot be read: Permission denied"):
         read(path)
+
+
+def test_read_documents_names_the_files_that_it_passes_over(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "b.json").write_text('[{"text": "two"}]')
+    (tmp_path / "c.csv").write_text("text\nthree")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"four"))
+    passed = [".DS_Store", "README.md", "dataset_info.json", "e.jsonl.zst", "f/g.xlsx"]
+    for name in passed:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    documents, bad = read(tmp_path)
+    assert [d.content.text for d in documents] == ["one", "two", "three", "four"]
+    assert bad.skipped_files == [str(tmp_path / name) for name in sorted(passed)]
+
+
+SPLITS = {
+    "files": ["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"],
+    "in_data": ["data/train-0.jsonl", "data/validation-0.jsonl", "data/test-0.jsonl"],
+    "folders": ["train/a.jsonl", "test/a.jsonl", "dev/b.jsonl"],
+    "plain": ["train.jsonl", "valid.jsonl"],
+    "sft": ["train_sft-0.jsonl", "test_sft-0.jsonl"],
+}
+
+
+@pytest.mark.parametrize("names", SPLITS.values(), ids=SPLITS)
+def test_read_documents_takes_train_where_there_are_splits(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    documents, bad = read(tmp_path)
+    assert [d.content.text for d in documents] == names[:1]
+    [note] = bad.notes
+    assert "1 files of the split train are read, and none of " in note
+    assert bad.skipped_files == sorted(str(tmp_path / name) for name in names[1:])
+
+
+def test_read_documents_takes_all_where_names_tell_no_splits(tmp_path):
+    for name in ("train-0.jsonl", "train-1.jsonl", "trains.jsonl", "latest.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    documents, bad = read(tmp_path)
+    assert len(documents) == 4
+    assert not bad.notes
+
+
+class FakeSplit:
+    """As much of a `datasets.Dataset` as is used of it."""
+
+    def __init__(self, table, split):
+        self._table, self.split = table, split
+        self.column_names = table.column_names
+
+    def select_columns(self, names):
+        return FakeSplit(self._table.select(names), self.split)
+
+    def with_format(self, kind):
+        assert kind == "arrow"
+        return self
+
+    def iter(self, size):
+        for start in range(0, len(self._table), size):
+            yield self._table.slice(start, size)
+
+
+@pytest.mark.parametrize("named", [None, "test"])
+def test_read_documents_reads_a_data_set_of_the_hub(monkeypatch, named):
+    asked = []
+    splits = {
+        name: FakeSplit(pyarrow.table({"text": [f"{name} text", None]}), name)
+        for name in ("train", "test")
+    }
+
+    def load(name, split, **options):
+        asked.append((name, split, options))
+        return splits if split is None else splits[split]
+
+    fake = types.SimpleNamespace(load_dataset=load)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    source = "owner/name" if named is None else f"owner/name:{named}"
+    [document], bad = read(source, "count")
+    split = named or "train"
+    assert document.content == Text(f"{split} text")
+    assert document.origin == f"owner/name:{split}, row 1"
+    assert dict(bad.reasons) == {"wrong_shape": 1}
+    assert asked == [("owner/name", named, {})]  # nothing that would run its code
+    assert bad.notes == ([] if named else ["owner/name: the split train is read"])
+
+
+def test_read_documents_says_that_the_hub_has_no_such_data_set(monkeypatch):
+    def load(name, split):
+        raise ConnectionError("no network")
+
+    fake = types.SimpleNamespace(load_dataset=load)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    message = "owner/name is no file or folder here, and as a data set .* no network"
+    with pytest.raises(DataError, match=message):
+        read("owner/name")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 3000])
+def test_read_documents_refuses_names_that_no_file_has(name):
+    with pytest.raises(DataError, match=r"cannot be a file|does not exist"):
+        read(name)

@@ -1,9 +1,12 @@
 """A chat template from a file."""
 
+import threading
+
 import pytest
 
 from taid_jax.data import DataError, load_dataset
-from taid_jax.data.template import set_chat_template
+from taid_jax.data import template as te
+from taid_jax.data.template import ChatTemplate, set_chat_template
 
 TURNS = [
     {"role": "user", "content": "Why?"},
@@ -53,3 +56,72 @@ def test_set_chat_template_says_what_is_wrong(
     with pytest.raises(DataError, match=message):
         set_chat_template(base_tokenizer, path)
     assert base_tokenizer.chat_template is None
+
+
+FOREVER = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}X{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "cannot be used: .*ZeroDivisionError"),
+        ("{{ messages.nothing.at_all }}", "cannot be used: .*UndefinedError"),
+        ("{% for m in messages %}", "cannot be used: .*TemplateSyntaxError"),
+        ("{{ range(10**9) | list }}", "cannot be used: .*OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be used: .*Recurs"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be used: .*SecurityError"),
+        (FOREVER.replace("X", "{{ a }}"), "(computing|memory)"),
+        (FOREVER.replace("X", ""), r"stopped after [\d.]+ seconds of computing"),
+        ("{{ 10 ** (10 ** 9) }}", r"stopped after [\d.]+ seconds of computing"),
+        ("{{ 'a' * 10 ** 10 }}", "asks for too much memory"),
+        ("{{ '%1000000000d' % 1 }}", "asks for too much memory"),
+        (
+            "{{ ('a' * 10 ** 8) | length }}{{ 'a' * 33000000 }}",
+            "writes 33,000,009 char",
+        ),
+        ("{% if add_generation_prompt %}{{ 'a' * 10 ** 10 }}{% endif %}", "memory"),
+    ],
+)
+def test_template_that_breaks_or_takes_too_much_is_one_message(
+    tokenizer, monkeypatch, write_jsonl, template, message
+):
+    monkeypatch.setattr(te, "SECONDS", 0.3)
+    sound = tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    source = write_jsonl([{"messages": TURNS}] * 3)
+    options = {"seq_len": 64, "held_out_fraction": 0.0, "bad_records": "count"}
+    with pytest.raises(te.TemplateError, match=message) as caught:
+        load_dataset(source, tokenizer, **options)
+    assert len(str(caught.value)) < 600
+    # The next one is rendered by another process.
+    tokenizer.chat_template = sound
+    assert len(load_dataset(source, tokenizer, **options).train)
+
+
+def test_template_that_breaks_on_some_records_leaves_out_those(
+    tokenizer, monkeypatch, write_jsonl
+):
+    picky = "{{ '' if 1 / (messages | length - 3) }}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", picky)
+    three = [{"role": "system", "content": "Be."}, *TURNS]
+    source = write_jsonl([{"messages": TURNS}, {"messages": three}])
+    options = {"seq_len": 64, "held_out_fraction": 0.0, "bad_records": "count"}
+    info = load_dataset(source, tokenizer, **options).info
+    assert info.dropped == {"template_refuses": 1}
+    assert "ZeroDivisionError" in info.problems[0]
+
+
+def test_template_is_rendered_in_any_thread(tokenizer):
+    found = []
+    template = ChatTemplate(tokenizer)
+    threads = [
+        threading.Thread(target=lambda: found.extend(template.render(TURNS)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tokenizer.apply_chat_template(TURNS, tokenize=False)] * 4

@@ -98,8 +98,12 @@ def test_generate_overwrites_nothing_without_being_told(
     [
         ([{"text": "x"}], (), "line 1: need `prompt` or `messages`"),
         ([*PROMPTS, {"prompt": " "}], (), "line 4: need `prompt`"),
-        ([], (), "holds no prompt"),
-        ([{"messages": [{"role": "user"}]}], (), "line 1: every turn needs"),
+        ([], (), "is empty"),
+        (
+            [{"messages": [{"role": "user"}]}],
+            (),
+            "line 1: turn 1 needs `role` and `content`",
+        ),
         (
             [{"messages": [{"role": "assistant", "content": "a"}]}],
             (),
@@ -129,7 +133,7 @@ def test_generate_of_a_broken_line_names_it(run, tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt"\n')
     assert run(path)[0] == 2
-    assert "line 3: no line of JSON" in capsys.readouterr().err
+    assert "line 3: not JSON" in capsys.readouterr().err
     assert run(tmp_path / "missing.jsonl")[0] == 2
     assert run(tmp_path / "prompts.csv")[0] == 2
 

@@ -1,3 +1,4 @@
+import datetime
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -220,6 +222,57 @@ def test_train_tpu_resume_with_other_settings_lists_them(
     flags = [*arguments, "--resume", "--t-start=0.2", "--seed=5"]
     _expect(train_tpu, capsys, flags, "objective.t_start", "run.seed")
     _same(_weights(tmp_path / "run"), _weights(finished))
+
+
+def test_train_tpu_resumed_on_another_day_goes_on_with_the_first(
+    train_tpu, arguments, tmp_path, monkeypatch, capsys
+):
+    """A template with a clock would give other data; what is not read is named."""
+    data = tmp_path / "data"
+    data.mkdir()
+    turns = [("human", "The {}?"), ("gpt", "sees the {}.")]
+    lines = [
+        json.dumps(
+            {
+                "conversations": [
+                    {"from": who, "value": said.format(n)} for who, said in turns
+                ],
+                "source": "x",
+            }
+        )
+        for n in range(12)
+    ]
+    (data / "train.jsonl").write_text("\n".join(lines))
+    (data / "test.jsonl").write_text("no JSON")
+    template = tmp_path / "clock.jinja"
+    template.write_text(
+        "{{ strftime_now('%d') }}{% for m in messages %}{{ m.role[:1] + m.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    flags = [*arguments, f"--data={data}", f"--chat-template={template}"]
+    flags += ["--seq-len=48", "--steps=2"]
+
+    class Day(datetime.date):
+        said = "2026-01-31"
+
+        @classmethod
+        def today(cls):
+            return datetime.date.fromisoformat(cls.said)
+
+    clock = types.SimpleNamespace(date=Day)
+    monkeypatch.setattr("taid_jax.settings.epochs.datetime", clock)
+    assert train_tpu.main(flags) == 0
+    told = capsys.readouterr().out
+    assert "keys not used: source (12 records)" in told
+    assert "files passed over: 1 (" in told
+    assert "of the split train are read" in told
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["settings"]["data"]["template_date"] == "2026-01-31"
+    assert report["data"]["unused_keys"] == {"source": 12}
+    Day.said = "2026-02-01"
+    assert train_tpu.main([*flags, "--resume"]) == 0
+    flags.append("--template-date=2026-02-01")
+    _expect(train_tpu, capsys, [*flags, "--resume"], "template_date")
 
 
 def test_train_tpu_resume_with_other_data_is_refused(

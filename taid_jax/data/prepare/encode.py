@@ -54,6 +54,8 @@ class PartRecord(NamedTuple):
         problems: Each of those: origin, reason, message.
         shortest_too_long: Tokens of the shortest conversation that was too long.
         examples: Rows of the part.
+        unused_keys: How many records had each key that changed nothing.
+        notes: What else is to be said of the piece.
     """
 
     records: int
@@ -62,6 +64,8 @@ class PartRecord(NamedTuple):
     problems: list[list[str]]
     shortest_too_long: int | None
     examples: int
+    unused_keys: dict[str, int]
+    notes: list[str]
 
 
 def part_path(folder: pathlib.Path, number: int) -> pathlib.Path:
@@ -106,7 +110,12 @@ class PartWriter:
         unused = BadRecords("count", kept=None, filtered=True)
         limits = Limits(options.max_tokens, options.max_prompt, options.max_answer)
         intake = Intake(
-            self._encoder, limits, count_prompts=options.count_prompts, bad=unused
+            self._encoder,
+            limits,
+            count_prompts=options.count_prompts,
+            bad=unused,
+            merge_system=options.merge_system,
+            template_date=options.template_date,
         )
         read, chats = 0, False
 
@@ -128,6 +137,8 @@ class PartWriter:
             problems=[list(problem) for problem in problems],
             shortest_too_long=intake.shortest_too_long,
             examples=len(table),
+            unused_keys=dict(unread.unused_keys + unused.unused_keys),
+            notes=unread.notes,
         )
         path = part_path(self._folder, number)
         write_whole(path, parquet_bytes(table, PART_ROWS))

@@ -7,6 +7,7 @@ from typing import Any
 
 from taid_jax.data.errors import DataError
 from taid_jax.data.records import MAX_RECORD_BYTES
+from taid_jax.settings.data import is_date
 
 # HuggingFaceH4/ultrachat_200k as TAID's published code uses it: its splits of
 # supervised fine-tuning; conversations up to these lengths; prompts count too.
@@ -31,10 +32,12 @@ class PrepareOptions:
     """What is prepared, and how.
 
     Attributes:
-        data: A .jsonl or .parquet file, a folder of them, or the name of a data set
-            of the Hugging Face hub, such as HuggingFaceH4/ultrachat_200k.
+        data: A file of records (.jsonl, .json, .csv, .parquet, .arrow), a folder of
+            them, or the name of a data set of the Hugging Face hub, such as
+            HuggingFaceH4/ultrachat_200k.
         output: Folder for the shards and manifest.json.
-        split: Split of the data set; of a folder, how its files' names begin.
+        split: Split of the data set; of a folder, how its files' names begin. Where
+            there are several, `train` by default.
         validation_split: The split that is validated on.
         validation_data: A file, folder or data set that is validated on.
         held_out_fraction: Share of the documents that is validated on, where neither
@@ -44,6 +47,10 @@ class PrepareOptions:
         max_prompt: Tokens before the last answer.
         max_answer: Tokens of the last answer.
         count_prompts: Also train on prompts and other roles' turns.
+        merge_system: Put a system turn that the chat template refuses before the first
+            turn of the user.
+        template_date: What chat templates take for today, such as 2026-01-31; the day
+            when the preparation began by default.
         max_record_bytes: Records above it are left out unread.
         seed: Of the shuffle and of what is held out.
         shard_tokens: Tokens of a shard, about.
@@ -62,6 +69,8 @@ class PrepareOptions:
     max_prompt: int | None = None
     max_answer: int | None = None
     count_prompts: bool = False
+    merge_system: bool = False
+    template_date: str | None = None
     max_record_bytes: int = MAX_RECORD_BYTES
     seed: int = 0
     shard_tokens: int = 16_000_000
@@ -77,6 +86,8 @@ class PrepareOptions:
             _need(name, value, value is None or value >= 1, ">= 1")
         for name in ("max_record_bytes", "shard_tokens", "piece_bytes"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        date = self.template_date
+        _need("template_date", date, date is None or is_date(date), "YYYY-MM-DD")
         _need("seed", self.seed, 0 <= self.seed < 2**63, "0 <= seed < 2**63")
         _need("jobs", self.jobs, self.jobs >= 0, ">= 0")
         fraction = self.held_out_fraction

@@ -1,18 +1,13 @@
 """The source as pieces of files that are read side by side."""
 
 import pathlib
-import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from taid_jax.data.errors import DataError
+from taid_jax.data.errors import BadRecords, DataError
 from taid_jax.data.manifest import SIDES, TRAIN, VALIDATION
 from taid_jax.data.prepare.options import PrepareOptions
-from taid_jax.data.records import Piece, cut_jsonl, cut_parquet
-from taid_jax.data.sources import find_files
-from taid_jax.errors import how_to_install
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_COLUMNS = ("messages", "prompt", "completion", "text", "prompt_id", "id")
+from taid_jax.data.records import Piece, cut_jsonl, cut_parquet, known_columns
+from taid_jax.data.sources import find_files, hub_name, kind_of, load_hub
 
 
 class SourceFile(NamedTuple):
@@ -36,15 +31,23 @@ class Work(NamedTuple):
     side: str
 
 
-def list_sources(options: PrepareOptions, work: pathlib.Path) -> list[SourceFile]:
+def list_sources(
+    options: PrepareOptions, work: pathlib.Path, bad: BadRecords | None = None
+) -> list[SourceFile]:
     """Returns the files that are read.
 
     A data set of the hub is put into the folder `work` as Parquet first, unless it lies
     there already.
 
+    Args:
+        options: What is asked for.
+        work: Where data sets of the hub are put.
+        bad: Told of the files that are passed over.
+
     Raises:
         DataError: If there are none.
     """
+    bad = bad or BadRecords()
     wanted = [(TRAIN, options.data, options.split)]
     if options.validation_split or options.validation_data:
         data = options.validation_data or options.data
@@ -52,15 +55,17 @@ def list_sources(options: PrepareOptions, work: pathlib.Path) -> list[SourceFile
     files = []
     for side, data, split in wanted:
         path = pathlib.Path(data)
-        if path.exists() or not _HUB_NAME.fullmatch(data):
-            files += [
-                SourceFile(file, str(file), side)
-                for file in find_files(path, split or "")
-                if file.suffix != ".txt" or file == path
-            ]
-        else:
-            exported = export_data_set(data, split, work / f"{side}.source.parquet")
-            files.append(SourceFile(exported, f"{data}:{split or 'all'}", side))
+        if (named := hub_name(data)) is not None:
+            name, split = named[0], split or named[1]
+            exported = export_data_set(name, split, work / f"{side}.source.parquet")
+            files.append(SourceFile(exported, f"{name}:{split or 'train'}", side))
+            continue
+        for file in find_files(path, split or "", bad=bad):
+            # A text beside records is about them.
+            if kind_of(file) != ".txt" or file == path:
+                files.append(SourceFile(file, str(file), side))
+            else:
+                bad.skipped_files.append(str(file))
     sides = {file.path: file.side for file in files}
     if len(sides) < len(files):
         raise DataError(
@@ -75,42 +80,16 @@ def export_data_set(name: str, split: str | None, path: pathlib.Path) -> pathlib
 
     Args:
         name: On the hub, or a folder that `datasets` reads.
-        split: Which split; there has to be only one when None.
+        split: Which split; `train`, or the only one, when None.
         path: Where it is put, whole or not at all; not read again if it is there.
 
     Raises:
-        DataError: If `datasets` is not installed, or cannot read it.
+        DataError: If it cannot be read.
     """
     if path.exists():
         return path
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name} is no file or folder here; to read it as a data set of the "
-            "Hugging Face hub, the package `datasets` is needed: "
-            f"{how_to_install('data')}"
-        ) from error
-    try:
-        found: Any = datasets.load_dataset(name, split=split)
-    # What a missing network, name or split leads to in there is open-ended.
-    except Exception as error:
-        raise DataError(
-            f"the data set {name} (split {split}) cannot be read: {error}"
-        ) from error
-    if isinstance(found, dict):
-        if len(found) != 1:
-            raise DataError(
-                f"the data set {name} has the splits {', '.join(map(str, found))}; "
-                "choose one by --split"
-            )
-        found = next(iter(found.values()))
-    kept = [column for column in _COLUMNS if column in found.column_names]
-    if not kept:
-        raise DataError(
-            f"the data set {name} has the columns {', '.join(found.column_names)}; "
-            "need `messages`, or `prompt` and `completion`, or `text`"
-        )
+    found = load_hub(name, split, choose="train")
+    kept = known_columns(f"the data set {name}", found.column_names)
     part = path.with_name(path.name + ".partial")
     found.select_columns(kept).to_parquet(part)
     part.replace(path)

@@ -1,5 +1,8 @@
 """The preparation from beginning to end, and from where it was stopped."""
 
+import contextlib
+import dataclasses
+import datetime
 import importlib.metadata
 import itertools
 import json
@@ -12,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from taid_jax.data.encoding import Tokenizer
-from taid_jax.data.errors import DataError, Problem
+from taid_jax.data.errors import BadRecords, DataError, Problem
 from taid_jax.data.identity import identify
 from taid_jax.data.manifest import (
+    MANIFEST,
     SIDES,
     TRAIN,
     VALIDATION,
@@ -42,6 +46,8 @@ REPORT = "left_out.jsonl"
 
 _WORK = ".unfinished"
 _PLAN = "plan.json"
+_ASKED = "asked.json"
+_KEYS_NAMED = 20
 _PACKAGES = ("taid-jax", "transformers", "tokenizers", "pyarrow", "numpy", "jinja2")
 
 Progress = Callable[[str, int, int], None]
@@ -72,6 +78,7 @@ def prepare(
     output = pathlib.Path(options.output)
     work = output / _WORK
     identity = identify(tokenizer)
+    options = dataclasses.replace(options, template_date=_date(options, output))
     lasting = {"options": options.lasting(), "tokenizer": identity._asdict()}
     done = _look(output, lasting)
     if done is not None:
@@ -80,8 +87,9 @@ def prepare(
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"output: cannot make {output}: {error.strerror}") from error
-    _same_or_new(work / "asked.json", lasting, output)
-    files = list_sources(options, work)
+    _same_or_new(work / _ASKED, lasting, output)
+    source = BadRecords()
+    files = list_sources(options, work, source)
     _same_or_new(work / _PLAN, {"files": [_stamp(file) for file in files]}, output)
 
     pieces = cut_sources(files, options.piece_bytes)
@@ -122,10 +130,29 @@ def prepare(
         noted=dict(choice.noted),
         files=shards,
         versions=_versions(),
+        unused_keys=dict(
+            sum(
+                (Counter(record.unused_keys) for record in records), Counter()
+            ).most_common(_KEYS_NAMED)
+        ),
+        skipped_files=source.skipped_files,
+        notes=[*source.notes, *(note for record in records for note in record.notes)],
     )
     manifest.write(output)
     shutil.rmtree(work)
     return manifest
+
+
+def _date(options: PrepareOptions, output: pathlib.Path) -> str:
+    """Returns the date that chat templates take for today: that of the beginning."""
+    begun: Any = {}
+    for path in (output / MANIFEST, output / _WORK / _ASKED):
+        if path.is_file():
+            with contextlib.suppress(OSError, ValueError):
+                begun = json.loads(path.read_text(encoding="utf-8"))
+    before = begun.get("options", {}) if isinstance(begun, dict) else {}
+    date = options.template_date or before.get("template_date")
+    return date or datetime.date.today().isoformat()
 
 
 def _look(output: pathlib.Path, lasting: dict[str, Any]) -> Manifest | None:

@@ -1,7 +1,9 @@
 """Which records are kept, and what is said of the others."""
 
 import collections
+import dataclasses
 import json
+import os
 import re
 
 import pytest
@@ -239,3 +241,33 @@ def test_prepare_takes_text_and_completions(tmp_path, base_tokenizer):
 
 def test_reasons_and_filters_have_names_of_their_own():
     assert not set(REASONS) & set(FILTERS)
+
+
+def test_prepare_tells_what_is_not_used_and_goes_on_with_its_date(
+    tmp_path, tokenizer, ask, monkeypatch
+):
+    turns = [{"role": "user", "content": "Q", "name": "Ann"}]
+    turns.append({"role": "assistant", "content": "A"})
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("train-0.jsonl", "test-0.jsonl", "README.txt"):
+        lines = [json.dumps({"messages": turns, "n": n}) for n in range(3)]
+        (source / name).write_text("\n".join(lines))
+    clock = "{{ strftime_now('%Y') }} " + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", clock)
+    options = {"split": None, "validation_split": None, "held_out_fraction": 0.0}
+    asked = ask(source, tmp_path / "out", **options)
+    begun = dataclasses.replace(asked, template_date="2001-01-31")
+    manifest = prepare(begun, tokenizer)
+    assert manifest.unused_keys == {"n": 3, "name": 3}
+    assert sorted(map(os.path.basename, manifest.skipped_files)) == [
+        "README.txt",
+        "test-0.jsonl",
+    ]
+    assert "split train" in manifest.notes[0]
+    # Asked for again without a date: all is done, with the first one.
+    assert prepare(asked, tokenizer) == manifest
+    data = load_dataset(
+        tmp_path / "out", tokenizer, seq_len=64, held_out_fraction=0.0
+    ).train
+    assert tokenizer.decode(data.table[0].ids.tolist()).startswith("2001 ")
