@@ -175,15 +175,19 @@ def _full_names(
     """
     layer = family.hf_layer.partition("{")[0]
     start = layer.partition(".")[0] + "."
+    short = layer.removeprefix(start)
     full, notes = dict(names), []
     for wrapper in _WRAPPERS:
         if any(wrapper in name for name in names):
             full = {name: text.replace(wrapper, "") for name, text in full.items()}
             notes.append(f"tensor names: {wrapper!r} was left out of them")
-    if prefix := _prefix(list(full.values()), (layer, layer.removeprefix(start))):
+    if prefix := _prefix(list(full.values()), (layer, short)):
         full = {name: text.removeprefix(prefix) for name, text in full.items()}
         notes.append(f"tensor names: all begin with {prefix!r}, which was left out")
-    if not any(text.startswith(start) for text in full.values()):
+    starts = {
+        one for text in full.values() for one in (start, short) if text.startswith(one)
+    }
+    if starts == {short}:
         outside = {
             weight.hf + end
             for weight in family.weights

@@ -112,8 +112,7 @@ def load_model(
 
     Raises:
         ModelError: If there is no such model, it is damaged, the decoder cannot be it,
-            its tensors are not those of its config (all of them listed), or they do
-            not fit in memory.
+            its tensors are not those of its config, or they do not fit in memory.
     """
     found = resolve(source)
     unknown = [] if allow_unknown_keys else None

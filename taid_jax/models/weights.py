@@ -30,7 +30,7 @@ from taid_jax.models.rope import rope_frequencies
 Shardings = Sharding | Mapping[str, Any] | Callable[[DecoderConfig], Any]
 """One sharding for all parameters, a tree of them, or what makes the tree."""
 
-_MOST_LINES = 20
+_MOST_LINES = 8
 _BLOCK = 1 << 24
 """Numbers of a tensor that are compared at once."""
 
@@ -92,8 +92,8 @@ def check_tensors(
 ) -> None:
     """Raises unless the tensors are those of the model, each of its shape.
 
-    Tensors that follow from the settings (masks, rotary frequencies) are compared with
-    what the settings give.
+    All differences are counted, and the first of each kind named. Tensors that follow
+    from the settings (masks, rotary frequencies) are compared with what those give.
 
     Args:
         config: The architecture.
@@ -103,7 +103,7 @@ def check_tensors(
             from what the settings give; they are refused when None.
 
     Raises:
-        ModelError: With every tensor that is missing, unexpected or misshapen.
+        ModelError: With the tensors that are missing, unexpected or misshapen.
     """
     family, sizes = family_named(config.family), axis_sizes(config)
     expected = {
@@ -113,12 +113,12 @@ def check_tensors(
         for name in names
     }
     shapes = tensors.shapes
-    lines = [
+    missing = [
         f"missing: {name}, shape {shape}"
         for name, shape in expected.items()
         if name not in shapes
     ]
-    lines += [
+    misshapen = [
         f"wrong shape: {name} has {shapes[name]}, the config needs {shape}"
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
@@ -138,14 +138,18 @@ def check_tensors(
     if unknown is not None:
         unknown += map(shown_name, strange)
         strange = {}
-    way_out = "" if lines else f"\n{PASS_OVER}"
-    lines += strange.values()
-    if lines:
-        count, shown = len(lines), lines[:_MOST_LINES]
-        shown += [f"... and {count - _MOST_LINES} more"] * (count > _MOST_LINES)
+    groups = missing, misshapen, list(strange.values())
+    if count := sum(map(len, groups)):
+        lines = []
+        for group in groups:
+            lines += group[:_MOST_LINES]
+            if (more := len(group) - _MOST_LINES) > 0:
+                lines.append(f"{group[0].partition(':')[0]}: {more} more")
+        if not missing and not misshapen:
+            lines.append(PASS_OVER)
         raise ModelError(
             f"the weights in {tensors.origin} are not those of its config "
-            f"({count} differences):\n  " + "\n  ".join(shown) + way_out
+            f"({count} differences):\n  " + "\n  ".join(lines)
         )
 
 
