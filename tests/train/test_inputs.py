@@ -1,6 +1,7 @@
 """Pairs of models: tokenizers that have to agree, and vocabularies that are resized."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -13,9 +14,14 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
 from taid_jax.models.errors import ModelError
 from taid_jax.models.load import export_model, load_model
-from taid_jax.settings import ModelSettings, Settings
+from taid_jax.settings import ModelSettings, Settings, SettingsError
 from taid_jax.sharding import make_mesh
-from taid_jax.train.inputs import check_models, load_pair
+from taid_jax.train.inputs import (
+    check_models,
+    identify_models,
+    load_pair,
+    refuse_other_models,
+)
 
 CONFIG = DecoderConfig(
     vocab_size=48,
@@ -122,3 +128,29 @@ def test_load_pair_resizes_layers_of_the_teacher_like_the_teacher(teacher):
         pair.student_params["embed"]["embedding"],
         pair.teacher.params["embed"]["embedding"],
     )
+
+
+def test_identify_models_is_by_content_wherever_the_files_lie(teacher, tmp_path):
+    mesh = make_mesh("data=8")
+
+    def identify(folder, layers=1):
+        chosen = settings(teacher=str(folder), student_layers=layers)
+        return identify_models(chosen.model, load_pair(chosen, mesh))
+
+    known = identify(teacher)
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    (moved / "README.md").write_text("Another file.")
+    refuse_other_models(known, identify(moved))
+    # One number, somewhere in the middle.
+    weights = moved / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(SettingsError, match="that the run began with: the teacher's w"):
+        refuse_other_models(known, identify(moved))
+    with pytest.raises(SettingsError, match="the student's num_layers differ"):
+        refuse_other_models(known, identify(teacher, layers=2))
+    # Of a checkpoint by a version that wrote down less, or more.
+    refuse_other_models({}, known)
+    refuse_other_models(known | {"the student's colour": "blue"}, known)
