@@ -197,7 +197,7 @@ class RunFolder:
         for entry in list(self.path.iterdir()):
             if _PARTIAL.fullmatch(entry.name):
                 shutil.rmtree(entry, ignore_errors=True)
-            elif _FILES.fullmatch(entry.name) and entry.is_dir():
+            elif _FILES.fullmatch(entry.name) and not entry.is_file():
                 self.set_aside(entry, "is no file")
             elif _FOLDERS.fullmatch(entry.name) and not entry.is_dir():
                 self.set_aside(entry, "is no folder")

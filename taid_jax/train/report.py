@@ -101,8 +101,8 @@ def find_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], str | None]:
 
     A row has a step, later than that of the row before, and figures.
     """
-    if not path.exists():
-        return [], None
+    if not path.is_file():
+        return [], "is no file" if path.exists() else None
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

@@ -1,6 +1,7 @@
 """What is done to a run folder, and what a resumed run makes of it."""
 
 import json
+import os
 import pathlib
 import random
 import re
@@ -108,6 +109,11 @@ def _binary(path):
     path.write_bytes(random.Random(0).randbytes(500))
 
 
+def _make_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 EVERYWHERE = (_flip, _cut, _empty, _lengthen, pathlib.Path.unlink, _make_folder)
 
 
@@ -121,7 +127,7 @@ def test_find_fault_names_whatever_file_is_damaged(saved, tmp_path):
     names.remove(pathlib.Path("commit_success.txt"))
     count = 0
     for name in names:
-        for damage in (*EVERYWHERE, _make_link_to_nothing, _binary):
+        for damage in (*EVERYWHERE, _make_link_to_nothing, _make_pipe, _binary):
             if name.name == "_CHECKPOINT_METADATA" and damage in (_flip, _lengthen):
                 continue  # See below.
             damage(place / name)
@@ -232,6 +238,7 @@ def _replace_folder(path):
         (lambda run: (run / "metrics.jsonl").mkdir(), 9, "metrics.jsonl is no file"),
         (lambda run: _make_folder(run / "settings.json"), 9, "settings.json is no"),
         (lambda run: (run / "report.json").mkdir(), 9, "report.json is no file"),
+        (lambda run: os.mkfifo(run / "evaluations.jsonl"), 9, "evaluations.jsonl is"),
         (lambda run: (run / "student").write_text(""), 9, "student is no folder"),
     ],
 )
@@ -307,7 +314,9 @@ def test_resume_step_refuses_a_damaged_checkpoint(run, saved):
         (lambda path: None, None),
         (_empty, "settings.json: Expecting value"),
         (_binary, "settings.json"),
-        (_make_folder, "settings.json: .*Is a directory"),
+        (_make_folder, "settings.json is no file"),
+        (_make_pipe, "settings.json is no file"),
+        (lambda path: path.write_text("[" * 100_000), "settings.json"),
         (pathlib.Path.unlink, "settings.json"),
         (lambda path: path.write_text("[1]"), "settings.json"),
         (lambda path: path.write_text('{"steps": "many"}'), "steps: need int"),

@@ -18,10 +18,15 @@ from taid_jax.models.decoder import init_params
 from taid_jax.models.errors import ModelError
 from taid_jax.models.load import export_model, load_model
 from taid_jax.models.tokenizer import load_tokenizer
-from taid_jax.settings import ModelSettings, Settings, from_dict
+from taid_jax.settings import ModelSettings, Settings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh
 from taid_jax.train.answers import end_ids
-from taid_jax.train.inputs import check_models, load_pair
+from taid_jax.train.inputs import (
+    check_models,
+    identify_models,
+    load_pair,
+    refuse_other_models,
+)
 
 CONFIG = DecoderConfig(
     vocab_size=48,
@@ -263,3 +268,29 @@ def test_load_pair_takes_a_student_that_was_exported_without_padding(teacher, tm
         None,
     )
     assert pair.teacher.config.num_tokens == 40
+
+
+def test_identify_models_is_by_content_wherever_the_files_lie(teacher, tmp_path):
+    mesh = make_mesh("data=8")
+
+    def identify(folder, layers=1):
+        chosen = settings(teacher=str(folder), student_layers=layers)
+        return identify_models(chosen.model, load_pair(chosen, mesh))
+
+    known = identify(teacher)
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    (moved / "README.md").write_text("Another file.")
+    refuse_other_models(known, identify(moved))
+    # One number, somewhere in the middle.
+    weights = moved / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(SettingsError, match="that the run began with: the teacher's w"):
+        refuse_other_models(known, identify(moved))
+    with pytest.raises(SettingsError, match="the student's num_layers differ"):
+        refuse_other_models(known, identify(teacher, layers=2))
+    # Of a checkpoint by a version that wrote down less, or more.
+    refuse_other_models({}, known)
+    refuse_other_models(known | {"the student's colour": "blue"}, known)

@@ -79,7 +79,7 @@ def test_find_rows_says_where_a_file_is_damaged(tmp_path, content, steps, fault)
 def test_find_rows_of_a_folder_is_no_traceback(tmp_path):
     rows, found = report.find_rows(tmp_path)
     assert not rows
-    assert "cannot be read" in found
+    assert found == "is no file"
 
 
 def test_lines_that_cannot_be_written_name_the_file(tmp_path):
