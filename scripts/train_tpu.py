@@ -16,7 +16,6 @@ import dataclasses
 import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -31,7 +30,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from taid_jax import hosts
+from taid_jax import distributed
 from taid_jax.errors import InputError
 from taid_jax.models.pypi import cache_folder
 from taid_jax.plan import make_plan
@@ -85,8 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         if command.plan is None:
-            hosts.join(settings.hosts)
-            console.quiet = not hosts.is_first()
+            distributed.initialize(settings.hosts)
+            console.quiet = not distributed.is_main_process()
         console.print(to_yaml(settings), markup=False, highlight=False)
         if command.plan is not None:
             make_plan(settings, command.plan, console)
@@ -94,23 +93,13 @@ def main(arguments: Sequence[str]) -> int:
         report = distil(settings, console)
     except InputError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return hosts.leave(2, str(error))
+        return 2
     except (TrainingError, Interrupted) as error:
         # Of several processes all are here: each saved its part and waited for it.
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        hosts.finish()
+        distributed.shutdown()
         return 1
-    # Whatever it is, the other processes wait for this one and have to be told.
-    except Exception as error:
-        if hosts.is_alone():
-            raise
-        why = hosts.explain_loss(error)
-        if why is None:
-            traceback.print_exc()
-            return hosts.leave(1, f"{type(error).__name__}: {error}")
-        errors.print(f"error: {why}", markup=False, highlight=False, soft_wrap=True)
-        return hosts.leave(1, why)
-    hosts.finish()
+    distributed.shutdown()
     console.print(
         f"held-out KL {report['kl_before']:.4f} -> {report['kl_after']:.4f}, student's "
         f"perplexity {report['student_perplexity_before']:.2f} -> "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from taid_jax import hosts
+from taid_jax import distributed
 from taid_jax.data import Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.template import set_chat_template
@@ -84,11 +84,11 @@ def share_output(settings: Settings) -> pathlib.Path:
 
     Raises:
         SettingsError: On process 0, as `prepare_output`.
-        HostsError: If another process does not see the folder.
+        DistributedError: If another process does not see the folder.
     """
-    folder = pathlib.Path(hosts.from_first(lambda: str(prepare_output(settings))))
+    folder = pathlib.Path(distributed.broadcast(lambda: str(prepare_output(settings))))
     if not folder.is_dir():
-        raise hosts.HostsError(
+        raise distributed.DistributedError(
             f"output: process 0 has made {folder}, which is not on this host "
             f"({socket.gethostname()}); it has to be on storage that all hosts share"
         )

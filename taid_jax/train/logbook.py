@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from tensorboardX import SummaryWriter
 
+from taid_jax.distributed import broadcast, is_main_process
 from taid_jax.evaluate import HeldOut
-from taid_jax.hosts import from_first, is_first
 from taid_jax.train.report import EVALUATIONS, METRICS, Lines, read_lines
 from taid_jax.train.step import Metrics
 from taid_jax.train.utilisation import Meter
@@ -84,9 +84,9 @@ class Logbook:
     ):
         self._every, self._last, self._progress = every, last, progress
         self._files: _Files | None = None
-        if is_first():
+        if is_main_process():
             self._files = _Files(folder, start)
-        self.evaluations: list[dict[str, Any]] = from_first(
+        self.evaluations: list[dict[str, Any]] = broadcast(
             lambda: read_lines(folder / EVALUATIONS)
         )
         self.skipped_in_row = 0

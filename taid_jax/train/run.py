@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from taid_jax import hosts
+from taid_jax import distributed
 from taid_jax.data import Dataset
 from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.load import export_model
@@ -71,16 +71,16 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         DataError: If the data cannot be used.
         TrainingError: If training stopped because of non-finite steps.
         Interrupted: If a signal stopped it; the state is saved.
-        HostsError: If the processes disagree in settings or data.
+        DistributedError: If the processes disagree in settings or data.
     """
     began = time.perf_counter()
-    hosts.agree_on_settings(settings)
+    distributed.agree_on_settings(settings)
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size // settings.optimizer.grad_accum, mesh)
     folder = share_output(settings)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
-    hosts.agree("data", dataclasses.asdict(dataset.info))
+    distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.run.keep)
@@ -88,7 +88,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         refuse_contradictions(checkpoints.settings(), settings)
     pair = load_pair(settings, mesh)
     describe(pair, dataset, mesh, console)
-    if hosts.is_first():
+    if distributed.is_main_process():
         path = folder / "settings.json"
         path.write_text(to_json(settings) + "\n", encoding="utf-8")
 
@@ -105,7 +105,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
     state, found = best_state(loop, state)
     checkpoints.close()
 
-    params = hosts.gather(state.params)
+    params = distributed.gather(state.params)
 
     def publish() -> dict[str, Any]:
         export_model(
@@ -137,7 +137,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         )
         return report
 
-    report = hosts.from_first(publish)
+    report = distributed.broadcast(publish)
     show_samples(settings, pair, state.params, dataset, tokenizer, console)
     return report
 
@@ -173,7 +173,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     best_by = loop.settings.judge.best_by
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
-    rows = hosts.from_first(lambda: read_lines(loop.folder / EVALUATIONS))
+    rows = distributed.broadcast(lambda: read_lines(loop.folder / EVALUATIONS))
     # Of equals the last: exact match is often 0 throughout.
     best = min(
         (row for row in rows if row["step"] > 0 and row["step"] in kept),
