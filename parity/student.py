@@ -1,6 +1,5 @@
 """Rows of a finished run: its exported student, loaded and scored by PyTorch."""
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.models.vocabulary import count_tokens
 from taid_jax.settings import Settings, SettingsError, from_dict
 from taid_jax.train.inputs import read_data
+from taid_jax.train.report import read_json
 from taid_jax.types import IGNORE_INDEX
 
 PERPLEXITY = Tolerance(
@@ -100,7 +100,7 @@ def _row(
 def _finished(folder: pathlib.Path) -> tuple[Mapping[str, Any], Settings]:
     """Returns the report of a run and the settings in it."""
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = read_json(folder / "report.json")
         return report, from_dict(report["settings"])
     except (OSError, ValueError, KeyError, TypeError, SettingsError) as error:
         raise RunError(

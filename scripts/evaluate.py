@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taid_jax.errors import InputError
-from taid_jax.evaluate import HeldOut
+from taid_jax.evaluate import HeldOut, check_finite
 from taid_jax.models.pypi import cache_folder
 from taid_jax.settings import (
     Settings,
@@ -38,7 +38,7 @@ from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.answers import find_questions
 from taid_jax.train.inputs import check_models, load_pair, read_data
 from taid_jax.train.judge import finished_state, make_judge
-from taid_jax.train.report import write_json
+from taid_jax.train.report import number, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def score(settings: Settings) -> HeldOut:
 
     Raises:
         SettingsError: If settings contradict each other or the machine.
-        ModelError: If a model cannot be used.
+        ModelError: If a model cannot be used, or its figures are not finite.
         DataError: If the data cannot be used, or have no prompts that are asked for.
     """
     mesh = make_mesh(settings.run.mesh)
@@ -103,7 +103,9 @@ def score(settings: Settings) -> HeldOut:
     judge = make_judge(
         settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
     )
-    return judge(finished_state(settings, pair.student_params))
+    found = judge(finished_state(settings, pair.student_params))
+    check_finite(found, str(settings.model.student))
+    return found
 
 
 def show(found: HeldOut, console: Console) -> None:
@@ -111,7 +113,7 @@ def show(found: HeldOut, console: Console) -> None:
     table = Table("held out", "value", title_justify="left")
     for name, value in found._asdict().items():
         if value is not None:
-            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            text = f"{value:,}" if isinstance(value, int) else number(value)
             table.add_row(name.replace("_", " "), text)
     console.print(table)
 

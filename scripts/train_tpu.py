@@ -36,6 +36,7 @@ from taid_jax.models.pypi import cache_folder
 from taid_jax.plan import make_plan
 from taid_jax.settings import Settings, read_settings, to_yaml
 from taid_jax.train.loop import Interrupted, TrainingError
+from taid_jax.train.report import number
 from taid_jax.train.run import distil
 
 
@@ -101,10 +102,10 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     distributed.shutdown()
     console.print(
-        f"held-out KL {report['kl_before']:.4f} -> {report['kl_after']:.4f}, student's "
-        f"perplexity {report['student_perplexity_before']:.2f} -> "
-        f"{report['student_perplexity_after']:.2f} (teacher "
-        f"{report['teacher_perplexity']:.2f}) in {report['seconds']:.0f} s; "
+        f"held-out KL {number(report['kl_before'])} -> {number(report['kl_after'])}, "
+        f"student's perplexity {number(report['student_perplexity_before'], 2)} -> "
+        f"{number(report['student_perplexity_after'], 2)} (teacher "
+        f"{number(report['teacher_perplexity'], 2)}) in {report['seconds']:.0f} s; "
         f"report, picture and student are in {settings.run.output}",
         soft_wrap=True,
         highlight=False,

@@ -5,8 +5,6 @@ own, so that its memory is its own. Its report, once it is there, is all that co
 """
 
 import dataclasses
-import json
-import math
 import pathlib
 import shutil
 import statistics
@@ -23,7 +21,7 @@ from taid_jax.settings import (
     read_settings,
     to_yaml,
 )
-from taid_jax.train.report import EVALUATIONS, REPORT, read_lines
+from taid_jax.train.report import EVALUATIONS, REPORT, drawn, read_json, read_lines
 
 METHODS = (
     "sft",
@@ -106,7 +104,7 @@ class Cell:
     def report(self) -> dict[str, Any] | None:
         """Returns the report of the finished run, None if there is none yet."""
         path = self.run / REPORT
-        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def prepare(self) -> list[str]:
         """Writes the settings file and returns the flags of the run.
@@ -253,7 +251,7 @@ def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
     for number, (method, group) in enumerate(done.items()):
         runs = [read_lines(cell.run / EVALUATIONS) for cell in group]
         steps = [row["step"] for row in runs[0]]
-        found = [[row["kl"] or math.nan for row in run] for run in runs]
+        found = [[drawn(row["kl"]) for row in run] for run in runs]
         at_step = list(zip(*found, strict=True))
         means = [statistics.fmean(values) for values in at_step]
         low, high = [min(v) for v in at_step], [max(v) for v in at_step]

@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from taid_jax.loss import CrossEntropy
+from taid_jax.loss import CrossEntropy, softmax
 from taid_jax.loss.objective import Objective, register_objective
+from taid_jax.models.errors import ModelError
 from taid_jax.settings import BestBy
 from taid_jax.sharding import place_batch
 from taid_jax.train.state import DistillState
@@ -41,9 +42,12 @@ class Comparison:
         teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
         probability = jnp.exp(teacher)
         # An entry that either side excludes has no share in the divergence.
-        counts = (probability > 0) & (student_logits > -jnp.inf)
-        gap = jnp.where(counts, teacher - student, 0.0)
-        return jnp.sum(probability * gap, axis=-1)
+        excluded = (probability <= 0) | jnp.isneginf(student_logits)
+        gap = jnp.where(excluded, 0.0, teacher - student)
+        kl = jnp.sum(probability * gap, axis=-1)
+        # A row that is no distribution may have had all of its entries excluded.
+        tops = softmax.checked(softmax.row_max(student_logits.astype(jnp.float32)))
+        return jnp.where(jnp.isnan(softmax.per_token(tops)), jnp.nan, kl)
 
     def metrics(
         self,
@@ -123,13 +127,52 @@ def cost(found: HeldOut | Mapping[str, Any], best_by: BestBy) -> float:
         best_by: Its name. ROUGE-L and exact match are the better the higher.
 
     Returns:
-        Infinity where the figure is missing or not a number.
+        Infinity where it is missing, or it or another figure is not finite.
     """
     values = found if isinstance(found, Mapping) else found._asdict()
     value = values.get(best_by)
-    if value is None or math.isnan(value):
+    # A student that is no distribution may still have answers, and a score for them.
+    if value is None or not math.isfinite(value) or not_finite(values):
         return math.inf
     return -value if best_by in ("rouge_l", "exact_match") else value
+
+
+def not_finite(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the figures of an evaluation that are not finite, by their names.
+
+    A perplexity of inf is a number that a float cannot hold, and is not among them: the
+    loss that it is the exponential of is finite.
+    """
+    return {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, float)
+        and not math.isfinite(value)
+        and not (name.endswith("_perplexity") and value == math.inf)
+    }
+
+
+def check_finite(found: HeldOut, student: str = "the student") -> None:
+    """Refuses models whose figures are not finite, by the name of the one it is.
+
+    Args:
+        found: Their evaluation.
+        student: What the student is called.
+
+    Raises:
+        ModelError: If a figure is not finite.
+    """
+    wrong = not_finite(found._asdict())
+    if not wrong:
+        return
+    models = {"teacher_perplexity": "the teacher", "student_perplexity": student}
+    who = [model for name, model in models.items() if name in wrong]
+    figures = ", ".join(f"{name} {value}" for name, value in wrong.items())
+    raise ModelError(
+        f"{' and '.join(who) or 'the two models together'}: not finite on held-out "
+        f"text ({figures}). NaN or inf in the weights, or ones too large for --dtype, "
+        "are the usual cause; give sound weights, or --dtype float32"
+    )
 
 
 def make_judge_step(

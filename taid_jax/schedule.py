@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Real
+
+from taid_jax.errors import show
 
 
 class TAIDState(NamedTuple):
@@ -42,6 +45,7 @@ class TAIDScheduler:
         disable_adaptive: Follow the line alone.
 
     Raises:
+        TypeError: If a setting is no number, or the steps are no int.
         ValueError: If a setting is out of its range.
 
     References:
@@ -56,7 +60,14 @@ class TAIDScheduler:
     disable_adaptive: bool = False
 
     def __post_init__(self) -> None:
-        if not self.num_train_steps >= 1:
+        steps = self.num_train_steps
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
+            raise TypeError(f"need an int for num_train_steps, got {show(steps)}")
+        for name in ("t_start", "t_end", "alpha", "beta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.generic | Array):
+                raise TypeError(f"need a real number for {name}, got {show(value)}")
+        if steps < 1:
             raise ValueError(
                 "need num_train_steps >= 1, "
                 f"got num_train_steps = {self.num_train_steps}"
@@ -68,7 +79,8 @@ class TAIDScheduler:
             )
         if not 0 <= self.alpha < float("inf"):
             raise ValueError(f"need alpha >= 0 and finite, got alpha = {self.alpha}")
-        if not 0 <= self.beta < 1:
+        # As the float32 that it becomes.
+        if not 0 <= np.float32(self.beta) < 1:
             raise ValueError(f"need 0 <= beta < 1, got beta = {self.beta}")
 
     def init(self) -> TAIDState:
@@ -91,7 +103,8 @@ class TAIDScheduler:
             state: The state that the step used.
             loss: The step's distillation loss, the token-weighted mean over the whole
                 global batch, in nats. One that is not finite leaves the state as it is.
-            step: Index of that step, from 0. Steps past the end are safe.
+            step: Index of that step, from 0. Steps past the end are safe, and one that
+                is not finite leaves the state as it is.
         """
         loss = jnp.asarray(loss, jnp.float32)
         first = jnp.isposinf(state.prev_loss)
@@ -123,10 +136,23 @@ class ScheduledT:
 
     schedule: Callable[[Array], ArrayLike]
 
+    def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise TypeError(
+                f"need a callable, step -> t, for schedule, got {show(self.schedule)}"
+            )
+
     def init(self) -> TAIDState:
-        """Returns the state before the first step."""
+        """Returns the state before the first step.
+
+        Raises:
+            ValueError: If the schedule has NaN there; a traced one cannot be looked at.
+        """
+        t = self._at(jnp.zeros((), jnp.float32))
+        if not isinstance(t, jax.core.Tracer) and jnp.isnan(t):
+            raise ValueError("need a t in [0, 1] at step 0 that is not NaN, got NaN")
         return TAIDState(
-            t=self._at(jnp.zeros((), jnp.float32)),
+            t=t,
             prev_loss=jnp.asarray(jnp.inf, jnp.float32),
             momentum=jnp.zeros((), jnp.float32),
         )
@@ -147,8 +173,8 @@ class ScheduledT:
 
 
 def _if_finite(loss: Array, after: TAIDState, before: TAIDState) -> TAIDState:
-    """Returns the state after a finite loss, and the state before for any other."""
-    seen = jnp.isfinite(loss)
+    """Returns the state before where the loss, or what came of it, is not finite."""
+    seen = jnp.isfinite(loss) & jnp.isfinite(after.t) & jnp.isfinite(after.momentum)
     return TAIDState(
         *(jnp.where(seen, new, old) for new, old in zip(after, before, strict=True))
     )

@@ -40,6 +40,40 @@ def test_comparison_excluded_entries_stay_finite():
     assert np.isfinite(ev.Comparison()(student, teacher)).all()
 
 
+def test_comparison_leaves_out_what_the_student_excludes():
+    """Its tokens that are padding, which a teacher may have weights for."""
+    student = jnp.log(jnp.array([[0.75, 0.25, 0.0]]))
+    teacher = jnp.log(jnp.array([[0.25, 0.5, 0.25]]))
+    expected = 0.25 * np.log(1 / 3) + 0.5 * np.log(2)
+    found = ev.Comparison()(student, teacher)
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("jit", [False, True])
+def test_comparison_of_a_row_that_is_no_distribution_is_nan(bad, jit):
+    rng = np.random.default_rng(0)
+    sides = rng.normal(size=(2, 6, 11)).astype(np.float32)
+    sides[0, 0] = sides[1, 1] = bad
+    sides[0, 2, 3] = sides[1, 3, 3] = np.inf if np.isneginf(bad) else bad
+    # Where the other side has no mass, and nothing else is left.
+    sides[1, 4, 5] = sides[0, 4, :5] = sides[0, 4, 6:] = -np.inf
+    sides[0, 4, 5] = sides[0, 2, 3]
+    call = jax.jit(ev.Comparison()) if jit else ev.Comparison()
+    found = call(*map(jnp.asarray, sides))
+    np.testing.assert_array_equal(np.isnan(found), np.arange(6) < 5)
+
+
+@pytest.mark.parametrize("name", ["kl", "loss", "student_perplexity"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_cost_of_what_is_not_finite_is_never_the_best(name, value):
+    found = ev.HeldOut(1.0, 2.0, 3.0, 4, 1.0, rouge_l=0.9)._replace(**{name: value})
+    assert ev.cost(found, name) == math.inf
+    # Nor by a score of answers, which a student has whatever it is.
+    huge = (name, value) == ("student_perplexity", math.inf)
+    assert ev.cost(found, "rouge_l") == (-0.9 if huge else math.inf)
+
+
 def test_judging_adds_the_objective_to_the_same_pass():
     rng = np.random.default_rng(0)
     student, teacher = jnp.asarray(rng.normal(size=(2, 5, 11)) * 3, "float32")

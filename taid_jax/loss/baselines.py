@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from taid_jax.loss import softmax
 from taid_jax.loss.cross_entropy import (
+    by_label,
     forward,
     label_cross_entropy,
     label_entries,
@@ -19,12 +20,16 @@ from taid_jax.loss.cross_entropy import (
 from taid_jax.loss.exact import Parts, exact
 from taid_jax.loss.objective import (
     STATIC,
+    as_scalar,
     check_between,
     check_positive,
     check_shapes,
+    check_static,
     need_labels,
     register_objective,
 )
+
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @register_objective
@@ -45,7 +50,7 @@ class CrossEntropy:
     ) -> Float[Array, "*tokens"]:
         """Returns the loss of every token; see `Objective`."""
         labels = need_labels("CrossEntropy", student_logits, labels)
-        check_shapes(student_logits, teacher_logits, labels)
+        check_shapes(student_logits, teacher_logits, labels, needs_teacher=False)
         return label_cross_entropy(student_logits.astype(jnp.float32), labels)
 
 
@@ -97,11 +102,15 @@ def ctkd_strength(
 
     Args:
         epoch: Epochs trained so far, may be a fraction and traced.
-        num_epochs: Epochs until the strength is 1, where it stays.
+        num_epochs: Epochs until the strength is 1, where it stays; positive.
+
+    Raises:
+        ValueError: If `num_epochs` is not positive and finite.
 
     References:
         Li et al., CTKD, arXiv:2211.16231, section 3.3.
     """
+    check_positive("num_epochs", num_epochs)
     progress = jnp.clip(jnp.asarray(epoch, jnp.float32) / num_epochs, 0.0, 1.0)
     return 0.5 * (1 - jnp.cos(jnp.pi * progress))
 
@@ -129,6 +138,7 @@ class CTKD:
     strength: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
+        check_between("temperature", self.temperature, -_LARGEST, _LARGEST)
         check_between("strength", self.strength, 0, 1)
 
     def __call__(
@@ -140,8 +150,8 @@ class CTKD:
         """Returns the loss of every token; see `Objective`."""
         check_shapes(student_logits, teacher_logits, labels)
         raw = _reverse_gradient(
-            jnp.asarray(self.temperature, jnp.float32),
-            jnp.asarray(self.strength, jnp.float32),
+            as_scalar("temperature", self.temperature),
+            as_scalar("strength", self.strength),
         )
         return _tempered_cross_entropy(
             student_logits.astype(jnp.float32),
@@ -188,8 +198,8 @@ class DKD:
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_between("alpha", self.alpha, 0, 1e6)
-        check_between("beta", self.beta, 0, 1e6)
+        check_static("alpha", self.alpha, 0, 1e6)
+        check_static("beta", self.beta, 0, 1e6)
         check_positive("temperature", self.temperature)
 
     def __call__(
@@ -205,7 +215,7 @@ class DKD:
             functools.partial(_dkd, self.alpha, self.beta),
             student_logits.astype(jnp.float32),
             teacher_logits.astype(jnp.float32),
-            jnp.asarray(self.temperature, jnp.float32),
+            as_scalar("temperature", self.temperature),
             labels,
         )
 
@@ -236,11 +246,13 @@ def _dkd(
         jnp.where(is_label, -jnp.inf, student_logits),
         jnp.where(is_label, -jnp.inf, teacher_logits),
         temperature,
+        softmax.filled,
     )
     label = softmax.normalise_pair(
         softmax.row_max(jnp.where(is_label, student_logits, -jnp.inf)),
         softmax.row_max(jnp.where(is_label, teacher_logits, -jnp.inf)),
         temperature,
+        softmax.filled,
     )
     binary = _label_and_rest(label, rest, temperature)
     value = temperature**2 * (alpha * softmax.kl(binary) + beta * softmax.kl(rest))
@@ -253,7 +265,7 @@ def _dkd(
         in_logits = jnp.where(is_label, at_label, at_rest * q + beta * in_rest())
         return temperature * in_logits
 
-    return value, gradient
+    return by_label(labels, student_logits.shape[-1], (value, gradient))
 
 
 def _label_and_rest(

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 
 from taid_jax.loss import softmax
 from taid_jax.loss.exact import Parts, exact
+from taid_jax.types import IGNORE_INDEX
 
 
 def soft_cross_entropy(
@@ -77,6 +78,26 @@ def label_entries(
     return entries == jnp.expand_dims(labels, -1)
 
 
+def by_label(labels: Int[Array, "*tokens"], vocab: int, parts: Parts) -> Parts:
+    """Returns the parts of a rule that needs labels, as the labels allow.
+
+    A token whose label is `IGNORE_INDEX` has neither loss nor gradient, and one whose
+    label is otherwise outside the vocabulary has NaN for both.
+    """
+    value, gradient = parts
+    ignored = labels == IGNORE_INDEX
+    known = (labels >= 0) & (labels < vocab)
+
+    def select(values: Array, ignored: Array, known: Array) -> Array:
+        return jnp.where(ignored, 0.0, jnp.where(known, values, jnp.nan))
+
+    def selected() -> Float[Array, "*tokens vocab"]:
+        columns = jnp.expand_dims(ignored, -1), jnp.expand_dims(known, -1)
+        return select(gradient(), *columns)
+
+    return select(value, ignored, known), selected
+
+
 def _label_parts(logits: Array, labels: Array) -> Parts:
     q = softmax.normalise(logits)
     is_label = label_entries(labels, logits.shape[-1])
@@ -91,7 +112,7 @@ def _label_parts(logits: Array, labels: Array) -> Parts:
         in_logits = jnp.where(is_label, -others, q.exp) / q.total
         return jnp.where(excluded, 0.0, in_logits)
 
-    return value, gradient
+    return by_label(labels, logits.shape[-1], (value, gradient))
 
 
 def label_cross_entropy(
@@ -101,7 +122,7 @@ def label_cross_entropy(
 
     Args:
         student_logits: `(*tokens, vocab)`, float32.
-        labels: `(*tokens,)`; where one is outside the vocabulary the loss is finite and
-            means nothing.
+        labels: `(*tokens,)`; `IGNORE_INDEX` gives 0, and any other that is outside the
+            vocabulary NaN.
     """
     return exact(_label_parts, student_logits, labels)

@@ -13,10 +13,10 @@ from taid_jax.loss import adaptive, cross_entropy, mixtures, softmax
 from taid_jax.loss.exact import Parts, exact, tempered
 from taid_jax.loss.objective import (
     STATIC,
-    check_between,
-    check_inside,
+    as_scalar,
     check_positive,
     check_shapes,
+    check_static,
     register_objective,
 )
 
@@ -40,7 +40,7 @@ class _Divergence:
             functools.partial(tempered, self._parts()),
             student_logits.astype(jnp.float32),
             teacher_logits.astype(jnp.float32),
-            jnp.asarray(getattr(self, "temperature", 1.0), jnp.float32),
+            as_scalar("temperature", getattr(self, "temperature", 1.0)),
         )
 
     def metrics(
@@ -67,7 +67,9 @@ class ForwardKL(_Divergence):
             A traced leaf without gradient.
 
     Raises:
-        ValueError: If the temperature is a Python number and not positive.
+        TypeError: If a setting is no real number.
+        ValueError: If the temperature is not positive and finite; a traced one cannot
+            be looked at.
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
@@ -125,7 +127,7 @@ class JensenShannon(_Divergence):
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_inside("teacher_weight", self.teacher_weight, 0, 1)
+        check_static("teacher_weight", self.teacher_weight, 0, 1, inside=True)
         check_positive("temperature", self.temperature)
 
     def _parts(self) -> Callable[[softmax.Pair], Parts]:
@@ -154,7 +156,7 @@ class SkewForwardKL(_Divergence):
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_inside("teacher_weight", self.teacher_weight, 0, 1)
+        check_static("teacher_weight", self.teacher_weight, 0, 1, inside=True)
         check_positive("temperature", self.temperature)
 
     def _parts(self) -> Callable[[softmax.Pair], Parts]:
@@ -183,7 +185,7 @@ class SkewReverseKL(_Divergence):
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_inside("teacher_weight", self.teacher_weight, 0, 1)
+        check_static("teacher_weight", self.teacher_weight, 0, 1, inside=True)
         check_positive("temperature", self.temperature)
 
     def _parts(self) -> Callable[[softmax.Pair], Parts]:
@@ -217,7 +219,7 @@ class AdaptiveKL(_Divergence):
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_between("head_threshold", self.head_threshold, 1e-6, 1)
+        check_static("head_threshold", self.head_threshold, 1e-6, 1)
         check_positive("temperature", self.temperature)
 
     def _parts(self) -> Callable[[softmax.Pair], Parts]:
@@ -240,14 +242,17 @@ class TotalVariation(_Divergence):
 
 def _total_variation(pair: softmax.Pair) -> Parts:
     change = softmax.change(pair)
+    value = 0.5 * softmax.row_sum(jnp.abs(change))
 
     def gradient() -> Float[Array, "*tokens vocab"]:
         # q (sign - sum q sign) / 2, with the mass on the other side of each entry in
         # place of a difference that cancels when one side has nearly all of it.
         q = pair.student.exp / pair.student.total
-        above = change <= 0
+        above = ~(change > 0)
         mass_above = softmax.row_sum(jnp.where(above, q, 0.0))
         mass_below = softmax.row_sum(jnp.where(above, 0.0, q))
-        return q * jnp.where(above, mass_below, -mass_above)
+        # NaN is on neither side; the value has it, and the gradient is to have it too.
+        whole = jnp.where(jnp.isnan(value), value, mass_below)
+        return q * jnp.where(above, whole, -mass_above)
 
-    return softmax.per_token(0.5 * softmax.row_sum(jnp.abs(change))), gradient
+    return softmax.per_token(value), gradient

@@ -10,12 +10,13 @@ from taid_jax.loss.cross_entropy import label_cross_entropy
 from taid_jax.loss.objective import (
     STATIC,
     Objective,
-    check_between,
     check_shapes,
+    check_static,
     need_labels,
     register_objective,
 )
 from taid_jax.loss.reduce import token_metrics
+from taid_jax.types import IGNORE_INDEX
 
 
 @register_objective
@@ -39,7 +40,7 @@ class Mix:
     distil_ratio: float | int = dataclasses.field(metadata=STATIC)
 
     def __post_init__(self) -> None:
-        check_between("distil_ratio", self.distil_ratio, 0, 1)
+        check_static("distil_ratio", self.distil_ratio, 0, 1)
 
     def __call__(
         self,
@@ -56,7 +57,8 @@ class Mix:
         if self.distil_ratio == 0:
             return lm_loss
         distil_loss = self.objective(student_logits, teacher_logits, labels)
-        return (1 - self.distil_ratio) * lm_loss + self.distil_ratio * distil_loss
+        mixed = (1 - self.distil_ratio) * lm_loss + self.distil_ratio * distil_loss
+        return jnp.where(labels == IGNORE_INDEX, 0.0, mixed)
 
     def metrics(
         self,
@@ -66,6 +68,8 @@ class Mix:
     ) -> dict[str, Float[Array, "..."]]:
         """Returns `distil_loss`, `lm_loss` and the objective's metrics, per token."""
         check_shapes(student_logits, teacher_logits, labels)
+        if labels is not None:
+            labels = need_labels("Mix", student_logits, labels)
         metrics = token_metrics(self.objective, student_logits, teacher_logits, labels)
         metrics["distil_loss"] = self.objective(student_logits, teacher_logits, labels)
         if labels is not None:

@@ -1,13 +1,17 @@
 """What a distillation objective is: a pytree that gives the loss of every token."""
 
 import dataclasses
-import math
 from collections.abc import Hashable, Iterable
 from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
+
+from taid_jax.errors import show
 
 T = TypeVar("T")
 
@@ -33,14 +37,19 @@ class Objective(Protocol):
     ) -> Float[Array, "*tokens"]:
         """Returns the loss of every token, in nats, float32.
 
+        NaN where a row is no distribution: one with NaN or inf in it, or -inf
+        throughout. Also where labels are needed and one is outside the vocabulary.
+
         Args:
             student_logits: `(*tokens, vocab)`, any float dtype. An entry of -inf takes
                 no part.
             teacher_logits: Same shape; receives no gradient. -inf is probability 0.
             labels: `(*tokens,)`, aligned with the logits: the token that each position
-                predicts. `IGNORE_INDEX` where the position does not count.
+                predicts. `IGNORE_INDEX` where the position does not count: an objective
+                that needs labels gives 0 there.
 
         Raises:
+            TypeError: If an argument is no array, or of the wrong kind of numbers.
             ValueError: If the shapes do not match, or labels are needed and missing.
         """
         ...
@@ -77,38 +86,129 @@ def register_objective(cls: type[T]) -> type[T]:
     return cls
 
 
+def _numbers(name: str, value: object) -> np.ndarray | None:
+    """Returns the numbers that a setting holds, float64; None of a traced one.
+
+    Raises:
+        TypeError: If it holds no real numbers.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, Array) and not value.is_fully_addressable:
+        return None
+    if isinstance(value, int | float | np.generic | np.ndarray | Array):
+        numbers = np.asarray(jax.device_get(value))
+        # bfloat16 is no kind of number to NumPy.
+        if any(jnp.issubdtype(numbers.dtype, x) for x in (jnp.integer, jnp.floating)):
+            return numbers.astype(np.float64)
+    raise TypeError(f"need a real number for {name}, got {show(value)}")
+
+
 def check_between(
     name: str, value: object, low: float | int, high: float | int
 ) -> None:
     """Checks a number known before tracing; a traced one is left alone.
 
     Raises:
-        ValueError: If `value` is a Python number outside [low, high].
+        TypeError: If `value` is no real number, nor an array of them.
+        ValueError: If it is outside [low, high], or NaN.
     """
-    if isinstance(value, int | float) and not low <= value <= high:
-        raise ValueError(f"need {low} <= {name} <= {high}, got {name} = {value}")
-
-
-def check_inside(
-    name: str, value: float | int, low: float | int, high: float | int
-) -> None:
-    """Checks a setting that has to be strictly between two bounds.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if not low < value < high:
-        raise ValueError(f"need {low} < {name} < {high}, got {name} = {value}")
+    numbers = _numbers(name, value)
+    if numbers is not None and not np.all((low <= numbers) & (numbers <= high)):
+        raise ValueError(f"need {low} <= {name} <= {high}, got {name} = {show(value)}")
 
 
 def check_positive(name: str, value: object) -> None:
     """Checks a number known before tracing; a traced one is left alone.
 
     Raises:
-        ValueError: If `value` is a Python number that is not positive and finite.
+        TypeError: If `value` is no real number, nor an array of them.
+        ValueError: If it is not positive and finite, as a float32.
     """
-    if isinstance(value, int | float) and not 0 < value < math.inf:
-        raise ValueError(f"need {name} > 0 and finite, got {name} = {value}")
+    numbers = _numbers(name, value)
+    if numbers is None:
+        return
+    with np.errstate(over="ignore"):
+        numbers = numbers.astype(np.float32)
+    if not np.all((numbers > 0) & (numbers < np.inf)):
+        raise ValueError(f"need {name} > 0 and finite, got {name} = {show(value)}")
+
+
+def check_static(
+    name: str,
+    value: object,
+    low: float | int,
+    high: float | int,
+    *,
+    inside: bool = False,
+) -> None:
+    """Checks a setting that is part of the program.
+
+    Args:
+        name: Of the setting.
+        value: What was given.
+        low: The least value.
+        high: The greatest value.
+        inside: Whether the bounds themselves are excluded.
+
+    Raises:
+        TypeError: If `value` is no Python or NumPy number, such as a traced array.
+        ValueError: If it is out of bounds, or NaN.
+    """
+    if isinstance(value, Array) or np.ndim(value):  # pyright: ignore[reportArgumentType]
+        raise TypeError(
+            f"need a Python number for {name}, which is static, got {show(value)}"
+        )
+    if not inside:
+        check_between(name, value, low, high)
+        return
+    numbers = _numbers(name, value)
+    if numbers is None or not low < numbers < high:
+        raise ValueError(f"need {low} < {name} < {high}, got {name} = {show(value)}")
+
+
+def as_scalar(name: str, value: ArrayLike) -> Float[Array, ""]:
+    """Returns a leaf of an objective as a float32.
+
+    Raises:
+        ValueError: If it is no scalar.
+    """
+    scalar = jnp.asarray(value, jnp.float32)
+    if scalar.ndim:
+        raise ValueError(
+            f"need a scalar {name}, got {name} of shape {scalar.shape}; jax.vmap goes "
+            "over several"
+        )
+    return scalar
+
+
+_KINDS = {
+    "labels": ((jnp.signedinteger,), "signed integers"),
+    "mask": ((jnp.bool_, jnp.integer, jnp.floating), "bools or real numbers"),
+}
+
+
+def check_kinds(**arrays: object) -> None:
+    """Checks that arguments are arrays of the right kind of numbers.
+
+    Args:
+        **arrays: By their names: `labels` and `mask` have kinds of their own, all
+            others hold floats. None is left alone.
+
+    Raises:
+        TypeError: If one is not.
+    """
+    for name, array in arrays.items():
+        kinds, words = _KINDS.get(name, ((jnp.floating,), "floats"))
+        if array is None:
+            continue
+        if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+            got = show(array)
+        elif any(jnp.issubdtype(array.dtype, kind) for kind in kinds):  # pyright: ignore
+            continue
+        else:
+            got = f"dtype {array.dtype}"  # pyright: ignore
+        raise TypeError(f"need an array of {words} for {name}, got {got}")
 
 
 def check_shapes(
@@ -116,6 +216,8 @@ def check_shapes(
     teacher_logits: Array | None,
     labels: Array | None = None,
     mask: Array | None = None,
+    *,
+    needs_teacher: bool = True,
 ) -> None:
     """Checks the arrays of an objective against one another, before any tracing.
 
@@ -124,8 +226,10 @@ def check_shapes(
         teacher_logits: Has to have the same shape when given.
         labels: Has to be `(*tokens,)` when given.
         mask: Has to be `(*tokens,)` when given.
+        needs_teacher: Whether the teacher's logits have to be given.
 
     Raises:
+        TypeError: If one is no array, or of the wrong kind of numbers.
         ValueError: With every shape in the message.
     """
     arrays = {
@@ -134,6 +238,9 @@ def check_shapes(
         "labels": labels,
         "mask": mask,
     }
+    check_kinds(**arrays)
+    if student_logits is None or (teacher_logits is None and needs_teacher):
+        raise ValueError("need student_logits and teacher_logits, got None")
     got = ", ".join(f"{k} {a.shape}" for k, a in arrays.items() if a is not None)
     if student_logits.ndim < 1 or student_logits.shape[-1] < 1:
         raise ValueError(f"need logits of shape (*tokens, vocab), got {got}")
@@ -150,14 +257,18 @@ def check_shapes(
 
 
 def need_labels(name: str, student_logits: Array, labels: Array | None) -> Array:
-    """Returns the labels of an objective that cannot do without them.
+    """Returns the labels of an objective that cannot do without them, as int32.
 
     Raises:
+        TypeError: If they are no integers.
         ValueError: If they are missing.
     """
     if labels is None:
+        shapes = getattr(student_logits, "shape", (0,))
         raise ValueError(
-            f"{name} needs labels of shape {student_logits.shape[:-1]}, one per token, "
-            f"got labels = None with student_logits {student_logits.shape}"
+            f"{name} needs labels of shape {shapes[:-1]}, one per token, "
+            f"got labels = None with student_logits {shapes}"
         )
-    return labels
+    check_kinds(labels=labels)
+    # Smaller integers could not count the entries of the vocabulary.
+    return jnp.asarray(labels, jnp.int32)

@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from taid_jax.loss.objective import Objective, check_shapes
+from taid_jax.types import IGNORE_INDEX
 
 
 def select_tokens(
@@ -29,12 +30,20 @@ def select_tokens(
 
 
 def token_weights(
-    mask: Shaped[Array, "*tokens"] | None, tokens: tuple[int, ...]
+    mask: Shaped[Array, "*tokens"] | None,
+    tokens: tuple[int, ...],
+    labels: Int[Array, "*tokens"] | None = None,
 ) -> Float[Array, "*tokens"]:
-    """Returns the weight of every token as float32; 1 everywhere without a mask."""
-    if mask is None:
-        return jnp.ones(tokens, jnp.float32)
-    return mask.astype(jnp.float32)
+    """Returns the weight of every token as float32; 1 everywhere without a mask.
+
+    A token whose label is `IGNORE_INDEX` has weight 0, whatever the mask says.
+    """
+    weights = jnp.ones(tokens, jnp.float32)
+    if mask is not None:
+        weights = mask.astype(jnp.float32)
+    if labels is not None:
+        weights = jnp.where(labels == IGNORE_INDEX, 0.0, weights)
+    return weights
 
 
 def weighted_sum(
@@ -71,7 +80,7 @@ def token_metrics(
 def distillation_sums(
     objective: Objective,
     student_logits: Float[Array, "*tokens vocab"],
-    teacher_logits: Float[Array, "..."],
+    teacher_logits: Float[Array, "..."] | None,
     mask: Shaped[Array, "..."] | None = None,
     labels: Int[Array, "..."] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -82,23 +91,32 @@ def distillation_sums(
     Args:
         objective: Gives the loss of every token.
         student_logits: `(*tokens, vocab)`, any float dtype.
-        teacher_logits: Same shape; receives no gradient.
+        teacher_logits: Same shape; receives no gradient. None only for an objective
+            that needs no teacher.
         mask: `(*tokens,)`, bool or number; a token counts by its weight. All count when
             None.
-        labels: `(*tokens,)`, aligned with the logits, for objectives that need them.
+        labels: `(*tokens,)`, aligned with the logits, for objectives that need them. A
+            token whose label is `IGNORE_INDEX` does not count, whatever the objective;
+            any other that is outside the vocabulary makes the loss NaN where labels are
+            needed.
 
     Returns:
         The sum, scalar float32, and a dict without gradient: `weight`, the sum of the
         mask, and the weighted sum of each metric of the objective.
 
     Raises:
+        TypeError: If an argument is no array, or of the wrong kind of numbers.
         ValueError: If the shapes do not match, or labels are needed and missing.
     """
-    check_shapes(student_logits, teacher_logits, labels, mask)
-    weights = token_weights(mask, student_logits.shape[:-1])
-    if mask is not None:
-        student_logits = select_tokens(student_logits, mask)
-        teacher_logits = select_tokens(teacher_logits, mask)
+    needs_teacher = getattr(objective, "needs_teacher", True)
+    check_shapes(
+        student_logits, teacher_logits, labels, mask, needs_teacher=needs_teacher
+    )
+    weights = token_weights(mask, student_logits.shape[:-1], labels)
+    if mask is not None or labels is not None:
+        student_logits = select_tokens(student_logits, weights)
+        if teacher_logits is not None:
+            teacher_logits = select_tokens(teacher_logits, weights)
     loss_sum = weighted_sum(objective(student_logits, teacher_logits, labels), weights)
     sums = {"weight": jnp.sum(weights)}
     for name, values in token_metrics(
@@ -111,7 +129,7 @@ def distillation_sums(
 def distillation_loss(
     objective: Objective,
     student_logits: Float[Array, "*tokens vocab"],
-    teacher_logits: Float[Array, "..."],
+    teacher_logits: Float[Array, "..."] | None,
     mask: Shaped[Array, "..."] | None = None,
     labels: Int[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
@@ -120,15 +138,20 @@ def distillation_loss(
     Args:
         objective: Gives the loss of every token.
         student_logits: `(*tokens, vocab)`, any float dtype.
-        teacher_logits: Same shape; receives no gradient.
+        teacher_logits: Same shape; receives no gradient. None only for an objective
+            that needs no teacher.
         mask: `(*tokens,)`, bool or number; a token counts by its weight. All count when
             None.
-        labels: `(*tokens,)`, aligned with the logits, for objectives that need them.
+        labels: `(*tokens,)`, aligned with the logits, for objectives that need them. A
+            token whose label is `IGNORE_INDEX` does not count, whatever the objective;
+            any other that is outside the vocabulary makes the loss NaN where labels are
+            needed.
 
     Returns:
         Scalar float32; 0 when no token counts.
 
     Raises:
+        TypeError: If an argument is no array, or of the wrong kind of numbers.
         ValueError: If the shapes do not match, or labels are needed and missing.
     """
     loss_sum, sums = distillation_sums(

@@ -6,6 +6,7 @@ by the value, the gradient and the metrics.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -125,9 +126,18 @@ def finite(logits: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens vocab
     return jnp.maximum(logits.astype(jnp.float32), FLOOR)
 
 
+def checked(top: Float[Array, "*tokens 1"]) -> Float[Array, "*tokens 1"]:
+    """Returns the largest logit of a row; NaN where the row has no softmax.
+
+    That is a row with NaN or inf, and one that is -inf throughout. The largest logit is
+    part of every sum of the row: none of them is then mistaken for a number.
+    """
+    return jnp.where((top > FLOOR) & (top < jnp.inf), top, jnp.nan)
+
+
 def filled(top: Float[Array, "*tokens 1"]) -> Float[Array, "*tokens 1"]:
-    """Returns the largest logit of a row; 0 for an empty one, all of it -inf."""
-    return jnp.where(top <= FLOOR, 0.0, top)
+    """Returns what `checked` does, but 0 for a part of a row that is all -inf."""
+    return jnp.where(top <= FLOOR, 0.0, checked(top))
 
 
 def total(exp: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens 1"]:
@@ -146,10 +156,10 @@ def normalise(
     Args:
         logits: May have entries of -inf.
         temperature: Positive.
-        top: The largest logits as `filled` gives them; found when None.
+        top: The largest logits as `checked` gives them; found when None.
     """
     if top is None:
-        top = filled(row_max(logits))
+        top = checked(row_max(logits))
     # One division in all; at temperature 1 the product changes nothing.
     shifted = (finite(logits) - top) * (1 / temperature)
     exp = jnp.exp(shifted)
@@ -205,15 +215,23 @@ def normalise_pair(
     student_logits: Float[Array, "*tokens vocab"],
     teacher_logits: Float[Array, "*tokens vocab"],
     temperature: Float[Array, ""] | float = 1.0,
+    largest: Callable[[Array], Array] = checked,
 ) -> Pair:
-    """Returns both softmaxes at a temperature, and the step between them."""
+    """Returns both softmaxes at a temperature, and the step between them.
+
+    Args:
+        student_logits: May have entries of -inf.
+        teacher_logits: The same.
+        temperature: Positive.
+        largest: `checked`, or `filled` for parts of rows, which may be empty.
+    """
     excluded = finite(student_logits) <= FLOOR
     silent = finite(teacher_logits) <= FLOOR
-    q = normalise(student_logits, temperature)
+    q = normalise(student_logits, temperature, largest(row_max(student_logits)))
     at_student_top, teacher_top = row_maxes(
         at_top(student_logits, q.top, teacher_logits), teacher_logits
     )
-    p = normalise(teacher_logits, temperature, filled(teacher_top))
+    p = normalise(teacher_logits, temperature, largest(teacher_top))
     silent_top = at_student_top <= FLOOR
     # Where the teacher is silent there, its own largest logit stands in.
     anchor = jnp.where(silent_top, p.top, at_student_top)

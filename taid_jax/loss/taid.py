@@ -11,7 +11,12 @@ from jaxtyping import Float, Int, Real, Shaped
 from taid_jax.loss import softmax
 from taid_jax.loss.cross_entropy import soft_cross_entropy
 from taid_jax.loss.exact import Parts, exact
-from taid_jax.loss.objective import check_between, check_shapes, register_objective
+from taid_jax.loss.objective import (
+    as_scalar,
+    check_between,
+    check_shapes,
+    register_objective,
+)
 from taid_jax.loss.reduce import distillation_loss
 
 
@@ -24,7 +29,7 @@ class _Rows(NamedTuple):
 
 def _rows(student_logits: Array, teacher_logits: Array, t: Array) -> _Rows:
     student_top, teacher_top = map(
-        softmax.filled, softmax.row_maxes(student_logits, teacher_logits)
+        softmax.checked, softmax.row_maxes(student_logits, teacher_logits)
     )
     q = softmax.normalise(student_logits, top=student_top)
     # Mixed after each is shifted to its largest, where the entries that matter are
@@ -65,7 +70,8 @@ class TAID:
             student, 1 the teacher.
 
     Raises:
-        ValueError: If `t` is a Python number outside [0, 1].
+        TypeError: If `t` is no real number.
+        ValueError: If `t` is outside [0, 1] or NaN; a traced one cannot be looked at.
 
     References:
         Shing et al., TAID, ICLR 2025 (arXiv:2501.16937), section 3.1.
@@ -88,7 +94,7 @@ class TAID:
             _rule,
             student_logits.astype(jnp.float32),
             teacher_logits.astype(jnp.float32),
-            jnp.asarray(self.t, jnp.float32),
+            as_scalar("t", self.t),
         )
 
     def metrics(
@@ -102,7 +108,7 @@ class TAID:
         q, p, difference, gap = _rows(
             student_logits.astype(jnp.float32),
             teacher_logits.astype(jnp.float32),
-            jnp.asarray(self.t, jnp.float32),
+            as_scalar("t", self.t),
         )
         mean = softmax.row_sum(p.exp * difference) / p.total
         log_mass = gap + jnp.log(p.total / q.total)
@@ -131,7 +137,8 @@ def taid_loss(
         Scalar float32; 0 when no token counts.
 
     Raises:
-        ValueError: If the shapes do not match, or `t` is a number outside [0, 1].
+        ValueError: If the shapes do not match, or `t` is outside [0, 1] and not traced.
+        TypeError: If an argument is of the wrong kind.
 
     References:
         Shing et al., TAID, ICLR 2025 (arXiv:2501.16937), section 3.1.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from taid_jax import distributed
-from taid_jax.data import Dataset, load_dataset
+from taid_jax.data import DataError, Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.template import set_chat_template
 from taid_jax.models.config import DecoderConfig
@@ -133,11 +133,14 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
     """Returns the training and held-out examples that the settings ask for.
 
     A chat template among the settings becomes the tokenizer's, and is exported with it.
+
+    Raises:
+        DataError: If the data cannot be used, or have ids that the models lack.
     """
     data = settings.data
     if data.chat_template is not None:
         set_chat_template(cast(DataTokenizer, tokenizer), data.chat_template)
-    return load_dataset(
+    dataset = load_dataset(
         data.data,
         # transformers declares some of these methods on its subclasses alone.
         cast(DataTokenizer, tokenizer),
@@ -148,6 +151,14 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
         buckets=data.bucket_lengths,
         bad_records=data.bad_records,
     )
+    ids, count = dataset.train.table.ids, count_tokens(tokenizer)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < count:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise DataError(
+            f"{data.data} has the token id {wrong}, and the tokenizer ids from 0 to "
+            f"{count - 1}; prepare the data with the tokenizer of this teacher"
+        )
+    return dataset
 
 
 def refuse_contradictions(saved: Settings, asked: Settings) -> None:

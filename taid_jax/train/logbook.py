@@ -70,6 +70,7 @@ class Logbook:
     Attributes:
         evaluations: Rows of all evaluations so far, those before a resume too.
         skipped_in_row: Steps in a row, up to the last one, that were not finite.
+        not_finite: What the last step was skipped for: loss, gradient or update.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Logbook:
             lambda: read_lines(folder / EVALUATIONS)
         )
         self.skipped_in_row = 0
+        self.not_finite: str | None = None
         self._meter = meter
         self._logged = start
 
@@ -107,11 +109,12 @@ class Logbook:
         self._meter.count(values.get("tokens", float(tokens)))
         skipped = bool(values.pop("skipped"))
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
+        self.not_finite = _not_finite(values) if skipped else None
         if skipped:
             self._progress.say(
                 f"step {step}: loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']}: not finite, step skipped "
-                f"({self.skipped_in_row} in a row)"
+                f"{values['grad_norm']}: the {self.not_finite} is not finite, step "
+                f"skipped ({self.skipped_in_row} in a row)"
             )
         if step % self._every and step != self._last:
             return
@@ -120,7 +123,7 @@ class Logbook:
         row: dict[str, Any] = {"step": step}
         row |= {key: values.get(key) for key in LOGGED}
         row |= {key: value for key, value in values.items() if key not in row}
-        row |= {"skipped": skipped, **measured}
+        row |= {"skipped": skipped, "not_finite": self.not_finite, **measured}
         if self._files:
             self._files.metrics.write(row)
             self._files.draw("train", row)
@@ -139,3 +142,10 @@ class Logbook:
         """Closes the files."""
         if self._files:
             self._files.close()
+
+
+def _not_finite(values: Mapping[str, float]) -> str:
+    for name, key in (("loss", "loss"), ("gradient", "grad_norm")):
+        if not math.isfinite(values[key]):
+            return name
+    return "update"

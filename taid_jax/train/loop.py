@@ -14,14 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from taid_jax.evaluate import HeldOut, cost
+from taid_jax.evaluate import HeldOut, check_finite, cost
+from taid_jax.models.errors import ModelError
 from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.logbook import Logbook, Progress
 from taid_jax.train.samplers import Sampler
 from taid_jax.train.signals import stop_signals
-from taid_jax.train.state import DistillState
+from taid_jax.train.state import DistillState, not_finite
 from taid_jax.train.step import Metrics, TrainStep
 from taid_jax.train.utilisation import Meter
 from taid_jax.types import Params
@@ -92,6 +93,7 @@ class Loop:
 
         Raises:
             TrainingError: After too many non-finite steps in a row.
+            ModelError: If teacher or student is not finite at the start.
             Interrupted: When SIGTERM or SIGINT came; the state is saved.
         """
         run = self.settings.run
@@ -177,6 +179,12 @@ class Loop:
         """Returns the figure that decides what is kept; the lowest is the best."""
         with self.meter.measured("evaluate"):
             found = self.evaluate(state)
+        if step == 0:
+            check_finite(found)
+            if wrong := not_finite(state.params):
+                raise ModelError(
+                    f"the student has weights that are not finite: {wrong}"
+                )
         if self.sampler is not None and found.loss is not None:
             self.sampler.observe(found.loss)
         self._log.evaluation(step, found)
@@ -189,10 +197,11 @@ class Loop:
         if skipped >= self.settings.run.max_skipped:
             raise TrainingError(
                 f"stopped at step {step}: {skipped} steps in a row "
-                "had a loss or gradient that is not finite. The last good "
+                "had a loss, gradient or update that is not finite, the last one its "
+                f"{self._log.not_finite}. The last good "
                 f"checkpoint is in {self.checkpoints.folder}. A lower "
-                "--learning-rate or --dtype float32 may help; --max-skipped sets "
-                "the limit"
+                "--learning-rate or --dtype float32 may help, for an update usual "
+                "values of --b2, --eps and --weight-decay; --max-skipped sets the limit"
             )
 
 

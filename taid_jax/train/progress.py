@@ -9,10 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from taid_jax.evaluate import HeldOut
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+from taid_jax.train.report import number
 
 
 class ConsoleProgress:
@@ -65,8 +62,8 @@ class ConsoleProgress:
         step, mfu = row["step"], row.get("mfu")
         busy = "" if mfu is None else f"  MFU {mfu:.1%}"
         numbers = (
-            f"loss {_number(row['loss'])}  kl {_number(row['kl'])}  "
-            f"t {_number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s{busy}  "
+            f"loss {number(row['loss'])}  kl {number(row['kl'])}  "
+            f"t {number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s{busy}  "
             f"{self._left(step)} left"
         )
         if self._console.is_terminal:
@@ -77,14 +74,14 @@ class ConsoleProgress:
     def evaluation(self, step: int, found: HeldOut) -> None:
         """Shows a held-out evaluation."""
         text = (
-            f"held out at step {step}: KL {found.kl:.4f} nats, perplexity of the "
-            f"student {found.student_perplexity:.2f}, of the teacher "
-            f"{found.teacher_perplexity:.2f}"
+            f"held out at step {step}: KL {number(found.kl)} nats, perplexity of the "
+            f"student {number(found.student_perplexity, 2)}, of the teacher "
+            f"{number(found.teacher_perplexity, 2)}"
         )
         if found.rouge_l is not None:
             text += (
-                f"; answers: ROUGE-L {_number(found.rouge_l)}, exact match "
-                f"{_number(found.exact_match)}"
+                f"; answers: ROUGE-L {number(found.rouge_l)}, exact match "
+                f"{number(found.exact_match)}"
             )
         self.say(text)
 

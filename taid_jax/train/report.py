@@ -18,11 +18,32 @@ REPORT = "report.json"
 CURVES = "curves.png"
 
 
+_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""How numbers that JSON lacks are written, as strings."""
+
+
 def _plain(value: Any) -> Any:
-    """Returns a JSON value: NaN and infinity, which JSON lacks, become null."""
+    """Returns a value that JSON has: NaN and infinities by their names."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
     return value
+
+
+def _figures(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object as it was before `_plain`."""
+    return {
+        key: _WORDS.get(value, value) if isinstance(value, str) else value
+        for key, value in pairs
+    }
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """Returns how a figure is printed: `nan` and `inf` as such, `-` where none is."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 class Lines:
@@ -35,7 +56,7 @@ class Lines:
 
     def __init__(self, path: pathlib.Path, *, first_dropped: int):
         kept = [row for row in read_lines(path) if row["step"] < first_dropped]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        text = "".join(json.dumps(_plain(row)) + "\n" for row in kept)
         # A rename, so that being killed here loses nothing.
         scratch = path.with_suffix(".tmp")
         scratch.write_text(text, encoding="utf-8")
@@ -44,8 +65,7 @@ class Lines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a line and hands it to the operating system at once."""
-        plain = {key: _plain(value) for key, value in row.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        self._file.write(json.dumps(_plain(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -60,7 +80,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line, object_pairs_hook=_figures))
         except json.JSONDecodeError:
             break
     return rows
@@ -69,10 +89,20 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
     scratch = path.with_suffix(".tmp")
-    plain = {key: _plain(inner) for key, inner in value.items()}
-    text = json.dumps(plain, indent=2, allow_nan=False)
+    text = json.dumps(_plain(value), indent=2, allow_nan=False)
     scratch.write_text(text + "\n", encoding="utf-8")
     scratch.replace(path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Returns what `write_json` wrote, NaN and infinities as floats.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON.
+    """
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text, object_pairs_hook=_figures)
 
 
 def peak_memory() -> int:
@@ -90,6 +120,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def drawn(value: float | int | None) -> float:
+    """Returns a figure for a curve, NaN where it is to have a gap."""
+    return math.nan if value is None or not math.isfinite(value) else value
+
+
 def draw_curves(
     path: pathlib.Path,
     metrics: Sequence[Mapping[str, Any]],
@@ -97,7 +132,7 @@ def draw_curves(
     *,
     title: str,
 ) -> None:
-    """Draws loss, KL and t over steps.
+    """Draws loss, KL and t over steps, with gaps where they are not finite.
 
     Args:
         path: The picture, PNG.
@@ -110,7 +145,7 @@ def draw_curves(
     steps = [row["step"] for row in metrics]
 
     def curve(axes: Any, key: str, label: str, color: str) -> None:
-        values = [math.nan if row.get(key) is None else row[key] for row in metrics]
+        values = [drawn(row.get(key)) for row in metrics]
         axes.plot(steps, values, color=color, linewidth=1.2, label=label)
 
     figure.suptitle(title)
@@ -119,7 +154,7 @@ def draw_curves(
     curve(divergence, "kl", "training KL to the target", "tab:blue")
     divergence.plot(
         [row["step"] for row in evaluations],
-        [row["kl"] for row in evaluations],
+        [drawn(row["kl"]) for row in evaluations],
         "o-",
         color="tab:red",
         markersize=4,

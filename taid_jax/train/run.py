@@ -1,6 +1,7 @@
 """A whole run: from settings to a trained student, its report and its picture."""
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -27,7 +28,7 @@ from taid_jax.train.inputs import (
     share_output,
 )
 from taid_jax.train.judge import make_judge
-from taid_jax.train.loop import Loop
+from taid_jax.train.loop import Loop, TrainingError
 from taid_jax.train.progress import ConsoleProgress
 from taid_jax.train.report import (
     CURVES,
@@ -41,7 +42,7 @@ from taid_jax.train.report import (
 )
 from taid_jax.train.samplers import make_sampler
 from taid_jax.train.samples import show_samples
-from taid_jax.train.state import DistillState
+from taid_jax.train.state import DistillState, not_finite
 from taid_jax.train.utilisation import summarize
 from taid_jax.types import Params
 
@@ -69,7 +70,8 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         SettingsError: If settings contradict each other, the machine or a checkpoint.
         ModelError: If a model cannot be used.
         DataError: If the data cannot be used.
-        TrainingError: If training stopped because of non-finite steps.
+        TrainingError: If training stopped because of non-finite steps, or no state
+            that was evaluated is finite.
         Interrupted: If a signal stopped it; the state is saved.
         DistributedError: If the processes disagree in settings or data.
     """
@@ -169,7 +171,11 @@ def describe(pair: Pair, dataset: Dataset, mesh: Mesh, console: Console) -> None
 
 
 def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
-    """Returns the state that was judged the best, and what was found of it."""
+    """Returns the state that was judged the best, and what was found of it.
+
+    Raises:
+        TrainingError: If no evaluation, or not its state, is finite.
+    """
     best_by = loop.settings.judge.best_by
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
@@ -181,6 +187,12 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     )
     if best["step"] != here:
         state = loop.checkpoints.restore(state, best["step"]).state
+    if math.isinf(cost(best, best_by)) or not_finite(state.params):
+        raise TrainingError(
+            f"nothing was exported: no state that was evaluated has a finite {best_by} "
+            f"and finite weights. The last checkpoint is {max(kept)} in "
+            f"{loop.checkpoints.folder}; its figures are in {EVALUATIONS}"
+        )
     values: dict[str, Any] = {key: best.get(key) for key in HeldOut._fields}
     return state, HeldOut(**values)
 

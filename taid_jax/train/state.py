@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32, PyTree, UInt32
+from jaxtyping import Array, Bool, Int32, PyTree, UInt32
 
 from taid_jax.schedule import TAIDState
 from taid_jax.types import Params
@@ -146,6 +146,31 @@ def make_optimizer(
             mask=decay_mask,
         ),
     )
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Returns whether no float of a tree is NaN or infinite."""
+    found = [jnp.all(jnp.isfinite(leaf)) for leaf in _floats(tree).values()]
+    return jnp.all(jnp.stack(found)) if found else jnp.array(True)
+
+
+@jax.jit
+def _finite_leaves(tree: PyTree) -> dict[str, Array]:
+    return {name: jnp.all(jnp.isfinite(x)) for name, x in _floats(tree).items()}
+
+
+def not_finite(tree: PyTree) -> list[str]:
+    """Returns the names of the arrays that have NaN or inf in them."""
+    found = jax.device_get(_finite_leaves(tree))
+    return [name for name, finite in found.items() if not finite]
+
+
+def _floats(tree: PyTree) -> dict[str, Array]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
 
 
 def updates_applied(opt_state: PyTree) -> Int32[Array, ""] | None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, Int
 from taid_jax.loss import distillation_sums, fused_loss
 from taid_jax.schedule import TAIDState
 from taid_jax.sharding import activations_on
-from taid_jax.train.state import DistillState, updates_applied
+from taid_jax.train.state import DistillState, all_finite, updates_applied
 from taid_jax.types import IGNORE_INDEX, Batch, ModelFunctions, Params
 
 Objective = Callable[..., Array]
@@ -157,8 +157,9 @@ def make_train_step(
     batch divided once by their number, so that accumulation and devices do not change
     it, and the schedule advances once per step on that batch's distillation loss.
 
-    A step whose loss or gradient is not finite changes nothing but `state.step`;
-    its `skipped` is 1.
+    A step whose loss, gradient or update is not finite changes nothing but
+    `state.step`; its `skipped` is 1. The update are the new parameters, learned values
+    and optimizer state, so that a finite state stays one.
 
     Args:
         student: Functions of the student.
@@ -224,18 +225,21 @@ def make_train_step(
         means = {key: value / weight for key, value in sums.items() if key != "weight"}
         loss = loss_sum / weight
         grad_norm = optax.tree_utils.tree_norm(gradients[0])
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
         # optax counts in int32 and is not written for strict promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
             moved = optax.apply_updates(trainable, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # Finite gradients may have an update that is not: 0 / 0 in the optimizer's
+        # means, or numbers beyond float32. What is NaN once stays so.
+        finite &= all_finite((moved, opt_state))
         distil_loss = means.get("distil_loss", loss)
-        schedule = scheduler.update(state.schedule, distil_loss, state.step)
 
         def keep(new, old):
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
+        schedule = scheduler.update(state.schedule, distil_loss, state.step)
+        schedule = keep(schedule, state.schedule)
         params, learned = keep(moved, trainable)
         metrics = {
             **means,
@@ -255,7 +259,7 @@ def make_train_step(
             step=state.step + 1,
             params=params,
             opt_state=keep(opt_state, state.opt_state),
-            schedule=keep(schedule, state.schedule),
+            schedule=schedule,
             learned=learned,
             rng=state.rng,
         )

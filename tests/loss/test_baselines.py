@@ -12,6 +12,7 @@ from taid_jax.loss import (
     DKD,
     CrossEntropy,
     ForwardKL,
+    Mix,
     ctkd_strength,
     distillation_loss,
 )
@@ -49,18 +50,39 @@ def test_cross_entropy_of_a_certain_student_keeps_its_digits(evaluate):
     np.testing.assert_allclose(gradient[0, 1:], rest, rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [CrossEntropy(), DKD()])
-def test_labels_that_do_not_count_are_harmless(make_inputs, evaluate, objective):
+LABELLED = [CrossEntropy(), DKD(), Mix(ForwardKL(), 0.5)]
+
+
+@pytest.mark.parametrize("objective", LABELLED)
+@pytest.mark.parametrize("dtype", [np.int32, np.int8])
+def test_labels_that_do_not_count_give_neither_loss_nor_gradient(
+    make_inputs, evaluate, objective, dtype
+):
+    # More entries than int8 has numbers.
+    inputs = make_inputs((2, 5, 300))
+    labels = inputs.labels % 128
+    expected = evaluate(objective, inputs.student, inputs.teacher, labels)
+    labels = np.where([[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]], -100, labels).astype(dtype)
+    losses, gradient = evaluate(objective, inputs.student, inputs.teacher, labels)
+    ignored = labels == -100
+    assert not losses[ignored].any()
+    assert not gradient[ignored].any()
+    np.testing.assert_array_equal(losses[~ignored], expected[0][~ignored])
+    np.testing.assert_array_equal(gradient[~ignored], expected[1][~ignored])
+
+
+@pytest.mark.parametrize("objective", LABELLED)
+def test_labels_outside_the_vocabulary_give_nan(make_inputs, evaluate, objective):
     inputs = make_inputs()
     expected = evaluate(objective, inputs.student, inputs.teacher, inputs.labels)
     labels = inputs.labels.copy()
-    labels[0, 1], labels[1, 2] = -100, 10**6
+    labels[0, 1:4], labels[1, 2:] = (-1, 33, -99), (10**6, -101, 34)
     losses, gradient = evaluate(objective, inputs.student, inputs.teacher, labels)
-    assert np.isfinite(losses).all()
-    assert np.isfinite(gradient).all()
-    kept = labels == inputs.labels
-    np.testing.assert_array_equal(losses[kept], expected[0][kept])
-    np.testing.assert_array_equal(gradient[kept], expected[1][kept])
+    known = labels == inputs.labels
+    assert np.isnan(losses[~known]).all()
+    assert np.isnan(gradient[~known]).all()
+    np.testing.assert_array_equal(losses[known], expected[0][known])
+    np.testing.assert_array_equal(gradient[known], expected[1][known])
 
 
 @pytest.mark.parametrize("objective", [CrossEntropy(), DKD()])

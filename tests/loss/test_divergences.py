@@ -250,6 +250,87 @@ def test_every_objective_leaves_out_entries_of_minus_infinity(
     np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-6)
 
 
+def _spoil(inputs, side, bad):
+    """Logits of 8 tokens of which no row of one side is a distribution any more."""
+    rows, others = (
+        (inputs.student, inputs.teacher)
+        if side == "student"
+        else (inputs.teacher, inputs.student)
+    )
+    tokens = np.arange(8)
+    rows[0] = bad
+    rows[1, 0] = bad
+    rows[tokens[2:], rows[2:].argmax(-1)] = bad
+    # At the label; where the other side excludes it; and beside excluded entries.
+    rows[3, inputs.labels[3]] = bad
+    others[4, rows[4].argmax()] = -np.inf
+    rows[5, 3:9], rows[5, 9] = -np.inf, bad
+    others[6, 1:] = rows[6, :-1] = -np.inf
+    rows[6, -1] = bad
+    rows[7, 1:] = -np.inf
+    rows[7, 0] = bad
+    others[7, 0] = -np.inf
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_every_objective_of_a_row_that_is_no_distribution_is_nan(
+    case, make_inputs, run_objective, side, bad
+):
+    inputs = make_inputs((8, 33))
+    clean = make_inputs((8, 33))
+    _spoil(inputs, side, bad)
+    losses, gradient, _ = run_objective(
+        case.make(), inputs.student, inputs.teacher, inputs.labels
+    )
+    if case.name == "cross_entropy" and side == "teacher":
+        assert not np.isnan(losses).any()
+        return
+    assert np.isnan(losses).all()
+    assert np.isnan(gradient).any(-1).all()
+    # One row does not reach another.
+    clean.student[3], clean.teacher[3] = inputs.student[3], inputs.teacher[3]
+    losses = run_objective(case.make(), clean.student, clean.teacher, clean.labels)[0]
+    np.testing.assert_array_equal(np.isnan(losses), np.arange(8) == 3)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_every_objective_of_a_row_of_minus_infinity_is_nan(
+    case, make_inputs, run_objective, side
+):
+    """It is as little a distribution as one of NaN, and a loss of 0 would be the best.
+
+    Entries of -inf take no part where others are left.
+    """
+    inputs = make_inputs((8, 33))
+    getattr(inputs, side)[2] = -np.inf
+    losses = run_objective(case.make(), inputs.student, inputs.teacher, inputs.labels)
+    if case.name == "cross_entropy" and side == "teacher":
+        return
+    np.testing.assert_array_equal(np.isnan(losses[0]), np.arange(8) == 2)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_every_metric_of_a_row_that_is_no_distribution_is_nan(case, make_inputs, side):
+    objective = case.make()
+    if not hasattr(objective, "metrics"):
+        assert case.name == "cross_entropy"
+        return
+    inputs = make_inputs((8, 33))
+    _spoil(inputs, side, np.nan)
+    arrays = map(jnp.asarray, (inputs.student, inputs.teacher, inputs.labels))
+    assert np.isnan(jax.jit(type(objective).metrics)(objective, *arrays)["kl"]).all()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_objectives_that_are_not_compiled_do_not_hide_nan(kind, make_inputs, side):
+    inputs = make_inputs((8, 33))
+    _spoil(inputs, side, np.nan)
+    arrays = map(jnp.asarray, (inputs.student, inputs.teacher, inputs.labels))
+    hidden = kind.name == "cross_entropy" and side == "teacher"
+    assert np.isnan(kind.make()(*arrays)).all() != hidden
+
+
 def test_a_vocabulary_padded_with_minus_infinity_is_the_smaller_one(
     case, make_inputs, evaluate
 ):

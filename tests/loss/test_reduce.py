@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taid_jax.loss import ForwardKL, Mix, distillation_loss, distillation_sums
+from taid_jax.loss import (
+    CrossEntropy,
+    ForwardKL,
+    Mix,
+    distillation_loss,
+    distillation_sums,
+)
 from taid_jax.loss.reduce import select_tokens, weighted_mean, weighted_sum
 
 MASK = np.array([[1, 1, 0, 1, 0], [0, 1, 1, 0, 1]])
@@ -196,3 +202,39 @@ def test_distillation_loss_scales_with_its_cotangent(kind, make_inputs, mean_los
     _, gradient = mean_loss(objective, inputs, MASK)
     # The one is compiled as a whole, the other operation by operation.
     np.testing.assert_allclose(pull(jnp.float32(4))[0], 4 * gradient, 1e-5, 1e-8)
+
+
+@pytest.mark.parametrize("mask", [None, np.ones_like(MASK)])
+def test_distillation_loss_does_not_count_labels_to_be_ignored(
+    case, make_inputs, mean_loss, mask
+):
+    inputs = make_inputs()
+    expected = mean_loss(case.make(), inputs, MASK)
+    inputs.labels[MASK == 0] = -100
+    inputs.student[MASK == 0] = inputs.teacher[MASK == 0] = np.nan
+    value, gradient = mean_loss(case.make(), inputs, mask)
+    np.testing.assert_array_equal(value, expected[0])
+    np.testing.assert_array_equal(gradient, expected[1])
+    inputs.labels[...] = -100
+    value, gradient = mean_loss(case.make(), inputs, mask)
+    assert value == 0
+    assert not gradient.any()
+
+
+def test_distillation_loss_without_a_teacher_needs_none():
+    logits, labels = jnp.zeros((5, 7)), jnp.full((5,), -100, jnp.int32)
+    assert distillation_loss(CrossEntropy(), logits, None, labels=labels) == 0
+    with pytest.raises(ValueError, match="teacher_logits, got None"):
+        distillation_loss(ForwardKL(), logits, None, labels=labels)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_distillation_sums_do_not_hide_nan_in_a_metric(make_inputs, side):
+    inputs = make_inputs()
+    getattr(inputs, side)[0, 0] = np.nan
+    arrays = map(jnp.asarray, (inputs.student, inputs.teacher, MASK, inputs.labels))
+    loss_sum, sums = distillation_sums(Mix(ForwardKL(), 0.5), *arrays)
+    assert np.isnan(loss_sum)
+    assert np.isnan(sums["kl"])
+    assert np.isnan(sums["distil_loss"])
+    assert sums["weight"] == MASK.sum()

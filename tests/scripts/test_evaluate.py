@@ -1,9 +1,10 @@
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from taid_jax.scores import score_answers
 
@@ -124,6 +125,52 @@ def test_evaluate_bad_input_is_one_message(
     assert "Traceback" not in err
     for message in messages:
         assert message in err
+
+
+@pytest.fixture(scope="module")
+def broken(teacher, tmp_path_factory):
+    """The teacher's folder with NaN in its last norm."""
+    folder = tmp_path_factory.mktemp("broken") / "folder"
+    shutil.copytree(teacher, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_evaluate_of_a_model_that_is_not_finite_is_an_error(
+    evaluate, teacher, broken, questions, tmp_path, capsys, side
+):
+    path = tmp_path / "scores.json"
+    models = {"teacher": teacher, "student": teacher} | {side: broken}
+    flags = [f"--{name}={folder}" for name, folder in models.items()]
+    flags += [f"--data={questions}", "--batch-size=8", "--seq-len=40", f"--json={path}"]
+    assert evaluate.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert f"error: {broken if side == 'student' else 'the teacher'}: not finite" in err
+    assert f"{side}_perplexity nan" in err
+    assert "kl nan" in err
+    assert "0.0000" not in out
+    assert not path.exists()
+
+
+def test_train_tpu_refuses_a_student_that_is_not_finite(
+    train_tpu, teacher, broken, questions, tmp_path, capsys
+):
+    flags = [
+        f"--teacher={teacher}",
+        f"--student={broken}",
+        f"--data={questions}",
+        f"--output={tmp_path / 'run'}",
+        "--steps=3",
+        "--batch-size=8",
+        "--seq-len=40",
+    ]
+    assert train_tpu.main(flags) == 2
+    assert "the student: not finite on held-out text" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 VOCAB, WIDTH = 23, 8
@@ -83,7 +84,10 @@ def make_batch():
 
 @pytest.fixture
 def make_trainer(functions, make_params):
-    """A step and its first state for an objective, by default TAID."""
+    """A step and its first state for an objective, by default TAID.
+
+    `optimizer` is one of optax, or settings of `make_optimizer`.
+    """
     from taid_jax import loss
     from taid_jax.schedule import TAIDScheduler
     from taid_jax.train.state import init_state, learning_rate_schedule, make_optimizer
@@ -96,12 +100,14 @@ def make_trainer(functions, make_params):
         rate=1e-2,
         seed=1,
         learned=None,
+        optimizer=None,
         **options,
     ):
         if make_objective is None:
             make_objective = lambda schedule, learned, step: loss.TAID(schedule.t)  # noqa: E731
         schedule = learning_rate_schedule(rate, steps)
-        optimizer = make_optimizer(schedule)
+        if not isinstance(optimizer, optax.GradientTransformation):
+            optimizer = make_optimizer(schedule, **optimizer or {})
         scheduler = TAIDScheduler(steps, alpha=5e-3, beta=0.9)
         make_state = functools.partial(
             init_state,

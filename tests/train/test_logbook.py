@@ -1,6 +1,8 @@
 import json
+from math import inf, nan
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from taid_jax.evaluate import HeldOut
@@ -22,10 +24,15 @@ def open_book(tmp_path, monkeypatch, told):
     monkeypatch.setattr(utilisation, "time", clock)
     books = []
 
-    def make(start=0, every=1):
+    def make(start=0, every=1, progress=None):
         meter = utilisation.Meter()
         book = logbook.Logbook(
-            tmp_path, start=start, last=10, every=every, progress=told(), meter=meter
+            tmp_path,
+            start=start,
+            last=10,
+            every=every,
+            progress=progress or told(),
+            meter=meter,
         )
         books.append(book)
         return book, clock, meter
@@ -61,7 +68,34 @@ def test_logbook_counts_skipped_steps_in_a_row(open_book, tmp_path):
     assert counts == [1, 2, 0, 1]
     rows = read_lines(tmp_path / METRICS)
     assert [row["skipped"] for row in rows] == [True, True, False, True]
-    assert [row["loss"] for row in rows] == [None, None, 1.0, None]
+    np.testing.assert_equal([row["loss"] for row in rows], [nan, nan, 1.0, nan])
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "reason"),
+    [(nan, nan, "loss"), (1.0, inf, "gradient"), (1.0, 2.0, "update")],
+)
+def test_logbook_tells_what_is_not_finite(
+    open_book, tmp_path, told, loss, grad_norm, reason
+):
+    shown = told()
+    book, *_ = open_book(progress=shown)
+    book.step(1, _metrics(loss, 1.0) | {"grad_norm": jnp.float32(grad_norm)}, 8)
+    assert f"the {reason} is not finite, step skipped (1 in a row)" in shown.lines[0]
+    assert str(jnp.float32(loss)) in shown.lines[0]
+    assert book.not_finite == reason
+    (row,) = read_lines(tmp_path / METRICS)
+    assert row["not_finite"] == reason
+    np.testing.assert_equal(row["grad_norm"], grad_norm)
+    book.step(2, _metrics(), 8)
+    assert book.not_finite is None
+
+
+def test_logbook_of_an_evaluation_that_is_not_finite(open_book, tmp_path):
+    book, *_ = open_book()
+    book.evaluation(1, HeldOut(nan, inf, 3.0, 4, nan))
+    (row,) = read_lines(tmp_path / EVALUATIONS)
+    np.testing.assert_equal(row, book.evaluations[0])
 
 
 def test_logbook_writes_the_last_step_always(open_book, tmp_path):

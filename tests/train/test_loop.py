@@ -1,12 +1,15 @@
 import json
+import math
 import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from taid_jax.evaluate import HeldOut
+from taid_jax.models.errors import ModelError
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import loop as lp
@@ -158,8 +161,83 @@ def test_loop_stops_after_too_many_steps_that_are_not_finite(make_loop, make_par
         json.loads(line)
         for line in (loop.folder / "metrics.jsonl").read_text().splitlines()
     ]
-    assert rows[0]["loss"] is None
+    assert rows[0]["loss"] == "NaN"
     assert rows[0]["skipped"] is True
+    assert rows[0]["not_finite"] == "loss"
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (HeldOut(math.nan, 2.0, math.nan, 4, 1.0), "the teacher: not finite .*kl nan"),
+        (HeldOut(math.nan, math.nan, 3.0, 4, 1.0), "the student: not finite"),
+        (HeldOut(math.nan, math.nan, math.nan, 4, 1.0), "the teacher and the student"),
+        (HeldOut(1.0, 2.0, 3.0, 4, math.inf), r"the two models .*\(loss inf\)"),
+    ],
+)
+def test_loop_refuses_models_that_are_not_finite_at_the_start(
+    make_loop, found, message
+):
+    loop, state = make_loop(evaluate=lambda state: found)
+    with pytest.raises(ModelError, match=message):
+        loop.run(state)
+    # A second start finds nothing that it could take for an evaluation.
+    assert not read_lines(loop.folder / "evaluations.jsonl")
+    assert loop.checkpoints.latest_step() is None
+
+
+def test_loop_refuses_a_student_with_a_weight_that_is_not_finite(make_loop):
+    loop, state = make_loop(evaluate=lambda state: HeldOut(1.0, 2.0, 3.0, 4, 1.0))
+    # No figure shows it: the bias of a unit that nothing comes from.
+    bias = state.params["mix"]["bias"].at[2].set(math.nan)
+    state.params["mix"]["bias"] = bias
+    with pytest.raises(ModelError, match=r"the student .*not finite.*mix\.bias"):
+        loop.run(state)
+
+
+def test_loop_perplexity_beyond_a_float_is_no_fault(make_loop):
+    loop, state = make_loop(
+        evaluate=lambda state: HeldOut(1.0, math.inf, math.inf, 4, 1.0)
+    )
+    state = loop.run(state)
+    assert best_state(loop, state)[1] == HeldOut(1.0, math.inf, math.inf, 4, 1.0)
+
+
+@pytest.mark.parametrize("best_by", ["kl", "rouge_l"])
+def test_best_state_that_is_not_finite_is_an_error(make_loop, best_by):
+    """What is not finite is never the best, whatever its answers score."""
+    figures = iter([1.0, math.nan, math.inf, math.nan])
+    loop, state = make_loop(
+        evaluate=lambda state: HeldOut(next(figures), 2.0, 3.0, 4, 1.0, 0.5, 0.5),
+        best_by=best_by,
+        answer_examples=1,
+    )
+    state = loop.run(state)
+    with pytest.raises(lp.TrainingError, match=r"nothing was exported.*checkpoint is"):
+        best_state(loop, state)
+
+
+def test_best_state_with_weights_that_are_not_finite_is_an_error(make_loop):
+    loop, state = make_loop()
+    state = loop.run(state)
+    state.params["mix"]["bias"] = state.params["mix"]["bias"].at[0].set(math.inf)
+    with pytest.raises(lp.TrainingError, match="nothing was exported"):
+        best_state(loop, state)
+
+
+def test_loop_stops_when_no_update_is_finite(make_loop):
+    loop, state = make_loop(max_skipped=3, eval_every=0)
+    step = loop.train_step
+
+    def skipping(*arguments):
+        state, metrics = step(*arguments)
+        return state, metrics | {"skipped": jnp.float32(1)}
+
+    loop.train_step = skipping
+    with pytest.raises(lp.TrainingError, match=r"the last one its update.*--b2"):
+        loop.run(state)
+    assert len(loop.progress.lines) == 3
+    assert "the update is not finite" in loop.progress.lines[0]
 
 
 def test_loop_best_is_kept_although_older(make_loop):

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from taid_jax import loss
@@ -194,6 +195,68 @@ def test_train_step_not_finite_is_skipped(make_trainer, make_params, make_batch,
     after, metrics = step(after, teacher, make_batch(2))
     assert metrics["skipped"] == 0
     assert updates_applied(after.opt_state) == 2
+
+
+def _nan_of_learned(updates, _):
+    return updates[0], jax.tree.map(lambda leaf: leaf * np.nan, updates[1])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        # 1 - b2 is 0 in float32, and so is the mean of a weight that is not used.
+        {"b2": 1 - 1e-8},
+        {"eps": 1e-50},
+        {"weight_decay": np.inf},
+        # A mean of squares that float32 does not hold, with an update of 0.
+        optax.chain(optax.scale(1e25), optax.adam(1e-2)),
+        optax.chain(optax.stateless(_nan_of_learned), optax.sgd(1e-2)),
+    ],
+    ids=["b2", "eps", "decay", "moments", "learned"],
+)
+def test_train_step_update_that_is_not_finite_is_skipped(
+    make_trainer, make_params, make_batch, optimizer
+):
+    step, state = make_trainer(
+        lambda schedule, learned, step: loss.CTKD(learned["temperature"]),
+        optimizer=optimizer,
+        learned={"temperature": jnp.float32(1)},
+    )
+    teacher = make_params(TEACHER_SEED)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, teacher, make_batch(0))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == 1
+    _unchanged(state, before)
+
+
+def _unchanged(state, before):
+    assert state.step == before.step + 1
+    old = jax.tree.leaves(before._replace(step=state.step))
+    for a, b in zip(jax.tree.leaves(state), old, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_train_step_gradient_norm_that_is_not_finite_is_skipped(
+    make_trainer, make_params, make_batch
+):
+    """Clipped by a norm of inf the gradient is 0: the update alone would not tell."""
+
+    def huge(schedule, learned, step):
+        return lambda *arguments: 1e25 * loss.TAID(schedule.t)(*arguments)
+
+    step, state = make_trainer(huge, logits_loss=True)
+    # A loss has been seen: the schedule would move by the next.
+    seen = state.schedule._replace(prev_loss=jnp.float32(1e26))
+    state = state._replace(schedule=seen, step=jnp.int32(3))
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, make_params(TEACHER_SEED), make_batch(0))
+    assert np.isfinite(metrics["loss"])
+    assert np.isinf(metrics["grad_norm"])
+    assert metrics["skipped"] == 1
+    assert metrics["delta_t"] == 0
+    _unchanged(state, before)
 
 
 def test_train_step_without_counted_tokens_changes_no_weight_by_gradient(

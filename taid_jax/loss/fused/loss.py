@@ -6,17 +6,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Shaped
 
+from taid_jax.errors import show
 from taid_jax.loss.fused.chunks import Gradients
 from taid_jax.loss.fused.mesh import find_partition
 from taid_jax.loss.fused.rows import Wanted, is_smooth
 from taid_jax.loss.fused.shards import Fixed, Moving, Static, run
-from taid_jax.loss.objective import Objective
+from taid_jax.loss.objective import Objective, check_kinds
 from taid_jax.loss.reduce import token_metrics
 from taid_jax.types import Head
 
@@ -71,7 +73,10 @@ def fused_loss(
             as many as the smaller has, are shared: only they count, in both softmaxes.
         mask: `(*tokens,)`, bool or number; a token counts by its weight, and one of
             weight 0 contributes nothing, whatever it holds. All count when None.
-        labels: `(*tokens,)`, aligned with the logits, for objectives that need them.
+        labels: `(*tokens,)`, aligned with the logits, for objectives that need them. A
+            token whose label is `IGNORE_INDEX` does not count, whatever the objective;
+            any other that is no entry that counts makes the loss NaN where labels are
+            needed.
         chunk_size: Tokens of a chunk on a device; chosen from the number of tokens, the
             vocabulary and the platform when None.
         mesh: Where the arrays live; that of `jax.set_mesh` when None. Inside a
@@ -82,6 +87,8 @@ def fused_loss(
         mask, and the weighted sum of each metric of the objective.
 
     Raises:
+        TypeError: If an argument is no array, or of the wrong kind of numbers, or a
+            head is no `Head`.
         ValueError: If shapes do not match, or the objective lacks labels or a teacher.
 
     References:
@@ -90,11 +97,22 @@ def fused_loss(
     """
     if not getattr(objective, "needs_teacher", True):
         teacher_hidden, teacher_head = None, None
+    _check_kinds(student_hidden, student_head, teacher_hidden, teacher_head)
+    check_kinds(mask=mask, labels=labels)
     vocab_size = _check(
         student_hidden, student_head, teacher_hidden, teacher_head, mask, labels
     )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"need chunk_size >= 1 or None, got {chunk_size}")
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise TypeError(f"need a Mesh or None for mesh, got {show(mesh)}")
+    if chunk_size is not None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | np.integer):
+            raise TypeError(f"need an int or None for chunk_size, got {chunk_size!r}")
+        if chunk_size < 1:
+            raise ValueError(f"need chunk_size >= 1 or None, got {chunk_size}")
+    if labels is not None:
+        # Entries that do not count are no labels either.
+        labels = jnp.asarray(labels, jnp.int32)
+        labels = jnp.where(labels < vocab_size, labels, -1)
     names = _trace_objective(
         objective, student_hidden, teacher_hidden, labels, vocab_size
     )
@@ -114,6 +132,26 @@ def fused_loss(
     moving = Moving(objective, student_hidden, student_head)
     fixed = Fixed(teacher_hidden, teacher_head, mask, labels)
     return _fused(static, moving, lax.stop_gradient(fixed))
+
+
+def _check_kinds(
+    student_hidden: Array,
+    student_head: Head,
+    teacher_hidden: Array | None,
+    teacher_head: Head | None,
+) -> None:
+    """Raises TypeError unless hidden states and heads are floats, in a `Head`."""
+    check_kinds(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
+    for name, head in (("student", student_head), ("teacher", teacher_head)):
+        if head is None and name == "teacher":
+            continue
+        if not isinstance(head, Head):
+            raise TypeError(
+                f"need a taid_jax.loss.Head for {name}_head, such as Head(kernel) with "
+                f"a kernel of shape (d_model, vocab), got {show(head)}"
+            )
+        kinds = {f"{name}_head.kernel": head.kernel, f"{name}_head.bias": head.bias}
+        check_kinds(**kinds)
 
 
 def _check(

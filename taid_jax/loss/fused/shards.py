@@ -21,6 +21,7 @@ from taid_jax.loss.fused.mesh import Partition
 from taid_jax.loss.fused.plan import make_plan
 from taid_jax.loss.fused.rows import Problem, Wanted
 from taid_jax.loss.objective import Objective
+from taid_jax.loss.reduce import token_weights
 from taid_jax.types import Head
 
 
@@ -83,7 +84,7 @@ def run(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> Outcome
         def together(*leaves: Array) -> Outcome:
             return one(*tree.unflatten(leaves))
 
-        if mapped[1].mask:
+        if mapped[1].mask or mapped[1].labels:
             outcome = lax.map(example, jnp.arange(size))
         else:
             in_axes = tuple(0 if flag else None for flag in flags)
@@ -195,9 +196,7 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     if fixed.head is not None and fixed.hidden is not None:
         teacher = cut(fixed.head, fixed.hidden.dtype)
         teacher_hidden = fixed.hidden.reshape(-1, fixed.hidden.shape[-1])
-    weight = jnp.ones(hidden.shape[:-1], jnp.float32)
-    if fixed.mask is not None:
-        weight = fixed.mask.astype(jnp.float32)
+    weight = token_weights(fixed.mask, hidden.shape[:-1], fixed.labels)
     tokens = Tokens(
         hidden.reshape(-1, hidden.shape[-1]),
         teacher_hidden,
@@ -209,7 +208,7 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     on_device = -(-width // tensor)
     parts = 1 if width % tensor else tensor
     plan = make_plan(weight.size, on_device, static.platform, static.chunk_size)
-    masked = fixed.mask is not None
+    masked = fixed.mask is not None or fixed.labels is not None
     loss, metrics, (in_leaves, in_hidden, in_kernel, in_bias) = run_chunks(
         problem, tokens, masked, plan, wanted, spread, parts
     )

@@ -78,6 +78,80 @@ def test_fused_loss_of_unequal_vocabularies_counts_the_shared_entries(
     agree(found, both(plain, a, objective, entries=37))
 
 
+@pytest.mark.parametrize(("student", "teacher"), [(37, 30), (30, 37), (None, 30)])
+def test_fused_loss_of_unequal_real_entries_counts_the_shared_ones(
+    arrays, fused, plain, both, agree, student, teacher
+):
+    a = arrays()
+    a["labels"] = a["labels"] % 30
+    heads = {"head": {"vocab_size": student}, "teacher_head": {"vocab_size": teacher}}
+    objective = loss.TAID(jnp.float32(0.4))
+    found = both(fused, a, objective, chunk_size=9, **heads)
+    agree(found, both(plain, a, objective, entries=30))
+    # The student's other entries take no part, and neither do the teacher's.
+    assert not np.any(found[2][1][:, 30:])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fused_loss_does_not_hide_nan_in_a_counted_token(arrays, fused, name):
+    a, objective = arrays(), OBJECTIVES[name]()
+    run = jax.jit(
+        lambda a, objective: fused(
+            a, objective, a["student"], a["kernel"], chunk_size=5
+        )
+    )
+    assert np.isfinite(run(a, objective)[0])
+    token = np.argwhere(a["mask"])[7]
+    for where in ("student", "teacher", "kernel", "teacher_kernel"):
+        index = (*token, 3) if a[where].ndim == 3 else (3, 11)
+        broken = {**a, where: a[where].at[index].set(jnp.nan)}
+        value, sums = run(broken, objective)
+        seen = not where.startswith("teacher") or name != "sft"
+        assert np.isnan(value) == seen, where
+        assert "kl" not in sums or np.isnan(sums["kl"]), where
+        assert sums["weight"] == int(a["mask"].sum())
+
+
+def test_fused_loss_of_nan_has_a_gradient_that_is_not_finite(arrays, fused, both):
+    a = arrays()
+    a["student"] = a["student"].at[*np.argwhere(a["mask"])[0], 0].set(jnp.nan)
+    *_, (in_hidden, in_kernel) = both(fused, a, loss.TAID(jnp.float32(0.4)))
+    assert np.isnan(in_hidden).any()
+    assert np.isnan(in_kernel).any()
+
+
+@pytest.mark.parametrize("name", ["taid", "sft", "mix"])
+def test_fused_loss_does_not_count_labels_to_be_ignored(
+    arrays, fused, both, agree, name
+):
+    a, objective = arrays(), OBJECTIVES[name]()
+    expected = both(fused, a, objective, chunk_size=5)
+    out = ~a["mask"]
+    a["labels"] = jnp.where(out, -100, a["labels"])
+    a["student"] = jnp.where(out[..., None], jnp.nan, a["student"])
+    found = both(fused, a, objective, mask=None, chunk_size=5)
+    agree(found, expected)
+    a["labels"] = jnp.full_like(a["labels"], -100)
+    value, sums, gradients = both(fused, a, objective, mask=None, chunk_size=5)
+    assert value == sums["weight"] == 0
+    assert not any(np.any(g) for g in gradients)
+
+
+@pytest.mark.parametrize("label", [-1, 30, 36, 37, 10**6])
+def test_fused_loss_label_that_is_no_real_entry_is_nan(arrays, fused, label):
+    a = arrays()
+    token = tuple(np.argwhere(a["mask"])[0])
+    a["labels"] = (a["labels"] % 30).at[token].set(label)
+    run = jax.jit(
+        lambda a: fused(
+            a, loss.DKD(), a["student"], a["kernel"], head={"vocab_size": 30}
+        )
+    )
+    assert np.isnan(run(a)[0])
+    a["labels"] = a["labels"].at[token].set(-100)
+    assert np.isfinite(run(a)[0])
+
+
 def test_fused_loss_tied_embedding_adds_to_the_embedding_s_gradient(
     arrays, fused, plain
 ):

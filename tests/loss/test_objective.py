@@ -1,0 +1,148 @@
+"""What an objective refuses before tracing, and what the errors say."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax import loss
+
+WRONG = [
+    # t, temperatures and CTKD's strength, as numbers and as arrays that are known.
+    ("loss.TAID(1.5)", "0 <= t <= 1"),
+    ("loss.TAID(np.float64(-1e-3))", "0 <= t <= 1"),
+    ("loss.TAID(jnp.float32(1.5))", "0 <= t <= 1"),
+    ("loss.TAID(np.float32(np.nan))", "0 <= t <= 1.*nan"),
+    ("loss.TAID(jnp.nan)", "0 <= t <= 1"),
+    ("loss.TAID(jnp.array([0.5, 2.0]))", "0 <= t <= 1"),
+    ("loss.TAID(jnp.bfloat16(-1))", "0 <= t <= 1"),
+    ("loss.TAID('0.5')", "real number for t"),
+    ("loss.TAID(None)", "real number for t"),
+    ("loss.TAID(True)", "real number for t"),
+    ("loss.TAID(0.5j)", "real number for t"),
+    ("loss.TAID(jnp.complex64(0.5))", "real number for t"),
+    ("loss.TAID([0.5])", "real number for t"),
+    ("loss.TAID(jnp.full((2,), 0.5))(x, x)", "scalar t"),
+    ("loss.taid_loss(x, x, t=jnp.float32(-1))", "0 <= t <= 1"),
+    ("loss.ForwardKL(0)", "temperature > 0 and finite"),
+    ("loss.ForwardKL(jnp.float32(0))", "temperature > 0 and finite"),
+    ("loss.ReverseKL(np.inf)", "temperature > 0 and finite"),
+    ("loss.JensenShannon(temperature=jnp.float32(jnp.nan))", "temperature > 0"),
+    ("loss.SkewForwardKL(temperature=np.float32(-1))", "temperature > 0"),
+    ("loss.SkewReverseKL(temperature=1e-50)", "temperature > 0"),
+    ("loss.AdaptiveKL(temperature=1e300)", "temperature > 0 and finite"),
+    ("loss.DKD(temperature=jnp.inf)", "temperature > 0 and finite"),
+    ("loss.DKD(temperature='1')", "real number for temperature"),
+    ("loss.ForwardKL(jnp.ones(3))(x, x)", "scalar temperature"),
+    ("loss.CTKD(jnp.float32(jnp.nan))", "temperature"),
+    ("loss.CTKD(strength=jnp.float32(2))", "0 <= strength <= 1"),
+    ("loss.ctkd_strength(1, 0)", "num_epochs > 0"),
+    # What is part of the program.
+    ("loss.JensenShannon(1.0)", "0 < teacher_weight < 1"),
+    ("loss.JensenShannon(float('nan'))", "0 < teacher_weight < 1"),
+    ("loss.JensenShannon(jnp.float32(0.5))", "Python number for teacher_weight"),
+    ("loss.SkewForwardKL('0.1')", "real number for teacher_weight"),
+    ("loss.SkewReverseKL([0.1])", "Python number for teacher_weight"),
+    ("loss.AdaptiveKL(0.0)", "head_threshold <= 1"),
+    ("loss.AdaptiveKL(np.nan)", "head_threshold <= 1"),
+    ("loss.DKD(alpha=-1.0)", "0 <= alpha"),
+    ("loss.DKD(beta=np.inf)", "beta <= 1000000"),
+    ("loss.Mix(loss.ForwardKL(), np.nan)", "0 <= distil_ratio <= 1"),
+    ("loss.Mix(loss.ForwardKL(), None)", "real number for distil_ratio"),
+    ("jax.jit(lambda r: loss.Mix(loss.ForwardKL(), r)(x, x, n))(0.5)", "distil_ratio"),
+    # Logits, labels and masks.
+    ("loss.ForwardKL()(x.astype('complex64'), x)", "floats for student_logits.*comp"),
+    ("loss.ForwardKL()(x, n)", "floats for teacher_logits.*int32"),
+    ("loss.TAID(0.5)(x > 0, x)", "floats for student_logits.*bool"),
+    ("loss.TAID(0.5)([[0.0, 1.0]], x)", "array of floats for student_logits"),
+    ("loss.CTKD()(x, [[0.0]])", "array of floats for teacher_logits"),
+    ("loss.CrossEntropy()(x, None, n.astype('float32'))", "integers for labels"),
+    ("loss.CrossEntropy()(x, None, [0, 1])", "integers for labels"),
+    ("loss.DKD()(x, x, n.astype('uint32'))", "signed integers for labels"),
+    ("loss.DKD()(None, x, n)", "student_logits"),
+    ("loss.Mix(loss.TAID(0.5), 0.5)(x, None, n)", "teacher_logits, got None"),
+    ("loss.distillation_loss(loss.ForwardKL(), x, x, [1, 0])", "numbers for mask"),
+    ("loss.distillation_loss(loss.ForwardKL(), x, x, n * 1j)", "numbers for mask"),
+    ("loss.distillation_loss(loss.ForwardKL(), x, x, None, n > 0)", "for labels"),
+    # The fused head.
+    ("loss.fused_loss(loss.TAID(0.5), x, k, x, h)", r"loss.Head for student_head"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, [[1.0]])", "Head for teacher_head"),
+    ("loss.fused_loss(loss.TAID(0.5), x, None, x, h)", "Head for student_head"),
+    ("loss.fused_loss(loss.TAID(0.5), x, loss.Head([[1.0]]), x, h)", "head.kernel"),
+    ("loss.fused_loss(loss.TAID(0.5), x, loss.Head(k, [0.0]), x, h)", "head.bias"),
+    ("loss.fused_loss(loss.TAID(0.5), x, loss.Head(k > 0), x, h)", "head.kernel"),
+    ("loss.fused_loss(loss.TAID(0.5), [[1.0]], h, x, h)", "student_hidden"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, n, h)", "teacher_hidden.*int32"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, None, None)", "needs teacher_hidden"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, h, [1])", "numbers for mask"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, h, None, x)", "for labels"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, h, chunk_size=2.5)", "int or None"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, h, chunk_size='8')", "int or None"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, h, chunk_size=0)", "chunk_size >= 1"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, h, mesh='data=1')", "Mesh or None"),
+    # The schedule.
+    ("schedule.TAIDScheduler(0)", "num_train_steps >= 1"),
+    ("schedule.TAIDScheduler(2.5)", "an int for num_train_steps"),
+    ("schedule.TAIDScheduler(np.inf)", "an int for num_train_steps"),
+    ("schedule.TAIDScheduler('10')", "an int for num_train_steps"),
+    ("schedule.TAIDScheduler(10, t_start=np.nan)", "0 <= t_start <= t_end <= 1"),
+    ("schedule.TAIDScheduler(10, t_end=jnp.float32(2))", "t_start <= t_end <= 1"),
+    ("schedule.TAIDScheduler(10, t_start='0')", "real number for t_start"),
+    ("schedule.TAIDScheduler(10, alpha=np.inf)", "alpha >= 0 and finite"),
+    ("schedule.TAIDScheduler(10, beta=1.0)", "0 <= beta < 1"),
+    ("schedule.TAIDScheduler(10, beta=1 - 1e-9)", "0 <= beta < 1"),
+    ("schedule.TAIDScheduler(10, beta=None)", "real number for beta"),
+    ("schedule.ScheduledT(0.5)", "callable"),
+    ("schedule.ScheduledT(lambda step: jnp.nan * step).init()", "not NaN"),
+]
+
+PROGRAM = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np
+from taid_jax import loss, schedule
+
+x, k = jnp.zeros((2, 4)), jnp.zeros((4, 4))
+h, n = loss.Head(k), jnp.zeros(2, jnp.int32)
+for line in sys.stdin.read().splitlines():
+    code, message = line.split("\t")
+    try:
+        found = eval(code)
+    except (TypeError, ValueError) as error:
+        if not re.search(message, str(error)) or len(str(error)) > 500:
+            print(code, "->", type(error).__name__, error)
+    except Exception as error:
+        print(code, "->", type(error).__name__, error)
+    else:
+        print(code, "->", found)
+"""
+
+
+def test_loss_and_schedule_refuse_what_means_nothing():
+    """In a process of its own: here annotations are checked before the functions."""
+    lines = "".join(f"{code}\t{message}\n" for code, message in WRONG)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=lines,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout, done.stdout
+
+
+def test_objectives_take_numbers_of_every_kind_and_whatever_is_traced():
+    x = jnp.zeros((2, 4))
+    for number in (0, 1, 0.5, np.float32(0.5), jnp.bfloat16(0.5), jnp.int32(1)):
+        assert loss.TAID(number)(x, x).shape == (2,)
+    assert loss.JensenShannon(np.float64(0.5), np.int64(2))(x, x).shape == (2,)
+    # Nothing can be known of these; the value shows it.
+    for t in (-1.0, 2.0):
+        assert jax.jit(lambda t: loss.TAID(t)(x, x))(t).shape == (2,)
+    several = jax.vmap(lambda t: loss.TAID(t)(x, x))(jnp.array([0.0, 0.5, 1.0]))
+    assert several.shape == (3, 2)
+    with pytest.raises(TypeError):
+        jax.jit(lambda w: loss.JensenShannon(w)(x, x))(0.5)
