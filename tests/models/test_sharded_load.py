@@ -17,7 +17,7 @@ PROCESSES, DEVICES = 4, 8
 # Prints what the loading of a model added to the most memory that was ever resident.
 LOAD = """
 import json, pathlib, sys
-from taid_jax import hosts
+from taid_jax import distributed
 from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.load import load_model
 from taid_jax.settings import HostSettings
@@ -25,7 +25,7 @@ from taid_jax.sharding import make_mesh, tree_shardings
 import jax
 
 small, large, where, count, number = sys.argv[1:]
-hosts.join(HostSettings(coordinator=where, num_processes=int(count),
+distributed.initialize(HostSettings(coordinator=where, num_processes=int(count),
                         process_id=int(number), join_timeout=120))
 mesh = make_mesh("fsdp=4,tensor=2")
 
@@ -44,7 +44,7 @@ model = load_model(large, shardings=shardings)
 added = resident("VmHWM") - before
 leaves = jax.tree.leaves(model.params)
 share = sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards)
-hosts.finish()
+distributed.shutdown()
 print(json.dumps({"added": added, "share": share}))
 """
 

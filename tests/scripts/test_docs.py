@@ -17,7 +17,7 @@ import pytest
 import tyro
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 # In fenced blocks, between backticks, or indented; the last two only with arguments.
 COMMAND = re.compile(

@@ -14,10 +14,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Shaped
 
 from taid_jax.errors import show
-from taid_jax.loss.fused.chunks import Gradients
-from taid_jax.loss.fused.mesh import find_partition
-from taid_jax.loss.fused.rows import Wanted, is_smooth
-from taid_jax.loss.fused.shards import Fixed, Moving, Static, run
+from taid_jax.loss._fused_loop import Gradients, Wanted, is_smooth
+from taid_jax.loss._fused_mesh import Fixed, Moving, Static, find_partition, run
 from taid_jax.loss.objective import Objective, check_kinds
 from taid_jax.loss.reduce import token_metrics
 from taid_jax.types import Head

@@ -1,6 +1,6 @@
 import pytest
 
-from taid_jax.hosts.join import explain, several_expected
+from taid_jax.distributed import several_expected
 from taid_jax.settings import HostSettings, SettingsError, contradictions, from_dict
 
 
@@ -62,23 +62,3 @@ def test_several_expected_knows_a_tpu_slice(platforms):
     assert several_expected({"TPU_WORKER_HOSTNAMES": "a,b"}, platforms)
     assert several_expected({"MEGASCALE_NUM_SLICES": "2"}, platforms)
     assert not several_expected({"TPU_SKIP_MDS_QUERY": "1"}, platforms)
-
-
-_TIMED_OUT = """
-Original error: DEADLINE_EXCEEDED: Barrier timed out. Id: [Init]Wait_for_all::0.
-# of tasks that reached the barrier: 2/4.
-The first task at the barrier: 0. Some timed out task names:
-3
-1
- [type.googleapis.com/tensorflow.BarrierError='\\n$']
-"""
-
-
-def test_explain_names_those_that_did_not_come():
-    settings = HostSettings(
-        coordinator="host:1", num_processes=4, process_id=0, join_timeout=5
-    )
-    message = explain(_TIMED_OUT, settings)
-    assert "2 of 4 processes joined within 5 s at host:1" in message
-    assert "missing: process 1, 3;" in message
-    assert "no answer within" in explain("DEADLINE_EXCEEDED", settings)
