@@ -17,8 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from taid_jax.errors import InputError, explain, parsing
 from taid_jax.distributed import is_main_process
+from taid_jax.errors import InputError, explain, parsing
 from taid_jax.settings import Settings, contradictions, from_dict, to_dict
 from taid_jax.train.folder import (
     CHECKPOINTS,
