@@ -62,7 +62,8 @@ from taid_jax import distributed
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.pypi import cache_folder
 from taid_jax.plan import make_plan
-from taid_jax.settings import Settings, read_settings
+from taid_jax.settings import RunSettings, Settings, read_settings
+from taid_jax.sharding import ShardingError, make_mesh
 from taid_jax.train.checkpoint import saved_settings
 from taid_jax.train.folder import WriteError, way_on
 from taid_jax.train.loop import Interrupted, TrainingError
@@ -128,6 +129,18 @@ def parse(arguments: Sequence[str]) -> Command:
     )
 
 
+def with_mesh_for_here(settings: Settings, console: Console) -> Settings:
+    """Returns settings whose mesh, taken over from a run elsewhere, fits here."""
+    try:
+        make_mesh(settings.run.mesh)
+    except ShardingError as error:
+        mesh = RunSettings().mesh
+        console.print(f"note: {error}: {mesh} is used", soft_wrap=True, highlight=False)
+        run = dataclasses.replace(settings.run, mesh=mesh)
+        return dataclasses.replace(settings, run=run)
+    return settings
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
     console, errors = Console(), Console(stderr=True)
@@ -141,6 +154,9 @@ def main(arguments: Sequence[str]) -> int:
         if command.plan is None:
             distributed.initialize(settings.hosts)
             console.quiet = not distributed.is_main_process()
+            given = any(flag.split("=")[0] == "--mesh" for flag in arguments)
+            if settings.run.resume and not given:
+                settings = with_mesh_for_here(settings, console)
         if command.plan is not None:
             make_plan(settings, command.plan, console)
             return 0

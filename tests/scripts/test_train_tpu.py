@@ -13,6 +13,7 @@ import types
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -332,6 +333,17 @@ def test_train_tpu_resume_of_a_damaged_folder_needs_the_folder_only(
     assert names == {"12", "metrics.jsonl"}
     # What was given at the start is written down again.
     assert json.loads((run / "settings.json").read_text())["run"]["steps"] == 12
+
+
+def test_train_tpu_resume_on_other_devices_takes_the_usual_mesh(train_tpu, capsys):
+    from taid_jax.settings import RunSettings, from_dict
+
+    saved = from_dict({"mesh": "data=3", "resume": True})
+    console = Console()
+    assert train_tpu.with_mesh_for_here(saved, console).run.mesh == RunSettings().mesh
+    assert "data=3 does not match the 8 device(s)" in capsys.readouterr().out
+    fits = from_dict({"mesh": "data=2,fsdp=4", "resume": True})
+    assert train_tpu.with_mesh_for_here(fits, console) == fits
 
 
 def test_train_tpu_resume_with_another_teacher_is_refused(
