@@ -119,12 +119,13 @@ def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
     if not renderer.has_template:
         return None
     try:
-        asked = renderer.completion(Completion("a", "b"))
+        # A character that no header of a template has.
+        asked = renderer.completion(Completion("a", "\ue000"))
     except DataError:
         return None
     if not asked.answers:
         return None
-    text = asked.text[asked.text.find("b", asked.answers[-1].start) + 1 :]
+    text = asked.text.partition("\ue000")[2]
     added = _added_ids(tokenizer)
     [ids] = encoder.ids([text])
     return TemplateEnd(text, next((n for n in ids if n in added), None))
