@@ -15,6 +15,7 @@ from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Completion
 from taid_jax.data.encoding import Encoder
+from taid_jax.data.errors import RecordError
 from taid_jax.errors import show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.tokenizer import Tokenizer, warn
@@ -121,8 +122,9 @@ def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
     try:
         # A character that no header of a template has.
         asked = renderer.completion(Completion("a", "\ue000"))
-    except DataError:
-        return None
+    except DataError as error:
+        no_end = isinstance(error, RecordError) and error.reason == "no_end"
+        return TemplateEnd("", None) if no_end else None
     if not asked.answers:
         return None
     text = asked.text.partition("\ue000")[2]
