@@ -16,6 +16,7 @@ from taid_jax.data.documents import (
 from taid_jax.data.encoding import Rendered, Span, Tokenizer, is_rendered
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Cut
+from taid_jax.data.template_process import common
 from taid_jax.errors import shorten
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
@@ -113,9 +114,10 @@ class ChatRenderer:
             if not self.has_template or is_rendered(self._tokenizer, content.prompt):
                 return Rendered(content.prompt, framed=True)
             content = Chat((Message("user", content.prompt),))
-        content, [text, *_] = self._rendered(content, [Cut(generation=True)])
-        self._count_unused(content, text, Cut(generation=True))
-        return Rendered(text)
+        cuts = [Cut(generation=True)]
+        content, texts = self._rendered(content, cuts)
+        self._count_unused(content, cuts, texts)
+        return Rendered(texts[0])
 
     def chat(self, content: Chat) -> Rendered:
         """Returns a conversation as text, with the characters of its answers.
@@ -141,7 +143,9 @@ class ChatRenderer:
         moved = before - len(content.messages)
         turns = [turn - moved for turn in turns]
         whole = texts[0]
-        self._count_unused(content, whole, Cut())
+        # Some keys change only how an answer is asked for.
+        looked_at = [Cut(), *(Cut(turn, generation=True) for turn in turns[-1:])]
+        self._count_unused(content, looked_at, [whole, *texts[1:][-1:]])
         marked = self._template.text(dict(content.options)) or ""
         try:
             if _MARK.search(marked):
@@ -202,6 +206,10 @@ class ChatRenderer:
         for each in found:
             if isinstance(each, RecordError):
                 raise each
+            if not each.isascii() and re.search("[\ud800-\udfff]", each):
+                raise RecordError(
+                    "not_utf8", "the chat template writes half of a surrogate pair"
+                )
             texts.append(each)
         for turn, message in enumerate(messages, start=1):
             # Every template knows these two; others it may silently leave out.
@@ -214,7 +222,9 @@ class ChatRenderer:
                 )
         return texts
 
-    def _count_unused(self, content: Chat, text: str, cut: Cut) -> None:
+    def _count_unused(
+        self, content: Chat, cuts: Sequence[Cut], texts: Sequence[str]
+    ) -> None:
         """Counts what the template does not use: it writes the same without it.
 
         Raises:
@@ -235,14 +245,14 @@ class ChatRenderer:
                 for turn in _dicts(content.messages)
             ]
             left = {name: value for name, value in options.items() if name != key}
-            [without] = self._template.render(
+            without = self._template.render(
                 less,
-                [cut],
+                cuts,
                 left,
                 # Which one is used may depend on whether there are tools.
                 template=self._template.text(options),
             )
-            if without != text:
+            if without != texts:
                 continue
             if key == "tool_calls":
                 raise RecordError(
@@ -396,7 +406,7 @@ class _Answers:
         """
         end = after
         if follows is not None and not follows.startswith(after):
-            same = _common(after, follows)
+            same = common(after, follows)
             # Both may go on by like characters, of which no token is one.
             end = _WHOLE_WORD.match(after[:same])[0]  # pyright: ignore
         token = None if calls else self._token.search(end)
@@ -452,8 +462,8 @@ class _Answers:
         [plain] = self._template.render(
             _dicts(self._messages), [Cut(turn)], self._options
         )
-        same = _common(prompt, self._whole)
-        if isinstance(plain, RecordError) or same <= _common(plain, prompt):
+        same = common(prompt, self._whole)
+        if isinstance(plain, RecordError) or same <= common(plain, prompt):
             raise self._problem(number)
         # The answer may begin as the rest of the prompt does.
         [bare] = self._template.render(
@@ -465,7 +475,7 @@ class _Answers:
         )
         if isinstance(bare, RecordError):
             raise self._problem(number)
-        return min(same, _common(prompt, bare))
+        return min(same, common(prompt, bare))
 
     def _check(self, number: int, region: str, prompt: str) -> None:
         """Raises RecordError if that is not what is said in a turn."""
@@ -535,15 +545,3 @@ def _free(text: str, count: int) -> list[str]:
         chr(code) for code in _PRIVATE[: count + len(used)] if chr(code) not in used
     ]
     return free[:count]
-
-
-def _common(one: str, other: str) -> int:
-    """Returns how many characters both begin with."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one.startswith(other[low:middle], low):
-            low = middle
-        else:
-            high = middle - 1
-    return low

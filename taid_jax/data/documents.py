@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from taid_jax.data.errors import RecordError
 from taid_jax.errors import shorten, show
@@ -162,6 +162,48 @@ def parse_record(record: object) -> Content:
         RecordError: If it is not a record, has other keys, values of another type, or a
             conversation that cannot be used. The place is not in the message.
     """
+    content = _parse(record)
+    if isinstance(content, Chat):
+        _check_order([message.role for message in content.messages])
+    return content
+
+
+def parse_prompt(record: object) -> Completion | Chat:
+    """Returns what a record asks: with an empty completion, or up to its last answer.
+
+    It is read as for training, with an answer put in where it has none.
+
+    Raises:
+        RecordError: As `parse_record`, or if nothing is asked.
+    """
+    if isinstance(record, Mapping):
+        said = {k: v for k, v in record.items() if v is not None and str(v).strip()}
+        chat = next((key for key in CHAT_KEYS if key in said), None)
+        pairs = [pair for pair in PAIR_KEYS if pair[0] in said]
+        if chat is not None:
+            turns = _list(chat, said[chat])
+            roles = [message.role for message in _messages(chat, turns)]
+            if ANSWER_ROLE not in roles or roles[-1] in ("user", "tool"):
+                said[chat] = [*turns, {"role": ANSWER_ROLE, "content": "-"}]
+        elif pairs:
+            said[max(pairs, key=lambda pair: pair[1] in said)[1]] = "-"
+        else:
+            raise _wrong_keys("`prompt` or `messages` with text", record)
+        record = said
+    content = cast(Completion | Chat, _parse(record))
+    if isinstance(content, Completion):
+        return dataclasses.replace(content, completion="")
+    messages = content.messages
+    while messages[-1].role != ANSWER_ROLE:
+        messages = messages[:-1]
+    messages = messages[:-1]
+    if not messages or messages[-1].role == ANSWER_ROLE:
+        raise RecordError("wrong_shape", "the conversation asks nothing before its end")
+    return dataclasses.replace(content, messages=messages)
+
+
+def _parse(record: object) -> Content:
+    """Returns what a record says, in whatever order the turns of its chat are."""
     if not isinstance(record, Mapping):
         raise RecordError(
             "wrong_shape",
@@ -171,57 +213,22 @@ def parse_record(record: object) -> Content:
     options = _options(record, keys)
     if keys and keys[0] in CHAT_KEYS:
         opening = _opening(record, keys, ())
-        return _chat([*opening, *_messages(keys[0], record[keys[0]])], options)
+        turns = [*opening, *_messages(keys[0], record[keys[0]])]
+        return Chat(tuple(turns), options)
     if "text" in keys:
         return Text(_string("text", record["text"]))
     if keys:
         return _pair(record, keys, options)
+    raise _wrong_keys(f"the keys {EXPECTED_KEYS}", record)
+
+
+def _wrong_keys(needed: str, record: Mapping[Any, Any]) -> RecordError:
     found = ", ".join(
         f"`{key}`" + (" (null)" if record[key] is None else "")
         for key in list(record)[:20]
     )
     found = found or "none"
-    raise RecordError(
-        "wrong_shape",
-        f"need the keys {EXPECTED_KEYS}; found {found} ({OTHER_FORMATS})",
-    )
-
-
-def parse_prompt(record: object) -> Completion | Chat:
-    """Returns what a record asks: with an empty completion, or up to its last answer.
-
-    Raises:
-        RecordError: As `parse_record`, or if nothing is asked.
-    """
-    if not isinstance(record, Mapping):
-        raise RecordError(
-            "wrong_shape",
-            f"need an object with `prompt` or `messages`, got {_type_name(record)}",
-        )
-    said = {key: value for key, value in record.items() if value not in (None, [])}
-    listed = next((key for key in (*CHAT_KEYS, "prompt") if key in said), None)
-    if listed is None or (listed == "prompt" and not isinstance(said["prompt"], list)):
-        asking = next((pair for pair in PAIR_KEYS if pair[0] in said), None)
-        if asking is None or not str(said[asking[0]]).strip():
-            found = ", ".join(f"`{key}`" for key in list(record)[:20]) or "no keys"
-            raise RecordError(
-                "wrong_shape",
-                f"need `prompt` or `messages` with text; found {found}",
-            )
-        keys = (*asking, *(key for key in _PAIR_OPTIONS if key in said))
-        answered = {**said, asking[1]: "-"}
-        content = _pair(answered, keys, _options(said, keys))
-        if isinstance(content, Completion):
-            return dataclasses.replace(content, completion="")
-        return dataclasses.replace(content, messages=content.messages[:-1])
-    opening = _opening(said, tuple(said), ())
-    messages = [*opening, *_messages(listed, said[listed])]
-    answers = [n for n, each in enumerate(messages) if each.role == ANSWER_ROLE]
-    if messages[-1].role not in ("user", "tool") and answers:
-        messages = messages[: answers[-1]]
-    if not messages or messages[-1].role == ANSWER_ROLE:
-        raise RecordError("wrong_shape", "the conversation asks nothing before its end")
-    return Chat(tuple(messages), _options(said, (listed, *OPTION_KEYS)))
+    return RecordError("wrong_shape", f"need {needed}; found {found} ({OTHER_FORMATS})")
 
 
 def used_keys(record: Mapping[str, object]) -> tuple[str, ...]:
@@ -264,7 +271,7 @@ def _pair(
             for each in _turns(keys[0], asked, "user")
         ]
         after = _turns(keys[1], answered, ANSWER_ROLE)
-        return _chat([*opening, *before, *after], options)
+        return Chat((*opening, *before, *after), options)
     asked, answered = (_string(key, record[key]) for key in keys[:2])
     more = _string("input", record["input"]) if "input" in keys else ""
     if more.strip():
@@ -276,8 +283,8 @@ def _pair(
                 f"`{name}` is empty; a record without a prompt belongs under `text`",
             )
     if opening or options:
-        turns = [Message("user", asked), Message(ANSWER_ROLE, answered)]
-        return _chat([*opening, *turns], options)
+        turns = Message("user", asked), Message(ANSWER_ROLE, answered)
+        return Chat((*opening, *turns), options)
     return Completion(asked, answered)
 
 
@@ -350,8 +357,8 @@ def _messages(key: str, value: object) -> list[Message]:
     return [_parse_message(number, message) for number, message in turns]
 
 
-def _chat(messages: list[Message], options: tuple[tuple[str, Any], ...]) -> Chat:
-    roles = [message.role for message in messages]
+def _check_order(roles: Sequence[str]) -> None:
+    """Raises RecordError if nothing is answered, or the user does not begin."""
     if ANSWER_ROLE not in roles:
         raise RecordError(
             "no_answer",
@@ -365,7 +372,6 @@ def _chat(messages: list[Message], options: tuple[tuple[str, Any], ...]) -> Chat
             f"the conversation must start with a user turn, got {first}; "
             "remove the turns before the first user turn",
         )
-    return Chat(tuple(messages), options)
 
 
 def _parse_message(number: int, value: object) -> Message:

@@ -325,8 +325,10 @@ def read_csv(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
         try:
             columns = next(rows, [])
             _check_columns(piece.name, columns)
+            if len({*columns}) < len(columns):
+                raise DataError(f"{piece.name}: two columns have the same name")
             number = 0
-            for number, row in enumerate(rows, start=1):
+            for number, row in enumerate(filter(None, rows), start=1):
                 origin = f"{piece.name}, row {number}"
                 size = sum(map(len, row))
                 try:
@@ -489,7 +491,10 @@ def arrow_records(
                     bad.report(origin, error)
                     continue
                 yield origin, record
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        # What pyarrow says of damaged pages; what the system says has a number.
+        if getattr(error, "errno", None):
+            raise
         raise RecordError(
             "damaged_file",
             f"no intact {'Arrow' if piece.path.endswith('.arrow') else 'Parquet'} file "

@@ -41,7 +41,7 @@ def hold_out(
         raise DataError(
             f"{source}: need two different documents, one to train on and one to hold "
             "out, and there is one (copies, and records with the same prompt, count as "
-            "one); add other documents"
+            "one); add documents"
         )
     sizes = np.zeros(len(values), np.int64)
     np.add.at(sizes, document, tokens)

@@ -73,48 +73,12 @@ class TemplateError(DataError):
     """A chat template that no conversation can be rendered with."""
 
 
-class _Process:
-    """The process that templates run in, and what it said last."""
-
-    def __init__(self):
-        # Not from the folder of the program, whose modules have names of others.
-        flags = ["-P", "-W", "ignore"]
-        self._process = subprocess.Popen(
-            [sys.executable, *flags, str(_PROGRAM), str(MEMORY)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        self._input = cast(IO[bytes], self._process.stdin)
-        self._output = cast(IO[bytes], self._process.stdout)
-
-    def ask(self, request: bytes) -> list[Any] | None:
-        """Returns the answer; None when the process has ended over it."""
-        try:
-            self._input.write(request)
-            self._input.flush()
-        except OSError:
-            return None
-        line = self._output.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-    def close(self) -> int:
-        """Ends the process and returns its status."""
-        for pipe in (self._input, self._output):
-            # It may have ended with some of a request unread.
-            with contextlib.suppress(OSError):
-                pipe.close()
-        self._process.terminate()
-        return self._process.wait()
-
-
-class _Running:
-    """The one process of this process, if it is there."""
+class _Renderer:
+    """The one process of this process that templates run in, started when asked."""
 
     lock = threading.Lock()
     owner = 0
-    process: _Process | None = None
+    process: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def ask(cls, request: Mapping[str, Any]) -> list[Any] | int:
@@ -123,24 +87,48 @@ class _Running:
         with cls.lock:
             if cls.process is None or cls.owner != os.getpid():
                 # A forked process must not read the answers to its parent.
-                cls.process, cls.owner = _Process(), os.getpid()
-            answer = cls.process.ask(line)
-            if answer is None or (answer and answer[-1][0] == "limit"):
-                status = cls.process.close()
-                cls.process = None
-                return status if answer is None else answer
-            return answer
+                cls.process, cls.owner = _start_process(), os.getpid()
+            answer, status = [], 0
+            try:
+                with contextlib.suppress(OSError):
+                    cast(IO[bytes], cls.process.stdin).write(line)
+                    cast(IO[bytes], cls.process.stdin).flush()
+                    line = cast(IO[bytes], cls.process.stdout).readline()
+                    answer = json.loads(line) if line.endswith(b"\n") else []
+            finally:
+                # Who is stopped while waiting must not read this answer to the next.
+                if not answer or answer[-1][0] == "limit":
+                    status = cls._end(cls.process)
+            return answer or status
 
     @classmethod
     def close(cls) -> None:
-        """Ends it; the next request starts another."""
+        """Ends the process; the next request starts another."""
         with cls.lock:
             if cls.process is not None and cls.owner == os.getpid():
-                cls.process.close()
-            cls.process = None
+                cls._end(cls.process)
+
+    @classmethod
+    def _end(cls, process: subprocess.Popen[bytes]) -> int:
+        cls.process = None
+        # It may have ended with some of a request unread.
+        with contextlib.suppress(OSError), process:
+            process.terminate()
+        return process.returncode
 
 
-atexit.register(_Running.close)
+def _start_process() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        # Not from the folder of the program, whose modules have names of others.
+        [sys.executable, "-P", "-W", "ignore", str(_PROGRAM), str(MEMORY)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+atexit.register(_Renderer.close)
 
 
 def _placeholder(value: object) -> str:
@@ -228,7 +216,7 @@ class ChatTemplate:
             {key: value for key, value in turn.items() if value is not None}
             for turn in messages
         ]
-        answer = _Running.ask(
+        answer = _Renderer.ask(
             {
                 "template": template,
                 "messages": turns,

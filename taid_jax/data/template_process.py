@@ -44,12 +44,12 @@ def _fix_clock(day: dict[str, str]) -> None:
     jinja2.Environment.from_string = from_string
 
 
-def _common(whole: str, text: str) -> int:
+def common(one: str, other: str) -> int:
     """Returns how many characters both begin with."""
-    low, high = 0, len(text)
+    low, high = 0, len(other)
     while low < high:
         middle = (low + high + 1) // 2
-        if whole.startswith(text[low:middle], low):
+        if one.startswith(other[low:middle], low):
             low = middle
         else:
             high = middle - 1
@@ -83,7 +83,7 @@ def _answer(request: dict[str, Any], render: Any, error: type[Exception]) -> lis
         if len(text) > request["characters"]:
             found.append(["limit", f"writes {len(text):,} characters"])
             break
-        same = _common(whole, text)
+        same = common(whole, text)
         whole = whole or text
         found.append(["text", same, text[same:]])
     return found

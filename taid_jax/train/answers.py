@@ -15,6 +15,7 @@ from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Completion
 from taid_jax.data.encoding import Encoder
+from taid_jax.data.errors import RecordError
 from taid_jax.errors import show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.tokenizer import Tokenizer, warn
@@ -119,12 +120,14 @@ def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
     if not renderer.has_template:
         return None
     try:
-        asked = renderer.completion(Completion("a", "b"))
-    except DataError:
-        return None
+        # A character that no header of a template has.
+        asked = renderer.completion(Completion("a", "\ue000"))
+    except DataError as error:
+        no_end = isinstance(error, RecordError) and error.reason == "no_end"
+        return TemplateEnd("", None) if no_end else None
     if not asked.answers:
         return None
-    text = asked.text[asked.text.find("b", asked.answers[-1].start) + 1 :]
+    text = asked.text.partition("\ue000")[2]
     added = _added_ids(tokenizer)
     [ids] = encoder.ids([text])
     return TemplateEnd(text, next((n for n in ids if n in added), None))

@@ -1,14 +1,13 @@
 """Prompts in files, to be answered: read, and encoded as training would have them."""
 
 import hashlib
-import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from taid_jax.data import DataError
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Chat, Completion, parse_prompt
+from taid_jax.data.documents import ANSWER_ROLE, Chat, Completion, parse_prompt
 from taid_jax.data.encoding import Encoder, Tokenizer
 from taid_jax.data.errors import BadRecords, RecordError
 from taid_jax.data.records import Piece
@@ -21,22 +20,28 @@ class Prompt(NamedTuple):
     Attributes:
         number: Its place in the file, from 0.
         origin: The same for people, such as `prompts.jsonl, line 3`.
-        messages: The conversation so far; None for a plain prompt.
-        text: The plain prompt; empty for a conversation.
-        options: What the chat template gets beside the messages, such as `tools`.
+        content: As `parse_prompt` has it.
     """
 
     number: int
     origin: str
-    messages: tuple[dict[str, Any], ...] | None
-    text: str
-    options: Mapping[str, Any] = {}
+    content: Completion | Chat
 
-    def content(self) -> Completion | Chat:
-        """Returns what is asked as training has it."""
-        if self.messages is None:
-            return parse_prompt({"prompt": self.text})
-        return parse_prompt({"messages": [*self.messages], **self.options})
+    def answered(self, text: str) -> dict[str, Any]:
+        """Returns the record that training reads, with an answer."""
+        content = self.content
+        if isinstance(content, Completion):
+            return {"prompt": content.prompt, "completion": text}
+        turns = [
+            message.for_template() | ({} if message.trained else {"weight": 0})
+            for message in content.messages
+        ]
+        record: dict[str, Any] = {
+            "messages": [*turns, {"role": ANSWER_ROLE, "content": text}]
+        }
+        if content.options:
+            record["chat_template_kwargs"] = dict(content.options)
+        return record
 
 
 def read_prompts(path: pathlib.Path) -> list[Prompt]:
@@ -50,20 +55,15 @@ def read_prompts(path: pathlib.Path) -> list[Prompt]:
             no prompt.
     """
     if kind_of(path) in (None, ".txt"):
-        raise DataError(f"{path}: need a .jsonl or .parquet file with prompts")
+        raise DataError(f"{path}: need a file of records, such as .jsonl or .parquet")
     prompts = []
     # A record that is left out would shift the numbers of those after it.
     records = read_records(Piece(str(path)), BadRecords("raise"))
     for number, (origin, record) in enumerate(records):
         try:
-            content = parse_prompt(record)
+            prompts.append(Prompt(number, origin, parse_prompt(record)))
         except RecordError as error:
             raise DataError(f"{origin}: {error}") from error
-        if isinstance(content, Completion):
-            prompts.append(Prompt(number, origin, None, content.prompt))
-            continue
-        turns = tuple(message.for_template() for message in content.messages)
-        prompts.append(Prompt(number, origin, turns, "", dict(content.options)))
     if not prompts:
         raise DataError(f"{path} holds no prompt")
     return prompts
@@ -71,12 +71,8 @@ def read_prompts(path: pathlib.Path) -> list[Prompt]:
 
 def digest(prompts: Sequence[Prompt]) -> str:
     """Returns 16 hexadecimal digits; other prompts, other digits."""
-    asked = [
-        (prompt.messages, prompt.text, *([prompt.options] if prompt.options else []))
-        for prompt in prompts
-    ]
-    text = json.dumps(asked, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
+    text = repr([prompt.content for prompt in prompts])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class Encoded(NamedTuple):
@@ -104,7 +100,7 @@ def encode_prompts(
     texts, framed = [], []
     for prompt in prompts:
         try:
-            rendered = renderer.prompt(prompt.content())
+            rendered = renderer.prompt(prompt.content)
         except RecordError as error:
             raise DataError(f"{prompt.origin}: {error}") from error
         texts.append(rendered.text)

@@ -82,10 +82,7 @@ class Sample(NamedTuple):
         """Returns what is written: a record that training reads, and its number."""
         prompt = self.encoded.prompt
         about = {"number": prompt.number, "finished": self.finished}
-        if prompt.messages is None:
-            return {"prompt": prompt.text, "completion": self.text, **about}
-        said = {"role": "assistant", "content": self.text}
-        return {"messages": [*prompt.messages, said], **prompt.options, **about}
+        return {**prompt.answered(self.text), **about}
 
 
 class SampleFile:

@@ -511,6 +511,12 @@ def test_chat_counts_the_keys_that_the_template_does_not_use(tokenizer, monkeypa
     others = {"reasoning_content": "hm", "mood": "good"}
     renderer.chat(chat_of(("user", "Q"), ("assistant", "A", others), tools=TOOLS))
     assert dict(renderer.unused) == {"reasoning_content": 1, "mood": 1, "tools": 1}
+    # It changes what an answer is asked by, and so what counts of it.
+    monkeypatch.setattr(tokenizer, "chat_template", REASONING)
+    renderer = ChatRenderer(tokenizer)
+    silent = {"chat_template_kwargs": {"enable_thinking": False}}
+    renderer.chat(chat_of(*TWO, **silent))
+    assert not renderer.unused
 
 
 @pytest.mark.parametrize("count_prompts", [False, True])

@@ -17,7 +17,7 @@ from taid_jax.data.records import (
     cut_jsonl,
     cut_parquet,
 )
-from taid_jax.data.sources import read_piece
+from taid_jax.data.sources import read_documents, read_piece
 
 
 def read(pieces, limit=1000):
@@ -215,6 +215,7 @@ def test_read_piece_reads_every_kind_of_file_alike(tmp_path, name):
         ("a.csv", b'text,n\none,1\n\xff,2\n"open, 3\ntwo,3', 2),
         ("a.csv", b"text,n\none,1\ntoo,many,3\nfew\ntwo,2", 2),
         ("a.csv", b"text\none\n" + b"x" * 2000 + b"\ntwo", 1),
+        ("a.csv", b"text,n\none,1\n\n\xff,2\n\n", 1),
         ("a.jsonl.gz", b"no gzip at all", 1),
     ],
 )
@@ -236,6 +237,34 @@ def test_read_piece_counts_a_gzip_file_cut_short(tmp_path):
     path.write_bytes(gzip.compress(lines.encode())[:-1000])
     found, bad = read([Piece(str(path))])
     assert found[0].content.text == "text 0"
+    assert dict(bad.reasons) == {"damaged_file": 1}
+
+
+def test_read_csv_refuses_two_columns_of_one_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response,response\nQ,A,B\n")
+    with pytest.raises(DataError, match="two columns have the same name"):
+        read([Piece(str(path))])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
+def test_read_piece_counts_a_table_with_a_damaged_page(tmp_path, name):
+    """The others of a folder are read, as with other damage."""
+    table = pyarrow.table({"text": [f"text {n * n}" for n in range(2000)]})
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, path)
+        data = bytearray(path.read_bytes())
+        data[200:300] = b"\xff" * 100
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+        data = path.read_bytes()[:-100]
+    path.write_bytes(data)
+    (tmp_path / "z.jsonl").write_text('{"text": "sound"}')
+    bad = BadRecords("count")
+    found = list(read_documents(tmp_path, seed=0, bad=bad))
+    assert found[-1].content.text == "sound"
     assert dict(bad.reasons) == {"damaged_file": 1}
 
 

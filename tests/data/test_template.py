@@ -113,6 +113,36 @@ def test_template_that_breaks_on_some_records_leaves_out_those(
     assert "ZeroDivisionError" in info.problems[0]
 
 
+def test_template_that_writes_no_text_leaves_the_record_out(
+    tokenizer, monkeypatch, write_jsonl
+):
+    half = tokenizer.chat_template + "{{ '\\ud800' if messages | length == 3 }}"
+    monkeypatch.setattr(tokenizer, "chat_template", half)
+    three = [{"role": "system", "content": "Be."}, *TURNS]
+    source = write_jsonl([{"messages": TURNS}, {"messages": three}])
+    options = {"seq_len": 64, "held_out_fraction": 0.0, "bad_records": "count"}
+    info = load_dataset(source, tokenizer, **options).info
+    assert info.dropped == {"not_utf8": 1}
+
+
+def test_template_that_a_user_stops_is_not_the_answer_to_the_next(
+    tokenizer, monkeypatch
+):
+    template = ChatTemplate(tokenizer)
+    [wanted] = template.render(TURNS)
+    process = te._Renderer.process
+    assert process is not None
+
+    def stop():
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "stdout", type("Pipe", (), {"readline": stop}))
+    with pytest.raises(KeyboardInterrupt):
+        template.render([{"role": "user", "content": "Another."}])
+    assert template.render(TURNS) == [wanted]
+
+
 def test_template_is_rendered_in_any_thread(tokenizer):
     found = []
     template = ChatTemplate(tokenizer)

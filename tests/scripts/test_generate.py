@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from taid_jax.data.documents import parse_record
+from taid_jax.data.documents import parse_prompt, parse_record
 
 
 @pytest.fixture(scope="session")
@@ -192,6 +192,6 @@ def test_encode_prompts_gives_the_ids_that_training_has_before_the_answer(talker
     )
     rendered = ChatRenderer(tokenizer, count_prompts=False).chat(answered)
     [example] = Encoder(tokenizer).examples([rendered])
-    asked = Prompt(0, "here", tuple(record["messages"]), "")
+    asked = Prompt(0, "here", parse_prompt(record))
     [encoded] = encode_prompts([asked], tokenizer)
     assert encoded.ids == example.ids[: example.prompt].tolist()

@@ -211,6 +211,15 @@ def test_export_generation_warns_of_an_end_that_is_no_token(
     assert re.search(said, caplog.text)
 
 
+def test_template_end_is_what_follows_the_answer_and_not_its_header(chatty):
+    chatty.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "bot: {{ m['content'] }} <turn>{% endgeneration %}{% else %}"
+        "user: {{ m['content'] }} {% endif %}{% endfor %}"
+    )
+    assert an.template_end(chatty) == an.TemplateEnd(" <turn>", 1)
+
+
 def test_export_generation_of_an_end_behind_a_line_end(chatty, dataset, caplog):
     chatty.chat_template = chatty.chat_template.replace(" <turn>\\n", "\\n<end>")
     assert an.export_generation({}, chatty, dataset()) == {"eos_token_id": 0}

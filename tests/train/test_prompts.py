@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from taid_jax.data import DataError
+from taid_jax.data.documents import Completion, parse_record
 from taid_jax.train.prompts import Prompt, digest, encode_prompts, read_prompts
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -28,10 +29,12 @@ def test_read_prompts_reads_what_training_reads(tmp_path):
     ]
     path.write_text(json.dumps(records))
     first, second, third = read_prompts(path)
-    assert first.messages == (TURNS[0],)
-    assert (second.messages, second.text) == (None, "Q\n\nI")
-    assert third.messages == tuple(TURNS[:3])
-    assert third.options == {"tools": [CALL]}
+    assert first.answered("B")["messages"][:-1] == TURNS[:1]
+    assert second.answered("B") == {"prompt": "Q\n\nI", "completion": "B"}
+    assert third.answered("B") == {
+        "messages": [*TURNS[:3], {"role": "assistant", "content": "B"}],
+        "chat_template_kwargs": {"tools": [CALL]},
+    }
     assert third.origin == f"{path}, record 3"
     assert len({digest([one]) for one in (first, second, third)}) == 3
 
@@ -39,7 +42,8 @@ def test_read_prompts_reads_what_training_reads(tmp_path):
 def test_read_prompts_takes_tables(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('prompt,response\n"Two\nlines",x\nOne,y\n')
-    assert [prompt.text for prompt in read_prompts(path)] == ["Two\nlines", "One"]
+    asked = [prompt.answered("")["prompt"] for prompt in read_prompts(path)]
+    assert asked == ["Two\nlines", "One"]
 
 
 def test_read_prompts_ends_at_a_record_that_it_cannot_use(tmp_path):
@@ -47,8 +51,27 @@ def test_read_prompts_ends_at_a_record_that_it_cannot_use(tmp_path):
     path.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
     with pytest.raises(DataError, match=r"line 2: `prompt` must be a string"):
         read_prompts(path)
-    with pytest.raises(DataError, match=r"need a \.jsonl or \.parquet file"):
+    with pytest.raises(DataError, match="need a file of records"):
         read_prompts(tmp_path / "a.txt")
+
+
+def test_prompt_answered_says_all_that_the_record_said(tokenizer, tmp_path):
+    """What was not trained on is not trained on later; options stay options."""
+    turns = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "bad", "weight": 0},
+        {"role": "user", "content": "R"},
+    ]
+    record = {"messages": turns, "chat_template_kwargs": {"said": "hi"}}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record))
+    tokenizer.chat_template = "{{ said }} user"
+    [prompt] = read_prompts(path)
+    [encoded] = encode_prompts([prompt], tokenizer)
+    assert encoded.ids == [3, 4]
+    read = parse_record(prompt.answered("A"))
+    assert [message.trained for message in read.messages] == [True, False, True, True]
+    assert read.options == (("said", "hi"),)
 
 
 @pytest.fixture
@@ -65,7 +88,7 @@ def tokenizer():
 
 
 def encode(tokenizer, text):
-    [found] = encode_prompts([Prompt(0, "here", None, text)], tokenizer)
+    [found] = encode_prompts([Prompt(0, "here", Completion(text, ""))], tokenizer)
     return found.ids
 
 

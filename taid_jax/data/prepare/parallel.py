@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -65,7 +66,15 @@ def run_all(
 def _start(make_ready: Callable[..., Ready], arguments: tuple) -> None:
     # Each process keeps to its core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _Process.ready = make_ready(*arguments)
+
+
+def _end_with_parent() -> None:
+    # The pool's queues keep a process waiting whose parent was killed.
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(task: Callable[..., Result], arguments: tuple) -> Result:

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -47,3 +50,32 @@ def test_tasks_of_other_processes_raise_what_can_be_sent(monkeypatch):
         parallel._run(fail, ())
     assert type(caught.value) is DataError
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+ENDLESS = """
+import os, threading
+from taid_jax.data.prepare.parallel import run_all
+
+def wait(ready):
+    os.write(1, b"begun\\n")
+    threading.Event().wait()
+
+if __name__ == "__main__":
+    list(run_all(wait, [(), ()], workers=2, make_ready=int, ready_arguments=()))
+"""
+
+
+def test_run_all_leaves_no_process_behind_when_it_is_killed(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "endless.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"begun\n"
+        assert parent.stdout.readline() == b"begun\n"
+        parent.send_signal(signal.SIGKILL)
+        # To its end: as long as a worker lives, it has this pipe open.
+        assert parent.communicate(timeout=60)[0] == b""
