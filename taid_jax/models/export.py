@@ -99,16 +99,19 @@ def write_folder(
     # Null where nothing is known: absent, they would be the defaults of the class, ids
     # of another vocabulary.
     ids = special_ids(tokenizer) if tokenizer is not None else dict(NO_SPECIAL_IDS)
-    ids |= {k: v for k, v in (generation or {}).items() if k in ids or "_token_id" in k}
+    generation = dict(generation or {})
+    pad = generation.get("pad_token_id")
+    if not (isinstance(pad, int) and 0 <= pad < config.vocab_size):
+        # With one of the entries that were left out, transformers makes no model.
+        generation.pop("pad_token_id", None)
+    ids |= {key: value for key, value in generation.items() if "_token_id" in key}
     version = {"transformers_version": transformers.__version__}
     try:
         with _aside(folder, replace=replace) as work:
             names = {"dtype": kind.name, "torch_dtype": kind.name}
             values = {**write_config(config), **ids, **names, "use_cache": True}
             _write_json(work / CONFIG, values | version)
-            _write_json(
-                work / GENERATION_CONFIG, {**(generation or {}), **ids} | version
-            )
+            _write_json(work / GENERATION_CONFIG, {**generation, **ids} | version)
             _write_weights(
                 work, tensors, kind, max_shard_bytes, allow_nonfinite=allow_nonfinite
             )
