@@ -179,7 +179,6 @@ def export_model(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
-    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face folder; see `export.write_folder`."""
     write_folder(
@@ -191,7 +190,6 @@ def export_model(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         replace=replace,
-        allow_nonfinite=allow_nonfinite,
     )
 
 
