@@ -6,8 +6,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool
 
-from taid_jax.data.errors import RecordError
+from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.tokens import Example
+from taid_jax.errors import parsing
 
 
 @runtime_checkable
@@ -136,13 +137,14 @@ class Encoder:
         """Returns the ids of every text, without start and end tokens."""
         if not texts:
             return []
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        with parsing("the tokenizer cannot encode a text of the data", DataError):
+            encoded = self.tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         return encoded["input_ids"]
 
     def examples(self, rendered: Sequence[Rendered]) -> list[Example | RecordError]:

@@ -12,7 +12,7 @@ from taid_jax.data.errors import DataError
 from taid_jax.data.identity import TokenizerIdentity
 
 MANIFEST = "manifest.json"
-FORMAT = "taid-jax prepared data 1"
+FORMAT = "taid-jax prepared data 2"
 
 TRAIN, VALIDATION = "train", "validation"
 SIDES = (TRAIN, VALIDATION)

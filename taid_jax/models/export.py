@@ -55,7 +55,6 @@ def write_folder(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
-    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model as a folder that `transformers` (4 and 5) loads.
 
@@ -78,7 +77,6 @@ def write_folder(
         max_shard_bytes: Weights above this size are cut into files of at most it.
         replace: Replace an older export of this name, once the new one is complete. A
             folder with any other file in it is never replaced.
-        allow_nonfinite: Write numbers that are infinite or none, too.
 
     Raises:
         ModelError: If the folder holds something, cannot be written, the parameters are
@@ -99,19 +97,20 @@ def write_folder(
     # Null where nothing is known: absent, they would be the defaults of the class, ids
     # of another vocabulary.
     ids = special_ids(tokenizer) if tokenizer is not None else dict(NO_SPECIAL_IDS)
-    ids |= {k: v for k, v in (generation or {}).items() if k in ids or "_token_id" in k}
+    generation = dict(generation or {})
+    pad = generation.get("pad_token_id")
+    if not (isinstance(pad, int) and 0 <= pad < config.vocab_size):
+        # With one of the entries that were left out, transformers makes no model.
+        generation.pop("pad_token_id", None)
+    ids |= {key: value for key, value in generation.items() if "_token_id" in key}
     version = {"transformers_version": transformers.__version__}
     try:
         with _aside(folder, replace=replace) as work:
             names = {"dtype": kind.name, "torch_dtype": kind.name}
             values = {**write_config(config), **ids, **names, "use_cache": True}
             _write_json(work / CONFIG, values | version)
-            _write_json(
-                work / GENERATION_CONFIG, {**(generation or {}), **ids} | version
-            )
-            _write_weights(
-                work, tensors, kind, max_shard_bytes, allow_nonfinite=allow_nonfinite
-            )
+            _write_json(work / GENERATION_CONFIG, {**generation, **ids} | version)
+            _write_weights(work, tensors, kind, max_shard_bytes)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, work)
     # A path that cannot be is a ValueError: one with a NUL, or that no bytes stand for.
@@ -245,8 +244,6 @@ def _write_weights(
     tensors: Sequence[StoredTensor],
     kind: np.dtype,
     max_shard_bytes: int,
-    *,
-    allow_nonfinite: bool,
 ) -> None:
     sizes = [int(np.prod(tensor.shape)) * kind.itemsize for tensor in tensors]
     shards = plan_shards(sizes, max_shard_bytes)
@@ -260,8 +257,7 @@ def _write_weights(
             arrays = {
                 tensor.name: tensor.make().astype(kind, copy=False) for tensor in group
             }
-        if not allow_nonfinite:
-            _refuse_nonfinite(arrays, kind)
+        _refuse_nonfinite(arrays, kind)
         save_file(arrays, path, metadata=_METADATA)
         path.chmod(mode)  # safetensors would let nobody but the owner read it.
         weight_map |= dict.fromkeys(arrays, path.name)

@@ -22,6 +22,7 @@ from taid_jax.models.gguf import GgufFile, open_gguf
 from taid_jax.models.gguf_config import read_gguf_config
 from taid_jax.models.gguf_tokenizer import read_generation
 from taid_jax.models.hf import (
+    CONFIG,
     GENERATION_CONFIG,
     has_weights,
     open_folder,
@@ -178,7 +179,6 @@ def export_model(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
-    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face folder; see `export.write_folder`."""
     write_folder(
@@ -190,7 +190,6 @@ def export_model(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         replace=replace,
-        allow_nonfinite=allow_nonfinite,
     )
 
 
@@ -238,6 +237,19 @@ def _passed_over(unknown: list[str] | None) -> list[str]:
     return [f"{len(unknown)} unknown settings or tensors left out: {named}"]
 
 
+def _read_generation(folder: pathlib.Path) -> dict[str, object]:
+    """Returns a folder's settings of generation, as transformers takes them.
+
+    Older folders have what ends an answer in config.json.
+    """
+    if os.path.lexists(folder / GENERATION_CONFIG):
+        return read_json(folder / GENERATION_CONFIG)
+    if not os.path.lexists(folder / CONFIG):
+        return {}
+    ends = read_json(folder / CONFIG).get("eos_token_id")
+    return {} if ends is None else {"eos_token_id": ends}
+
+
 def _loaded(
     found: Source,
     config: DecoderConfig,
@@ -246,10 +258,8 @@ def _loaded(
     notes: list[str],
     generation: Mapping[str, object] | None = None,
 ) -> LoadedModel:
-    path = _folder(found) / GENERATION_CONFIG
     if generation is None:
-        has_one = found.kind != "gguf" and os.path.lexists(path)
-        generation = read_json(path) if has_one else {}
+        generation = _read_generation(_folder(found))
     # A tokenizer with more ids than embeddings is the business of whoever uses it.
     if tokenizer is not None and count_tokens(tokenizer) <= config.vocab_size:
         config = with_tokenizer(config, tokenizer)

@@ -114,7 +114,7 @@ def read_folder_tokenizer(folder: pathlib.Path) -> Tokenizer:
     added = _added(plain)
     texts = [*TEXTS, *EDGES, *added, *vocabulary_texts(vocabulary, without=added)]
     other = first_difference(_encoder(tokenizer), _encoder(plain), texts)
-    framed = [each(["", "a"])["input_ids"] for each in (tokenizer, plain)]
+    framed = [_encoder(each, framed=True)(["", "a"]) for each in (tokenizer, plain)]
     if other is not None:
         what = f"other ids, first for {show(other)}"
     elif tokenizer.get_vocab() != vocabulary:
@@ -317,9 +317,12 @@ def _added(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
 
 
-def _encoder(tokenizer: Tokenizer) -> Any:
+def _encoder(tokenizer: Tokenizer, *, framed: bool = False) -> Any:
     def encode(texts: list[str]) -> list[list[int]]:
-        found = tokenizer(texts, add_special_tokens=False, verbose=False)
+        # Some have no token for what they do not know.
+        what = f"the tokenizer {show(tokenizer.name_or_path)} cannot encode every text"
+        with parsing(what, ModelError):
+            found = tokenizer(texts, add_special_tokens=framed, verbose=False)
         return found["input_ids"]  # pyright: ignore[reportReturnType]
 
     return encode

@@ -30,6 +30,7 @@ from taid_jax.models.gguf_config import read_gguf_config
 from taid_jax.models.hf import INDEX, WEIGHTS, open_folder
 from taid_jax.models.load import load_config
 from taid_jax.models.rope import rope_frequencies
+from taid_jax.models.tokenizer import gguf_tokenizer
 from taid_jax.models.weights import check_tensors, own_head
 from taid_jax.settings import Settings, read_settings, to_dict
 
@@ -262,8 +263,12 @@ def readers(tmp_path_factory, random_params, write_gguf):
     sizes = {"vocab": 8, "width": 32, "layers": 1, "heads": 2, "groups": 2, "mlp": 32}
 
     def tokens(writer):
-        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
-        writer.add_array("tokenizer.ggml.scores", [0.5, 1.5])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(["a", "b", "ab", "<s>"])
+        writer.add_token_types([1, 1, 1, 3])
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(3)
 
     write_gguf(path, **sizes, kind="Q8_0", tokens=tokens, keys=keys)
     model = path.read_bytes()
@@ -286,6 +291,8 @@ def readers(tmp_path_factory, random_params, write_gguf):
         path.write_bytes(damage(rng, model))
         file = open_gguf(path)
         read_all(file)
+        if (tokenizer := gguf_tokenizer(file.metadata, file.origin)) is not None:
+            tokenizer("ab 1")
         check_config(config := read_gguf_config(file, rng.choice([None, []])))
         if config.num_layers == 1:
             check_tensors(config, "gguf", file)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from tokenizers import pre_tokenizers
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
@@ -82,6 +84,14 @@ def test_load_model_returns_what_a_gguf_file_says_of_generation(tmp_path, write_
     write_gguf(tmp_path / "m.gguf", tokens=tokens, keys=keys)
     said = load_model(tmp_path / "m.gguf").generation
     assert said == {"eos_token_id": [3, 5], "temperature": 0.5, "do_sample": True}
+
+
+def test_load_model_takes_the_ends_of_an_older_folder_from_its_config(folder, tmp_path):
+    older = shutil.copytree(folder, tmp_path / "older")
+    (older / "generation_config.json").unlink()
+    values = json.loads((older / "config.json").read_text())
+    (older / "config.json").write_text(json.dumps(values | {"eos_token_id": [7, 9]}))
+    assert load_model(older).generation == {"eos_token_id": [7, 9]}
 
 
 def test_load_model_leaves_arrays_free_to_move(folder):
@@ -288,6 +298,12 @@ def test_smollm2_tokenizer_gives_the_ids_of_transformers(varied_strings, exporte
     path = resolve(DEFAULT_TEACHER).path
     theirs = transformers.AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name
+    )
+    # From GGUF, transformers cuts as GPT-2 does; the model's own tokenizer.json sets
+    # every digit apart before.
+    backend = theirs.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
     assert len(varied_strings) == 200
     messages = [{"role": "user", "content": "Hi"}]

@@ -19,6 +19,8 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from taid_jax.data.encoding import Encoder
+from taid_jax.data.errors import DataError
 from taid_jax.models.errors import ModelError
 from taid_jax.models.gguf_header import read_header
 from taid_jax.models.gguf_tokenizer import SPLITTINGS, read_generation
@@ -553,6 +555,24 @@ def test_read_folder_tokenizer_says_nothing_where_the_class_agrees(tmp_path):
     tokenizer = read_folder_tokenizer(tmp_path)
     assert tokenizer_notes(tokenizer) == ()
     assert type(tokenizer) is LlamaTokenizer
+
+
+def test_tokenizers_that_cannot_encode_a_text_say_so(tmp_path):
+    backend = Backend(models.WordLevel({"a": 0, "b": 1}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = Backend.from_str(backend.to_str())
+    other.normalizer = normalizers.NFC()
+    pair = [PreTrainedTokenizerFast(tokenizer_object=each) for each in (backend, other)]
+    with pytest.raises(ModelError, match="cannot encode every text: WordLevel error"):
+        same_tokenizer(*pair)
+    with pytest.raises(DataError, match="a text of the data: WordLevel error"):
+        Encoder(pair[0]).ids(["a b", "c"])
+    # A class that builds one without a token for what it does not know.
+    plain = Backend(models.BPE({sign: n for n, sign in enumerate(ALPHABET)}, []))
+    plain = PreTrainedTokenizerFast(tokenizer_object=plain)
+    write_class(tmp_path, plain, "BertTokenizer")
+    with pytest.raises(ModelError, match="cannot encode every text: WordPiece error"):
+        load_tokenizer(tmp_path)
 
 
 def write_pieces(folder, **options):
