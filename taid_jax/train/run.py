@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import socket
 import time
@@ -23,7 +24,6 @@ from taid_jax.settings import (
     SettingsError,
     changed,
     to_dict,
-    to_json,
     with_date,
     with_steps,
 )
@@ -43,7 +43,6 @@ from taid_jax.train.folder import (
     RunFolder,
     WriteError,
     way_on,
-    writing,
 )
 from taid_jax.train.inputs import (
     Pair,
@@ -133,9 +132,8 @@ def _distil(
     if step is not None:
         saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
-    date = distributed.broadcast(lambda: with_date(settings, saved).data.template_date)
-    data = dataclasses.replace(settings.data, template_date=date)
-    settings = dataclasses.replace(settings, data=data)
+    today = distributed.broadcast(lambda: datetime.date.today().isoformat())
+    settings = with_date(settings, saved, today)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
@@ -280,11 +278,7 @@ def make_ready(output: RunFolder, settings: Settings, step: int | None) -> list[
         if fault:
             output.set_aside(output.path / name, fault)
             Lines(output.path / name, first_dropped=1 << 62, rows=rows).close()
-    path = output.path / SETTINGS
-    with writing(path):
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(to_json(settings) + "\n", encoding="utf-8")
-        scratch.replace(path)
+    write_json(output.path / SETTINGS, to_dict(settings))
     return output.notes
 
 
