@@ -212,12 +212,12 @@ def test_with_steps_counts_the_last_batch_of_an_epoch_of_buckets(buckets, steps)
 def test_with_date_keeps_the_day_when_the_run_began():
     new = s.Settings()
     assert new.data.template_date is None
-    begun = s.with_date(new, None, "2026-01-30")
-    assert begun.data.template_date == "2026-01-30"
+    begun = s.with_date(new)
+    assert begun.data.template_date is not None
     saved = s.from_dict({"template_date": "2026-01-31"})
-    resumed = s.with_date(new, saved, "2026-02-02")
+    resumed = s.with_date(new, saved)
     assert resumed.data.template_date == "2026-01-31"
-    assert s.with_date(resumed, None, "2026-02-02").data.template_date == "2026-01-31"
+    assert s.with_date(resumed).data.template_date == "2026-01-31"
     # Asked for nothing, or the same, a resumed run goes on with it.
     assert not s.contradictions(saved, new)
     assert not s.contradictions(saved, resumed)

@@ -1,21 +1,21 @@
 """What is filled in when a run begins: its date, and epochs as steps."""
 
 import dataclasses
+import datetime
 import math
 
 from taid_jax.settings.tree import Settings
 
 
-def with_date(settings: Settings, saved: Settings | None, today: str) -> Settings:
+def with_date(settings: Settings, saved: Settings | None = None) -> Settings:
     """Returns the settings with the date that chat templates take for today.
 
     Args:
         settings: Without `template_date` get that of `saved`, or today's.
         saved: Of the run that is resumed; None for a new one.
-        today: Such as 2026-01-31.
     """
     date = settings.data.template_date or (saved and saved.data.template_date)
-    date = date or today
+    date = date or datetime.date.today().isoformat()
     data = dataclasses.replace(settings.data, template_date=date)
     return dataclasses.replace(settings, data=data)
 

@@ -140,8 +140,8 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 def save_picture(path: pathlib.Path, figure: matplotlib.figure.Figure) -> None:
     """Writes a figure as a PNG file, whole or not at all."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
     with writing(path):
+        figure.savefig(picture, dpi=120, format="png")
         write_whole(path, picture.getvalue())
 
 

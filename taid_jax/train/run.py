@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import math
 import socket
 import time
@@ -32,6 +31,7 @@ from taid_jax.train.answers import export_generation, find_questions
 from taid_jax.train.assemble import assemble
 from taid_jax.train.checkpoint import (
     Checkpoints,
+    checkpoint_place,
     checkpoint_settings,
     choose_checkpoint,
     find_fault,
@@ -48,9 +48,12 @@ from taid_jax.train.inputs import (
     Pair,
     check_memory,
     check_models,
+    identify_models,
     load_pair,
     read_data,
     refuse_contradictions,
+    refuse_other_data,
+    refuse_other_models,
 )
 from taid_jax.train.judge import make_judge
 from taid_jax.train.loop import Loop, TrainingError
@@ -128,12 +131,14 @@ def _distil(
     check_memory(settings, mesh)
     folder = output.path
     step = distributed.broadcast(lambda: look(output, settings))
-    saved = None
+    saved, place = None, {}
     if step is not None:
         saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
+        place = checkpoint_place(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
-    today = distributed.broadcast(lambda: datetime.date.today().isoformat())
-    settings = with_date(settings, saved, today)
+    date = distributed.broadcast(lambda: with_date(settings, saved).data.template_date)
+    data = dataclasses.replace(settings.data, template_date=date)
+    settings = dataclasses.replace(settings, data=data)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
@@ -141,8 +146,11 @@ def _distil(
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
     if saved is not None and step is not None:
         refuse_contradictions(saved, settings)
+        refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
         output.notes += compare_length(saved, settings, step)
     pair = load_pair(settings, mesh)
+    models = distributed.broadcast(lambda: identify_models(settings.model, pair))
+    refuse_other_models(place.get("models", {}), models)
     describe(settings, pair, dataset, mesh, console)
     notes = distributed.broadcast(lambda: make_ready(output, settings, step))
     for line in notes:
@@ -161,7 +169,7 @@ def _distil(
     )
     sampler = make_sampler(settings, pair, dataset, tokenizer, mesh)
     loop, state = assemble(
-        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler, step
+        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler, step, models
     )
     with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
         loop.progress = progress
