@@ -353,7 +353,13 @@ class Checkpoints:
             self.close()
 
     def _seal(self) -> None:
-        """Writes the digests of a checkpoint that is whole but for its name."""
+        """Writes the digests of a checkpoint that is whole but for its name.
+
+        Raises:
+            WriteError: If a part of it failed: it gets no name then.
+        """
+        if self._failed:
+            raise WriteError(f"checkpoint {self._saving} is not whole")
         if is_main_process() and self._saving is not None:
             (half,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
             write_digests(half, self._saving)
@@ -436,20 +442,6 @@ class Checkpoints:
         if not self._failed:  # Else more is to come, when nobody waits any more.
             self._silence.remove()
 
-    def _step(self, step: int | None) -> int:
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"{self.folder} has no checkpoint to go on from")
-        return step
-
-    def settings(self, step: int | None = None) -> Settings:
-        """Returns the settings that a checkpoint was made with.
-
-        Raises:
-            CheckpointError: If there is none, or it cannot be read.
-        """
-        return checkpoint_settings(self.folder / str(self._step(step)))
-
     def _check_shapes(self, template: DistillState, step: int) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(template._asdict())
         wanted = {
@@ -483,7 +475,9 @@ class Checkpoints:
             CheckpointError: If there is none, or its arrays are not the template's; all
                 differences are listed.
         """
-        step = self._step(step)
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.folder} has no checkpoint to go on from")
         with parsing(f"checkpoint {step} in {self.folder}", CheckpointError):
             self._check_shapes(template, step)
             found = self._manager.restore(

@@ -63,7 +63,8 @@ def _resume(folder, state, step=None):
         c.set_aside_others(output, step)
         with c.Checkpoints(folder / CHECKPOINTS) as store:
             found = store.restore(state, step)
-            assert store.settings().run.seed == 4
+        saved = c.checkpoint_settings(folder / CHECKPOINTS / str(step))
+        assert saved.run.seed == 4
         return found, output.notes
     finally:
         output.close()
