@@ -170,3 +170,12 @@ def test_a_label_beyond_int32_is_outside_the_vocabulary(label):
                 objective, logits, head, logits, head, None, labels
             )
             assert jnp.isnan(total)
+
+
+def test_logits_as_large_as_what_stands_for_minus_inf_are_no_distribution():
+    """A label's logit of -2e30 was taken for one that is left out: perplexity 1."""
+    logits = jnp.array([[2e30, -2e30, 0.0], [1.0, 2.0, 3.0]])
+    labels = jnp.array([1, 1])
+    for objective in (loss.CrossEntropy(), loss.ForwardKL(), loss.TAID(0.5)):
+        losses = objective(logits, jnp.zeros((2, 3)), labels)
+        np.testing.assert_array_equal(jnp.isnan(losses), [True, False])
