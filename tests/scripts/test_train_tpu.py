@@ -412,7 +412,7 @@ def test_train_tpu_two_runs_in_one_folder_are_refused(train_tpu, run, capsys):
     [
         ("checkpoint", "checkpoint 6 cannot be written to"),
         ("metrics", "metrics.jsonl cannot be written: No space left on device"),
-        ("student", "student: [Errno 28] No space left on device"),
+        ("student", "student': [Errno 28] No space left on device"),
         ("curves", "curves.png cannot be written: No space left on device"),
     ],
 )
