@@ -7,7 +7,6 @@ own, so that its memory is its own. Its report, once it is there, is all that co
 import dataclasses
 import math
 import pathlib
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +23,14 @@ from taid_jax.settings import (
     read_settings,
     to_yaml,
 )
-from taid_jax.train.report import EVALUATIONS, REPORT, drawn, read_json, read_lines
+from taid_jax.train.report import (
+    EVALUATIONS,
+    REPORT,
+    drawn,
+    read_json,
+    read_lines,
+    save_picture,
+)
 
 METHODS = (
     "sft",
@@ -113,19 +119,12 @@ class Cell:
     def prepare(self) -> list[str]:
         """Writes the settings file and returns the flags of the run.
 
-        A run that was stopped goes on from its last checkpoint; what a run left behind
-        without one is removed.
+        A run that was stopped goes on from its last checkpoint, if it has one.
         """
         with parsing(f"output: cannot write {self.file}", SettingsError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file.write_text(to_yaml(self.settings), encoding="utf-8")
-        checkpoints = self.run / "checkpoints"
-        resumes = checkpoints.is_dir() and any(
-            entry.name.isdigit() for entry in checkpoints.iterdir()
-        )
-        if not resumes and self.run.exists():
-            shutil.rmtree(self.run)
-        return [f"--config={self.file}", *(["--resume"] if resumes else [])]
+        return [f"--config={self.file}", "--resume"]
 
 
 def plan_cells(
@@ -276,6 +275,4 @@ def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
     bars.set_xlabel("ROUGE-L of held-out answers")
     for axes in (curves, bars):
         axes.grid(alpha=0.3)
-    scratch = path.with_suffix(".tmp")
-    figure.savefig(scratch, dpi=120, format="png")
-    scratch.replace(path)
+    save_picture(path, figure)

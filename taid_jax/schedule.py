@@ -66,7 +66,7 @@ class TAIDScheduler:
             raise TypeError(f"need an int for num_train_steps, got {show(steps)}")
         for name in ("t_start", "t_end", "alpha", "beta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float | np.generic | Array):
+            if not isinstance(value, int | float | np.integer | np.floating | Array):
                 raise TypeError(f"need a real number for {name}, got {show(value)}")
         if steps < 1:
             raise ValueError(

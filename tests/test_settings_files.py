@@ -211,9 +211,11 @@ def test_read_settings_what_is_no_file_is_not_waited_for(tmp_path):
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     names = ["pipe.yaml", "folder.yaml", "loop.yaml", "binary.yaml", "x" * 300, "a\0b"]
+    names.append("y" * 5000)
     for path in [*(tmp_path / name for name in names), "/dev/zero", "/dev/stdin", ""]:
-        with pytest.raises(s.SettingsError, match="cannot read the settings"):
+        with pytest.raises(s.SettingsError, match="cannot read the settings") as found:
             s.read_settings(path)
+        assert len(str(found.value)) < 1000
 
 
 def test_read_settings_bases_that_multiply_end(tmp_path):

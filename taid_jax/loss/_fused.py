@@ -16,7 +16,12 @@ from jaxtyping import Float, Int, Shaped
 from taid_jax.errors import show
 from taid_jax.loss._fused_loop import Gradients, Wanted, is_smooth
 from taid_jax.loss._fused_mesh import Fixed, Moving, Static, find_partition, run
-from taid_jax.loss.objective import Objective, check_kinds
+from taid_jax.loss.objective import (
+    Objective,
+    as_int32,
+    check_kinds,
+    check_positive,
+)
 from taid_jax.loss.reduce import token_metrics
 from taid_jax.types import Head
 
@@ -109,7 +114,7 @@ def fused_loss(
             raise ValueError(f"need chunk_size >= 1 or None, got {chunk_size}")
     if labels is not None:
         # Entries that do not count are no labels either.
-        labels = jnp.asarray(labels, jnp.int32)
+        labels = as_int32(labels)
         labels = jnp.where(labels < vocab_size, labels, -1)
     names = _trace_objective(
         objective, student_hidden, teacher_hidden, labels, vocab_size
@@ -139,6 +144,8 @@ def _check_kinds(
     teacher_head: Head | None,
 ) -> None:
     """Raises TypeError unless hidden states and heads are floats, in a `Head`."""
+    if student_hidden is None:
+        raise ValueError("need student_hidden, got None")
     check_kinds(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     for name, head in (("student", student_head), ("teacher", teacher_head)):
         if head is None and name == "teacher":
@@ -150,6 +157,13 @@ def _check_kinds(
             )
         kinds = {f"{name}_head.kernel": head.kernel, f"{name}_head.bias": head.bias}
         check_kinds(**kinds)
+        if head.softcap is not None:
+            check_positive(f"{name}_head.softcap", head.softcap)
+        if not isinstance(head.vocab_size, int | np.integer | None):
+            raise TypeError(
+                f"need an int or None for {name}_head.vocab_size, got "
+                f"{show(head.vocab_size)}"
+            )
 
 
 def _check(
@@ -197,9 +211,8 @@ def _check(
             )
         width = head.kernel.shape[vocab]
         size = width if head.vocab_size is None else head.vocab_size
-        if not 1 <= size <= width or (
-            head.bias is not None and len(head.bias) != width
-        ):
+        bias = head.bias is None or head.bias.shape == (width,)
+        if not 1 <= size <= width or not bias:
             raise ValueError(
                 f"need 1 <= vocab_size <= {width}, the entries of the {name}'s kernel, "
                 f"and as many in its bias, got {got}"

@@ -127,7 +127,7 @@ class JensenShannon(_Divergence):
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_static("teacher_weight", self.teacher_weight, 0, 1, inside=True)
+        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
         check_positive("temperature", self.temperature)
 
     def _parts(self) -> Callable[[softmax.Pair], Parts]:
@@ -156,7 +156,7 @@ class SkewForwardKL(_Divergence):
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_static("teacher_weight", self.teacher_weight, 0, 1, inside=True)
+        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
         check_positive("temperature", self.temperature)
 
     def _parts(self) -> Callable[[softmax.Pair], Parts]:
@@ -185,7 +185,7 @@ class SkewReverseKL(_Divergence):
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_static("teacher_weight", self.teacher_weight, 0, 1, inside=True)
+        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
         check_positive("temperature", self.temperature)
 
     def _parts(self) -> Callable[[softmax.Pair], Parts]:

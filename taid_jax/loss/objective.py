@@ -135,14 +135,7 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"need {name} > 0 and finite, got {name} = {show(value)}")
 
 
-def check_static(
-    name: str,
-    value: object,
-    low: float | int,
-    high: float | int,
-    *,
-    inside: bool = False,
-) -> None:
+def check_static(name: str, value: object, low: float | int, high: float | int) -> None:
     """Checks a setting that is part of the program.
 
     Args:
@@ -150,7 +143,6 @@ def check_static(
         value: What was given.
         low: The least value.
         high: The greatest value.
-        inside: Whether the bounds themselves are excluded.
 
     Raises:
         TypeError: If `value` is no Python or NumPy number, such as a traced array.
@@ -160,12 +152,7 @@ def check_static(
         raise TypeError(
             f"need a Python number for {name}, which is static, got {show(value)}"
         )
-    if not inside:
-        check_between(name, value, low, high)
-        return
-    numbers = _numbers(name, value)
-    if numbers is None or not low < numbers < high:
-        raise ValueError(f"need {low} < {name} < {high}, got {name} = {show(value)}")
+    check_between(name, value, low, high)
 
 
 def as_scalar(name: str, value: ArrayLike) -> Float[Array, ""]:
@@ -271,5 +258,12 @@ def need_labels(name: str, student_logits: Array, labels: Array | None) -> Array
             f"got labels = None with student_logits {shapes}"
         )
     check_kinds(labels=labels)
+    return as_int32(labels)
+
+
+def as_int32(labels: Int[Array, "*tokens"]) -> Int[Array, "*tokens"]:
+    """Returns labels as int32; those beyond it stay outside every vocabulary."""
+    if labels.dtype.itemsize > 4:
+        labels = labels.clip(-(2**31), 2**31 - 1)
     # Smaller integers could not count the entries of the vocabulary.
     return jnp.asarray(labels, jnp.int32)

@@ -129,10 +129,11 @@ def finite(logits: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens vocab
 def checked(top: Float[Array, "*tokens 1"]) -> Float[Array, "*tokens 1"]:
     """Returns the largest logit of a row; NaN where the row has no softmax.
 
-    That is a row with NaN or inf, and one that is -inf throughout. The largest logit is
-    part of every sum of the row: none of them is then mistaken for a number.
+    That is a row with NaN, inf or numbers as large as `FLOOR`, and one that is -inf
+    throughout. The largest logit is part of every sum of the row: none of them is then
+    mistaken for a number.
     """
-    return jnp.where((top > FLOOR) & (top < jnp.inf), top, jnp.nan)
+    return jnp.where((top > FLOOR) & (top < -FLOOR), top, jnp.nan)
 
 
 def filled(top: Float[Array, "*tokens 1"]) -> Float[Array, "*tokens 1"]:

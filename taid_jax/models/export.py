@@ -301,7 +301,7 @@ def _aside(folder: pathlib.Path, *, replace: bool) -> Iterator[pathlib.Path]:
     """Yields a new folder that becomes `folder` if nothing goes wrong."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Without the folder's name, which may be as long as names can be.
-    work = folder.with_name(f".{secrets.token_hex(8)}.partial")
+    work = folder.with_name(f".export-{secrets.token_hex(4)}.partial")
     old = work.with_suffix(".old")
     work.mkdir()
     try:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from taid_jax.errors import parsing, show
+from taid_jax.errors import parsing, shorten, show
 from taid_jax.settings.checks import SettingsError, need
 from taid_jax.settings.convert import Changes, apply_changes, read_changes, to_dict
 from taid_jax.settings.tree import Settings
@@ -112,8 +112,9 @@ def _lay_over(
         asking: The files that led here, the first one first.
         done: All files that were read; this one is added.
     """
-    asked = f", which is a base of {asking[-1]}" if asking else ""
-    with parsing(f"cannot read the settings in {path}{asked}", SettingsError):
+    shown = shorten(str(path))
+    asked = f", which is a base of {shorten(str(asking[-1]))}" if asking else ""
+    with parsing(f"cannot read the settings in {shown}{asked}", SettingsError):
         if any(path.resolve() == other.resolve() for other in asking):
             names = " -> ".join(each.name for each in (*asking, path))
             raise SettingsError(f"settings that are their own base: {names}")

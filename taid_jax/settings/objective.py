@@ -51,7 +51,7 @@ class ObjectiveSettings(Checked):
     disable_adaptive: bool = False
     # Logits are divided by it, and the loss multiplied by its square.
     temperature: float = bounded(1.0, ge=1e-6, le=1e6)
-    teacher_weight: float = bounded(0.1, gt=0, lt=1)
+    teacher_weight: float = bounded(0.1, ge=1e-6, le=1 - 1e-6)
     head_threshold: float = bounded(0.5, ge=1e-6, lt=1)
     dkd_alpha: float = bounded(1.0, ge=0, le=1e6)
     dkd_beta: float = bounded(0.5, ge=0, le=1e6)

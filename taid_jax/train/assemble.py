@@ -1,6 +1,7 @@
 """From settings, models and data to a loop and the state that it starts from."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,14 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from taid_jax import distributed
 from taid_jax.data import Dataset, train_iterator
 from taid_jax.errors import parsing
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.settings import Settings, SettingsError
+from taid_jax.settings import Settings
 from taid_jax.sharding import batch_part, replicated
 from taid_jax.train.checkpoint import CheckpointError, Checkpoints
-from taid_jax.train.inputs import Pair, identify_models, refuse_other_models
+from taid_jax.train.inputs import Pair
 from taid_jax.train.judge import Judge
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
@@ -43,6 +43,7 @@ def assemble(
     judge: Judge,
     sampler: Sampler | None = None,
     step: int | None = None,
+    models: Mapping[str, str] | None = None,
 ) -> tuple[Loop, DistillState]:
     """Returns the loop and the state that it starts from, new or restored.
 
@@ -56,10 +57,10 @@ def assemble(
         judge: Evaluates a state.
         sampler: Puts the student's answers in place of batches; None for the data.
         step: The checkpoint to go on from; None for a new run.
+        models: From `identify_models`, saved with every checkpoint.
 
     Raises:
         CheckpointError: If the checkpoint does not fit, or cannot be read.
-        SettingsError: If data or models are others than the checkpoint's.
     """
     data, run, opt = settings.data, settings.run, settings.optimizer
     dtype = jnp.dtype(settings.model.dtype)
@@ -99,7 +100,6 @@ def assemble(
         process_count=parts,
         with_prompts=sampler is not None,
     )
-    models = distributed.broadcast(lambda: identify_models(settings.model, pair))
     evaluations: list[dict[str, Any]] | None = []
     if step is not None:
         template = jax.tree.map(
@@ -111,12 +111,6 @@ def assemble(
         )
         restored = checkpoints.restore(template, step)
         state, place = restored.state, restored.data_state
-        if place.get("fingerprint") != dataset.info.fingerprint:
-            raise SettingsError(
-                f"the data of {data.data} are not those that checkpoint {step} was "
-                "trained on; give the same files, or start anew with another --output"
-            )
-        refuse_other_models(place.get("models", {}), models)
         with parsing(f"the place in the data of checkpoint {step}", CheckpointError):
             batches.set_state(place["iterator"])
             if sampler is not None:
@@ -152,7 +146,7 @@ def assemble(
         progress=ConsoleProgress(Console(quiet=True), run.steps),
         meter=make_meter(settings, pair.student_config, pair.teacher.config, mesh),
         sampler=sampler,
-        models=models,
+        models=models or {},
         evaluations=evaluations,
     )
     return loop, state

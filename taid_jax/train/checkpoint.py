@@ -58,14 +58,14 @@ class Restored(NamedTuple):
     step: int
 
 
-def write_digests(folder: pathlib.Path) -> None:
-    """Writes down size and sha256 of all files in the folder of a checkpoint."""
+def write_digests(folder: pathlib.Path, step: int) -> None:
+    """Writes down step, size and sha256 of all files in the folder of a checkpoint."""
     files = {
         path.relative_to(folder).as_posix(): _digest(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).as_posix() not in _LATER
     }
-    text = json.dumps({"files": files, "sha256": _sum(files)}, indent=1)
+    text = json.dumps({"files": files, "sha256": _sum(files, step)}, indent=1)
     (folder / DIGESTS).write_text(text, encoding="utf-8")
 
 
@@ -87,8 +87,8 @@ def find_fault(folder: pathlib.Path) -> str | None:
         with parsing(DIGESTS):
             written = _read_json(folder / DIGESTS)
             files = dict(written["files"])
-            if written["sha256"] != _sum(files):
-                return f"is damaged: {DIGESTS} is altered"
+            if written["sha256"] != _sum(files, int(folder.name)):
+                return f"is damaged: {DIGESTS} is altered, or another checkpoint's"
         with parsing(_ORBAX):
             about = _read_json(folder / _ORBAX)
             times = {type(about[name]) for name in about if name.endswith("_nsecs")}
@@ -127,8 +127,9 @@ def _read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def _sum(files: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _sum(files: Mapping[str, Any], step: int) -> str:
+    text = json.dumps([step, files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def choose_checkpoint(folder: RunFolder, step: int | None) -> int | None:
@@ -203,9 +204,21 @@ def checkpoint_settings(folder: pathlib.Path) -> Settings:
     Raises:
         CheckpointError: If they cannot be read.
     """
-    path = folder / "settings" / "metadata"
-    with parsing(str(path), CheckpointError):
-        return from_dict(_read_json(path))
+    with parsing(str(folder / "settings"), CheckpointError):
+        return from_dict(_read_json(folder / "settings" / "metadata"))
+
+
+def checkpoint_place(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the place in the data of a checkpoint, and which data and models.
+
+    Args:
+        folder: Of one checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    with parsing(str(folder / "data"), CheckpointError):
+        return dict(_read_json(folder / "data" / "metadata"))
 
 
 def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | None]:
@@ -235,7 +248,8 @@ def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | N
             with parsing(str(path)):
                 written = from_dict(_read_json(path))
         except InputError as error:
-            note = str(error)
+            named = "" if str(path) in str(error) else f"{path}: "
+            note = f"{named}{error}"
     if saved is None or written is None:
         return written or saved, note
     if contradictions(saved, written):
@@ -299,7 +313,7 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
         self.folder = pathlib.Path(folder).absolute()
         self._saving: int | None = None
-        self._closed = False
+        self._closed = self._failed = False
         self._silence = _NoTracebacks()
         options = ocp.CheckpointManagerOptions(
             create=True,
@@ -339,16 +353,23 @@ class Checkpoints:
             self.close()
 
     def _seal(self) -> None:
-        """Writes the digests of a checkpoint that is whole but for its name."""
-        if is_main_process():
+        """Writes the digests of a checkpoint that is whole but for its name.
+
+        Raises:
+            WriteError: If a part of it failed: it gets no name then.
+        """
+        if self._failed:
+            raise WriteError(f"checkpoint {self._saving} is not whole")
+        if is_main_process() and self._saving is not None:
             (half,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-            write_digests(half)
+            write_digests(half, self._saving)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
+            self._failed = True
             # TensorStore says it at the end of a long message.
             code = re.search(r"os_error_code='(\d+)'", str(error))
             why = os.strerror(int(code[1])) if code else explain(error)
@@ -418,21 +439,8 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
-        self._silence.remove()  # After a failure more is to come.
-
-    def _step(self, step: int | None) -> int:
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"{self.folder} has no checkpoint to go on from")
-        return step
-
-    def settings(self, step: int | None = None) -> Settings:
-        """Returns the settings that a checkpoint was made with.
-
-        Raises:
-            CheckpointError: If there is none, or it cannot be read.
-        """
-        return checkpoint_settings(self.folder / str(self._step(step)))
+        if not self._failed:  # Else more is to come, when nobody waits any more.
+            self._silence.remove()
 
     def _check_shapes(self, template: DistillState, step: int) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(template._asdict())
@@ -467,7 +475,9 @@ class Checkpoints:
             CheckpointError: If there is none, or its arrays are not the template's; all
                 differences are listed.
         """
-        step = self._step(step)
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.folder} has no checkpoint to go on from")
         with parsing(f"checkpoint {step} in {self.folder}", CheckpointError):
             self._check_shapes(template, step)
             found = self._manager.restore(

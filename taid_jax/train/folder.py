@@ -21,11 +21,12 @@ SET_ASIDE = "set_aside"
 _LOCK = ".lock"
 # What a run makes; some of it at its end only.
 _FILES = re.compile(
-    r"(settings|report)\.json|(metrics|evaluations)\.jsonl|curves\.png|[a-z]+\.tmp"
+    r"((settings|report)\.json|(metrics|evaluations)\.jsonl|curves\.png)(\.partial)?"
 )
 _FOLDERS = re.compile(rf"{CHECKPOINTS}|tensorboard|student|{SET_ASIDE}")
 _DONE = ("report.json", "curves.png", "student")
-_PARTIAL = re.compile(r"\.student\.[0-9a-f]+\.(partial|old)")
+# As `models.export` calls a model's folder while it is written.
+_PARTIAL = re.compile(r"\.export-[0-9a-f]+\.(partial|old)")
 # Of nobody: a plan of this run may lie there already.
 _HARMLESS = ("plan.json", _LOCK)
 _STEP = re.compile(r"0|[1-9][0-9]*")

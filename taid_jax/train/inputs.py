@@ -230,7 +230,25 @@ def _fields(config: DecoderConfig) -> dict[str, str]:
     return {field.name: repr(getattr(config, field.name)) for field in fields}
 
 
-def refuse_other_models(saved: dict[str, str], given: dict[str, str]) -> None:
+def refuse_other_data(saved: str | None, dataset: Dataset, name: str) -> None:
+    """Raises when the data are not those that a run began with.
+
+    Args:
+        saved: The fingerprint that the checkpoint has.
+        dataset: What was read.
+        name: Of the data.
+
+    Raises:
+        SettingsError: If they are others.
+    """
+    if saved != dataset.info.fingerprint:
+        raise SettingsError(
+            f"the data of {name} are not those that the checkpoint was trained on; "
+            "give the same files, or start anew with another --output"
+        )
+
+
+def refuse_other_models(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
     """Raises when the models are not those that a run began with.
 
     What another version of this library did not write down is not compared.

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -187,10 +186,10 @@ class Loop:
             found = self._evaluate(step, state)
             saving = saving or found < self._best
             self._best = min(self._best, found)
-        if saving and not bool(_finite((state.params, state.opt_state))):
+        if saving and (wrong := not_finite((state.params, state.opt_state))):
             self.progress.say(
                 f"step {step}: the student or its optimizer has numbers that are not "
-                "finite; no checkpoint is made of that"
+                f"finite ({wrong[0]}); no checkpoint is made of that"
             )
         elif saving:
             place = {
@@ -231,13 +230,6 @@ class Loop:
                 "may help, for an update usual values of --b2, --eps and "
                 "--weight-decay; --max-skipped sets the limit. " + way_on(self.folder)
             )
-
-
-@jax.jit
-def _finite(tree: Any) -> jax.Array:
-    """Returns whether all numbers of a tree are finite."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _due(step: int, every: int) -> bool:

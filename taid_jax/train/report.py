@@ -1,5 +1,6 @@
 """What a run leaves behind: lines of metrics, a report, a picture."""
 
+import io
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import jax
 import matplotlib
 import matplotlib.figure
 
+from taid_jax.data.manifest import write_whole
 from taid_jax.errors import InputError, explain, parsing
 from taid_jax.train.folder import writing
 
@@ -68,11 +70,8 @@ class Lines:
         self._path = path
         before = read_lines(path) if rows is None else rows
         kept = [row for row in before if row["step"] < first_dropped]
-        # A rename, so that being killed here loses nothing.
-        scratch = path.with_suffix(".tmp")
         with writing(path):
-            scratch.write_text("".join(map(_line, kept)), encoding="utf-8")
-            scratch.replace(path)
+            write_whole(path, "".join(map(_line, kept)).encode())
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -133,11 +132,17 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
-    scratch = path.with_suffix(".tmp")
     text = json.dumps(_plain(value), indent=2, allow_nan=False)
     with writing(path):
-        scratch.write_text(text + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_whole(path, (text + "\n").encode())
+
+
+def save_picture(path: pathlib.Path, figure: matplotlib.figure.Figure) -> None:
+    """Writes a figure as a PNG file, whole or not at all."""
+    picture = io.BytesIO()
+    with writing(path):
+        figure.savefig(picture, dpi=120, format="png")
+        write_whole(path, picture.getvalue())
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -215,7 +220,4 @@ def draw_curves(
     for axes in (loss, divergence, interpolation):
         axes.grid(alpha=0.3)
         axes.legend(loc="best", frameon=False)
-    scratch = path.with_suffix(".tmp")
-    with writing(path):
-        figure.savefig(scratch, dpi=120, format="png")
-        scratch.replace(path)
+    save_picture(path, figure)

@@ -23,7 +23,6 @@ from taid_jax.settings import (
     SettingsError,
     changed,
     to_dict,
-    to_json,
     with_date,
     with_steps,
 )
@@ -32,6 +31,7 @@ from taid_jax.train.answers import export_generation, find_questions
 from taid_jax.train.assemble import assemble
 from taid_jax.train.checkpoint import (
     Checkpoints,
+    checkpoint_place,
     checkpoint_settings,
     choose_checkpoint,
     find_fault,
@@ -43,15 +43,17 @@ from taid_jax.train.folder import (
     RunFolder,
     WriteError,
     way_on,
-    writing,
 )
 from taid_jax.train.inputs import (
     Pair,
     check_memory,
     check_models,
+    identify_models,
     load_pair,
     read_data,
     refuse_contradictions,
+    refuse_other_data,
+    refuse_other_models,
 )
 from taid_jax.train.judge import make_judge
 from taid_jax.train.loop import Loop, TrainingError
@@ -129,9 +131,10 @@ def _distil(
     check_memory(settings, mesh)
     folder = output.path
     step = distributed.broadcast(lambda: look(output, settings))
-    saved = None
+    saved, place = None, {}
     if step is not None:
         saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
+        place = checkpoint_place(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
     date = distributed.broadcast(lambda: with_date(settings, saved).data.template_date)
     data = dataclasses.replace(settings.data, template_date=date)
@@ -143,8 +146,11 @@ def _distil(
     questions = find_questions(dataset.held_out, settings.judge.answer_examples)
     if saved is not None and step is not None:
         refuse_contradictions(saved, settings)
+        refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
         output.notes += compare_length(saved, settings, step)
     pair = load_pair(settings, mesh)
+    models = distributed.broadcast(lambda: identify_models(settings.model, pair))
+    refuse_other_models(place.get("models", {}), models)
     describe(settings, pair, dataset, mesh, console)
     notes = distributed.broadcast(lambda: make_ready(output, settings, step))
     for line in notes:
@@ -163,7 +169,7 @@ def _distil(
     )
     sampler = make_sampler(settings, pair, dataset, tokenizer, mesh)
     loop, state = assemble(
-        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler, step
+        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler, step, models
     )
     with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
         loop.progress = progress
@@ -280,11 +286,7 @@ def make_ready(output: RunFolder, settings: Settings, step: int | None) -> list[
         if fault:
             output.set_aside(output.path / name, fault)
             Lines(output.path / name, first_dropped=1 << 62, rows=rows).close()
-    path = output.path / SETTINGS
-    with writing(path):
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(to_json(settings) + "\n", encoding="utf-8")
-        scratch.replace(path)
+    write_json(output.path / SETTINGS, to_dict(settings))
     return output.notes
 
 

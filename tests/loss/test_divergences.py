@@ -422,10 +422,22 @@ def test_adaptive_kl_sends_no_gradient_through_its_weights(make_inputs, evaluate
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: JensenShannon(0.0), r"0 < teacher_weight < 1, got .* 0\.0"),
-        (lambda: JensenShannon(1.0), r"0 < teacher_weight < 1, got .* 1\.0"),
-        (lambda: SkewForwardKL(-0.1), r"0 < teacher_weight < 1, got .* -0\.1"),
-        (lambda: SkewReverseKL(1.5), r"0 < teacher_weight < 1, got .* 1\.5"),
+        (
+            lambda: JensenShannon(0.0),
+            r"1e-06 <= teacher_weight <= 0.999999, got .* 0\.0",
+        ),
+        (
+            lambda: JensenShannon(1.0),
+            r"1e-06 <= teacher_weight <= 0.999999, got .* 1\.0",
+        ),
+        (
+            lambda: SkewForwardKL(-0.1),
+            r"1e-06 <= teacher_weight <= 0.999999, got .* -0\.1",
+        ),
+        (
+            lambda: SkewReverseKL(1.5),
+            r"1e-06 <= teacher_weight <= 0.999999, got .* 1\.5",
+        ),
         (lambda: AdaptiveKL(0.0), r"head_threshold <= 1, got .* 0\.0"),
         (lambda: AdaptiveKL(1.1), r"head_threshold <= 1, got .* 1\.1"),
         (lambda: ForwardKL(0.0), r"temperature > 0 and finite, got .* 0\.0"),

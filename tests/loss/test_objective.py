@@ -41,8 +41,11 @@ WRONG = [
     ("loss.CTKD(strength=jnp.float32(2))", "0 <= strength <= 1"),
     ("loss.ctkd_strength(1, 0)", "num_epochs > 0"),
     # What is part of the program.
-    ("loss.JensenShannon(1.0)", "0 < teacher_weight < 1"),
-    ("loss.JensenShannon(float('nan'))", "0 < teacher_weight < 1"),
+    ("loss.JensenShannon(1.0)", "teacher_weight <= 0.999999"),
+    ("loss.JensenShannon(float('nan'))", "teacher_weight <= 0.999999"),
+    # The other side's share would be 1: its logarithm is no number.
+    ("loss.SkewReverseKL(1e-20)", "1e-06 <= teacher_weight"),
+    ("loss.SkewForwardKL(1e-44)", "1e-06 <= teacher_weight"),
     ("loss.JensenShannon(jnp.float32(0.5))", "Python number for teacher_weight"),
     ("loss.SkewForwardKL('0.1')", "real number for teacher_weight"),
     ("loss.SkewReverseKL([0.1])", "Python number for teacher_weight"),
@@ -73,6 +76,11 @@ WRONG = [
     ("loss.fused_loss(loss.TAID(0.5), x, None, x, h)", "Head for student_head"),
     ("loss.fused_loss(loss.TAID(0.5), x, loss.Head([[1.0]]), x, h)", "head.kernel"),
     ("loss.fused_loss(loss.TAID(0.5), x, loss.Head(k, [0.0]), x, h)", "head.bias"),
+    ("loss.fused_loss(loss.TAID(0.5), x, loss.Head(k, k[0, 0]), x, h)", "in its bias"),
+    ("loss.fused_loss(loss.TAID(0.5), x, loss.Head(k, k), x, h)", "in its bias"),
+    ("loss.fused_loss(loss.TAID(0.5), x, loss.Head(k, softcap=0.0), x, h)", "softcap"),
+    ("loss.fused_loss(loss.TAID(0.5), x, h, x, loss.Head(k, vocab_size=1.5))", "int"),
+    ("loss.fused_loss(loss.TAID(0.5), None, h, x, h)", "need student_hidden"),
     ("loss.fused_loss(loss.TAID(0.5), x, loss.Head(k > 0), x, h)", "head.kernel"),
     ("loss.fused_loss(loss.TAID(0.5), [[1.0]], h, x, h)", "student_hidden"),
     ("loss.fused_loss(loss.TAID(0.5), x, h, n, h)", "teacher_hidden.*int32"),
@@ -91,6 +99,7 @@ WRONG = [
     ("schedule.TAIDScheduler(10, t_start=np.nan)", "0 <= t_start <= t_end <= 1"),
     ("schedule.TAIDScheduler(10, t_end=jnp.float32(2))", "t_start <= t_end <= 1"),
     ("schedule.TAIDScheduler(10, t_start='0')", "real number for t_start"),
+    ("schedule.TAIDScheduler(10, t_start=np.complex64(0.5))", "real number for t_st"),
     ("schedule.TAIDScheduler(10, alpha=np.inf)", "alpha >= 0 and finite"),
     ("schedule.TAIDScheduler(10, beta=1.0)", "0 <= beta < 1"),
     ("schedule.TAIDScheduler(10, beta=1 - 1e-9)", "0 <= beta < 1"),
@@ -146,3 +155,27 @@ def test_objectives_take_numbers_of_every_kind_and_whatever_is_traced():
     assert several.shape == (3, 2)
     with pytest.raises(TypeError):
         jax.jit(lambda w: loss.JensenShannon(w)(x, x))(0.5)
+
+
+@pytest.mark.parametrize("label", [2**32, -(2**32), 2**40 + 1])
+def test_a_label_beyond_int32_is_outside_the_vocabulary(label):
+    """Cut to 32 bits it would be one of the entries."""
+    logits, head = jnp.zeros((2, 4), "float32"), loss.Head(jnp.eye(4, dtype="float32"))
+    with jax.enable_x64(True):
+        labels = jnp.array([label, 1])
+        for objective in (loss.CrossEntropy(), loss.DKD()):
+            losses = objective(logits, logits, labels)
+            np.testing.assert_array_equal(jnp.isnan(losses), [True, False])
+            total, _ = loss.fused_loss(
+                objective, logits, head, logits, head, None, labels
+            )
+            assert jnp.isnan(total)
+
+
+def test_logits_as_large_as_what_stands_for_minus_inf_are_no_distribution():
+    """A label's logit of -2e30 was taken for one that is left out: perplexity 1."""
+    logits = jnp.array([[2e30, -2e30, 0.0], [1.0, 2.0, 3.0]])
+    labels = jnp.array([1, 1])
+    for objective in (loss.CrossEntropy(), loss.ForwardKL(), loss.TAID(0.5)):
+        losses = objective(logits, jnp.zeros((2, 3)), labels)
+        np.testing.assert_array_equal(jnp.isnan(losses), [True, False])

@@ -1,5 +1,7 @@
 import contextlib
 import resource
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def test_checkpoints_restore_gives_back_every_bit(tmp_path, state):
     _equal(found.state, state)
     assert found.data_state == {"epoch": 1, "next": [2, 5]}
     assert found.step == 3
-    assert again.settings() == settings
+    assert c.checkpoint_settings(again.folder / "3") == settings
     again.close()
 
 
@@ -157,8 +159,6 @@ def test_checkpoints_hold_the_student_side_only(tmp_path, state):
 def test_checkpoints_none_is_a_clear_error(tmp_path, state):
     store = c.Checkpoints(tmp_path)
     with pytest.raises(c.CheckpointError, match="no checkpoint to go on from"):
-        store.settings()
-    with pytest.raises(c.CheckpointError, match="no checkpoint to go on from"):
         store.restore(state)
     store.close()
 
@@ -218,6 +218,12 @@ def test_checkpoints_that_cannot_be_written_are_one_error(
     assert not caplog.records
     with contextlib.suppress(WriteError):
         store.close()
+    # TensorStore's other writes come back when nobody waits any more.
+    late = RuntimeError("Event loop is closed")
+    fields = {"exc_value": late, "object": None, "exc_type": RuntimeError}
+    sys.unraisablehook(
+        types.SimpleNamespace(**fields, exc_traceback=None, err_msg=None)
+    )
     # What is half written is never taken for good.
     assert list(step_folders(tmp_path)) == [1]
     again = c.Checkpoints(tmp_path)

@@ -63,7 +63,8 @@ def _resume(folder, state, step=None):
         c.set_aside_others(output, step)
         with c.Checkpoints(folder / CHECKPOINTS) as store:
             found = store.restore(state, step)
-            assert store.settings().run.seed == 4
+        saved = c.checkpoint_settings(folder / CHECKPOINTS / str(step))
+        assert saved.run.seed == 4
         return found, output.notes
     finally:
         output.close()
@@ -211,6 +212,10 @@ def _put(name, content=b"x"):
     return lambda run: (run / CHECKPOINTS / name).write_bytes(content)
 
 
+def _copy(run, step, other):
+    shutil.copytree(run / CHECKPOINTS / str(step), run / CHECKPOINTS / str(other))
+
+
 def _replace_folder(path):
     shutil.rmtree(path)
     path.write_bytes(b"x")
@@ -232,6 +237,8 @@ def _replace_folder(path):
         (_step("9/state", _replace_folder), 6, "state/"),
         (_step("9/digests.json", pathlib.Path.unlink), 6, "9 has no digests.json"),
         (_step("9/_CHECKPOINT_METADATA", _binary), 6, "_CHECKPOINT_METADATA"),
+        (_step("9", lambda path: path.rename(path.with_name("11"))), 6, "11 is damag"),
+        (lambda run: _copy(run, 9, 12), 9, "12 is damaged: .*another checkpoint's"),
         (_foreign_names, 9, ""),
         (_half_saved, 9, ""),
         (lambda run: _put("12")(run) or (run / "tensorboard").touch(), 9, "12 is no"),

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
+from taid_jax.models import export
 from taid_jax.settings import SettingsError, from_dict
 from taid_jax.train import folder as f
 
@@ -39,7 +42,11 @@ HALF = "checkpoints/3.orbax-checkpoint-tmp/state/d/piece"
         (EARLY, "--resume starts it anew", None),
         ((*EARLY, "checkpoints/"), "--resume starts it anew", None),
         ((*EARLY, HALF), "--resume starts it anew", None),
-        ((*EARLY, "metrics.tmp", "notes.txt"), "--resume starts it anew", None),
+        (
+            (*EARLY, "metrics.jsonl.partial", "notes.txt"),
+            "--resume starts it anew",
+            None,
+        ),
         (("tensorboard/", "set_aside/9/"), "--resume starts it anew", None),
         ((*EARLY, "checkpoints/3/_METADATA"), "Go on .* by --resume", None),
         # Somebody's own files, or a student whose checkpoints are gone.
@@ -98,6 +105,8 @@ def test_claim_makes_the_folder_and_lets_nobody_else_in(tmp_path):
 
 HOLDER = """
 import sys
+import types
+from taid_jax.models import export
 from taid_jax.settings import from_dict
 from taid_jax.train.folder import RunFolder
 output = RunFolder(from_dict({"output": sys.argv[1]}).run)
@@ -146,15 +155,40 @@ def test_claim_where_there_are_no_locks_says_so(tmp_path, monkeypatch):
 
 
 def test_claim_clears_what_a_killed_process_left_half_done(tmp_path):
-    _fill(tmp_path, *EARLY, HALF, ".student.0a1b2c3d.partial/model.safetensors")
-    _fill(tmp_path, ".student.mine", "checkpoints/notes.txt")
+    _fill(tmp_path, *EARLY, HALF, ".student.mine", "checkpoints/notes.txt")
     output = _open(tmp_path, resume=True)
     output.claim()
     output.close()
     assert not list(tmp_path.rglob("*orbax*"))
-    assert not list(tmp_path.glob(".student.*.partial"))
     assert (tmp_path / ".student.mine").exists()
     assert (tmp_path / "checkpoints" / "notes.txt").exists()
+
+
+def test_claim_clears_an_export_that_was_killed(tmp_path, monkeypatch):
+    """Between its two renames: the older student has lost its name."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    rename = pathlib.Path.rename
+
+    def first_alone(path, target):
+        if path.name != "student":
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", first_alone)
+        none = types.SimpleNamespace(rmtree=lambda path, ignore_errors: None)
+        patch.setattr(export, "shutil", none)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            export._aside(tmp_path / "student", replace=True),
+        ):
+            pass
+    assert len(list(tmp_path.iterdir())) == 2
+    output = _open(tmp_path, resume=True)
+    output.claim()
+    output.close()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_set_aside_never_overwrites(tmp_path):
