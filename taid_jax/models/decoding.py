@@ -29,8 +29,9 @@ Cache = tuple[Array, Array]
 """Keys and values of a layer, `(batch, kv_heads, slots, head_dim)` each."""
 
 
-NOT_A_TOKEN = -1
-"""Stands where a token was to be chosen and the greatest logit was not finite."""
+NOT_A_TOKEN = -(2**31)
+"""Stands where a token was to be chosen and the greatest logit was not finite. Not -1,
+which a caller may pad with."""
 
 
 class Prepared(NamedTuple):
@@ -51,7 +52,7 @@ class Answers(NamedTuple):
 
     Attributes:
         tokens: `(batch, max_new_tokens)` int32; padding behind a row's end. A row ends
-            with -1 where its logits were no numbers, see `NOT_A_TOKEN`.
+            with `NOT_A_TOKEN` where its logits were no numbers.
         lengths: `(batch,)` int32, tokens of each row, the one that ended it included.
         steps: int32 scalar, tokens of the longest row: no more were computed.
     """

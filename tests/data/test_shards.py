@@ -182,7 +182,7 @@ def test_shards_that_are_not_whole_are_refused(shards, tokenizer, damage, messag
     ("change", "message"),
     [
         (lambda text: text[:100], "not a whole manifest"),
-        (lambda text: text.replace("data 1", "data 9"), "need the format .*data 1"),
+        (lambda text: text.replace("data 2", "data 9"), "need the format .*data 2"),
         (lambda text: text.replace('"files"', '"filed"'), "not a whole manifest"),
         (lambda text: "[]", "not a whole manifest"),
     ],

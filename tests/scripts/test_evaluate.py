@@ -185,7 +185,7 @@ def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(settings))
 
-    class KilledError(Exception):
+    class KilledError(BaseException):  # As a kill, it is nobody's to catch.
         pass
 
     calls = []
