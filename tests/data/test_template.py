@@ -87,7 +87,8 @@ FOREVER = (
 def test_template_that_breaks_or_takes_too_much_is_one_message(
     tokenizer, monkeypatch, write_jsonl, template, message
 ):
-    monkeypatch.setattr(te, "SECONDS", 0.3)
+    # Enough for what ends by itself, on a slow machine too.
+    monkeypatch.setattr(te, "SECONDS", 1.5)
     sound = tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", template)
     source = write_jsonl([{"messages": TURNS}] * 3)
