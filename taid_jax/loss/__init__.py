@@ -4,7 +4,6 @@ An objective is a pytree that gives the loss of every token; `distillation_loss`
 mean over counted tokens, `fused_loss` its sum straight from hidden states.
 """
 
-from taid_jax.loss._fused import fused_loss as fused_loss
 from taid_jax.loss.baselines import CTKD as CTKD
 from taid_jax.loss.baselines import DKD as DKD
 from taid_jax.loss.baselines import CrossEntropy as CrossEntropy
@@ -16,6 +15,7 @@ from taid_jax.loss.divergences import ReverseKL as ReverseKL
 from taid_jax.loss.divergences import SkewForwardKL as SkewForwardKL
 from taid_jax.loss.divergences import SkewReverseKL as SkewReverseKL
 from taid_jax.loss.divergences import TotalVariation as TotalVariation
+from taid_jax.loss.fused import fused_loss as fused_loss
 from taid_jax.loss.mix import Mix as Mix
 from taid_jax.loss.objective import Objective as Objective
 from taid_jax.loss.reduce import distillation_loss as distillation_loss

@@ -14,8 +14,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Shaped
 
 from taid_jax.errors import show
-from taid_jax.loss._fused_loop import Gradients, Wanted, is_smooth
-from taid_jax.loss._fused_mesh import Fixed, Moving, Static, find_partition, run
+from taid_jax.loss.fused.chunks import Gradients
+from taid_jax.loss.fused.mesh import find_partition
+from taid_jax.loss.fused.rows import Wanted, is_smooth
+from taid_jax.loss.fused.shards import Fixed, Moving, Static, run
 from taid_jax.loss.objective import (
     Objective,
     as_int32,

@@ -2,90 +2,27 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Float, Shaped
+from jax.sharding import Mesh, PartitionSpec
 
-from taid_jax.loss._fused_loop import (
+from taid_jax.loss.fused import mesh as fused_mesh
+from taid_jax.loss.fused.chunks import (
     Gradients,
     Outcome,
-    Problem,
     Tokens,
-    Wanted,
-    choose_chunk,
     run_chunks,
 )
+from taid_jax.loss.fused.mesh import Partition
+from taid_jax.loss.fused.plan import make_plan
+from taid_jax.loss.fused.rows import Problem, Wanted
 from taid_jax.loss.objective import Objective
 from taid_jax.loss.reduce import select_tokens, token_weights
-from taid_jax.types import DATA, FSDP, TENSOR, Head
-
-
-class Partition(NamedTuple):
-    """The axes of a mesh by what they do.
-
-    Attributes:
-        mesh: All of it.
-        free: Axes that the caller is not inside of already.
-        tokens: Those that the leading axis of the tokens is spread over.
-        fsdp: Over how many devices the heads are spread outside the loop.
-        tensor: Over how many the vocabulary is, by the compiler inside the loop: an
-            objective is written for whole rows, and only its sums have to travel.
-    """
-
-    mesh: Mesh | AbstractMesh
-    free: frozenset[str]
-    tokens: tuple[str, ...]
-    fsdp: int
-    tensor: int
-
-    @property
-    def manual(self) -> frozenset[str]:
-        """Axes over which the loop is written per device."""
-        return self.free - ({TENSOR} if self.tensor > 1 else set())
-
-
-def find_partition(mesh: Mesh | None, leading: int) -> tuple[Partition | None, str]:
-    """Returns how to spread the work, and the platform: "cpu", "gpu" or "tpu".
-
-    The partition is None on one device, and where the spreading is the compiler's.
-
-    Args:
-        mesh: The mesh of the call; that of `jax.set_mesh` when None. Axes over which
-            the caller is already inside a `shard_map` are left alone.
-        leading: Size of the tokens' leading axis. One that the mesh does not divide
-            is not spread by hand.
-    """
-    context = jax.sharding.get_abstract_mesh()
-    found = context if mesh is None or context.manual_axes else mesh
-    if found.empty:
-        return None, jax.default_backend()
-    platform = _platform(found)
-    free = [name for name in found.axis_names if name not in context.manual_axes]
-    sizes = {name: found.shape[name] for name in free}
-    tokens = tuple(name for name in (DATA, FSDP) if sizes.get(name, 1) > 1)
-    tensor = sizes.get(TENSOR, 1)
-    if not tokens and tensor == 1:
-        return None, platform
-    if leading % math.prod(sizes[name] for name in tokens):
-        return None, platform
-    partition = Partition(
-        found, frozenset(free), tokens, sizes.get(FSDP, 1), sizes.get(TENSOR, 1)
-    )
-    return partition, platform
-
-
-def _platform(mesh: Mesh | AbstractMesh) -> str:
-    if isinstance(mesh, Mesh):
-        return mesh.devices.flat[0].platform
-    if mesh.abstract_device is not None:
-        return mesh.abstract_device.platform
-    return jax.default_backend()
+from taid_jax.types import Head
 
 
 class Static(NamedTuple):
@@ -196,7 +133,7 @@ def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     def gathered(head: Head, dtype: Any) -> Head:
         # Cast first: half the bytes travel where parameters are float32.
         kernel = head.kernel.astype(dtype)
-        kernel = _gather_kernel(kernel, head.axes, partition)
+        kernel = fused_mesh.gather_kernel(kernel, head.axes, partition)
         return dataclasses.replace(head, kernel=kernel)
 
     moving = moving._replace(head=gathered(moving.head, moving.hidden.dtype))
@@ -217,7 +154,7 @@ def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
 
     # Layouts stand where the trees of arrays have arrays: hence Any.
     whole: Any = PartitionSpec()
-    tokens: Any = PartitionSpec(partition.tokens or None)
+    tokens: Any = fused_mesh.tokens_spec(partition)
     loss, metrics, gradients = jax.shard_map(
         local,
         mesh=partition.mesh,
@@ -228,7 +165,7 @@ def run_shards(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     )(moving, fixed)
     in_leaves, in_hidden, in_kernel, in_bias = gradients
     if in_kernel is not None:
-        in_kernel = _reduce_kernel(in_kernel, axes, partition)
+        in_kernel = fused_mesh.reduce_kernel(in_kernel, axes, partition)
     return Outcome(loss, metrics, Gradients(in_leaves, in_hidden, in_kernel, in_bias))
 
 
@@ -247,7 +184,7 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     width = entries if fixed.head is None else min(entries, _width(fixed.head))
 
     def spread(array: Array, axis: int) -> Array:
-        return _spread_vocabulary(array, axis, partition)
+        return fused_mesh.spread_vocabulary(array, axis, partition)
 
     def cut(head: Head, dtype: Any) -> Head:
         axis = head.axes[1]
@@ -275,10 +212,10 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
     tensor = 1 if partition is None else partition.tensor
     on_device = -(-width // tensor)
     parts = 1 if width % tensor else tensor
-    chunk = choose_chunk(weight.size, on_device, static.platform, static.chunk_size)
+    plan = make_plan(weight.size, on_device, static.platform, static.chunk_size)
     masked = fixed.mask is not None
     loss, metrics, (in_leaves, in_hidden, in_kernel, in_bias) = run_chunks(
-        problem, tokens, masked, chunk, wanted, spread, parts
+        problem, tokens, masked, plan, wanted, spread, parts
     )
     if in_hidden is not None:
         in_hidden = in_hidden.reshape(hidden.shape)
@@ -289,100 +226,3 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
         in_bias = jnp.pad(in_bias, rest)
     metrics = {"weight": jnp.sum(weight), **metrics}
     return Outcome(loss, metrics, Gradients(in_leaves, in_hidden, in_kernel, in_bias))
-
-
-def _kernel_spec(
-    shape: tuple[int, ...], axes: tuple[int, int], partition: Partition, whole: bool
-) -> PartitionSpec:
-    """Returns the layout of a kernel with axes (d_model, vocab), in or out of the loop.
-
-    An axis that the mesh does not divide stays whole.
-    """
-    model, vocab = axes
-    names: list[str | None] = [None, None]
-    if not whole and partition.fsdp > 1 and shape[model] % partition.fsdp == 0:
-        names[model] = FSDP
-    if partition.tensor > 1 and shape[vocab] % partition.tensor == 0:
-        names[vocab] = TENSOR
-    return PartitionSpec(*names)
-
-
-def _gather_kernel(
-    kernel: Shaped[Array, "..."], axes: tuple[int, int], partition: Partition
-) -> Shaped[Array, "..."]:
-    """Returns a kernel that is whole on every device of the fsdp axis.
-
-    Args:
-        kernel: Of either orientation.
-        axes: Which axis is d_model, which the vocabulary.
-        partition: Where it lies.
-    """
-    spread = _kernel_spec(kernel.shape, axes, partition, whole=False)
-    whole = _kernel_spec(kernel.shape, axes, partition, whole=True)
-
-    def local(shard: Array) -> Array:
-        if spread == whole:
-            return shard
-        return lax.all_gather(shard, FSDP, axis=axes[0], tiled=True)
-
-    return _per_device(local, spread, whole, partition)(kernel)
-
-
-def _reduce_kernel(
-    gradients: Float[Array, "shards ..."], axes: tuple[int, int], partition: Partition
-) -> Float[Array, "..."]:
-    """Returns the sum of a kernel's gradients, laid out as the kernel.
-
-    Args:
-        gradients: That of the tokens of every device, along the leading axis.
-        axes: Which axis of the kernel is d_model, which the vocabulary.
-        partition: Where they lie.
-    """
-    shape = gradients.shape[1:]
-    spread = _kernel_spec(shape, axes, partition, whole=False)
-    whole = _kernel_spec(shape, axes, partition, whole=True)
-
-    def local(gradient: Array) -> Array:
-        gradient, rest = jnp.squeeze(gradient, 0), partition.tokens
-        if spread != whole:
-            gradient = lax.psum_scatter(
-                gradient, FSDP, scatter_dimension=axes[0], tiled=True
-            )
-            rest = tuple(name for name in rest if name != FSDP)
-        return lax.psum(gradient, rest) if rest else gradient
-
-    stacked = PartitionSpec(partition.tokens or None, *whole)
-    return _per_device(local, stacked, spread, partition)(gradients)
-
-
-def _per_device(
-    function: Callable[[Array], Array],
-    in_spec: PartitionSpec,
-    out_spec: PartitionSpec,
-    partition: Partition,
-) -> Callable[[Array], Array]:
-    """Returns a function written per device of the whole mesh.
-
-    Collectives over some axes of a mesh inside a loop that leaves others to the
-    compiler make it gather the others first.
-    """
-    return jax.shard_map(
-        function,
-        mesh=partition.mesh,
-        in_specs=in_spec,
-        out_specs=out_spec,
-        axis_names=set(partition.free),
-        check_vma=False,
-    )
-
-
-def _spread_vocabulary(
-    array: Shaped[Array, "..."], axis: int, partition: Partition | None
-) -> Shaped[Array, "..."]:
-    """Returns an array with its vocabulary over the tensor axis, if that divides it."""
-    if partition is None or partition.tensor == 1:
-        return array
-    if array.shape[axis] % partition.tensor:
-        return array
-    names = [TENSOR if i == axis else None for i in range(array.ndim)]
-    return lax.with_sharding_constraint(array, PartitionSpec(*names))
