@@ -173,7 +173,7 @@ def as_yaml(rng, tree):
         ),
         *(
             "{{}: 1}",
-            "[" * 9000,
+            "[" * 2000,
             "!!binary x",
             "!!timestamp x",
             "!!set {a, b}",
@@ -363,4 +363,7 @@ def test_readers_survive_mutations(readers, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_readers_survive_very_many_mutations(readers, kind):
-    fuzz(readers[kind], kind, range(CASES // len(KINDS)))
+    # The parser of YAML, written in Python, takes most of a minute for these few.
+    few = 2_000
+    others = (CASES - few) // (len(KINDS) - 1)
+    fuzz(readers[kind], kind, range(few if kind == "settings" else others))
