@@ -116,7 +116,7 @@ def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
     None without a template, or if no answer is found in what it renders.
     """
     encoder = Encoder(cast(DataTokenizer, tokenizer))
-    renderer = ChatRenderer(encoder.tokenizer, count_prompts=False)
+    renderer = ChatRenderer(encoder.tokenizer, train_on_prompts=False)
     if not renderer.has_template:
         return None
     try:

@@ -158,7 +158,7 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
         cast(DataTokenizer, tokenizer),
         seq_len=data.seq_len,
         held_out_fraction=data.held_out_fraction,
-        count_prompts=data.count_prompts,
+        train_on_prompts=data.train_on_prompts,
         pack=data.pack,
         buckets=data.bucket_lengths,
         bad_records=data.bad_records,

@@ -23,7 +23,7 @@ def smollm2():
 
 
 def test_smollm2_counts_exactly_the_answers(smollm2, make_conversations):
-    renderer = ChatRenderer(smollm2, count_prompts=False)
+    renderer = ChatRenderer(smollm2, train_on_prompts=False)
     conversations = make_conversations(200)
     items = [renderer.chat(parse_record({"messages": m})) for m in conversations]
     for messages, example in zip(
@@ -35,7 +35,7 @@ def test_smollm2_counts_exactly_the_answers(smollm2, make_conversations):
 
 
 def test_smollm2_keeps_the_ids_of_the_whole_text(smollm2, make_conversations):
-    renderer = ChatRenderer(smollm2, count_prompts=False)
+    renderer = ChatRenderer(smollm2, train_on_prompts=False)
     for messages in make_conversations(50, edges=[""]):
         item = renderer.chat(parse_record({"messages": messages}))
         [example] = Encoder(smollm2).examples([item])

@@ -26,7 +26,8 @@ def load_script():
     """`load_script(name)`: a script as a module."""
 
     def load(name):
-        path = ROOT / "scripts" / f"{name}.py"
+        home = "benchmarks" if name == "plan_loss" else "scripts"
+        path = ROOT / home / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"script_{name}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from taid_jax.loss import softmax
-from taid_jax.loss.cross_entropy import forward, reverse
-from taid_jax.loss.exact import Parts
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._cross_entropy import forward, reverse
+from taid_jax.loss._exact import Parts
 
 
 def head_entries(

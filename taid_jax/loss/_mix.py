@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from taid_jax.loss.cross_entropy import label_cross_entropy
-from taid_jax.loss.objective import (
+from taid_jax.loss._cross_entropy import label_cross_entropy
+from taid_jax.loss._objective import (
     STATIC,
     Objective,
     check_shapes,
@@ -15,7 +15,7 @@ from taid_jax.loss.objective import (
     need_labels,
     register_objective,
 )
-from taid_jax.loss.reduce import token_metrics
+from taid_jax.loss._reduce import token_metrics
 from taid_jax.types import IGNORE_INDEX
 
 

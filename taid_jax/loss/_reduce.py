@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from taid_jax.loss.objective import Objective, check_shapes
+from taid_jax.loss._objective import Objective, check_shapes
 from taid_jax.types import IGNORE_INDEX
 
 

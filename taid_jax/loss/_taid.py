@@ -8,16 +8,16 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Real, Shaped
 
-from taid_jax.loss import softmax
-from taid_jax.loss.cross_entropy import soft_cross_entropy
-from taid_jax.loss.exact import Parts, exact
-from taid_jax.loss.objective import (
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._cross_entropy import soft_cross_entropy
+from taid_jax.loss._exact import Parts, exact
+from taid_jax.loss._objective import (
     as_scalar,
     check_between,
     check_shapes,
     register_objective,
 )
-from taid_jax.loss.reduce import distillation_loss
+from taid_jax.loss._reduce import distillation_loss
 
 
 class _Rows(NamedTuple):

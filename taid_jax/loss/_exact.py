@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from taid_jax.loss import softmax
+from taid_jax.loss import _softmax as softmax
 
 Gradient = Callable[[], Float[Array, "*tokens vocab"]]
 """Forms the gradient in the student's logits when, and only when, it is asked for."""

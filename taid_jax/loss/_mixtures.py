@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from taid_jax.loss import softmax
-from taid_jax.loss.exact import Parts
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._exact import Parts
 
 
 class _Terms(NamedTuple):

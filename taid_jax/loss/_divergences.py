@@ -9,9 +9,12 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from taid_jax.loss import adaptive, cross_entropy, mixtures, softmax
-from taid_jax.loss.exact import Parts, exact, tempered
-from taid_jax.loss.objective import (
+from taid_jax.loss import _adaptive as adaptive
+from taid_jax.loss import _cross_entropy as cross_entropy
+from taid_jax.loss import _mixtures as mixtures
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._exact import Parts, exact, tempered
+from taid_jax.loss._objective import (
     STATIC,
     as_scalar,
     check_positive,

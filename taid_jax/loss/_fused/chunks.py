@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int, Shaped
 
-from taid_jax.loss.fused.plan import Plan
-from taid_jax.loss.fused.products import (
+from taid_jax.loss._fused.plan import Plan
+from taid_jax.loss._fused.products import (
     Job,
     LoopCarry,
     Sums,
@@ -21,7 +21,7 @@ from taid_jax.loss.fused.products import (
     head_products,
     work_when,
 )
-from taid_jax.loss.fused.rows import (
+from taid_jax.loss._fused.rows import (
     Problem,
     Rows,
     Wanted,
@@ -29,7 +29,7 @@ from taid_jax.loss.fused.rows import (
     head_product,
     split_objective,
 )
-from taid_jax.loss.reduce import select_tokens, weighted_sum
+from taid_jax.loss._reduce import select_tokens, weighted_sum
 from taid_jax.types import IGNORE_INDEX
 
 X = TypeVar("X")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from taid_jax.loss.fused.plan import Plan
-from taid_jax.loss.fused.rows import dot
+from taid_jax.loss._fused.plan import Plan
+from taid_jax.loss._fused.rows import dot
 from taid_jax.types import Head
 
 STRIP = 2048

@@ -10,15 +10,15 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from taid_jax.loss import softmax
-from taid_jax.loss.cross_entropy import (
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._cross_entropy import (
     by_label,
     forward,
     label_cross_entropy,
     label_entries,
 )
-from taid_jax.loss.exact import Parts, exact
-from taid_jax.loss.objective import (
+from taid_jax.loss._exact import Parts, exact
+from taid_jax.loss._objective import (
     STATIC,
     as_scalar,
     check_between,

@@ -6,5 +6,5 @@ mesh (`mesh`), `chunks` is the loop of one device in sizes of `plan`, `products`
 tokens.
 """
 
-from taid_jax.loss.fused.loss import FUSED_LOSS as FUSED_LOSS
-from taid_jax.loss.fused.loss import fused_loss as fused_loss
+from taid_jax.loss._fused.loss import FUSED_LOSS as FUSED_LOSS
+from taid_jax.loss._fused.loss import fused_loss as fused_loss

@@ -4,7 +4,7 @@ Without arguments, SmolLM2-135M-Instruct as a GGUF file and the same model expor
 safetensors. Every load has a process of its own, with the tokenizer included and the
 imports left out; the peak is what the process grew by, as the kernel counts it.
 
-    python scripts/bench_load.py [SOURCE ...] [--repeats 3] [--json FILE]
+    python benchmarks/bench_load.py [SOURCE ...] [--repeats 3] [--json FILE]
 """
 
 import argparse

@@ -29,7 +29,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
 from taid_jax.models.files.load import export_model
 
-TRAIN = pathlib.Path(__file__).parent / "train_tpu.py"
+TRAIN = pathlib.Path(__file__).parents[1] / "scripts" / "train_tpu.py"
 CHARACTERS = 40_000
 # What depends on the clock.
 MEASURED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm", "tokens")

@@ -9,9 +9,9 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float
 
-from taid_jax.loss.fused.plan import Plan
-from taid_jax.loss.fused.rows import Problem, Wanted, dot
-from taid_jax.loss.fused.strips import Products, over_counted, plus, strip_products
+from taid_jax.loss._fused.plan import Plan
+from taid_jax.loss._fused.rows import Problem, Wanted, dot
+from taid_jax.loss._fused.strips import Products, over_counted, plus, strip_products
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")

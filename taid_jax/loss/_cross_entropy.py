@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from taid_jax.loss import softmax
-from taid_jax.loss.exact import Parts, exact
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._exact import Parts, exact
 from taid_jax.types import IGNORE_INDEX
 
 

@@ -14,17 +14,17 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Shaped
 
 from taid_jax.errors import show
-from taid_jax.loss.fused.chunks import Gradients
-from taid_jax.loss.fused.mesh import find_partition
-from taid_jax.loss.fused.rows import Wanted, is_smooth
-from taid_jax.loss.fused.shards import Fixed, Moving, Static, run
-from taid_jax.loss.objective import (
+from taid_jax.loss._fused.chunks import Gradients
+from taid_jax.loss._fused.mesh import find_partition
+from taid_jax.loss._fused.rows import Wanted, is_smooth
+from taid_jax.loss._fused.shards import Fixed, Moving, Static, run
+from taid_jax.loss._objective import (
     Objective,
     as_int32,
     check_kinds,
     check_positive,
 )
-from taid_jax.loss.reduce import token_metrics
+from taid_jax.loss._reduce import token_metrics
 from taid_jax.types import Head
 
 FUSED_LOSS = "fused_loss"

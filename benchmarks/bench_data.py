@@ -39,7 +39,7 @@ class Command:
         tokenizer: Model whose tokenizer is used.
         seq_len: Tokens of a row.
         batch_size: Rows of a batch.
-        count_prompts: Count every token.
+        train_on_prompts: Count every token.
         conversations: How many are made up.
         cores: Cores that the process keeps to.
         repeats: Runs, of which the fastest counts.
@@ -49,7 +49,7 @@ class Command:
     tokenizer: str = ModelSettings().teacher
     seq_len: int = 2048
     batch_size: int = 8
-    count_prompts: bool = False
+    train_on_prompts: bool = False
     conversations: int = 1000
     cores: int = 1
     repeats: int = 3
@@ -105,7 +105,7 @@ def measure(command: Command, folder: pathlib.Path) -> None:
     shards = str(folder / "shards")
     options = {
         "seq_len": command.seq_len,
-        "count_prompts": command.count_prompts,
+        "train_on_prompts": command.train_on_prompts,
         "bad_records": "count",
     }
 
@@ -123,7 +123,7 @@ def measure(command: Command, folder: pathlib.Path) -> None:
             source,
             target,
             max_tokens=command.seq_len,
-            count_prompts=command.count_prompts,
+            train_on_prompts=command.train_on_prompts,
             jobs=1,
         )
         manifest = prepare(asked, tokenizer)

@@ -9,8 +9,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from taid_jax.loss.objective import Objective
-from taid_jax.loss.reduce import select_tokens, token_metrics, weighted_sum
+from taid_jax.loss._objective import Objective
+from taid_jax.loss._reduce import select_tokens, token_metrics, weighted_sum
 from taid_jax.types import Head
 
 

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from taid_jax.loss.fused import mesh as fused_mesh
-from taid_jax.loss.fused.chunks import (
+from taid_jax.loss._fused import mesh as fused_mesh
+from taid_jax.loss._fused.chunks import (
     Gradients,
     Outcome,
     Tokens,
     run_chunks,
 )
-from taid_jax.loss.fused.mesh import Partition
-from taid_jax.loss.fused.plan import make_plan
-from taid_jax.loss.fused.rows import Problem, Wanted
-from taid_jax.loss.objective import Objective
-from taid_jax.loss.reduce import select_tokens, token_weights
+from taid_jax.loss._fused.mesh import Partition
+from taid_jax.loss._fused.plan import make_plan
+from taid_jax.loss._fused.rows import Problem, Wanted
+from taid_jax.loss._objective import Objective
+from taid_jax.loss._reduce import select_tokens, token_weights
 from taid_jax.types import Head
 
 
