@@ -21,7 +21,7 @@ they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`."""
 def pad_left(
     rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
 ) -> tuple[Int32[np.ndarray, "rows width"], Int32[np.ndarray, "rows width"]]:
-    """Returns prompts to generate from, and their mask: padding, 0 in both, comes first.
+    """Returns prompts to generate from and their mask, padded with 0 on the left.
 
     Args:
         rows: Token ids of every prompt, at most `width`.
