@@ -229,9 +229,10 @@ class Examination:
 
         All batches have one shape, so that one program answers them all.
         """
-        places = np.arange(start, start + self.batch_size) % len(self.questions)
+        places = range(start, start + self.batch_size)
         ids, mask = pad_left(
-            [self.questions[place].prompt for place in places], self.width
+            [self.questions[place % len(self.questions)].prompt for place in places],
+            self.width,
         )
         return {"prompt_ids": ids, "prompt_mask": mask}
 

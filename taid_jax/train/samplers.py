@@ -209,7 +209,7 @@ def _prompt_rows(
         for name in ("input_ids", "labels", "attention_mask")
     }
     asked = np.where(prompts <= width, prompts, 0)
-    used = np.maximum(asked, 1)
+    used = np.maximum(asked, 1).tolist()
     ids, mask = pad_left(
         [row[:length] for row, length in zip(out["input_ids"], used, strict=True)],
         width,
