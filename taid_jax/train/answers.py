@@ -265,13 +265,14 @@ def prepare_examination(
     Raises:
         SettingsError: If no question leaves room for an answer in the model's context.
     """
-    room = config.max_length - answer_tokens
+    room = config.max_position_embeddings - answer_tokens
     fitting = [question for question in questions if len(question.prompt) <= room]
     if not fitting:
         shortest = min(len(question.prompt) for question in questions)
         raise SettingsError(
             f"answer_tokens: {answer_tokens} tokens after a prompt (the shortest has "
-            f"{shortest}) do not fit the student's context of {config.max_length}"
+            f"{shortest}) do not fit the student's context of "
+            f"{config.max_position_embeddings}"
         )
     ends = end_ids(tokenizer, generation, fitting)
     longest = max(len(question.prompt) for question in fitting)

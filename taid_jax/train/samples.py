@@ -37,7 +37,7 @@ def show_samples(
         return
     ends = end_ids(tokenizer, pair.generation, questions)
     configs = pair.teacher.config, pair.student_config
-    length = min(config.max_length for config in configs) - SAMPLE_TOKENS
+    length = min(config.max_position_embeddings for config in configs) - SAMPLE_TOKENS
     if length < 1:
         return
     chosen = [question.prompt[-length:] for question in questions]

@@ -165,14 +165,14 @@ def choose_fitting(
     Raises:
         DataError: If none does.
     """
-    room = config.max_length - max_new_tokens
+    room = config.max_position_embeddings - max_new_tokens
     fitting = [one for one in encoded if 0 < len(one.ids) <= room]
     if not fitting:
         shortest = min(len(one.ids) for one in encoded)
         raise DataError(
             f"no prompt leaves room for an answer of {max_new_tokens} tokens: the "
             f"shortest has {shortest} and the model's context is "
-            f"{config.max_length}; ask for shorter answers"
+            f"{config.max_position_embeddings}; ask for shorter answers"
         )
     return fitting
 
@@ -199,7 +199,7 @@ def answer_prompts(
     """
     tokenizer = cast(Any, model.tokenizer)
     ends = answer_ends(model)
-    room = model.config.max_length - job.max_new_tokens
+    room = model.config.max_position_embeddings - job.max_new_tokens
     unroll = None if mesh.size == 1 else False
     prepared = prepare(model.params, model.config, unroll=unroll)
     for first in range(0, len(encoded), batch_size):
