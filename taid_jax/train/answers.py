@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from taid_jax.data import DataError, Dataset, ExampleSet, held_out_batches
+from taid_jax.data import DataError, Dataset, ExampleSet, held_out_batches, pad_left
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Completion
@@ -229,12 +229,11 @@ class Examination:
 
         All batches have one shape, so that one program answers them all.
         """
-        ids = np.zeros((self.batch_size, self.width), np.int32)
-        mask = np.zeros_like(ids)
-        for row in range(self.batch_size):
-            prompt = self.questions[(start + row) % len(self.questions)].prompt
-            ids[row, self.width - len(prompt) :] = prompt
-            mask[row, self.width - len(prompt) :] = 1
+        places = range(start, start + self.batch_size)
+        ids, mask = pad_left(
+            [self.questions[place % len(self.questions)].prompt for place in places],
+            self.width,
+        )
         return {"prompt_ids": ids, "prompt_mask": mask}
 
 

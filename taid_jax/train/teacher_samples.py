@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from taid_jax.data import DataError
+from taid_jax.data import DataError, pad_left
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.load import LoadedModel
 from taid_jax.models.generation import generate, prepare
@@ -206,12 +206,9 @@ def answer_prompts(
         batch = encoded[first : first + batch_size]
         longest = max(len(one.ids) for one in batch)
         width = min(-(-longest // _WIDTH) * _WIDTH, room)
-        ids, mask = np.zeros((2, batch_size, width), np.int32)
         # The last batch repeats prompts, so that all have one shape.
         rows = [batch[row % len(batch)] for row in range(batch_size)]
-        for row, one in enumerate(rows):
-            ids[row, width - len(one.ids) :] = one.ids
-            mask[row, width - len(one.ids) :] = 1
+        ids, mask = pad_left([one.ids for one in rows], width)
         numbers = jnp.array([one.prompt.number for one in rows])
         seed = jax.random.key(job.seed)
         placed = place_batch({"ids": ids, "mask": mask}, mesh)
