@@ -284,5 +284,5 @@ def test_answers_of_a_student_that_is_no_number_are_an_error(dataset, tokenizer,
     questions = an.find_questions(dataset().held_out, 100)
     examination = _prepared(questions, tokenizer, model)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ModelError, match=r"logits are not finite .* 8 of 8 answers"):
+    with pytest.raises(ModelError, match=r"not finite .* 8 of 8 completions"):
         examination.answers(broken)
