@@ -12,14 +12,12 @@ from jax.sharding import Mesh
 from taid_jax.data import DataError, Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.template import set_chat_template
-from taid_jax.memory import host_memory
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
-from taid_jax.models.errors import ModelError
-from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
-from taid_jax.models.memory import check_fits, params_need
-from taid_jax.models.source import resolve
-from taid_jax.models.tokenizer import (
+from taid_jax.models.files.hub import resolve
+from taid_jax.models.files.load import LoadedModel, load_config, load_model, random_init
+from taid_jax.models.files.tokenizer import (
     Tokenizer,
     find_tokenizer,
     load_tokenizer,
@@ -27,11 +25,12 @@ from taid_jax.models.tokenizer import (
     same_tokenizer,
     translate_ids,
 )
-from taid_jax.models.vocabulary import (
+from taid_jax.models.files.vocabulary import (
     count_tokens,
     resize_vocabulary,
     with_tokenizer,
 )
+from taid_jax.models.memory import check_fits, host_memory, params_need
 from taid_jax.settings import ModelSettings, Settings, SettingsError, contradictions
 from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
 from taid_jax.types import Params
@@ -105,10 +104,10 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
         tokenizer = own_tokenizer(own, tokenizer)
     configs = read_configs(settings)
     for name, config in configs.items():
-        if seq_len > config.max_length:
+        if seq_len > config.max_position_embeddings:
             raise SettingsError(
                 f"seq_len: {seq_len} is beyond the {name}'s context of "
-                f"{config.max_length} tokens"
+                f"{config.max_position_embeddings} tokens"
             )
         if not settings.resize_embeddings:
             with_tokenizer(config, tokenizer)
@@ -338,12 +337,12 @@ def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
     def fitted(config: DecoderConfig) -> DecoderConfig:
         if not model.resize_embeddings:
             return with_tokenizer(config, tokenizer)
-        return dataclasses.replace(config, vocab_size=size, num_tokens=None)
+        return dataclasses.replace(config, vocab_size=size, padded_vocab_size=size)
 
     def resized(params: Params) -> Params:
         return resize_vocabulary(params, size) if model.resize_embeddings else params
 
-    if model.resize_embeddings and teacher.config.vocab_size != size:
+    if model.resize_embeddings and teacher.config.padded_vocab_size != size:
         new = fitted(teacher.config)
         resize = jax.jit(resized, out_shardings=teacher_shardings(new))
         teacher = dataclasses.replace(

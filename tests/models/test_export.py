@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from taid_jax.models import export
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.errors import ModelError
-from taid_jax.models.export import plan_shards, stored_tensors, write_folder
-from taid_jax.models.hf import INDEX, WEIGHTS
-from taid_jax.models.load import export_model, load_model
+from taid_jax.models.files import export
+from taid_jax.models.files.export import plan_shards, stored_tensors, write_folder
+from taid_jax.models.files.hf import INDEX, WEIGHTS
+from taid_jax.models.files.load import export_model, load_model
 
 CONFIG = DecoderConfig(
     vocab_size=20,
@@ -30,8 +30,10 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=12,
-    max_length=64,
-    rope=RopeConfig(theta=5e4, kind="llama3", factor=2.0, original_max_length=16),
+    max_position_embeddings=64,
+    rope=RopeConfig(
+        theta=5e4, kind="llama3", factor=2.0, original_max_position_embeddings=16
+    ),
 )
 VARIANTS = {
     "untied": {},
@@ -181,7 +183,7 @@ def test_write_folder_writes_generation_settings(tmp_path, params):
 
 @pytest.mark.parametrize("pad", [17, -1, "x", [1]])
 def test_write_folder_names_no_padding_that_the_folder_lacks(tmp_path, params, pad):
-    config = dataclasses.replace(CONFIG, num_tokens=15)
+    config = dataclasses.replace(CONFIG, vocab_size=15)
     generation = {"pad_token_id": pad, "eos_token_id": 3}
     export_model(tmp_path / "m", config, params, generation=generation)
     pytest.importorskip("torch", reason="transformers needs PyTorch to load a model")

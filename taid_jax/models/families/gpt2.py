@@ -1,7 +1,7 @@
 """GPT-2: learned positions, and matrices that are stored with their inputs first."""
 
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
-from taid_jax.models.layout import Part
+from taid_jax.models.families.layout import Part
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", **ACTIVATIONS}
 _THIRDS = ("n h", "k h", "k h")
@@ -15,14 +15,14 @@ GPT2 = Family(
     name="gpt2",
     architecture="GPT2LMHeadModel",
     settings=(
-        Setting("vocab_size", "vocab_size", 50257),
+        Setting("padded_vocab_size", "vocab_size", 50257),
         Setting("d_model", "n_embd", 768),
         Setting("num_layers", "n_layer", 12),
         Setting("num_heads", "n_head", 12),
         Setting("num_kv_heads", None, lambda got: got["num_heads"]),
         Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
         Setting("mlp_dim", "n_inner", lambda got: 4 * got["d_model"]),
-        Setting("max_length", "n_positions", 1024),
+        Setting("max_position_embeddings", "n_positions", 1024),
         Setting("norm_eps", "layer_norm_epsilon", 1e-5),
         Setting("initializer_range", "initializer_range", 0.02),
         Setting("tie_embeddings", "tie_word_embeddings", True),

@@ -1,9 +1,9 @@
 """Llama 1 to 3, and what is built like it: TinyLlama, SmolLM2, ..."""
 
 from taid_jax.models.families.family import Family, Setting, Weight
+from taid_jax.models.families.fields import REQUIRED
 from taid_jax.models.families.rope import rope
 from taid_jax.models.families.usual import ROTARY_BUFFERS
-from taid_jax.models.fields import REQUIRED
 
 # llama.cpp keeps the two halves (c) of each rotary pair side by side; Hugging Face has
 # the first halves of all pairs (r) of a head before the second ones.
@@ -14,14 +14,14 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     gguf="llama",
     settings=(
-        Setting("vocab_size", "vocab_size", REQUIRED),
+        Setting("padded_vocab_size", "vocab_size", REQUIRED),
         Setting("d_model", "hidden_size", REQUIRED),
         Setting("mlp_dim", "intermediate_size", REQUIRED),
         Setting("num_layers", "num_hidden_layers", REQUIRED),
         Setting("num_heads", "num_attention_heads", REQUIRED),
         Setting("num_kv_heads", "num_key_value_heads", lambda got: got["num_heads"]),
         Setting("head_dim", "head_dim", lambda got: got["d_model"] // got["num_heads"]),
-        Setting("max_length", "max_position_embeddings", 2048),
+        Setting("max_position_embeddings", "max_position_embeddings", 2048),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
         Setting("initializer_range", "initializer_range", 0.02),
         Setting("tie_embeddings", "tie_word_embeddings", False),

@@ -1,6 +1,7 @@
 """Phi-3 to 4: queries, keys and values in one tensor, gate and up in another."""
 
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
+from taid_jax.models.families.layout import Part
 from taid_jax.models.families.rope import rope
 from taid_jax.models.families.usual import (
     ATTENTION,
@@ -12,7 +13,6 @@ from taid_jax.models.families.usual import (
     ROTARY_BUFFERS,
     SIZES,
 )
-from taid_jax.models.layout import Part
 
 _QKV, _GATE_UP = ("n h", "k h", "k h"), ("f", "f")
 _LAYOUTS = {
@@ -30,13 +30,13 @@ PHI3 = Family(
     settings=(
         *SIZES,
         HEAD_DIM,
-        Setting("max_length", "max_position_embeddings", 4096),
+        Setting("max_position_embeddings", "max_position_embeddings", 4096),
         Setting("norm_eps", "rms_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("activation", "hidden_act", "silu", ACTIVATIONS),
         Setting("window", "sliding_window", None),
     ),
-    groups=(rope(fraction=1.0, kinds={"default": "default"} | _LONG, original=4096),),
+    groups=(rope(partial=1.0, kinds={"default": "default"} | _LONG, original=4096),),
     fixed=dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,)),
     harmless=frozenset(
         {

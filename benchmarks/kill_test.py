@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerFast
 from taid_jax.data.corpus import pydoc_sections
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
-from taid_jax.models.load import export_model
+from taid_jax.models.files.load import export_model
 
-TRAIN = pathlib.Path(__file__).parent / "train_tpu.py"
+TRAIN = pathlib.Path(__file__).parents[1] / "scripts" / "train_tpu.py"
 CHARACTERS = 40_000
 # What depends on the clock.
 MEASURED = (
@@ -99,7 +99,7 @@ def make_inputs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
         num_kv_heads=1,
         head_dim=16,
         mlp_dim=64,
-        max_length=64,
+        max_position_embeddings=64,
         tie_embeddings=True,
         initializer_range=0.3,
     )

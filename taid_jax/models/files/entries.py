@@ -9,11 +9,18 @@ from typing import Literal
 import jax
 import numpy as np
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import Family, family_named
-from taid_jax.models.layout import Fetch, Index, Layout, Part, Sizes, parse_layout
+from taid_jax.models.families.layout import (
+    Fetch,
+    Index,
+    Layout,
+    Part,
+    Sizes,
+    parse_layout,
+)
 
 FileFormat = Literal["hf", "gguf"]
 """Whose names and layouts: Hugging Face's safetensors, or llama.cpp's GGUF."""
@@ -91,13 +98,13 @@ class Entry:
 def axis_sizes(config: DecoderConfig) -> Sizes:
     """Returns the size of each axis letter that layouts use."""
     return {
-        "v": config.vocab_size,
+        "v": config.padded_vocab_size,
         "d": config.d_model,
         "n": config.num_heads,
         "k": config.num_kv_heads,
         "h": config.head_dim,
         "f": config.mlp_dim,
-        "p": config.max_length,
+        "p": config.max_position_embeddings,
         "c": 2,
         "r": config.head_dim // 2,
     }

@@ -4,7 +4,7 @@ Without arguments, SmolLM2-135M-Instruct as a GGUF file and the same model expor
 safetensors. Every load has a process of its own, with the tokenizer included and the
 imports left out; the peak is what the process grew by, as the kernel counts it.
 
-    python scripts/bench_load.py [SOURCE ...] [--repeats 3] [--json FILE]
+    python benchmarks/bench_load.py [SOURCE ...] [--repeats 3] [--json FILE]
 """
 
 import argparse
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 import jax
 
-from taid_jax.models.load import export_model, load_model
-from taid_jax.models.source import DEFAULT_TEACHER
+from taid_jax.models.files.hub import DEFAULT_TEACHER
+from taid_jax.models.files.load import export_model, load_model
 
 _CHILD = "--measure"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from taid_jax.models import attention_kernels as kernels
+from taid_jax.models import kernels as kernels
 from taid_jax.models.attention import Scoring, causal_attention
 from taid_jax.sharding import activations_on, make_mesh
 
@@ -189,7 +189,7 @@ def test_hidden_states_keep_what_a_kernel_gave_where_asked(monkeypatch):
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=16,
-        max_length=256,
+        max_position_embeddings=256,
     )
     monkeypatch.setattr(kernels, "_platform", lambda mesh: "tpu")
     ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
