@@ -25,7 +25,7 @@ from taid_jax.data import Dataset, Tokenizer, load_dataset, train_iterator
 from taid_jax.data.corpus import pydoc_sections
 from taid_jax.data.prepare import PrepareOptions, prepare
 from taid_jax.errors import InputError, refuse
-from taid_jax.models.tokenizer import load_tokenizer
+from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings
 
 

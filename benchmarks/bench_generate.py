@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taid_jax.models.generate import generate, prepare
-from taid_jax.models.load import LoadedModel, export_model, load_model
+from taid_jax.models.files.load import LoadedModel, export_model, load_model
+from taid_jax.models.generation import generate, prepare
 
 QUESTIONS = (
     "What is a list comprehension?",

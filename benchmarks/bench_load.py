@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 import jax
 
-from taid_jax.models.load import export_model, load_model
-from taid_jax.models.source import DEFAULT_TEACHER
+from taid_jax.models.files.hub import DEFAULT_TEACHER
+from taid_jax.models.files.load import export_model, load_model
 
 _CHILD = "--measure"
 

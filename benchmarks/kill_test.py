@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from taid_jax.data.corpus import pydoc_sections
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
-from taid_jax.models.load import export_model
+from taid_jax.models.files.load import export_model
 
 TRAIN = pathlib.Path(__file__).parents[1] / "scripts" / "train_tpu.py"
 CHARACTERS = 40_000

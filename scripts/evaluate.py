@@ -26,7 +26,7 @@ from rich.table import Table
 
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.evaluate import HeldOut, check_finite
-from taid_jax.models.pypi import cache_folder
+from taid_jax.models.files.hub import cache_folder
 from taid_jax.settings import (
     Settings,
     SettingsError,

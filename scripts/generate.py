@@ -24,10 +24,10 @@ from rich.progress import track
 from taid_jax.data import Tokenizer
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.decoder import abstract_params, param_axes
-from taid_jax.models.load import load_config, load_model
-from taid_jax.models.pypi import cache_folder
+from taid_jax.models.files.hub import cache_folder
+from taid_jax.models.files.load import load_config, load_model
+from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.models.sampling import Sampling
-from taid_jax.models.tokenizer import load_tokenizer
 from taid_jax.settings import Checked, bounded, check_file
 from taid_jax.sharding import check_batch, make_mesh, tree_shardings
 from taid_jax.train.prompts import digest, encode_prompts, read_prompts

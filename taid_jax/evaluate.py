@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
+from taid_jax.errors import ModelError
 from taid_jax.loss import CrossEntropy
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._objective import Objective, register_objective
-from taid_jax.models.errors import ModelError
 from taid_jax.settings import BestBy
 from taid_jax.sharding import place_batch
 from taid_jax.train.state import DistillState

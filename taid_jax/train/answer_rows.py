@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generate import answer, prepare, refuse_nonfinite
+from taid_jax.models.generation import answer, prepare, refuse_nonfinite
 from taid_jax.models.sampling import Sampling
 from taid_jax.settings import SampleSettings
 from taid_jax.sharding import place_batch, replicated

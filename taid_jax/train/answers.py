@@ -18,8 +18,8 @@ from taid_jax.data.encoding import Encoder
 from taid_jax.data.errors import RecordError
 from taid_jax.errors import show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.tokenizer import Tokenizer, warn
-from taid_jax.models.vocabulary import count_tokens
+from taid_jax.models.files.tokenizer import Tokenizer, warn
+from taid_jax.models.files.vocabulary import count_tokens
 from taid_jax.settings import SampleSettings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.answer_rows import AnswerRows, make_answer_rows

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from taid_jax.data import Dataset, held_out_batches
 from taid_jax.evaluate import HeldOut, evaluate, make_judge_step, not_finite
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.scores import score_answers
 from taid_jax.settings import Settings
 from taid_jax.sharding import batch_part

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from taid_jax.errors import ModelError
 from taid_jax.evaluate import HeldOut, check_finite, cost
-from taid_jax.models.errors import ModelError
 from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints

@@ -13,8 +13,8 @@ import jax
 import matplotlib
 import matplotlib.figure
 
-from taid_jax.data.manifest import write_whole
 from taid_jax.errors import InputError, explain, parsing
+from taid_jax.files import write_whole
 from taid_jax.train.folder import writing
 
 METRICS = "metrics.jsonl"

@@ -14,10 +14,9 @@ from rich.console import Console
 
 from taid_jax import distributed
 from taid_jax.data import Dataset
-from taid_jax.errors import explain
+from taid_jax.errors import ModelError, explain
 from taid_jax.evaluate import HeldOut, cost
-from taid_jax.models.errors import ModelError
-from taid_jax.models.load import export_model
+from taid_jax.models.files.load import export_model
 from taid_jax.settings import (
     Settings,
     SettingsError,

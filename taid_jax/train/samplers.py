@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from taid_jax.data import Dataset, ExampleSet
 from taid_jax.data.tokens import Example, make_table
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import SampleSettings, Settings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.answer_rows import AnswerRows, NumpyBatch, make_answer_rows

@@ -7,8 +7,8 @@ import numpy as np
 from rich.console import Console
 
 from taid_jax.data import DataError, Dataset
-from taid_jax.models.generate import generate
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.models.files.tokenizer import Tokenizer
+from taid_jax.models.generation import generate
 from taid_jax.settings import Settings
 from taid_jax.train.answers import decode, end_ids, find_questions
 from taid_jax.train.inputs import Pair

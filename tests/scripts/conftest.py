@@ -73,7 +73,7 @@ def make_model(tmp_path_factory):
     """A function: a random Llama folder with its tokenizer, its config changed."""
     from taid_jax.models.config import DecoderConfig
     from taid_jax.models.decoder import init_params
-    from taid_jax.models.load import export_model
+    from taid_jax.models.files.load import export_model
 
     def make(layers=4, vocab_size=300, seed=0, **changes):
         tokenizer = _tokenizer(vocab_size)

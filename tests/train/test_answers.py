@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from taid_jax.data import DataError, load_dataset
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, init_params
-from taid_jax.models.errors import ModelError
-from taid_jax.models.generate import generate
-from taid_jax.models.load import export_model
+from taid_jax.models.files.load import export_model
+from taid_jax.models.generation import generate
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import answers as an

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import head, hidden_states
-from taid_jax.models.errors import ModelError
-from taid_jax.models.generate import answer, generate, prepare
+from taid_jax.models.generation import answer, generate, prepare
 from taid_jax.models.sampling import Sampling
 
 TINY = DecoderConfig(

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.errors import ModelError
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.models.files.tokenizer import Tokenizer
 
 
 def count_tokens(tokenizer: Tokenizer) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from taid_jax.models import attention_kernels as kernels
+from taid_jax.models import kernels as kernels
 from taid_jax.models.attention import Scoring, causal_attention
 from taid_jax.sharding import activations_on, make_mesh
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 import gguf
 import numpy as np
 
-from taid_jax.errors import parsing
-from taid_jax.models.errors import ModelError
-from taid_jax.models.fields import shown_name
-from taid_jax.models.gguf_header import Header, Value, read_header
-from taid_jax.models.layout import Index
+from taid_jax.errors import ModelError, parsing
+from taid_jax.models.families.fields import shown_name
+from taid_jax.models.families.layout import Index
+from taid_jax.models.files.gguf_header import Header, Value, read_header
 
 _MOST_NAMED = 10
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from taid_jax.errors import parsing, show
+from taid_jax.errors import ModelError, parsing, show
 from taid_jax.models.config import DecoderConfig, RopeConfig
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import FAMILIES, MOST_LAYERS, Family, read_config
+from taid_jax.models.families.fields import REQUIRED, Fields
 from taid_jax.models.families.rope import longrope_attention
-from taid_jax.models.fields import REQUIRED, Fields
-from taid_jax.models.gguf import GgufFile
+from taid_jax.models.files.gguf import GgufFile
 from taid_jax.models.rope import rope_frequencies
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"

@@ -9,8 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models as token_models
 
-from taid_jax.errors import parsing, show
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import ModelError, parsing, show
 
 
 class Splitting(NamedTuple):

@@ -14,31 +14,31 @@ from jax.typing import DTypeLike
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
-from taid_jax.models.entries import FileFormat
-from taid_jax.models.export import MAX_SHARD_BYTES, write_folder
 from taid_jax.models.families import family_named, read_config
-from taid_jax.models.fields import read_json
-from taid_jax.models.gguf import GgufFile, open_gguf
-from taid_jax.models.gguf_config import read_gguf_config
-from taid_jax.models.gguf_tokenizer import read_generation
-from taid_jax.models.hf import (
+from taid_jax.models.families.fields import read_json
+from taid_jax.models.files.entries import FileFormat
+from taid_jax.models.files.export import MAX_SHARD_BYTES, write_folder
+from taid_jax.models.files.gguf import GgufFile, open_gguf
+from taid_jax.models.files.gguf_config import read_gguf_config
+from taid_jax.models.files.gguf_tokenizer import read_generation
+from taid_jax.models.files.hf import (
     CONFIG,
     GENERATION_CONFIG,
     has_weights,
     open_folder,
     read_folder_config,
 )
-from taid_jax.models.memory import check_fits, params_need
-from taid_jax.models.source import Source, resolve
-from taid_jax.models.tokenizer import Tokenizer, find_tokenizer, gguf_tokenizer
-from taid_jax.models.vocabulary import count_tokens, with_tokenizer
-from taid_jax.models.weights import (
+from taid_jax.models.files.hub import Source, resolve
+from taid_jax.models.files.tokenizer import Tokenizer, find_tokenizer, gguf_tokenizer
+from taid_jax.models.files.vocabulary import count_tokens, with_tokenizer
+from taid_jax.models.files.weights import (
     Shardings,
     Tensors,
     load_params,
     own_head,
     shardings_for,
 )
+from taid_jax.models.memory import check_fits, params_need
 
 _MOST_NAMED = 10
 

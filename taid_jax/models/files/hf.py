@@ -9,12 +9,11 @@ from contextlib import AbstractContextManager
 import numpy as np
 from safetensors import safe_open
 
-from taid_jax.errors import parsing, show
+from taid_jax.errors import ModelError, parsing, show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import Family, buffer_kind, read_config
-from taid_jax.models.fields import read_json, shown_name
-from taid_jax.models.layout import Index
+from taid_jax.models.families.fields import read_json, shown_name
+from taid_jax.models.families.layout import Index
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
-from taid_jax.errors import parsing, shorten, show
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import ModelError, parsing, shorten, show
 
 LARGEST = 2**31 - 1
 """No size of a model comes near it; what lies above is a broken file."""

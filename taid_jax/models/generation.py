@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Int, Key
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoding import (
     NOT_A_TOKEN,
@@ -17,7 +18,6 @@ from taid_jax.models.decoding import (
     decode,
     turned_layers,
 )
-from taid_jax.models.errors import ModelError
 from taid_jax.models.sampling import GREEDY, Sampling, row_keys
 from taid_jax.types import Params
 

@@ -12,18 +12,18 @@ from jax import Array
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.entries import (
+from taid_jax.models.families import Buffer, buffer_kind, family_named
+from taid_jax.models.families.fields import PASS_OVER, shown_name
+from taid_jax.models.families.layout import Index, Sizes
+from taid_jax.models.files.entries import (
     Entry,
     FileFormat,
     axis_sizes,
     entries,
     head_names,
 )
-from taid_jax.models.errors import ModelError
-from taid_jax.models.families import Buffer, buffer_kind, family_named
-from taid_jax.models.fields import PASS_OVER, shown_name
-from taid_jax.models.layout import Index, Sizes
 from taid_jax.models.memory import check_fits, params_need, sharding_of
 from taid_jax.models.rope import rope_frequencies
 

@@ -17,9 +17,8 @@ from typing import NamedTuple
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.constants import GGUFValueType
 
-from taid_jax.errors import parsing, show
-from taid_jax.models.errors import ModelError
-from taid_jax.models.fields import require_file, shown_name
+from taid_jax.errors import ModelError, parsing, show
+from taid_jax.models.families.fields import require_file, shown_name
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

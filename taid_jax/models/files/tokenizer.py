@@ -11,11 +11,10 @@ from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from taid_jax.errors import parsing, show
-from taid_jax.models import gguf_tokenizer as gguf
-from taid_jax.models.errors import ModelError
-from taid_jax.models.gguf import open_gguf
-from taid_jax.models.source import Source, resolve
+from taid_jax.errors import ModelError, parsing, show
+from taid_jax.models.files import gguf_tokenizer as gguf
+from taid_jax.models.files.gguf import open_gguf
+from taid_jax.models.files.hub import Source, resolve
 from taid_jax.probes import EDGES, TEXTS, first_difference, vocabulary_texts
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase

@@ -19,19 +19,18 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from taid_jax.errors import explain, parsing, show
+from taid_jax.errors import ModelError, explain, parsing, show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.entries import Entry, axis_sizes, entries
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import write_config
-from taid_jax.models.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
-from taid_jax.models.tokenizer import (
+from taid_jax.models.files.entries import Entry, axis_sizes, entries
+from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
+from taid_jax.models.files.tokenizer import (
     NO_SPECIAL_IDS,
     Tokenizer,
     save_tokenizer,
     special_ids,
 )
-from taid_jax.models.vocabulary import resize_vocabulary
+from taid_jax.models.files.vocabulary import resize_vocabulary
 
 MAX_SHARD_BYTES = 4 << 30
 """A model above this size is written in several files."""

@@ -9,11 +9,18 @@ from typing import Literal
 import jax
 import numpy as np
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import Family, family_named
-from taid_jax.models.layout import Fetch, Index, Layout, Part, Sizes, parse_layout
+from taid_jax.models.families.layout import (
+    Fetch,
+    Index,
+    Layout,
+    Part,
+    Sizes,
+    parse_layout,
+)
 
 FileFormat = Literal["hf", "gguf"]
 """Whose names and layouts: Hugging Face's safetensors, or llama.cpp's GGUF."""
