@@ -32,8 +32,8 @@ def _fixed(settings: ObjectiveSettings) -> Objective | None:
         "reverse_kl": lambda: loss.ReverseKL(temperature),
         "jensen_shannon": lambda: loss.JensenShannon(weight, temperature),
         "total_variation": loss.TotalVariation,
-        "skew_forward_kl": lambda: loss.SkewForwardKL(weight, temperature),
-        "skew_reverse_kl": lambda: loss.SkewReverseKL(weight, temperature),
+        "skew_forward_kl": lambda: loss.SkewForwardKL(settings.skew, temperature),
+        "skew_reverse_kl": lambda: loss.SkewReverseKL(settings.skew, temperature),
         "adaptive_kl": lambda: loss.AdaptiveKL(settings.head_threshold, temperature),
         "dkd": lambda: loss.DKD(settings.dkd_alpha, settings.dkd_beta, temperature),
     }
