@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from taid_jax.data import DataError, Dataset, ExampleSet, held_out_batches
+from taid_jax.data import DataError, Dataset, ExampleSet, held_out_batches, pad_left
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Completion
@@ -229,12 +229,11 @@ class Examination:
 
         All batches have one shape, so that one program answers them all.
         """
-        ids = np.zeros((self.batch_size, self.width), np.int32)
-        mask = np.zeros_like(ids)
-        for row in range(self.batch_size):
-            prompt = self.questions[(start + row) % len(self.questions)].prompt
-            ids[row, self.width - len(prompt) :] = prompt
-            mask[row, self.width - len(prompt) :] = 1
+        places = range(start, start + self.batch_size)
+        ids, mask = pad_left(
+            [self.questions[place % len(self.questions)].prompt for place in places],
+            self.width,
+        )
         return {"prompt_ids": ids, "prompt_mask": mask}
 
 
@@ -266,13 +265,14 @@ def prepare_examination(
     Raises:
         SettingsError: If no question leaves room for an answer in the model's context.
     """
-    room = config.max_length - eval_tokens
+    room = config.max_position_embeddings - eval_tokens
     fitting = [question for question in questions if len(question.prompt) <= room]
     if not fitting:
         shortest = min(len(question.prompt) for question in questions)
         raise SettingsError(
             f"eval_tokens: {eval_tokens} tokens after a prompt (the shortest has "
-            f"{shortest}) do not fit the student's context of {config.max_length}"
+            f"{shortest}) do not fit the student's context of "
+            f"{config.max_position_embeddings}"
         )
     ends = end_ids(tokenizer, generation, fitting)
     longest = max(len(question.prompt) for question in fitting)

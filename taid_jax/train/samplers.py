@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from taid_jax.data import Dataset, ExampleSet
+from taid_jax.data import Dataset, ExampleSet, pad_left
 from taid_jax.data.tokens import Example, make_table
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import OnPolicySettings, Settings, SettingsError
@@ -209,12 +209,11 @@ def _prompt_rows(
         for name in ("input_ids", "labels", "attention_mask")
     }
     asked = np.where(prompts <= width, prompts, 0)
-    ids = np.zeros((len(asked), width), np.int32)
-    mask = np.zeros_like(ids)
-    for row, length in enumerate(asked.tolist()):
-        used = max(length, 1)
-        ids[row, width - used :] = out["input_ids"][row, :used]
-        mask[row, width - used :] = 1
+    used = np.maximum(asked, 1).tolist()
+    ids, mask = pad_left(
+        [row[:length] for row, length in zip(out["input_ids"], used, strict=True)],
+        width,
+    )
     asked = asked[:, None].astype(np.int32)
     return out | {"prompt_ids": ids, "prompt_mask": mask, "asked": asked}
 

@@ -1,12 +1,10 @@
 """How teacher and student go on with a few held-out beginnings."""
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from taid_jax.data import DataError, Dataset
+from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.generation import generate
 from taid_jax.settings import Settings
@@ -18,17 +16,6 @@ SAMPLES = 3
 SAMPLE_TOKENS = 40
 SHOWN_PROMPT = 40
 """So many tokens of a prompt are shown at most: its last."""
-
-
-def _padded_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the prompts with padding on the left, and where they have tokens."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), width), np.int32)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
 
 
 def show_samples(
@@ -50,11 +37,11 @@ def show_samples(
         return
     ends = end_ids(tokenizer, pair.generation, questions)
     configs = pair.teacher.config, pair.student_config
-    length = min(config.max_length for config in configs) - SAMPLE_TOKENS
+    length = min(config.max_position_embeddings for config in configs) - SAMPLE_TOKENS
     if length < 1:
         return
     chosen = [question.prompt[-length:] for question in questions]
-    prompts, mask = _padded_left(chosen)
+    prompts, mask = pad_left(chosen)
     sides = {
         "teacher": (pair.teacher.params, pair.teacher.config),
         "student": (params, pair.student_config),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from taid_jax.data import DataError
+from taid_jax.data import DataError, pad_left
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.load import LoadedModel
 from taid_jax.models.generation import answer, prepare
@@ -165,14 +165,14 @@ def choose_fitting(
     Raises:
         DataError: If none does.
     """
-    room = config.max_length - max_new_tokens
+    room = config.max_position_embeddings - max_new_tokens
     fitting = [one for one in encoded if 0 < len(one.ids) <= room]
     if not fitting:
         shortest = min(len(one.ids) for one in encoded)
         raise DataError(
             f"no prompt leaves room for an answer of {max_new_tokens} tokens: the "
             f"shortest has {shortest} and the model's context is "
-            f"{config.max_length}; ask for shorter answers"
+            f"{config.max_position_embeddings}; ask for shorter answers"
         )
     return fitting
 
@@ -199,19 +199,16 @@ def answer_prompts(
     """
     tokenizer = cast(Any, model.tokenizer)
     ends = answer_ends(model)
-    room = model.config.max_length - job.max_new_tokens
+    room = model.config.max_position_embeddings - job.max_new_tokens
     unroll = None if mesh.size == 1 else False
     prepared = prepare(model.params, model.config, unroll=unroll)
     for first in range(0, len(encoded), batch_size):
         batch = encoded[first : first + batch_size]
         longest = max(len(one.ids) for one in batch)
         width = min(-(-longest // _WIDTH) * _WIDTH, room)
-        ids, mask = np.zeros((2, batch_size, width), np.int32)
         # The last batch repeats prompts, so that all have one shape.
         rows = [batch[row % len(batch)] for row in range(batch_size)]
-        for row, one in enumerate(rows):
-            ids[row, width - len(one.ids) :] = one.ids
-            mask[row, width - len(one.ids) :] = 1
+        ids, mask = pad_left([one.ids for one in rows], width)
         numbers = jnp.array([one.prompt.number for one in rows])
         seed = jax.random.key(job.seed)
         placed = place_batch({"ids": ids, "mask": mask}, mesh)

@@ -40,7 +40,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=8,
     mlp_dim=32,
-    max_length=32,
+    max_position_embeddings=32,
     initializer_range=0.4,
 )
 
