@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from taid_jax.errors import ModelError
-from taid_jax.loss import CrossEntropy
-from taid_jax.loss import _softmax as softmax
+from taid_jax.loss import CrossEntropy, ForwardKL
 from taid_jax.loss._objective import Objective, register_objective
 from taid_jax.settings import SelectionMetric
 from taid_jax.sharding import place_batch
@@ -39,16 +37,7 @@ class Comparison:
         labels: Int[Array, "*tokens"] | None = None,
     ) -> Float32[Array, "*tokens"]:
         """Returns KL(teacher || student) in nats per token, `(*tokens,)`."""
-        student = jax.nn.log_softmax(student_logits.astype(jnp.float32))
-        teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
-        probability = jnp.exp(teacher)
-        # An entry that either side excludes has no share in the divergence.
-        excluded = (probability <= 0) | jnp.isneginf(student_logits)
-        gap = jnp.where(excluded, 0.0, teacher - student)
-        kl = jnp.sum(probability * gap, axis=-1)
-        # A row that is no distribution may have had all of its entries excluded.
-        tops = softmax.checked(softmax.row_max(student_logits.astype(jnp.float32)))
-        return jnp.where(jnp.isnan(softmax.per_token(tops)), jnp.nan, kl)
+        return ForwardKL().metrics(student_logits, teacher_logits)["kl_teacher"]
 
     def metrics(
         self,
@@ -202,7 +191,7 @@ def make_judge_step(
 
     Returns:
         A function whose result has the sums `loss` (of the KL), `student_nll`,
-        `teacher_nll`, `objective` and `weight`.
+        `teacher_nll`, `objective` and `num_tokens`.
     """
 
     def step(state: DistillState, teacher_params: Params, batch: Batch) -> Metrics:
@@ -248,7 +237,7 @@ def evaluate(
         for key, value in sums.items():
             # Python floats are float64: long sums of float32 batches stay exact enough.
             total[key] = total.get(key, 0.0) + float(value)
-    weight = total.get("weight", 0.0)
+    weight = total.get("num_tokens", 0.0)
     if not weight:
         raise ValueError("the held-out batches have no counted token")
 

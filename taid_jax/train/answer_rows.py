@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generation import answer, prepare, refuse_nonfinite
-from taid_jax.models.sampling import Sampling
+from taid_jax.models.generation import generate, prepare, refuse_nonfinite
+from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import OnPolicySettings
 from taid_jax.sharding import place_batch, replicated
 from taid_jax.types import FSDP, Params
@@ -48,7 +48,7 @@ def make_answer_rows(
         dtype: Of the computation.
         seed: Of the draws.
     """
-    sampling = Sampling(
+    sampling = SamplingParams(
         settings.completion_temperature,
         settings.completion_top_k,
         settings.completion_top_p,
@@ -60,7 +60,7 @@ def make_answer_rows(
     ) -> dict[str, Array]:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         params = jax.lax.with_sharding_constraint(params, whole)
-        found = answer(
+        found = generate(
             # Laid out layer by layer it is faster on a CPU, but only on a single one.
             prepare(params, config, unroll=None if mesh.size == 1 else False),
             config,

@@ -24,7 +24,7 @@ from taid_jax.train.utilisation import Meter
 Event: Any = vars(event_pb2)["Event"]
 SessionLog: Any = vars(event_pb2)["SessionLog"]
 
-LOGGED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm")
+LOGGED = ("loss", "kl_teacher", "t", "delta_t", "learning_rate", "grad_norm")
 
 
 @runtime_checkable
@@ -174,6 +174,8 @@ class Logbook:
         self._logged = step
         row: dict[str, Any] = {"step": step}
         row |= {key: values.get(key) for key in LOGGED}
+        if "kl_target" in values:
+            row["kl_target"] = values["kl_target"]
         row |= {key: value for key, value in values.items() if key not in row}
         row |= {"skipped": skipped, "not_finite": self.not_finite, **measured}
         if self._files:

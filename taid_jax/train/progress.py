@@ -62,7 +62,7 @@ class ConsoleProgress:
         step, mfu = row["step"], row.get("mfu")
         busy = "" if mfu is None else f"  MFU {mfu:.1%}"
         numbers = (
-            f"loss {number(row['loss'])}  kl {number(row['kl'])}  "
+            f"loss {number(row['loss'])}  kl {number(row['kl_teacher'])}  "
             f"t {number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s{busy}  "
             f"{self._left(step)} left"
         )

@@ -202,7 +202,9 @@ def draw_curves(
     figure.suptitle(title)
     curve(loss, "loss", "training loss", "tab:blue")
     loss.set_ylabel("nats per token")
-    curve(divergence, "kl", "training KL to the target", "tab:blue")
+    curve(divergence, "kl_teacher", "training KL(teacher || student)", "tab:blue")
+    if any("kl_target" in row for row in metrics):
+        curve(divergence, "kl_target", "training KL to the target", "tab:cyan")
     divergence.plot(
         [row["step"] for row in evaluations],
         [drawn(row["kl"]) for row in evaluations],

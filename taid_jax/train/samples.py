@@ -57,7 +57,7 @@ def show_samples(
                 eos_token_ids=ends,
                 pad_token_id=0,
                 dtype=jnp.dtype(settings.model.dtype),
-            )
+            ).tokens
         )
         for name, (weights, config) in sides.items()
     }

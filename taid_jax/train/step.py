@@ -75,7 +75,7 @@ def batch_loss(
             logits of the whole batch are built.
 
     Returns:
-        The sum in nats, and `{"weight": counted tokens, metric: sum, ...}`.
+        The sum in nats, and `{"num_tokens": counted tokens, metric: sum, ...}`.
 
     Raises:
         ValueError: If a model offers neither hidden states and head, nor logits.
@@ -176,8 +176,9 @@ def make_train_step(
 
     Returns:
         A function whose metrics are float32 scalars: `loss`, `distil_loss`, the
-        objective's own (`kl`, `lm_loss`, ...) in nats per counted token, `t` as used,
-        `delta_t`, `grad_norm` before clipping, `learning_rate`, `tokens`, `skipped`.
+        objective's own (`kl_teacher`, `lm_loss`, ...) in nats per counted token,
+        `t` as used, `delta_t`, `grad_norm` before clipping, `learning_rate`, `tokens`,
+        `skipped`.
     """
 
     def micro_loss(trainable, state, teacher_params, batch):
@@ -220,10 +221,11 @@ def make_train_step(
         (loss_sum, sums), gradients = whole_gradient(
             trainable, state, teacher_params, batch
         )
-        weight = jnp.where(sums["weight"] == 0, 1.0, sums["weight"])
-        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-        means = {key: value / weight for key, value in sums.items() if key != "weight"}
-        loss = loss_sum / weight
+        num_tokens = sums.pop("num_tokens")
+        divisor = jnp.where(num_tokens == 0, 1.0, num_tokens)
+        gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
+        means = {key: value / divisor for key, value in sums.items()}
+        loss = loss_sum / divisor
         grad_norm = optax.tree_utils.tree_norm(gradients[0])
         # optax counts in int32 and is not written for strict promotion.
         with jax.numpy_dtype_promotion("standard"):
@@ -248,7 +250,7 @@ def make_train_step(
             "t": state.schedule.t,
             "delta_t": schedule.t - state.schedule.t,
             "grad_norm": grad_norm,
-            "tokens": sums["weight"],
+            "tokens": num_tokens,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
         if learning_rate is not None:
@@ -291,7 +293,7 @@ def make_eval_step(
             logits of the whole batch are built.
 
     Returns:
-        A function whose result has `loss`, `weight` and one sum per metric.
+        A function whose result has `loss`, `num_tokens` and one sum per metric.
     """
 
     def step(params: Params, teacher_params: Params, batch: Batch) -> Metrics:

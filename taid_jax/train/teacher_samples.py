@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from taid_jax.data import DataError, pad_left
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.load import LoadedModel
-from taid_jax.models.generation import answer, prepare
-from taid_jax.models.sampling import Sampling
+from taid_jax.models.generation import generate, prepare
+from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import place_batch
 from taid_jax.train.answers import end_ids
@@ -48,7 +48,7 @@ class Job:
     prompts: str
     max_new_tokens: int
     seed: int
-    sampling: Sampling
+    sampling: SamplingParams
     dtype: str
     template_date: str | None = None
 
@@ -212,7 +212,7 @@ def answer_prompts(
         numbers = jnp.array([one.prompt.number for one in rows])
         seed = jax.random.key(job.seed)
         placed = place_batch({"ids": ids, "mask": mask}, mesh)
-        found = answer(
+        found = generate(
             prepared,
             model.config,
             placed["ids"],

@@ -251,7 +251,7 @@ def test_answers_are_those_of_each_prompt_alone(dataset, tokenizer, model):
             max_new_tokens=5,
             eos_token_ids=(0,),
             pad_token_id=0,
-        )
+        ).tokens
         assert answer == an.decode(tokenizer, np.asarray(tokens[0]), (0,))
     assert len(set(found)) > 1
     assert examination.references == tuple(
@@ -284,5 +284,5 @@ def test_answers_of_a_student_that_is_no_number_are_an_error(dataset, tokenizer,
     questions = an.find_questions(dataset().held_out, 100)
     examination = _prepared(questions, tokenizer, model)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ModelError, match=r"logits are not finite .* 8 of 8 answers"):
+    with pytest.raises(ModelError, match=r"not finite .* 8 of 8 completions"):
         examination.answers(broken)

@@ -137,7 +137,7 @@ def test_sampler_puts_the_students_answers_behind_the_prompts(
         max_new_tokens=NEW,
         eos_token_ids=(END,),
         pad_token_id=-1,
-    )
+    ).tokens
     answers = np.asarray(answers)
     kept = 0
     for row in range(BATCH):
