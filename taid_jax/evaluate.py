@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 from taid_jax.errors import ModelError
 from taid_jax.loss import CrossEntropy, ForwardKL
 from taid_jax.loss._objective import Objective, register_objective
-from taid_jax.settings import BestBy
+from taid_jax.settings import SelectionMetric
 from taid_jax.sharding import place_batch
 from taid_jax.train.state import DistillState
 from taid_jax.train.step import MakeObjective, Metrics, batch_loss
@@ -109,22 +109,24 @@ class HeldOut(NamedTuple):
     exact_match: float | None = None
 
 
-def cost(found: HeldOut | Mapping[str, Any], best_by: BestBy) -> float:
+def cost(
+    found: HeldOut | Mapping[str, Any], selection_metric: SelectionMetric
+) -> float:
     """Returns the figure that decides, signed so that the lowest is the best.
 
     Args:
         found: An evaluation, or a row of `evaluations.jsonl`.
-        best_by: Its name. ROUGE-L and exact match are the better the higher.
+        selection_metric: Its name. ROUGE-L and exact match are the better the higher.
 
     Returns:
         Infinity where it is missing, or it or another figure is not finite.
     """
     values = found if isinstance(found, Mapping) else found._asdict()
-    value = values.get(best_by)
+    value = values.get(selection_metric)
     # A student that is no distribution may still have answers, and a score for them.
     if value is None or not math.isfinite(value) or not_finite(values):
         return math.inf
-    return -value if best_by in ("rouge_l", "exact_match") else value
+    return -value if selection_metric in ("rouge_l", "exact_match") else value
 
 
 def not_finite(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -172,7 +174,7 @@ def make_judge_step(
     *,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    logits_loss: bool = False,
+    fused: bool = True,
 ) -> JudgeStep:
     """Returns the jitted `(state, teacher_params, batch) -> sums`, without gradients.
 
@@ -184,7 +186,8 @@ def make_judge_step(
         make_objective: As in `make_train_step`.
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
-        logits_loss: Build the logits instead of the fused head.
+        fused: Use the fused head where both models offer hidden states; else the
+            logits of the whole batch are built.
 
     Returns:
         A function whose result has the sums `loss` (of the KL), `student_nll`,
@@ -202,7 +205,7 @@ def make_judge_step(
             batch,
             chunk_size=chunk_size,
             mesh=mesh,
-            logits_loss=logits_loss,
+            fused=fused,
         )
         return {"loss": loss_sum, **sums}
 

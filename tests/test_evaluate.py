@@ -120,7 +120,7 @@ def test_evaluate_nothing_counted_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("best_by", "better", "worse"),
+    ("selection_metric", "better", "worse"),
     [
         ("kl", 0.1, 0.2),
         ("loss", 0.1, 0.2),
@@ -129,11 +129,15 @@ def test_evaluate_nothing_counted_is_an_error():
         ("exact_match", 0.4, 0.3),
     ],
 )
-def test_cost_is_the_lower_the_better(best_by, better, worse):
-    assert ev.cost({best_by: better}, best_by) < ev.cost({best_by: worse}, best_by)
-    assert ev.cost({best_by: worse}, best_by) < ev.cost({best_by: None}, best_by)
-    assert ev.cost({best_by: math.nan}, best_by) == math.inf
-    assert ev.cost({}, best_by) == math.inf
+def test_cost_is_the_lower_the_better(selection_metric, better, worse):
+    assert ev.cost({selection_metric: better}, selection_metric) < ev.cost(
+        {selection_metric: worse}, selection_metric
+    )
+    assert ev.cost({selection_metric: worse}, selection_metric) < ev.cost(
+        {selection_metric: None}, selection_metric
+    )
+    assert ev.cost({selection_metric: math.nan}, selection_metric) == math.inf
+    assert ev.cost({}, selection_metric) == math.inf
 
 
 def test_cost_of_an_evaluation():

@@ -86,13 +86,13 @@ def abstract_step(
         chunk_size=settings.run.chunk_size,
         mesh=mesh,
         shardings=shardings,
-        logits_loss=settings.run.logits_loss,
+        fused=settings.run.fused,
     )
     teacher_shardings = tree_shardings(
         param_axes(teacher),
         teacher_params,
         mesh,
-        TEACHER_RULES[settings.model.teacher_layout],
+        TEACHER_RULES[settings.model.teacher_sharding],
     )
     return step, (
         _placed(state, shardings),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.generation import generate, prepare, refuse_nonfinite
 from taid_jax.models.sampling import SamplingParams
-from taid_jax.settings import SampleSettings
+from taid_jax.settings import OnPolicySettings
 from taid_jax.sharding import place_batch, replicated
 from taid_jax.types import FSDP, Params
 
@@ -25,7 +25,7 @@ AnswerRows = Callable[[Params, NumpyBatch, int], NumpyBatch]
 
 def make_answer_rows(
     config: DecoderConfig,
-    settings: SampleSettings,
+    settings: OnPolicySettings,
     mesh: Mesh,
     *,
     shardings: Any,
@@ -49,7 +49,9 @@ def make_answer_rows(
         seed: Of the draws.
     """
     sampling = SamplingParams(
-        settings.sample_temperature, settings.sample_top_k, settings.sample_top_p
+        settings.completion_temperature,
+        settings.completion_top_k,
+        settings.completion_top_p,
     )
     whole = jax.tree.map(lambda where: _without_fsdp(where), shardings)
 
@@ -64,7 +66,7 @@ def make_answer_rows(
             config,
             batch["prompt_ids"],
             batch["prompt_mask"],
-            max_new_tokens=settings.sample_tokens,
+            max_new_tokens=settings.completion_tokens,
             eos_token_ids=ends,
             pad_token_id=0,
             sampling=sampling,

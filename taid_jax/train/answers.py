@@ -20,7 +20,7 @@ from taid_jax.errors import show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.tokenizer import Tokenizer, warn
 from taid_jax.models.files.vocabulary import count_tokens
-from taid_jax.settings import SampleSettings, SettingsError
+from taid_jax.settings import OnPolicySettings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.answer_rows import AnswerRows, make_answer_rows
 from taid_jax.types import Params
@@ -69,7 +69,7 @@ def find_questions(examples: ExampleSet, limit: int) -> list[Question]:
     if limit and not questions:
         raise DataError(
             "answers cannot be scored: no held-out example has a prompt. Give data "
-            "with `prompt` and `completion` or with `messages`, or set answer_examples "
+            "with `prompt` and `completion` or with `messages`, or set eval_prompts "
             "to 0"
         )
     return questions
@@ -243,7 +243,7 @@ def prepare_examination(
     config: DecoderConfig,
     generation: Mapping[str, object],
     *,
-    answer_tokens: int,
+    eval_tokens: int,
     batch_size: int,
     dtype: str,
     mesh: Mesh,
@@ -256,7 +256,7 @@ def prepare_examination(
         tokenizer: Of the student.
         config: Of the student.
         generation: Settings of the student's generation, see `Pair`.
-        answer_tokens: Tokens of an answer at most.
+        eval_tokens: Tokens of an answer at most.
         batch_size: Questions that are answered at once, over all processes.
         dtype: What the student computes in.
         mesh: Where the questions go.
@@ -265,12 +265,12 @@ def prepare_examination(
     Raises:
         SettingsError: If no question leaves room for an answer in the model's context.
     """
-    room = config.max_position_embeddings - answer_tokens
+    room = config.max_position_embeddings - eval_tokens
     fitting = [question for question in questions if len(question.prompt) <= room]
     if not fitting:
         shortest = min(len(question.prompt) for question in questions)
         raise SettingsError(
-            f"answer_tokens: {answer_tokens} tokens after a prompt (the shortest has "
+            f"eval_tokens: {eval_tokens} tokens after a prompt (the shortest has "
             f"{shortest}) do not fit the student's context of "
             f"{config.max_position_embeddings}"
         )
@@ -278,7 +278,8 @@ def prepare_examination(
     longest = max(len(question.prompt) for question in fitting)
     answer_rows = make_answer_rows(
         config,
-        SampleSettings(sample_tokens=answer_tokens),  # the most probable tokens
+        # The most probable tokens.
+        OnPolicySettings("mixed", completion_tokens=eval_tokens),
         mesh,
         shardings=shardings,
         ends=ends,

@@ -131,7 +131,7 @@ def assemble(
         shardings=shardings,
         chunk_size=run.chunk_size,
         mesh=mesh,
-        logits_loss=run.logits_loss,
+        fused=run.fused,
     )
     loop = Loop(
         settings=settings,

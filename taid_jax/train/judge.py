@@ -54,7 +54,7 @@ def make_judge(
         make_objective(settings.objective)[0],
         chunk_size=run.chunk_size,
         mesh=mesh,
-        logits_loss=run.logits_loss,
+        fused=run.fused,
     )
     part, parts = batch_part(mesh)
     held_out = held_out_batches(
@@ -71,7 +71,7 @@ def make_judge(
             tokenizer,
             pair.student_config,
             pair.generation,
-            answer_tokens=settings.judge.answer_tokens,
+            eval_tokens=settings.evaluation.eval_tokens,
             batch_size=data.batch_size,
             dtype=dtype,
             mesh=mesh,

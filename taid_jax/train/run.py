@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import socket
 import time
@@ -22,7 +23,6 @@ from taid_jax.settings import (
     SettingsError,
     changed,
     to_dict,
-    with_date,
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
@@ -135,14 +135,15 @@ def _distil(
         saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
         place = checkpoint_place(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
-    date = distributed.broadcast(lambda: with_date(settings, saved).data.template_date)
+    given = settings.data.template_date or (saved and saved.data.template_date)
+    date = distributed.broadcast(lambda: given or datetime.date.today().isoformat())
     data = dataclasses.replace(settings.data, template_date=date)
     settings = dataclasses.replace(settings, data=data)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
-    questions = find_questions(dataset.held_out, settings.judge.answer_examples)
+    questions = find_questions(dataset.held_out, settings.evaluation.eval_prompts)
     if saved is not None and step is not None:
         refuse_contradictions(saved, settings)
         refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
@@ -339,7 +340,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     Raises:
         TrainingError: If no evaluation, or not its state, is finite.
     """
-    best_by = loop.settings.judge.best_by
+    selection_metric = loop.settings.evaluation.selection_metric
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
     rows = distributed.broadcast(lambda: read_lines(loop.folder / EVALUATIONS))
@@ -354,16 +355,17 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     # Of equals the last: exact match is often 0 throughout.
     ranked = sorted(
         (row for row in rows if row["step"] > 0 and row["step"] in kept),
-        key=lambda row: (cost(row, best_by), -row["step"]),
+        key=lambda row: (cost(row, selection_metric), -row["step"]),
     )
     best = next(row for row in ranked if row["step"] == here or sound(row["step"]))
     if best["step"] != here:
         state = loop.checkpoints.restore(state, best["step"]).state
-    if math.isinf(cost(best, best_by)) or not_finite(state.params):
+    if math.isinf(cost(best, selection_metric)) or not_finite(state.params):
         raise TrainingError(
-            f"nothing was exported: no state that was evaluated has a finite {best_by} "
-            f"and finite weights. The last checkpoint is {max(kept)} in "
-            f"{loop.checkpoints.folder}; its figures are in {EVALUATIONS}"
+            "nothing was exported: no state that was evaluated has a finite "
+            f"{selection_metric} and finite weights. The last checkpoint is "
+            f"{max(kept)} in {loop.checkpoints.folder}; its figures are in "
+            f"{EVALUATIONS}"
         )
     values: dict[str, Any] = {key: best.get(key) for key in HeldOut._fields}
     return state, HeldOut(**values)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from taid_jax.data import Dataset, ExampleSet, pad_left
 from taid_jax.data.tokens import Example, make_table
 from taid_jax.models.files.tokenizer import Tokenizer
-from taid_jax.settings import SampleSettings, Settings, SettingsError
+from taid_jax.settings import OnPolicySettings, Settings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.answer_rows import AnswerRows, NumpyBatch, make_answer_rows
 from taid_jax.train.answers import end_ids, find_questions
@@ -35,7 +35,7 @@ class Sampler:
     on all processes and after a resume. Every process holds the whole buffer.
 
     Args:
-        settings: With a sampler other than `none`.
+        settings: With `on_policy` other than `none`.
         examples: The training side of the data: how its rows become batches.
         answer_rows: From `make_answer_rows`.
         batch_size: Rows of a batch, over all processes.
@@ -52,7 +52,7 @@ class Sampler:
 
     def __init__(
         self,
-        settings: SampleSettings,
+        settings: OnPolicySettings,
         examples: ExampleSet,
         answer_rows: AnswerRows,
         *,
@@ -67,7 +67,7 @@ class Sampler:
         self._batch_size, self._steps, self._seed = batch_size, steps, seed
         size = batch_size // process_count
         self._part = slice(process_index * size, (process_index + 1) * size)
-        self._width = examples.seq_len - settings.sample_tokens
+        self._width = examples.seq_len - settings.completion_tokens
         self._looked_at = self._asked = 0
         self.buffer = ReplayBuffer(settings.buffer_capacity)
         self.threshold = Threshold()
@@ -105,7 +105,7 @@ class Sampler:
         return self._as_batch(answers)
 
     def _decide(self, draw: float, step: int) -> Plan:
-        if self._settings.sampler == "mixed":
+        if self._settings.on_policy == "mixed":
             return plan_mixed(draw, self._settings.mixed_rate)
         return plan_adaptive(
             draw,
@@ -125,7 +125,7 @@ class Sampler:
 
     def observe(self, loss: float) -> None:
         """Hears of the loss of a held-out evaluation."""
-        if self._settings.sampler == "adaptive":
+        if self._settings.on_policy == "adaptive":
             self.threshold = self.threshold.after(loss, self._settings.adaptive_step)
 
     def get_state(self) -> dict[str, Any]:
@@ -156,10 +156,10 @@ class Sampler:
         self._asked += int(np.count_nonzero(asked))
         if not self._asked and self._looked_at >= _PATIENCE:
             raise SettingsError(
-                f"sample_tokens: of {self._looked_at} rows none has a prompt that "
-                f"leaves room for an answer of {self._settings.sample_tokens} tokens "
-                f"in seq_len, which is {self._examples.seq_len}; set sample_tokens "
-                "lower or seq_len higher"
+                f"completion_tokens: of {self._looked_at} rows none has a prompt that "
+                f"leaves room for an answer of {self._settings.completion_tokens} "
+                f"tokens in seq_len, which is {self._examples.seq_len}; set "
+                "completion_tokens lower or seq_len higher"
             )
         examples = []
         for row, length in enumerate(asked.tolist()):
@@ -230,8 +230,8 @@ def make_sampler(
         tokenizer: Of both models.
         mesh: Where batches go.
     """
-    samples, run = settings.samples, settings.run
-    if samples.sampler == "none":
+    samples, run = settings.on_policy, settings.run
+    if samples.on_policy == "none":
         return None
     questions = find_questions(dataset.train, _LOOKED_AT)
     answer_rows = make_answer_rows(

@@ -58,11 +58,9 @@ def batch_loss(
     *,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    logits_loss: bool = False,
+    fused: bool = True,
 ) -> tuple[Float32[Array, ""], Metrics]:
     """Returns the loss summed over the counted tokens of a batch, and its sums.
-
-    The fused head is used when both models offer hidden states, unless `logits_loss`.
 
     Args:
         objective: Loss of a token.
@@ -73,7 +71,8 @@ def batch_loss(
         batch: Arrays of shape `(batch, length)`.
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
-        logits_loss: Build the logits of the whole batch.
+        fused: Use the fused head where both models offer hidden states; else the
+            logits of the whole batch are built.
 
     Returns:
         The sum in nats, and `{"num_tokens": counted tokens, metric: sum, ...}`.
@@ -84,7 +83,7 @@ def batch_loss(
     labels = next_token_labels(batch)
     mask = labels != IGNORE_INDEX
     both = (student, params), (teacher, teacher_params)
-    fused = all(model.hidden and model.head for model, _ in both) and not logits_loss
+    fused = fused and all(model.hidden and model.head for model, _ in both)
 
     def output(model: ModelFunctions, weights: Params) -> tuple[Array, Any]:
         if model.hidden and model.head:
@@ -148,7 +147,7 @@ def make_train_step(
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
     shardings: DistillState | None = None,
-    logits_loss: bool = False,
+    fused: bool = True,
 ) -> TrainStep:
     """Returns the jitted step `(state, teacher_params, batch) -> (state, metrics)`.
 
@@ -172,7 +171,8 @@ def make_train_step(
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
         shardings: Where the new state lives; as XLA likes when None.
-        logits_loss: Build the logits instead of the fused head.
+        fused: Use the fused head where both models offer hidden states; else the
+            logits of the whole batch are built.
 
     Returns:
         A function whose metrics are float32 scalars: `loss`, `distil_loss`, the
@@ -192,7 +192,7 @@ def make_train_step(
             batch,
             chunk_size=chunk_size,
             mesh=mesh,
-            logits_loss=logits_loss,
+            fused=fused,
         )
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
@@ -279,7 +279,7 @@ def make_eval_step(
     *,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    logits_loss: bool = False,
+    fused: bool = True,
 ) -> EvalStep:
     """Returns the jitted `(params, teacher_params, batch) -> sums`, without gradients.
 
@@ -289,7 +289,8 @@ def make_eval_step(
         objective: Loss and metrics of a token.
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
-        logits_loss: Build the logits instead of the fused head.
+        fused: Use the fused head where both models offer hidden states; else the
+            logits of the whole batch are built.
 
     Returns:
         A function whose result has `loss`, `num_tokens` and one sum per metric.
@@ -305,7 +306,7 @@ def make_eval_step(
             batch,
             chunk_size=chunk_size,
             mesh=mesh,
-            logits_loss=logits_loss,
+            fused=fused,
         )
         return {"loss": loss_sum, **sums}
 

@@ -225,7 +225,7 @@ def make_meter(
         batch=settings.data.batch_size,
         length=settings.data.seq_len,
         remat=settings.model.remat,
-        fused=not settings.run.logits_loss,
+        fused=settings.run.fused,
         teacher_used=settings.objective.objective != "sft",
     )
     if settings.data.buckets:

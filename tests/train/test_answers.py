@@ -83,7 +83,7 @@ def model():
 def _prepared(questions, tokenizer, model, **changes):
     mesh = make_mesh("data=1,fsdp=-1")
     options = {
-        "answer_tokens": 5,
+        "eval_tokens": 5,
         "batch_size": 8,
         "dtype": "float32",
         "mesh": mesh,
@@ -273,10 +273,10 @@ def test_prepare_examination_leaves_out_prompts_without_room(dataset, tokenizer,
     questions = an.find_questions(dataset().held_out, 100)
     lengths = sorted(len(question.prompt) for question in questions)
     room = model[0].max_position_embeddings - lengths[-1] + 1
-    kept = _prepared(questions, tokenizer, model, answer_tokens=room).questions
+    kept = _prepared(questions, tokenizer, model, eval_tokens=room).questions
     assert 0 < len(kept) < len(questions)
     with pytest.raises(SettingsError, match="context of 48"):
-        _prepared(questions, tokenizer, model, answer_tokens=47)
+        _prepared(questions, tokenizer, model, eval_tokens=47)
 
 
 def test_answers_of_a_student_that_is_no_number_are_an_error(dataset, tokenizer, model):

@@ -65,7 +65,7 @@ def test_batch_loss_fused_equals_plain(functions, make_params, make_batch, t):
     batch, objective = make_batch(0), loss.TAID(jnp.float32(t))
     fused, fused_sums = _batch_loss(functions, make_params, batch, objective)
     plain, plain_sums = _batch_loss(
-        functions, make_params, batch, objective, logits_loss=True
+        functions, make_params, batch, objective, fused=False
     )
     # The promise of the fused head.
     np.testing.assert_allclose(fused, plain, rtol=1e-6)
@@ -246,7 +246,7 @@ def test_train_step_gradient_norm_that_is_not_finite_is_skipped(
     def huge(schedule, learned, step):
         return lambda *arguments: 1e25 * loss.TAID(schedule.t)(*arguments)
 
-    step, state = make_trainer(huge, logits_loss=True)
+    step, state = make_trainer(huge, fused=False)
     # A loss has been seen: the schedule would move by the next.
     seen = state.schedule._replace(prev_loss=jnp.float32(1e26))
     state = state._replace(schedule=seen, step=jnp.int32(3))
