@@ -233,7 +233,7 @@ def test_judge_leaves_state_iterator_and_rng_as_they_are(teacher, questions, tmp
         }
     )
     mesh = make_mesh(settings.run.mesh)
-    tokenizer = check_models(settings.model, 40)
+    tokenizer = check_models(settings.model, 40).tokenizer
     dataset = read_data(settings, tokenizer)
     pair = load_pair(settings, mesh)
     judge = make_judge(
