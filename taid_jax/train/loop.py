@@ -15,18 +15,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from taid_jax.evaluate import HeldOut, check_finite, cost
 from taid_jax.models.errors import ModelError
 from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.evaluate import HeldOut, check_finite, selection_metric
 from taid_jax.train.folder import way_on
-from taid_jax.train.logbook import Logbook, Progress
-from taid_jax.train.samplers import Sampler
-from taid_jax.train.signals import stop_signals
-from taid_jax.train.state import DistillState, not_finite
+from taid_jax.train.metrics import MetricsLogger
+from taid_jax.train.report import Progress
+from taid_jax.train.state import DistillState, nonfinite_leaves
 from taid_jax.train.step import Metrics, TrainStep
-from taid_jax.train.utilisation import Meter
 from taid_jax.types import Params
 
 
@@ -105,19 +103,19 @@ class Loop:
         """
         run = self.settings.run
         start = int(state.step)
-        self._log = Logbook(
+        self._log = MetricsLogger(
             self.folder,
             start=start,
             last=run.steps,
             every=run.log_every,
             progress=self.progress,
-            meter=self.meter,
+            throughput=self.throughput,
             evaluations=self.evaluations,
         )
         rows = self._log.evaluations
         best_by = self.settings.judge.best_by
         # The untrained student is never exported, however good it is.
-        trained = (cost(row, best_by) for row in rows if row["step"] > 0)
+        trained = (selection_metric(row, best_by) for row in rows if row["step"] > 0)
         self._best = min(trained, default=math.inf)
         pending: tuple[int, Metrics] | None = None
         try:
@@ -125,16 +123,16 @@ class Loop:
             with stop_signals() as signals, self._saved():
                 if start == 0 and not rows:
                     self._evaluate(0, state)
-                self.meter.start()
+                self.throughput.start()
                 for step in range(start + 1, run.steps + 1):
                     batch = self._next_batch(step, state)
                     tokens = batch["input_ids"].size
-                    with self.meter.measured("dispatch"):
+                    with self.throughput.measured("dispatch"):
                         state, metrics = self.train_step(
                             state, self.teacher_params, batch
                         )
-                    if self.sampler is not None:
-                        metrics |= self.sampler.metrics()
+                    if self.on_policy is not None:
+                        metrics |= self.on_policy.metrics()
                     if pending:
                         self._write(*pending, tokens)
                     pending = (step, metrics)
@@ -169,12 +167,12 @@ class Loop:
 
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
         """Returns what a step trains on: a batch of the data, or of answers."""
-        with self.meter.measured("data"):
+        with self.throughput.measured("data"):
             rows = next(self.batches)
-        if self.sampler is not None:
-            with self.meter.measured("sample"):
-                rows = self.sampler.batch(rows, state.params, step)
-        with self.meter.measured("data"):
+        if self.on_policy is not None:
+            with self.throughput.measured("generate"):
+                rows = self.on_policy.batch(rows, state.params, step)
+        with self.throughput.measured("data"):
             return place_batch(rows, self.mesh)
 
     def _pause(
@@ -186,7 +184,7 @@ class Loop:
             found = self._evaluate(step, state)
             saving = saving or found < self._best
             self._best = min(self._best, found)
-        if saving and (wrong := not_finite((state.params, state.opt_state))):
+        if saving and (wrong := nonfinite_leaves((state.params, state.opt_state))):
             self.progress.say(
                 f"step {step}: the student or its optimizer has numbers that are not "
                 f"finite ({wrong[0]}); no checkpoint is made of that"
@@ -195,27 +193,27 @@ class Loop:
             place = {
                 "iterator": self.batches.get_state(),
                 "fingerprint": self.fingerprint,
-                "sampler": self.sampler.get_state() if self.sampler else None,
+                "on_policy": self.on_policy.get_state() if self.on_policy else None,
                 "models": dict(self.models),
                 "evaluations": self._log.evaluations,
             }
-            with self.meter.measured("save"):
-                self.checkpoints.save(step, state, place, self.settings, cost=found)
+            with self.throughput.measured("save"):
+                self.checkpoints.save(step, state, place, self.settings, metric=found)
 
     def _evaluate(self, step: int, state: DistillState) -> float:
         """Returns the figure that decides what is kept; the lowest is the best."""
-        with self.meter.measured("evaluate"):
+        with self.throughput.measured("evaluate"):
             found = self.evaluate(state)
         if step == 0:
             check_finite(found)
-            if wrong := not_finite(state.params):
+            if wrong := nonfinite_leaves(state.params):
                 raise ModelError(
                     f"the student has weights that are not finite: {wrong}"
                 )
-        if self.sampler is not None and found.loss is not None:
-            self.sampler.observe(found.loss)
+        if self.on_policy is not None and found.loss is not None:
+            self.on_policy.observe(found.loss)
         self._log.evaluation(step, found)
-        return cost(found, self.settings.judge.best_by)
+        return selection_metric(found, self.settings.judge.best_by)
 
     def _write(self, step: int, metrics: Metrics, tokens: int) -> None:
         """Writes a step down, and ends the run when too many were not finite."""
