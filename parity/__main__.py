@@ -97,7 +97,7 @@ def _run(chosen: argparse.Namespace) -> int:
     from parity.student import RunError
     from parity.table import markdown, print_rows, write_report
     from parity.upstream import Upstream, UpstreamError
-    from taid_jax.models.errors import ModelError
+    from taid_jax.errors import ModelError
 
     # The arrays are small: more threads than one wait for each other and for XLA's.
     torch.set_num_threads(1)

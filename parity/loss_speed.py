@@ -1,4 +1,4 @@
-"""The PyTorch columns of `scripts/bench_loss.py`: value and gradient, ready to time."""
+"""The PyTorch columns of `benchmarks/bench_loss.py`, ready to time."""
 
 import importlib.util
 from collections.abc import Callable

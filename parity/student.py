@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from parity.models import CLOSE, Batch, our_outputs
 from parity.rows import AnyRow, Row, Tolerance, skipped
 from taid_jax.data import DataError, held_out_batches
-from taid_jax.models.tokenizer import load_tokenizer
-from taid_jax.models.vocabulary import count_tokens
+from taid_jax.models.files.tokenizer import load_tokenizer
+from taid_jax.models.files.vocabulary import count_tokens
 from taid_jax.settings import Settings, SettingsError, from_dict
 from taid_jax.train.inputs import read_data
 from taid_jax.train.report import read_json

@@ -27,7 +27,7 @@ from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
 from taid_jax.data.template import set_chat_template
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
-from taid_jax.models.tokenizer import load_tokenizer
+from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings
 from taid_jax.settings.checks import check_number, check_text
 

@@ -60,7 +60,7 @@ from rich.console import Console
 
 from taid_jax import distributed
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
-from taid_jax.models.pypi import cache_folder
+from taid_jax.models.files.hub import cache_folder
 from taid_jax.plan import make_plan
 from taid_jax.settings import RunSettings, Settings, read_settings
 from taid_jax.sharding import ShardingError, make_mesh

@@ -21,6 +21,10 @@ class InputError(ValueError):
     """
 
 
+class ModelError(InputError):
+    """A model, or a setting of one, cannot be used."""
+
+
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
 _REPR.maxstring = _REPR.maxother = MAX_SHOWN

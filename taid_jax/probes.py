@@ -23,7 +23,7 @@ TEXTS = (
     "def f(x, *, y=1):\n    return {'a': [x**2 // 3, -y], \"b\": x != y}  # why?\n",
     "if (a<=b&&c>>=1) { x->y[i++] = ~z; } /* //path/to\\file */",
     "https://example.org/a_b-c/?q=1&r=%20#top me@example.org <b>tag</b>",
-    "...!!!???---___===***###@@@ ~`^|\\ ({[<>]})",
+    "...!!!???---___===***###@ ~`^|\\ ({[<>]})",
     "camelCaseWordsHTTPServer SHOUTING MiXeD iPhone McDonald",
     "na\u00efve caf\u00e9 Gr\u00f6\u00dfe \u00c5ngstr\u00f6m \u00c9COLE \u0130stanbul",
     "nai\u0308ve cafe\u0301 A\u030angstro\u0308m",  # the same, decomposed

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from taid_jax.memory import host_memory
+from taid_jax.models.memory import host_memory
 
 PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -56,7 +56,7 @@ class ChatRenderer:
 
     Args:
         tokenizer: With its chat template.
-        count_prompts: Count every token, not only the assistant's.
+        train_on_prompts: Count every token, not only the assistant's.
         merge_system: Put a system turn that the template refuses before the first turn
             of the user.
         date: What templates take for today, `YYYY-MM-DD`; today when None.
@@ -69,13 +69,13 @@ class ChatRenderer:
         self,
         tokenizer: Tokenizer,
         *,
-        count_prompts: bool = False,
+        train_on_prompts: bool = False,
         merge_system: bool = False,
         date: str | None = None,
     ):
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, date)
-        self._count_prompts = count_prompts
+        self._train_on_prompts = train_on_prompts
         self._merge_system = merge_system
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.unused: Counter[str] = Counter()
@@ -98,7 +98,7 @@ class ChatRenderer:
             return self.chat(Chat((user, Message(ANSWER_ROLE, content.completion))))
         text = content.prompt + content.completion
         answers = (Span(len(content.prompt), len(text)),)
-        return Rendered(text, answers, self._count_prompts, framed=True)
+        return Rendered(text, answers, self._train_on_prompts, framed=True)
 
     def prompt(self, content: Completion | Chat) -> Rendered:
         """Returns what a model is given to answer a conversation, or a plain prompt.
@@ -132,7 +132,7 @@ class ChatRenderer:
         """
         turns = _answer_turns(content)
         silent = [turn for turn in turns if not content.messages[turn].trained]
-        if self._count_prompts:
+        if self._train_on_prompts:
             # Where they are matters for the last, and for those that do not count.
             last = [turn for turn in turns if turn not in silent][-1:]
             turns = sorted([*silent, *last])
@@ -164,11 +164,11 @@ class ChatRenderer:
             else:
                 spans = ()
         except RecordError as error:
-            if not self._count_prompts or silent or error.reason == "no_end":
+            if not self._train_on_prompts or silent or error.reason == "no_end":
                 raise
             return Rendered(whole, counts_all=True)
         trained = tuple(span for n, span in enumerate(spans) if n not in numbers)
-        if not self._count_prompts:
+        if not self._train_on_prompts:
             return Rendered(whole, trained)
         left_out = tuple(spans[n] for n in numbers)
         return Rendered(whole, trained[-1:], counts_all=True, not_counted=left_out)
@@ -500,7 +500,7 @@ class _Answers:
             "answer_not_found",
             f"the answer in turn {self._turns[number] + 1} is not found where the chat "
             "template asks for it; mark answers in the template with {% generation %} "
-            "... {% endgeneration %}, or count prompts too",
+            "... {% endgeneration %}, or train on prompts too",
         )
 
 

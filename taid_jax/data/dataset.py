@@ -92,7 +92,7 @@ def load_dataset(
     seq_len: int,
     held_out_fraction: float = 0.1,
     split_seed: int = 0,
-    count_prompts: bool = False,
+    train_on_prompts: bool = False,
     pack: bool = True,
     buckets: Sequence[int] = (),
     bad_records: BadRecordPolicy = "raise",
@@ -118,8 +118,8 @@ def load_dataset(
         held_out_fraction: Share of the documents that is held out, in [0, 1).
         split_seed: Of the split alone. Leave it when the seed of training changes, so
             that runs are compared on documents that none of them was trained on.
-        count_prompts: Count every token, as the published recipe of TAID does, and not
-            only the assistant's.
+        train_on_prompts: Count every token, as the published recipe of TAID does, and
+            not only the assistant's.
         pack: Several examples in a row, kept apart by segments; else one, with padding.
         buckets: Lengths of batches that are not packed, rising; `seq_len` is the last
             of them in any case.
@@ -152,14 +152,14 @@ def load_dataset(
             seq_len=seq_len,
             held_out_fraction=held_out_fraction,
             split_seed=split_seed,
-            count_prompts=count_prompts,
+            train_on_prompts=train_on_prompts,
             bad=bad,
             merge_system=merge_system,
             template_date=template_date,
         )
     else:
         table, held_out = read_prepared(
-            *prepared, tokenizer, seq_len, count_prompts=count_prompts, bad=bad
+            *prepared, tokenizer, seq_len, train_on_prompts=train_on_prompts, bad=bad
         )
         # Shuffled when they were made.
         encoded = _Encoded(table, held_out, np.flatnonzero(held_out))
@@ -210,7 +210,7 @@ def _read_and_encode(
     seq_len: int,
     held_out_fraction: float,
     split_seed: int,
-    count_prompts: bool,
+    train_on_prompts: bool,
     bad: BadRecords,
     merge_system: bool,
     template_date: str | None,
@@ -221,7 +221,7 @@ def _read_and_encode(
     intake = Intake(
         encoder,
         Limits(seq_len),
-        count_prompts=count_prompts,
+        train_on_prompts=train_on_prompts,
         bad=bad,
         merge_system=merge_system,
         template_date=template_date,
@@ -291,7 +291,7 @@ def _nothing_left(
             f"seq_len is {seq_len}: raise seq_len or shorten the conversations"
         )
     elif bad.reasons["nothing_counted"]:
-        message += "; every token is masked: check the answers, or count prompts too"
+        message += "; every token is masked: check the answers, or train on prompts too"
     if bad.messages:
         message += f"; the first problem: {bad.messages[0]}"
     return message

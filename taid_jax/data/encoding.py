@@ -198,8 +198,8 @@ class Encoder:
             return RecordError(
                 "answer_not_found",
                 "the answer's tokens cannot be told from the prompt's: with this "
-                "tokenizer one token crosses the border between the two; count prompts "
-                "too, or put white space between them",
+                "tokenizer one token crosses the border between the two; train on "
+                "prompts too, or put white space between them",
             )
         ids, counted, prompt, answer_end = found
         if item.counts_all:

@@ -36,7 +36,7 @@ class Intake:
         encoder: With the tokenizer.
         limits: A conversation beyond them is left out: half of one would teach answers
             to unseen questions. Text is cut into windows of `limits.tokens`.
-        count_prompts: Count every token, not only the assistant's.
+        train_on_prompts: Count every token, not only the assistant's.
         bad: Told of what cannot be used and what is left out.
         merge_system: As `ChatRenderer` has it.
         template_date: As `ChatRenderer` has it.
@@ -50,7 +50,7 @@ class Intake:
         encoder: Encoder,
         limits: Limits,
         *,
-        count_prompts: bool,
+        train_on_prompts: bool,
         bad: BadRecords,
         merge_system: bool = False,
         template_date: str | None = None,
@@ -58,7 +58,7 @@ class Intake:
         self._encoder = encoder
         self._renderer = ChatRenderer(
             encoder.tokenizer,
-            count_prompts=count_prompts,
+            train_on_prompts=train_on_prompts,
             merge_system=merge_system,
             date=template_date,
         )

@@ -46,7 +46,7 @@ class Manifest:
     Attributes:
         tokenizer: What the ids mean.
         chats: Whether a chat template was used.
-        count_prompts: Whether prompts were counted.
+        train_on_prompts: Whether prompts were counted.
         options: All that was asked for.
         sources: The files read, with their sizes.
         records: How many were read.
@@ -61,7 +61,7 @@ class Manifest:
 
     tokenizer: TokenizerIdentity
     chats: bool
-    count_prompts: bool
+    train_on_prompts: bool
     options: Mapping[str, Any]
     sources: list[dict[str, Any]]
     records: int

@@ -82,7 +82,7 @@ def read_prepared(
     tokenizer: Tokenizer,
     seq_len: int,
     *,
-    count_prompts: bool,
+    train_on_prompts: bool,
     bad: BadRecords,
 ) -> tuple[TokenTable, Bool[np.ndarray, " examples"]]:
     """Returns the examples of a folder of shards, and which are validated on.
@@ -95,7 +95,7 @@ def read_prepared(
         manifest: Of the folder.
         tokenizer: Of the run, which must give the ids that the shards hold.
         seq_len: Longer conversations are left out, longer windows of text are cut.
-        count_prompts: Count every token.
+        train_on_prompts: Count every token.
         bad: Told of what is left out.
 
     Raises:
@@ -109,10 +109,10 @@ def read_prepared(
             f"differs: {'; '.join(found)}. Prepare the data again with --tokenizer set "
             "to this teacher, or give the teacher that they were prepared for"
         )
-    if manifest.count_prompts and not count_prompts:
+    if manifest.train_on_prompts and not train_on_prompts:
         raise DataError(
-            f"{folder} was prepared with --count-prompts, and does not tell which "
-            "tokens are answers; train with --count-prompts, or prepare it again "
+            f"{folder} was prepared with --train-on-prompts, and does not tell which "
+            "tokens are answers; train with --train-on-prompts, or prepare it again "
             "without"
         )
     tables, validation = [], []
@@ -139,7 +139,7 @@ def read_prepared(
         raise DataError(
             f"{folder} has no example of at most {seq_len} tokens; raise seq_len"
         )
-    if count_prompts:
+    if train_on_prompts:
         table = dataclasses.replace(table, counted=np.ones_like(table.counted))
         table.counted[table.starts[:-1]] = False
     return table, np.concatenate(validation)

@@ -4,22 +4,45 @@ An objective is a pytree that gives the loss of every token; `distillation_loss`
 mean over counted tokens, `fused_loss` its sum straight from hidden states.
 """
 
-from taid_jax.loss.baselines import CTKD as CTKD
-from taid_jax.loss.baselines import DKD as DKD
-from taid_jax.loss.baselines import CrossEntropy as CrossEntropy
-from taid_jax.loss.baselines import ctkd_strength as ctkd_strength
-from taid_jax.loss.divergences import AdaptiveKL as AdaptiveKL
-from taid_jax.loss.divergences import ForwardKL as ForwardKL
-from taid_jax.loss.divergences import JensenShannon as JensenShannon
-from taid_jax.loss.divergences import ReverseKL as ReverseKL
-from taid_jax.loss.divergences import SkewForwardKL as SkewForwardKL
-from taid_jax.loss.divergences import SkewReverseKL as SkewReverseKL
-from taid_jax.loss.divergences import TotalVariation as TotalVariation
-from taid_jax.loss.fused import fused_loss as fused_loss
-from taid_jax.loss.mix import Mix as Mix
-from taid_jax.loss.objective import Objective as Objective
-from taid_jax.loss.reduce import distillation_loss as distillation_loss
-from taid_jax.loss.reduce import distillation_sums as distillation_sums
-from taid_jax.loss.taid import TAID as TAID
-from taid_jax.loss.taid import taid_loss as taid_loss
-from taid_jax.types import Head as Head
+from taid_jax.loss._baselines import CTKD, DKD, CrossEntropy, ctkd_strength
+from taid_jax.loss._divergences import (
+    AdaptiveKL,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from taid_jax.loss._fused import fused_loss
+from taid_jax.loss._mix import Mix
+from taid_jax.loss._objective import Objective
+from taid_jax.loss._reduce import distillation_loss, distillation_sums
+from taid_jax.loss._taid import TAID, taid_loss
+from taid_jax.types import Head
+
+__all__ = [
+    "CTKD",
+    "DKD",
+    "TAID",
+    "AdaptiveKL",
+    "CrossEntropy",
+    "ForwardKL",
+    "Head",
+    "JensenShannon",
+    "Mix",
+    "Objective",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
+    "ctkd_strength",
+    "distillation_loss",
+    "distillation_sums",
+    "fused_loss",
+    "taid_loss",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

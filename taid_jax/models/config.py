@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from taid_jax.errors import show
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import ModelError, show
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")

@@ -13,15 +13,15 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from taid_jax.errors import ModelError
 from taid_jax.models.attention import (
     Window,
     batch_positions,
     batch_segments,
     scoring_of,
 )
-from taid_jax.models.attention_kernels import attend as attend_by_kernel
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.errors import ModelError
+from taid_jax.models.kernels import attend as attend_by_kernel
 from taid_jax.models.layers import Embedding, Layer, Linear, Stream, stream_norm
 from taid_jax.models.rope import Rotation, Rotations, layer_rotations
 from taid_jax.sharding import constrain

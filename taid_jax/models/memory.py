@@ -1,6 +1,9 @@
 """Whether models fit in memory: asked before anything of them is made."""
 
+import contextlib
 import math
+import os
+import pathlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -9,10 +12,26 @@ import jax
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from taid_jax.memory import host_memory
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params
-from taid_jax.models.errors import ModelError
+
+# Of a container: version 2 of Linux' control groups, then version 1.
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+
+
+def host_memory(groups: str | pathlib.Path = "/sys/fs/cgroup") -> int:
+    """Returns the bytes that this process can have: the machine's, or its container's.
+
+    Args:
+        groups: Where the limits of containers are.
+    """
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in _LIMITS:
+        # Without a limit there is no such file, or it says `max`.
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, int(pathlib.Path(groups, name).read_text("ascii")))
+    return found
 
 
 class Need(NamedTuple):

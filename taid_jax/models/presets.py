@@ -6,8 +6,8 @@ What is not said is as the family's own default has it.
 import dataclasses
 from collections.abc import Mapping
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import read_config
 
 _SMOLLM2 = DecoderConfig(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int, Key
 
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import ModelError
 
 LEAST_TEMPERATURE = 1e-6
 """Below it logits divided by it would not be numbers any more in float32."""

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 
 from taid_jax.chips import CHIPS, Chip
 from taid_jax.errors import InputError, explain, how_to_install, show
-from taid_jax.memory import host_memory
+from taid_jax.models.memory import host_memory
 
 LOCAL = "local"
 

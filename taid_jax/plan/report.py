@@ -11,9 +11,9 @@ from rich.table import Table
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import select_layers
-from taid_jax.models.load import load_config
+from taid_jax.models.files.hub import DEFAULT_TEACHER
+from taid_jax.models.files.load import load_config
 from taid_jax.models.presets import PRESETS
-from taid_jax.models.source import DEFAULT_TEACHER
 from taid_jax.plan.advice import Attempt, find_fit
 from taid_jax.plan.compiled import Plan, plan_mesh, plan_step
 from taid_jax.plan.machine import PlanError, find_machine

@@ -30,7 +30,7 @@ class DataSettings(Checked):
         seq_len: Tokens of one sequence.
         held_out_fraction: Share of the documents that is never trained on.
         held_out_batches: At most this many held-out batches are evaluated.
-        count_prompts: Also train on prompts and other roles' turns.
+        train_on_prompts: Also train on prompts and other roles' turns.
         pack: Put several short examples into one sequence, kept apart by segments.
         buckets: Without packing, shorter lengths that batches of short examples have,
             such as 256,512; each is compiled once.
@@ -48,7 +48,7 @@ class DataSettings(Checked):
     seq_len: int = bounded(256, ge=2)
     held_out_fraction: float = bounded(0.1, gt=0, lt=1)
     held_out_batches: int = bounded(8, ge=1)
-    count_prompts: bool = False
+    train_on_prompts: bool = False
     pack: bool = True
     buckets: str = ""
     bad_records: Literal["count", "raise"] = "count"

@@ -18,7 +18,6 @@ from taid_jax.train.checkpoint import CheckpointError, Checkpoints
 from taid_jax.train.evaluate import HeldOut
 from taid_jax.train.inputs import Pair
 from taid_jax.train.loop import Loop
-from taid_jax.train.metrics import make_throughput
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.on_policy.buffer import OnPolicyBatches
 from taid_jax.train.state import (
@@ -29,6 +28,7 @@ from taid_jax.train.state import (
     state_shardings,
 )
 from taid_jax.train.step import TrainStep, make_train_step
+from taid_jax.train.throughput import make_throughput
 from taid_jax.types import Params
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.on_policy.generation import (

@@ -12,19 +12,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from taid_jax.data import Dataset, held_out_batches
+from taid_jax.errors import ModelError
 from taid_jax.loss import CrossEntropy, ForwardKL
-from taid_jax.loss.objective import Objective, register_objective
+from taid_jax.loss._objective import Objective, register_objective
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.errors import ModelError
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import BestBy, Settings
 from taid_jax.sharding import batch_part, place_batch
 from taid_jax.train.completions import EvalCompletions, score
 from taid_jax.train.inputs import Pair
-from taid_jax.train.objective import make_objective, make_scheduler
+from taid_jax.train.objective import MakeObjective, make_objective, make_scheduler
 from taid_jax.train.on_policy.prompts import EvalPrompt
 from taid_jax.train.state import DistillState
-from taid_jax.train.step import MakeObjective, Metrics, batch_loss
+from taid_jax.train.step import Metrics, batch_loss
 from taid_jax.types import Batch, ModelFunctions, Params
 
 EvalStep = Callable[[DistillState, Params, Batch], Metrics]

@@ -12,14 +12,12 @@ from jax.sharding import Mesh
 from taid_jax.data import DataError, Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.template import set_chat_template
-from taid_jax.memory import host_memory
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
-from taid_jax.models.errors import ModelError
-from taid_jax.models.load import LoadedModel, load_config, load_model, random_init
-from taid_jax.models.memory import check_fits, params_need
-from taid_jax.models.source import resolve
-from taid_jax.models.tokenizer import (
+from taid_jax.models.files.hub import resolve
+from taid_jax.models.files.load import LoadedModel, load_config, load_model, random_init
+from taid_jax.models.files.tokenizer import (
     Tokenizer,
     find_tokenizer,
     load_tokenizer,
@@ -27,11 +25,12 @@ from taid_jax.models.tokenizer import (
     same_tokenizer,
     translate_ids,
 )
-from taid_jax.models.vocabulary import (
+from taid_jax.models.files.vocabulary import (
     count_tokens,
     resize_vocabulary,
     with_tokenizer,
 )
+from taid_jax.models.memory import check_fits, host_memory, params_need
 from taid_jax.settings import ModelSettings, Settings, SettingsError, contradictions
 from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
 from taid_jax.types import Params
@@ -159,7 +158,7 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
         cast(DataTokenizer, tokenizer),
         seq_len=data.seq_len,
         held_out_fraction=data.held_out_fraction,
-        count_prompts=data.count_prompts,
+        train_on_prompts=data.train_on_prompts,
         pack=data.pack,
         buckets=data.bucket_lengths,
         bad_records=data.bad_records,

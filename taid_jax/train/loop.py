@@ -7,24 +7,31 @@ makes the devices wait.
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from rich.console import Console
 
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import ModelError
 from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.evaluate import HeldOut, check_finite, selection_metric
 from taid_jax.train.folder import way_on
 from taid_jax.train.metrics import MetricsLogger
-from taid_jax.train.report import Progress
+from taid_jax.train.on_policy.buffer import OnPolicyBatches
+from taid_jax.train.report import ConsoleProgress, Progress
 from taid_jax.train.state import DistillState, nonfinite_leaves
 from taid_jax.train.step import Metrics, TrainStep
+from taid_jax.train.throughput import Throughput
 from taid_jax.types import Params
 
 
@@ -53,6 +60,50 @@ class BatchIterator(Protocol):
         ...
 
 
+class stop_signals:  # noqa: N801 - read as a with-statement
+    """Within it, the first SIGTERM or SIGINT is noted and does nothing else.
+
+    A second one acts as it did before. Of several processes any may get it: JAX tells
+    the others and chooses the step at which all of them stop.
+    """
+
+    def __enter__(self) -> "stop_signals":
+        self._seen: list[str] = []
+        self._before = {}
+        self._several = jax.process_count() > 1
+        # Among several, SIGTERM is JAX's.
+        numbers = (signal.SIGTERM, signal.SIGINT)[self._several :]
+        for number in numbers:
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:
+                break  # Not the main thread: whoever owns it decides.
+        return self
+
+    def asked(self, step: int) -> str | None:
+        """Returns what asked for an end after this step, if anything did.
+
+        To be called once after each step, on every process.
+
+        Args:
+            step: Its number.
+        """
+        if self._several:
+            now = multihost_utils.reached_preemption_sync_point(step)
+            return "a signal to one of the processes" if now else None
+        return self._seen[0] if self._seen else None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._seen.append(signal.Signals(number).name)
+        signal.signal(number, self._before[number])
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 @dataclasses.dataclass
 class Loop:
     """What a run of the loop needs.
@@ -68,8 +119,8 @@ class Loop:
         checkpoints: Where states are saved.
         mesh: Where batches go.
         progress: Who is shown how it goes.
-        meter: Of the time that steps take.
-        sampler: Puts the student's answers in place of batches; None for the data.
+        throughput: Of the steps.
+        on_policy: Puts the student's completions in place of batches.
         models: What identifies teacher and student, saved with every checkpoint.
         evaluations: Rows of the evaluations before; what their file says when None.
     """
@@ -83,9 +134,11 @@ class Loop:
     evaluate: Callable[[DistillState], HeldOut]
     checkpoints: Checkpoints
     mesh: Mesh
-    progress: Progress
-    meter: Meter = dataclasses.field(default_factory=Meter)
-    sampler: Sampler | None = None
+    progress: Progress = dataclasses.field(
+        default_factory=lambda: ConsoleProgress(Console(quiet=True), 1)
+    )
+    throughput: Throughput = dataclasses.field(default_factory=Throughput)
+    on_policy: OnPolicyBatches | None = None
     models: Mapping[str, str] = dataclasses.field(default_factory=dict)
     evaluations: Sequence[Mapping[str, Any]] | None = None
 
@@ -166,7 +219,7 @@ class Loop:
             self.checkpoints.wait()
 
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
-        """Returns what a step trains on: a batch of the data, or of answers."""
+        """Returns what a step trains on: a batch of the data, or of completions."""
         with self.throughput.measured("data"):
             rows = next(self.batches)
         if self.on_policy is not None:
@@ -212,7 +265,7 @@ class Loop:
                 )
         if self.on_policy is not None and found.loss is not None:
             self.on_policy.observe(found.loss)
-        self._log.evaluation(step, found)
+        self._log.evaluation({"step": step, **found._asdict()})
         return selection_metric(found, self.settings.judge.best_by)
 
     def _write(self, step: int, metrics: Metrics, tokens: int) -> None:

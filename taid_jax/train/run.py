@@ -15,11 +15,10 @@ from rich.console import Console
 
 from taid_jax import distributed
 from taid_jax.data import DataError, Dataset
-from taid_jax.errors import explain
-from taid_jax.models.errors import ModelError
-from taid_jax.models.generate import generate
-from taid_jax.models.load import export_model
-from taid_jax.models.tokenizer import Tokenizer
+from taid_jax.errors import ModelError, explain
+from taid_jax.models.files.load import export_model
+from taid_jax.models.files.tokenizer import Tokenizer
+from taid_jax.models.generation import generate
 from taid_jax.settings import (
     Settings,
     SettingsError,

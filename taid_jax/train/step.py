@@ -11,14 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
 from taid_jax.loss import distillation_sums, fused_loss
-from taid_jax.schedule import TAIDState
 from taid_jax.sharding import activations_on
+from taid_jax.train.objective import MakeObjective, Objective
 from taid_jax.train.state import DistillState, all_finite, updates_applied
 from taid_jax.types import IGNORE_INDEX, Batch, ModelFunctions, Params
-
-Objective = Callable[..., Array]
-MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
-"""`(schedule, learned, step) -> objective`: the objective of one step."""
 
 Metrics = dict[str, Array]
 TrainStep = Callable[[DistillState, Params, Batch], tuple[DistillState, Metrics]]

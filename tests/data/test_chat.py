@@ -13,8 +13,8 @@ QUESTION = Message("user", "Whether?")
 ANSWER = Message("assistant", "that is all.")
 
 
-def encode(tokenizer, content, *, count_prompts=False, **options):
-    renderer = ChatRenderer(tokenizer, count_prompts=count_prompts, **options)
+def encode(tokenizer, content, *, train_on_prompts=False, **options):
+    renderer = ChatRenderer(tokenizer, train_on_prompts=train_on_prompts, **options)
     chat = isinstance(content, Chat)
     item = renderer.chat(content) if chat else renderer.completion(content)
     [example] = Encoder(tokenizer).examples([item])
@@ -55,14 +55,14 @@ def test_chat_counts_exactly_the_answers(
         assert found == answers
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
+@pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_chat_prompt_is_all_that_comes_before_the_last_answer(
-    styled_tokenizer, make_conversations, count_prompts
+    styled_tokenizer, make_conversations, train_on_prompts
 ):
     # White space at an answer's start may share a token with the prompt's end.
     for messages in make_conversations(50, edges=("",)):
         chat = parse_record({"messages": messages})
-        example = encode(styled_tokenizer, chat, count_prompts=count_prompts)
+        example = encode(styled_tokenizer, chat, train_on_prompts=train_on_prompts)
         asked = styled_tokenizer.apply_chat_template(
             messages[:-1], tokenize=False, add_generation_prompt=True
         )
@@ -72,10 +72,12 @@ def test_chat_prompt_is_all_that_comes_before_the_last_answer(
         assert found.rstrip(" ") == asked.rstrip(" ")
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
-def test_completion_prompt_of_a_base_model_is_the_prompt(base_tokenizer, count_prompts):
+@pytest.mark.parametrize("train_on_prompts", [False, True])
+def test_completion_prompt_of_a_base_model_is_the_prompt(
+    base_tokenizer, train_on_prompts
+):
     content = Completion("Whether?", " that is all.")
-    example = encode(base_tokenizer, content, count_prompts=count_prompts)
+    example = encode(base_tokenizer, content, train_on_prompts=train_on_prompts)
     assert base_tokenizer.decode(example.ids[: example.prompt]) == "Whether?"
 
 
@@ -108,7 +110,7 @@ def test_chat_tells_answers_apart_from_equal_prompts(tokenizer):
 
 def test_chat_counts_everything_but_the_first_token_on_request(styled_tokenizer):
     chat = Chat((QUESTION, ANSWER))
-    example = encode(styled_tokenizer, chat, count_prompts=True)
+    example = encode(styled_tokenizer, chat, train_on_prompts=True)
     assert not example.counted[0]
     assert example.counted[1:].all()
     plain = styled_tokenizer.apply_chat_template(
@@ -193,14 +195,14 @@ def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):
     assert counted_texts(tokenizer, example) == ["that is all."] * 2
     last = example.ids[example.prompt : example.answer_end].tolist()
     assert tokenizer.decode(last) == "that is all."
-    everything = encode(tokenizer, chat, count_prompts=True)
+    everything = encode(tokenizer, chat, train_on_prompts=True)
     assert everything.counted[1:].all()
     assert everything[2:] == example[2:]
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
+@pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_chat_leaves_out_answers_that_nothing_ends(
-    tokenizer, monkeypatch, count_prompts
+    tokenizer, monkeypatch, train_on_prompts
 ):
     """The header of the next turn is no end: a model would go on by itself."""
     bare = (
@@ -211,7 +213,7 @@ def test_chat_leaves_out_answers_that_nothing_ends(
     monkeypatch.setattr(tokenizer, "chat_template", bare)
     chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
     with pytest.raises(RecordError, match="nothing that ends the answer in turn") as e:
-        encode(tokenizer, chat, count_prompts=count_prompts)
+        encode(tokenizer, chat, train_on_prompts=train_on_prompts)
     assert e.value.reason == "no_end"
 
 
@@ -233,14 +235,14 @@ def test_chat_refuses_answers_it_cannot_find(tokenizer, monkeypatch, template):
     chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
     with pytest.raises(DataError, match=r"answer in turn 2 .* \{% generation %\}"):
         encode(tokenizer, chat)
-    everything = encode(tokenizer, chat, count_prompts=True)  # needs no answers
+    everything = encode(tokenizer, chat, train_on_prompts=True)  # needs no answers
     assert (everything.prompt, everything.answer_end) == (0, 0)
 
 
 @pytest.mark.parametrize("role", ["system", "tool"])
-@pytest.mark.parametrize("count_prompts", [False, True])
+@pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_chat_refuses_a_turn_that_the_template_leaves_out(
-    tokenizer, monkeypatch, role, count_prompts
+    tokenizer, monkeypatch, role, train_on_prompts
 ):
     """No error of the template tells it: the turn would be missing, no more."""
     silent = (
@@ -250,21 +252,21 @@ def test_chat_refuses_a_turn_that_the_template_leaves_out(
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", silent)
-    encode(tokenizer, Chat((QUESTION, ANSWER)), count_prompts=count_prompts)
+    encode(tokenizer, Chat((QUESTION, ANSWER)), train_on_prompts=train_on_prompts)
     chat = Chat((QUESTION, ANSWER, Message(role, "22 degrees"), QUESTION, ANSWER))
     with pytest.raises(RecordError, match=rf"does not write turn 3 \({role}\)") as e:
-        encode(tokenizer, chat, count_prompts=count_prompts)
+        encode(tokenizer, chat, train_on_prompts=train_on_prompts)
     assert e.value.reason == "unknown_role"
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
+@pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_chat_knows_where_the_last_answer_is(
-    style, styled_tokenizer, make_conversations, count_prompts
+    style, styled_tokenizer, make_conversations, train_on_prompts
 ):
     """The prompt is what generation is given, the answer what it should write."""
     for messages in make_conversations(40, edges=[""]):
         content = parse_record({"messages": messages})
-        example = encode(styled_tokenizer, content, count_prompts=count_prompts)
+        example = encode(styled_tokenizer, content, train_on_prompts=train_on_prompts)
         asked = styled_tokenizer.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
@@ -276,7 +278,7 @@ def test_chat_knows_where_the_last_answer_is(
 
 def test_chat_with_prompts_gives_a_crossing_token_to_the_answer(tokenizer):
     answer = Message("assistant", "\n\nmoves")
-    example = encode(tokenizer, Chat((QUESTION, answer)), count_prompts=True)
+    example = encode(tokenizer, Chat((QUESTION, answer)), train_on_prompts=True)
     text = tokenizer.decode(example.ids[: example.prompt].tolist())
     assert text.endswith("<|im_start|>assistant")  # its line end is in the next token
     assert example.answer_end == len(example.ids) - 1  # a line end after the turn
@@ -306,7 +308,7 @@ def test_completion_is_joined_without_a_template(base_tokenizer):
     example = encode(base_tokenizer, completion)
     assert counted_texts(base_tokenizer, example) == [" sat on the mat<|im_end|>"]
     assert base_tokenizer.decode(example.ids.tolist()).startswith("The cat sat")
-    everything = encode(base_tokenizer, completion, count_prompts=True)
+    everything = encode(base_tokenizer, completion, train_on_prompts=True)
     assert everything.counted[1:].all()
     np.testing.assert_array_equal(everything.ids, example.ids)
 
@@ -322,7 +324,9 @@ def test_completion_that_shares_a_token_with_its_prompt_is_cut_there(base_tokeni
 
 
 def test_rendered_text_is_what_the_template_writes(tokenizer):
-    item = ChatRenderer(tokenizer, count_prompts=False).chat(Chat((QUESTION, ANSWER)))
+    item = ChatRenderer(tokenizer, train_on_prompts=False).chat(
+        Chat((QUESTION, ANSWER))
+    )
     assert isinstance(item, Rendered)
     start, stop = item.answers[0]
     assert item.text[start:stop] == "that is all.<|im_end|>"
@@ -490,15 +494,15 @@ def test_chat_counts_calls_of_tools(tokenizer, monkeypatch, content, more):
     assert example.ids.tolist() == theirs
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
+@pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_chat_leaves_out_calls_that_the_template_does_not_write(
-    tokenizer, count_prompts
+    tokenizer, train_on_prompts
 ):
     chat = chat_of(("user", "Q"), ("assistant", "Let me look.", {"tool_calls": [CALL]}))
     with pytest.raises(
         RecordError, match="does not write the calls of tools"
     ) as caught:
-        encode(tokenizer, chat, count_prompts=count_prompts)
+        encode(tokenizer, chat, train_on_prompts=train_on_prompts)
     assert caught.value.reason == "tool_calls_not_written"
 
 
@@ -519,8 +523,8 @@ def test_chat_counts_the_keys_that_the_template_does_not_use(tokenizer, monkeypa
     assert not renderer.unused
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
-def test_chat_does_not_count_answers_of_weight_0(tokenizer, count_prompts):
+@pytest.mark.parametrize("train_on_prompts", [False, True])
+def test_chat_does_not_count_answers_of_weight_0(tokenizer, train_on_prompts):
     chat = chat_of(
         ("user", "Say it."),
         ("assistant", "bad answer", {"weight": 0}),
@@ -529,12 +533,12 @@ def test_chat_does_not_count_answers_of_weight_0(tokenizer, count_prompts):
         ("user", "And?"),
         ("assistant", "worse", {"weight": 0.0}),
     )
-    example = encode(tokenizer, chat, count_prompts=count_prompts)
+    example = encode(tokenizer, chat, train_on_prompts=train_on_prompts)
     counted = "".join(counted_texts(tokenizer, example))
     assert "good answer<|im_end|>" in counted
     assert "bad answer" not in counted
     assert "worse" not in counted
-    if not count_prompts:
+    if not train_on_prompts:
         assert counted == "good answer<|im_end|>"
     asked = tokenizer.decode(example.ids[: example.prompt].tolist())
     assert asked.rstrip().endswith("Once more.<|im_end|>\n<|im_start|>assistant")

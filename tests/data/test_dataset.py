@@ -146,7 +146,7 @@ def test_load_dataset_counts_answers_or_everything(write_jsonl, tokenizer):
     dataset = load_dataset(path, tokenizer, **options)
     text = tokenizer.decode(labels_of(dataset.train).tolist())
     assert text == "that is all.<|im_end|>on and on.<|im_end|>"
-    whole = load_dataset(path, tokenizer, count_prompts=True, **options)
+    whole = load_dataset(path, tokenizer, train_on_prompts=True, **options)
     assert whole.info.train.counted_tokens == whole.info.train.tokens - 2
     assert dataset.info.held_out.rows == 0
     assert held_out_batches(dataset.held_out, 4) == []

@@ -103,10 +103,10 @@ def test_encoder_has_the_start_token_of_a_text_once(llama, times, framed):
     )
 
 
-@pytest.mark.parametrize("count_prompts", [True, False])
-def test_encoder_of_a_prompt_that_was_rendered_before(llama, count_prompts):
+@pytest.mark.parametrize("train_on_prompts", [True, False])
+def test_encoder_of_a_prompt_that_was_rendered_before(llama, train_on_prompts):
     content = Completion("<s>[INST] hi [/INST]", " hello</s>")
-    item = ChatRenderer(llama, count_prompts=count_prompts).completion(content)
+    item = ChatRenderer(llama, train_on_prompts=train_on_prompts).completion(content)
     [example] = Encoder(llama).examples([item])
     text = llama.decode(example.ids.tolist())
     assert text.replace("<s> ", "<s>") == "<s>[INST] hi [/INST] hello</s>"

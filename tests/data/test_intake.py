@@ -17,18 +17,20 @@ CHAT = Chat(
 )
 
 
-def take(tokenizer, limits, content=CHAT, *, count_prompts=False):
+def take(tokenizer, limits, content=CHAT, *, train_on_prompts=False):
     bad = BadRecords("count", filtered=True)
-    intake = Intake(Encoder(tokenizer), limits, count_prompts=count_prompts, bad=bad)
+    intake = Intake(
+        Encoder(tokenizer), limits, train_on_prompts=train_on_prompts, bad=bad
+    )
     documents = [make_document("here, line 1", content, 0)]
     return [example for *_, example in intake.examples(documents)], bad, intake
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
-def test_limits_are_the_last_that_fit(styled_tokenizer, count_prompts):
+@pytest.mark.parametrize("train_on_prompts", [False, True])
+def test_limits_are_the_last_that_fit(styled_tokenizer, train_on_prompts):
     [example], _, _ = take(styled_tokenizer, Limits(1000))
     whole, answer = len(example.ids), example.answer_end - example.prompt
-    options = {"count_prompts": count_prompts}
+    options = {"train_on_prompts": train_on_prompts}
     exact = Limits(whole, example.prompt, answer)
     assert len(take(styled_tokenizer, exact, **options)[0]) == 1
     for reason, less in [
@@ -67,8 +69,8 @@ def test_intake_reports_an_answer_that_limits_need_and_the_template_hides(
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", upper)
-    assert len(take(tokenizer, Limits(1000), count_prompts=True)[0]) == 1
-    found, bad, _ = take(tokenizer, Limits(1000, prompt=500), count_prompts=True)
+    assert len(take(tokenizer, Limits(1000), train_on_prompts=True)[0]) == 1
+    found, bad, _ = take(tokenizer, Limits(1000, prompt=500), train_on_prompts=True)
     assert not found
     assert dict(bad.reasons) == {"answer_not_found": 1}
     assert "answer_not_found" in REASONS

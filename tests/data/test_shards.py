@@ -75,13 +75,15 @@ def test_shards_of_long_conversations_are_read_for_short_rows(shards, tokenizer)
         load_dataset(shards, tokenizer, seq_len=4)
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
-def test_shards_serve_answers_and_all_tokens(shards, tokenizer, count_prompts):
-    dataset = load_dataset(shards, tokenizer, seq_len=512, count_prompts=count_prompts)
+@pytest.mark.parametrize("train_on_prompts", [False, True])
+def test_shards_serve_answers_and_all_tokens(shards, tokenizer, train_on_prompts):
+    dataset = load_dataset(
+        shards, tokenizer, seq_len=512, train_on_prompts=train_on_prompts
+    )
     table = dataset.train.table
     assert not table.counted[table.starts[:-1]].any()
     share = table.counted.sum() / (len(table.ids) - len(table))
-    assert share == 1 if count_prompts else 0.1 < share < 0.9
+    assert share == 1 if train_on_prompts else 0.1 < share < 0.9
     inside = [
         table[n].counted[table.prompts[n] : table.answer_ends[n]]
         for n in range(len(table))
@@ -137,7 +139,7 @@ def test_identify_sees_no_difference_in_an_exported_tokenizer(
     styled_tokenizer, tmp_path
 ):
     """Shards of a teacher fit the student that it was exported with."""
-    from taid_jax.models.tokenizer import read_folder_tokenizer, save_tokenizer
+    from taid_jax.models.files.tokenizer import read_folder_tokenizer, save_tokenizer
 
     save_tokenizer(styled_tokenizer, tmp_path)
     again = identify(read_folder_tokenizer(tmp_path))

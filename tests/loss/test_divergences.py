@@ -16,8 +16,8 @@ from taid_jax.loss import (
     SkewReverseKL,
     TotalVariation,
 )
-from taid_jax.loss.adaptive import head_entries
-from taid_jax.loss.softmax import expm1_near, normalise
+from taid_jax.loss._adaptive import head_entries
+from taid_jax.loss._softmax import expm1_near, normalise
 
 HALF = np.array([[np.log(0.5), np.log(0.25), np.log(0.25)]], np.float32)
 SKEW = np.array([[np.log(0.25), np.log(0.25), np.log(0.5)]], np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taid_jax.loss import CTKD, DKD, TAID, CrossEntropy, ForwardKL, Mix
-from taid_jax.loss.reduce import token_metrics
+from taid_jax.loss._reduce import token_metrics
 
 
 @pytest.mark.parametrize("inner", [TAID(0.3), DKD()])

@@ -12,7 +12,7 @@ from taid_jax.loss import (
     distillation_loss,
     distillation_sums,
 )
-from taid_jax.loss.reduce import select_tokens, weighted_mean, weighted_sum
+from taid_jax.loss._reduce import select_tokens, weighted_mean, weighted_sum
 
 MASK = np.array([[1, 1, 0, 1, 0], [0, 1, 1, 0, 1]])
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taid_jax.loss.softmax import row_max, row_maxes
+from taid_jax.loss._softmax import row_max, row_maxes
 
 
 @pytest.fixture

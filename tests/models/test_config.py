@@ -1,7 +1,7 @@
 import pytest
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
-from taid_jax.models.errors import ModelError
 
 SIZES = {
     "vocab_size": 50,

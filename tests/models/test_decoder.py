@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import (
     abstract_params,
@@ -18,7 +19,6 @@ from taid_jax.models.decoder import (
     param_axes,
     select_layers,
 )
-from taid_jax.models.errors import ModelError
 
 TINY = DecoderConfig(
     vocab_size=61,

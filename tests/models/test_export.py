@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from taid_jax.models import export
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.errors import ModelError
-from taid_jax.models.export import plan_shards, stored_tensors, write_folder
-from taid_jax.models.hf import INDEX, WEIGHTS
-from taid_jax.models.load import export_model, load_model
+from taid_jax.models.files import export
+from taid_jax.models.files.export import plan_shards, stored_tensors, write_folder
+from taid_jax.models.files.hf import INDEX, WEIGHTS
+from taid_jax.models.files.load import export_model, load_model
 
 CONFIG = DecoderConfig(
     vocab_size=20,

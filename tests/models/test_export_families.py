@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from taid_jax.models.decoder import abstract_params, decoder_functions
-from taid_jax.models.export import write_folder
 from taid_jax.models.families import FAMILIES, read_config
-from taid_jax.models.load import load_model
+from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.load import load_model
 
 USUAL = {
     "vocab_size": 20,

@@ -8,10 +8,9 @@ import pathlib
 import jax
 import pytest
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import abstract_params
-from taid_jax.models.entries import axis_sizes, entries
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import (
     FAMILIES,
     buffer_kind,
@@ -19,6 +18,7 @@ from taid_jax.models.families import (
     read_config,
     write_config,
 )
+from taid_jax.models.files.entries import axis_sizes, entries
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_jax.models.errors import ModelError
-from taid_jax.models.fields import REQUIRED, Fields, read_json
+from taid_jax.errors import ModelError
+from taid_jax.models.families.fields import REQUIRED, Fields, read_json
 
 
 def test_get_returns_values_and_defaults():

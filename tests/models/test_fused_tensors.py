@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from taid_jax.errors import ModelError
 from taid_jax.models.decoder import abstract_params, param_axes
-from taid_jax.models.entries import axis_sizes, entries
-from taid_jax.models.errors import ModelError
-from taid_jax.models.export import stored_tensors, write_folder
 from taid_jax.models.families import family_named, read_config
-from taid_jax.models.hf import WEIGHTS, open_folder
-from taid_jax.models.load import load_model
+from taid_jax.models.files.entries import axis_sizes, entries
+from taid_jax.models.files.export import stored_tensors, write_folder
+from taid_jax.models.files.hf import WEIGHTS, open_folder
+from taid_jax.models.files.load import load_model
+from taid_jax.models.files.weights import load_params
 from taid_jax.models.rope import rope_frequencies
-from taid_jax.models.weights import load_params
 from taid_jax.sharding import make_mesh, tree_shardings
 
 USUAL = {

@@ -18,20 +18,20 @@ import numpy as np
 import pytest
 
 from taid_jax.errors import InputError
-from taid_jax.models.export import write_folder
 from taid_jax.models.families import (
     FAMILIES,
     family_named,
     read_config,
     write_config,
 )
-from taid_jax.models.gguf import open_gguf
-from taid_jax.models.gguf_config import read_gguf_config
-from taid_jax.models.hf import INDEX, WEIGHTS, open_folder
-from taid_jax.models.load import load_config
+from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.gguf import open_gguf
+from taid_jax.models.files.gguf_config import read_gguf_config
+from taid_jax.models.files.hf import INDEX, WEIGHTS, open_folder
+from taid_jax.models.files.load import load_config
+from taid_jax.models.files.tokenizer import gguf_tokenizer
+from taid_jax.models.files.weights import check_tensors, own_head
 from taid_jax.models.rope import rope_frequencies
-from taid_jax.models.tokenizer import gguf_tokenizer
-from taid_jax.models.weights import check_tensors, own_head
 from taid_jax.settings import Settings, read_settings, to_dict
 
 CASES = 100_000

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import write_config
-from taid_jax.models.gguf import open_gguf
-from taid_jax.models.gguf_config import read_gguf_config
-from taid_jax.models.load import load_config, load_model
+from taid_jax.models.files.gguf import open_gguf
+from taid_jax.models.files.gguf_config import read_gguf_config
+from taid_jax.models.files.load import load_config, load_model
 from taid_jax.models.rope import rope_frequencies
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]

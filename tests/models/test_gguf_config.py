@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import RopeConfig
-from taid_jax.models.entries import axis_sizes, entries
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import read_config, write_config
-from taid_jax.models.load import load_config, load_model
+from taid_jax.models.files.entries import axis_sizes, entries
+from taid_jax.models.files.load import load_config, load_model
 
 SIZES = {
     "vocab_size": 40,

@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from taid_jax.models.errors import ModelError
-from taid_jax.models.gguf_header import read_header
+from taid_jax.errors import ModelError
+from taid_jax.models.files.gguf_header import read_header
 
 TYPE = gguf.GGUFValueType
 KEYS = {

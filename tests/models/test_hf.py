@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.errors import ModelError
-from taid_jax.models.export import write_folder
-from taid_jax.models.hf import INDEX, WEIGHTS, open_folder
-from taid_jax.models.load import load_config, load_model
+from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.hf import INDEX, WEIGHTS, open_folder
+from taid_jax.models.files.load import load_config, load_model
 from taid_jax.models.rope import rope_frequencies
 
 SMALL = DecoderConfig(
@@ -209,7 +209,7 @@ def test_load_model_tolerates_tensors_that_say_nothing_new(folder):
 @pytest.mark.parametrize("block", [1 << 24, 8], ids=["whole", "row by row"])
 @pytest.mark.parametrize("end", ["head", "last number", "other dtype", "none"])
 def test_load_model_follows_a_head_that_differs(folder, monkeypatch, block, end):
-    monkeypatch.setattr("taid_jax.models.weights._BLOCK", block)
+    monkeypatch.setattr("taid_jax.models.files.weights._BLOCK", block)
     tie(folder)
     values = load_file(folder / WEIGHTS)
     head = values["lm_head.weight"]

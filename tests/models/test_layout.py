@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_jax.models.layout import Part, parse_layout
+from taid_jax.models.families.layout import Part, parse_layout
 
 SIZES = {"v": 7, "d": 6, "n": 4, "k": 2, "h": 6, "f": 5, "c": 2, "r": 3}
 LAYOUTS = [

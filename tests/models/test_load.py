@@ -15,19 +15,24 @@ from gguf import GGUFValueType
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tokenizers import pre_tokenizers
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
     abstract_params,
     decoder_functions,
     param_axes,
 )
-from taid_jax.models.entries import entries
-from taid_jax.models.errors import ModelError
-from taid_jax.models.hf import open_folder
-from taid_jax.models.load import export_model, load_config, load_model, random_init
-from taid_jax.models.source import DEFAULT_TEACHER
-from taid_jax.models.tokenizer import load_tokenizer
-from taid_jax.models.weights import load_params
+from taid_jax.models.files.entries import entries
+from taid_jax.models.files.hf import open_folder
+from taid_jax.models.files.hub import DEFAULT_TEACHER
+from taid_jax.models.files.load import (
+    export_model,
+    load_config,
+    load_model,
+    random_init,
+)
+from taid_jax.models.files.tokenizer import load_tokenizer
+from taid_jax.models.files.weights import load_params
 from taid_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = DecoderConfig(
@@ -225,7 +230,7 @@ def test_export_model_gathers_what_is_spread_over_devices(tmp_path, folder):
 def test_importing_the_front_door_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import taid_jax.models.load, taid_jax.models.tokenizer\n"
+        "import taid_jax.models.files.load, taid_jax.models.files.tokenizer\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
@@ -293,7 +298,7 @@ def test_smollm2_gives_the_logits_of_pytorch(teacher, exported):
 def test_smollm2_tokenizer_gives_the_ids_of_transformers(varied_strings, exported):
     pytest.importorskip("torch", reason="transformers reads GGUF with PyTorch only")
     transformers = pytest.importorskip("transformers")
-    from taid_jax.models.source import resolve
+    from taid_jax.models.files.hub import resolve
 
     path = resolve(DEFAULT_TEACHER).path
     theirs = transformers.AutoTokenizer.from_pretrained(
@@ -321,7 +326,7 @@ MEASURE = """
 import json, sys, time
 import jax
 jax.config.update("jax_platforms", "cpu")
-from taid_jax.models.load import load_model
+from taid_jax.models.files.load import load_model
 
 def peak(key):
     with open("/proc/self/status") as file:

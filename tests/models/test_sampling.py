@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taid_jax.models.errors import ModelError
+from taid_jax.errors import ModelError
 from taid_jax.models.sampling import (
     Sampling,
     candidates,

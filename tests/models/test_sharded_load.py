@@ -19,7 +19,7 @@ LOAD = """
 import json, pathlib, sys
 from taid_jax import distributed
 from taid_jax.models.decoder import abstract_params, param_axes
-from taid_jax.models.load import load_model
+from taid_jax.models.files.load import load_model
 from taid_jax.settings import HostSettings
 from taid_jax.sharding import make_mesh, tree_shardings
 import jax
@@ -56,7 +56,7 @@ def write_model(tmp_path):
 
     from taid_jax.models.config import DecoderConfig
     from taid_jax.models.decoder import abstract_params
-    from taid_jax.models.load import export_model
+    from taid_jax.models.files.load import export_model
 
     def write(name, **shape):
         config = DecoderConfig(**shape, max_length=64)

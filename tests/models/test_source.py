@@ -6,9 +6,9 @@ import pathlib
 import huggingface_hub
 import pytest
 
-from taid_jax.models import source as source_module
-from taid_jax.models.errors import ModelError
-from taid_jax.models.source import DEFAULT_TEACHER, Source, resolve
+from taid_jax.errors import ModelError
+from taid_jax.models.files import hub as source_module
+from taid_jax.models.files.hub import DEFAULT_TEACHER, Source, resolve
 
 
 def test_resolve_finds_a_folder(tmp_path):

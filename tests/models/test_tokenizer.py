@@ -21,10 +21,10 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from taid_jax.data.encoding import Encoder
 from taid_jax.data.errors import DataError
-from taid_jax.models.errors import ModelError
-from taid_jax.models.gguf_header import read_header
-from taid_jax.models.gguf_tokenizer import SPLITTINGS, read_generation
-from taid_jax.models.tokenizer import (
+from taid_jax.errors import ModelError
+from taid_jax.models.files.gguf_header import read_header
+from taid_jax.models.files.gguf_tokenizer import SPLITTINGS, read_generation
+from taid_jax.models.files.tokenizer import (
     choose_pad_token,
     gguf_tokenizer,
     load_tokenizer,

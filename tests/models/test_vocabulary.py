@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from taid_jax.errors import ModelError
 from taid_jax.loss import ForwardKL
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
@@ -18,14 +19,13 @@ from taid_jax.models.decoder import (
     head,
     param_axes,
 )
-from taid_jax.models.errors import ModelError
-from taid_jax.models.generate import generate
-from taid_jax.models.load import export_model, load_model
-from taid_jax.models.vocabulary import (
+from taid_jax.models.files.load import export_model, load_model
+from taid_jax.models.files.vocabulary import (
     count_tokens,
     resize_vocabulary,
     with_tokenizer,
 )
+from taid_jax.models.generation import generate
 from taid_jax.sharding import make_mesh, tree_shardings
 from taid_jax.train.step import batch_loss
 

@@ -38,7 +38,7 @@ def test_count_flops_of_scan_cond_and_shard_map():
 )
 def test_count_flops_of_a_kernel_counts_the_blocks_it_runs(window, blocks):
     from taid_jax.models.attention import Scoring
-    from taid_jax.models.attention_kernels import splash_attention
+    from taid_jax.models.kernels import splash_attention
     from taid_jax.plan import count_flops
 
     def attend(queries, keys, values):

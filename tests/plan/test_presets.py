@@ -3,7 +3,7 @@ import pytest
 
 
 def test_preset_unknown_lists_the_known():
-    from taid_jax.models.errors import ModelError
+    from taid_jax.errors import ModelError
     from taid_jax.models.presets import preset
 
     with pytest.raises(ModelError, match="tinyllama"):

@@ -26,7 +26,8 @@ def load_script():
     """`load_script(name)`: a script as a module."""
 
     def load(name):
-        path = ROOT / "scripts" / f"{name}.py"
+        home = "benchmarks" if name == "plan_loss" else "scripts"
+        path = ROOT / home / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"script_{name}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
@@ -72,7 +73,7 @@ def make_model(tmp_path_factory):
     """A function: a random Llama folder with its tokenizer, its config changed."""
     from taid_jax.models.config import DecoderConfig
     from taid_jax.models.decoder import init_params
-    from taid_jax.models.load import export_model
+    from taid_jax.models.files.load import export_model
 
     def make(layers=4, vocab_size=300, seed=0, **changes):
         tokenizer = _tokenizer(vocab_size)

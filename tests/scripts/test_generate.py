@@ -182,7 +182,7 @@ def test_generate_answers_the_last_turn_of_conversations(run, talker, tmp_path):
 def test_encode_prompts_gives_the_ids_that_training_has_before_the_answer(talker):
     from taid_jax.data.chat import ChatRenderer
     from taid_jax.data.encoding import Encoder
-    from taid_jax.models.tokenizer import load_tokenizer
+    from taid_jax.models.files.tokenizer import load_tokenizer
     from taid_jax.train.prompts import Prompt, encode_prompts
 
     tokenizer = load_tokenizer(str(talker))
@@ -190,7 +190,7 @@ def test_encode_prompts_gives_the_ids_that_training_has_before_the_answer(talker
     answered = parse_record(
         {"messages": [*record["messages"], {"role": "assistant", "content": "it"}]}
     )
-    rendered = ChatRenderer(tokenizer, count_prompts=False).chat(answered)
+    rendered = ChatRenderer(tokenizer, train_on_prompts=False).chat(answered)
     [example] = Encoder(tokenizer).examples([rendered])
     asked = Prompt(0, "here", parse_prompt(record))
     [encoded] = encode_prompts([asked], tokenizer)

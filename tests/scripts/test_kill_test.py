@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def kill_test():
     """The script as a module."""
-    path = ROOT / "scripts" / "kill_test.py"
+    path = ROOT / "benchmarks" / "kill_test.py"
     spec = importlib.util.spec_from_file_location("kill_test", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -109,11 +109,11 @@ def test_parse_lays_flags_over_the_preset(prepare_data):
     flags = ["--preset=ultrachat", "--output=o"]
     options = prepare_data.parse(flags).options
     assert options.data == "HuggingFaceH4/ultrachat_200k"
-    assert (options.max_tokens, options.count_prompts) == (2048, True)
-    flags += ["--data=d", "--max-tokens=9", "--no-count-prompts"]
+    assert (options.max_tokens, options.train_on_prompts) == (2048, True)
+    flags += ["--data=d", "--max-tokens=9", "--no-train-on-prompts"]
     options = prepare_data.parse(flags).options
     assert (options.data, options.split) == ("d", "train_sft")
-    assert (options.max_tokens, options.count_prompts) == (9, False)
+    assert (options.max_tokens, options.train_on_prompts) == (9, False)
 
 
 def expect(main, capsys, flags, *messages):
@@ -176,7 +176,7 @@ def training(teacher, prepared, template, tmp_path):
             f"--data={data}",
             f"--chat-template={template}",
             f"--output={tmp_path / name}",
-            "--count-prompts",
+            "--train-on-prompts",
             "--steps=8",
             "--batch-size=8",
             "--seq-len=64",

@@ -86,7 +86,7 @@ SHARED = {
     "model.resize_embeddings": True,
     "data.batch_size": 64,
     "data.seq_len": 2048,
-    "data.count_prompts": True,
+    "data.train_on_prompts": True,
     "data.pack": False,
     "data.held_out_batches": 32,  # 32 * 64 >= 2,000 conversations
     "objective.distil_ratio": 1.0,

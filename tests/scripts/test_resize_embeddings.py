@@ -9,7 +9,7 @@ def test_train_tpu_resizes_a_student_with_another_tokenizer(
     train_tpu, arguments, teacher, make_model, tmp_path, capsys
 ):
     transformers = pytest.importorskip("transformers")
-    from taid_jax.models.load import load_model
+    from taid_jax.models.files.load import load_model
 
     student = make_model(layers=1, vocab_size=280, seed=3)
     flags = [flag for flag in arguments if not flag.startswith("--student")]

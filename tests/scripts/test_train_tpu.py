@@ -431,7 +431,7 @@ def test_train_tpu_two_runs_in_one_folder_are_refused(train_tpu, run, capsys):
 def test_train_tpu_full_disk_is_one_message_and_the_way_on(
     train_tpu, arguments, finished, tmp_path, capsys, monkeypatch, what, message
 ):
-    from taid_jax.models import export
+    from taid_jax.models.files import export
     from taid_jax.train import checkpoint, report
 
     full = OSError(errno.ENOSPC, "No space left on device")

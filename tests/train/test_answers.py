@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from taid_jax.data import DataError, load_dataset
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, init_params
-from taid_jax.models.errors import ModelError
-from taid_jax.models.generate import generate
-from taid_jax.models.load import export_model
+from taid_jax.models.files.load import export_model
+from taid_jax.models.generation import generate
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import answers as an
@@ -41,7 +41,7 @@ def tokenizer():
 def dataset(tokenizer, tmp_path):
     """Twenty questions of different lengths; each answer is its question's first."""
 
-    def make(pack=False, count_prompts=True, texts=0):
+    def make(pack=False, train_on_prompts=True, texts=0):
         path = tmp_path / "questions.jsonl"
         records = [
             {
@@ -57,7 +57,7 @@ def dataset(tokenizer, tmp_path):
             tokenizer,
             seq_len=16,
             held_out_fraction=0.5,
-            count_prompts=count_prompts,
+            train_on_prompts=train_on_prompts,
             pack=pack,
         )
 
@@ -94,12 +94,12 @@ def _prepared(questions, tokenizer, model, **changes):
     )
 
 
-@pytest.mark.parametrize("count_prompts", [True, False])
+@pytest.mark.parametrize("train_on_prompts", [True, False])
 @pytest.mark.parametrize("pack", [True, False])
 def test_find_questions_parts_prompt_and_answer(
-    dataset, tokenizer, pack, count_prompts
+    dataset, tokenizer, pack, train_on_prompts
 ):
-    found = an.find_questions(dataset(pack, count_prompts).held_out, 100)
+    found = an.find_questions(dataset(pack, train_on_prompts).held_out, 100)
     assert found
     for question in found:
         prompt = tokenizer.decode(question.prompt.tolist()).split()

@@ -13,11 +13,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from taid_jax.data import DataError
+from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
-from taid_jax.models.errors import ModelError
-from taid_jax.models.load import export_model, load_model
-from taid_jax.models.tokenizer import load_tokenizer
+from taid_jax.models.files.load import export_model, load_model
+from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings, Settings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh
 from taid_jax.train.answers import end_ids

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taid_jax.errors import ModelError
 from taid_jax.evaluate import HeldOut
-from taid_jax.models.errors import ModelError
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import loop as lp

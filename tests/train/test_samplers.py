@@ -17,7 +17,7 @@ from taid_jax.models.decoder import (
     init_params,
     param_axes,
 )
-from taid_jax.models.generate import generate, prepare
+from taid_jax.models.generation import generate, prepare
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import SampleSettings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh, tree_shardings

@@ -112,7 +112,7 @@ class PartWriter:
         intake = Intake(
             self._encoder,
             limits,
-            count_prompts=options.count_prompts,
+            train_on_prompts=options.train_on_prompts,
             bad=unused,
             merge_system=options.merge_system,
             template_date=options.template_date,

@@ -19,7 +19,7 @@ ULTRACHAT: Mapping[str, Any] = {
     "max_prompt": 1536,
     "max_answer": 512,
     "validation_limit": 2000,
-    "count_prompts": True,
+    "train_on_prompts": True,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {"ultrachat": ULTRACHAT}
 
@@ -46,7 +46,7 @@ class PrepareOptions:
         max_tokens: Of a conversation; of a window of text.
         max_prompt: Tokens before the last answer.
         max_answer: Tokens of the last answer.
-        count_prompts: Also train on prompts and other roles' turns.
+        train_on_prompts: Also train on prompts and other roles' turns.
         merge_system: Put a system turn that the chat template refuses before the first
             turn of the user.
         template_date: What chat templates take for today, such as 2026-01-31; the day
@@ -68,7 +68,7 @@ class PrepareOptions:
     max_tokens: int = 2048
     max_prompt: int | None = None
     max_answer: int | None = None
-    count_prompts: bool = False
+    train_on_prompts: bool = False
     merge_system: bool = False
     template_date: str | None = None
     max_record_bytes: int = MAX_RECORD_BYTES

@@ -119,7 +119,7 @@ def prepare(
     manifest = Manifest(
         tokenizer=identity,
         chats=any(record.chats for record in records),
-        count_prompts=options.count_prompts,
+        train_on_prompts=options.train_on_prompts,
         options=options.lasting(),
         sources=[
             {"name": file.shown, "side": file.side, "bytes": file.path.stat().st_size}

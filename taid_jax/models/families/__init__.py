@@ -10,6 +10,7 @@ from taid_jax.models.families.family import Family as Family
 from taid_jax.models.families.family import Group as Group
 from taid_jax.models.families.family import Setting as Setting
 from taid_jax.models.families.family import Weight as Weight
+from taid_jax.models.families.layout import Part as Part
 from taid_jax.models.families.registry import FAMILIES as FAMILIES
 from taid_jax.models.families.registry import MOST_LAYERS as MOST_LAYERS
 from taid_jax.models.families.registry import buffer_kind as buffer_kind
@@ -17,4 +18,3 @@ from taid_jax.models.families.registry import family_named as family_named
 from taid_jax.models.families.registry import read_config as read_config
 from taid_jax.models.families.registry import supported as supported
 from taid_jax.models.families.registry import write_config as write_config
-from taid_jax.models.layout import Part as Part

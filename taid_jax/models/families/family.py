@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.fields import Fields, Required
-from taid_jax.models.layout import Part
+from taid_jax.models.families.fields import Fields, Required
+from taid_jax.models.families.layout import Part
 
 Value = int | float | bool | str | None
 Got = Mapping[str, Any]

@@ -1,7 +1,7 @@
 """GPT-2: learned positions, and matrices that are stored with their inputs first."""
 
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
-from taid_jax.models.layout import Part
+from taid_jax.models.families.layout import Part
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", **ACTIVATIONS}
 _THIRDS = ("n h", "k h", "k h")

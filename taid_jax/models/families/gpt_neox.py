@@ -1,9 +1,9 @@
 """GPT-NeoX and Pythia: parallel residual, partial rotary positions, biases, GELU."""
 
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
+from taid_jax.models.families.layout import Part
 from taid_jax.models.families.rope import rope
 from taid_jax.models.families.usual import SIZES
-from taid_jax.models.layout import Part
 
 _RESIDUAL = {True: "parallel", False: "sequential"}
 # Of each head, in one tensor: the rows of its queries, its keys and its values.

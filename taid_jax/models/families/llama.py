@@ -1,9 +1,9 @@
 """Llama 1 to 3, and what is built like it: TinyLlama, SmolLM2, ..."""
 
 from taid_jax.models.families.family import Family, Setting, Weight
+from taid_jax.models.families.fields import REQUIRED
 from taid_jax.models.families.rope import rope
 from taid_jax.models.families.usual import ROTARY_BUFFERS
-from taid_jax.models.fields import REQUIRED
 
 # llama.cpp keeps the two halves (c) of each rotary pair side by side; Hugging Face has
 # the first halves of all pairs (r) of a head before the second ones.

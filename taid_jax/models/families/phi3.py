@@ -1,6 +1,7 @@
 """Phi-3 to 4: queries, keys and values in one tensor, gate and up in another."""
 
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
+from taid_jax.models.families.layout import Part
 from taid_jax.models.families.rope import rope
 from taid_jax.models.families.usual import (
     ATTENTION,
@@ -12,7 +13,6 @@ from taid_jax.models.families.usual import (
     ROTARY_BUFFERS,
     SIZES,
 )
-from taid_jax.models.layout import Part
 
 _QKV, _GATE_UP = ("n h", "k h", "k h"), ("f", "f")
 _LAYOUTS = {

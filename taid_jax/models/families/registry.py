@@ -6,10 +6,10 @@ import types
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from taid_jax.errors import parsing, show
+from taid_jax.errors import ModelError, parsing, show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families.family import Buffer, Family, Setting
+from taid_jax.models.families.fields import Fields
 from taid_jax.models.families.gemma2 import GEMMA2
 from taid_jax.models.families.gemma3 import GEMMA3
 from taid_jax.models.families.gpt2 import GPT2
@@ -22,7 +22,6 @@ from taid_jax.models.families.qwen2 import QWEN2
 from taid_jax.models.families.qwen3 import QWEN3
 from taid_jax.models.families.smollm3 import SMOLLM3
 from taid_jax.models.families.stablelm import STABLELM
-from taid_jax.models.fields import Fields
 
 FAMILIES = (
     LLAMA,

@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from taid_jax.errors import show
+from taid_jax.errors import ModelError, show
 from taid_jax.models.config import ROPE_KINDS, DecoderConfig, RopeConfig
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families.family import Got, Group
-from taid_jax.models.fields import REQUIRED, Fields
+from taid_jax.models.families.fields import REQUIRED, Fields
 
 _ORIGINAL = "original_max_position_embeddings"
 _FRACTION = "partial_rotary_factor"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from taid_jax.models.families.family import Buffer, Setting, Weight
-from taid_jax.models.fields import REQUIRED
+from taid_jax.models.families.fields import REQUIRED
 
 SIZES = (
     Setting("vocab_size", "vocab_size", REQUIRED),

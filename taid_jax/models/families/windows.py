@@ -5,7 +5,7 @@ from typing import Any
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.families.family import Got, Group
-from taid_jax.models.fields import Fields
+from taid_jax.models.families.fields import Fields
 
 _TYPES = "layer_types"
 _SLIDING, _FULL = "sliding_attention", "full_attention"

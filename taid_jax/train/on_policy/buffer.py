@@ -9,6 +9,7 @@ import base64
 import collections
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -20,8 +21,8 @@ from jax.sharding import Mesh
 
 from taid_jax.data import Dataset, ExampleSet
 from taid_jax.data.tokens import Example, make_table
+from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import Sampling
-from taid_jax.models.tokenizer import Tokenizer
 from taid_jax.settings import SampleSettings, Settings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.inputs import Pair
@@ -68,8 +69,9 @@ class ReplayBuffer:
         """Returns what it holds, as text."""
         table = make_table(enumerate(self._examples))
         file = io.BytesIO()
-        arrays = {"ids": table.ids, "counted": table.counted, "starts": table.starts}
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(
+            file, ids=table.ids, counted=table.counted, starts=table.starts
+        )
         return base64.b64encode(file.getvalue()).decode("ascii")
 
     def set_state(self, state: str) -> None:
@@ -79,7 +81,7 @@ class ReplayBuffer:
         self._examples.clear()
         self._examples.extend(
             Example(ids[start:stop], counted[start:stop])
-            for start, stop in zip(starts[:-1], starts[1:], strict=True)
+            for start, stop in itertools.pairwise(starts)
         )
 
 
@@ -311,10 +313,8 @@ def prompt_rows(
         for name in ("input_ids", "labels", "attention_mask")
     }
     fitting = np.where(prompts <= width, prompts, 0).astype(np.int32)
-    ids, mask = pad_left(
-        [row[: max(length, 1)] for row, length in zip(out["input_ids"], fitting)],
-        width,
-    )
+    pairs = zip(out["input_ids"], fitting, strict=True)
+    ids, mask = pad_left([row[: max(length, 1)] for row, length in pairs], width)
     return out | {
         "prompt_ids": ids,
         "prompt_mask": mask,

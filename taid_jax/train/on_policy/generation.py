@@ -19,11 +19,11 @@ from taid_jax.data.encoding import Encoder
 from taid_jax.data.errors import RecordError
 from taid_jax.errors import show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.generate import answer, prepare, refuse_nonfinite
-from taid_jax.models.load import LoadedModel
+from taid_jax.models.files.load import LoadedModel
+from taid_jax.models.files.tokenizer import Tokenizer, warn
+from taid_jax.models.files.vocabulary import count_tokens
+from taid_jax.models.generation import answer, prepare, refuse_nonfinite
 from taid_jax.models.sampling import GREEDY, Sampling
-from taid_jax.models.tokenizer import Tokenizer, warn
-from taid_jax.models.vocabulary import count_tokens
 from taid_jax.sharding import place_batch, replicated
 from taid_jax.train.on_policy.prompts import (
     EvalPrompt,
@@ -42,7 +42,7 @@ _LOOKED_AT = 64
 """So many prompts are looked at to see how their answers end."""
 
 _WIDTH = 64
-"""Prompts of files are padded to a multiple of this, so that few shapes are compiled."""
+"""Prompts of files are padded to a multiple of this, so that few shapes compile."""
 
 
 def pad_left(
@@ -240,7 +240,7 @@ def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
     None without a template, or if no answer is found in what it renders.
     """
     encoder = Encoder(cast(DataTokenizer, tokenizer))
-    renderer = ChatRenderer(encoder.tokenizer, count_prompts=False)
+    renderer = ChatRenderer(encoder.tokenizer, train_on_prompts=False)
     if not renderer.has_template:
         return None
     try:

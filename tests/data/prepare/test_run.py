@@ -36,15 +36,15 @@ def test_prepare_keeps_every_conversation_on_its_side(
     }
 
 
-@pytest.mark.parametrize("count_prompts", [False, True])
+@pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_prepare_gives_what_reading_the_files_gives(
-    styled_tokenizer, folder, tmp_path, count_prompts, ask
+    styled_tokenizer, folder, tmp_path, train_on_prompts, ask
 ):
     """The same tokens, the same counted ones, the same last answers; other order."""
-    options = {"seq_len": 2048, "count_prompts": count_prompts}
+    options = {"seq_len": 2048, "train_on_prompts": train_on_prompts}
     source = [folder / f"train_sft-0000{n}.jsonl" for n in (0, 1)]
     raw = load_dataset(source, styled_tokenizer, held_out_fraction=0.0, **options)
-    asked = ask(folder, tmp_path / "out", count_prompts=count_prompts)
+    asked = ask(folder, tmp_path / "out", train_on_prompts=train_on_prompts)
     prepare(asked, styled_tokenizer)
     shards = load_dataset(tmp_path / "out", styled_tokenizer, **options)
 
@@ -199,7 +199,7 @@ def test_ultrachat_preset_is_the_published_recipe():
     limits = (options.max_tokens, options.max_prompt, options.max_answer)
     assert limits == (2048, 1536, 512)
     assert options.validation_limit == 2000
-    assert options.count_prompts
+    assert options.train_on_prompts
 
 
 def test_ultrachat_preset_prepares_a_copy_of_the_folder(folder, tmp_path, tokenizer):
@@ -207,11 +207,11 @@ def test_ultrachat_preset_prepares_a_copy_of_the_folder(folder, tmp_path, tokeni
     manifest = prepare(
         PrepareOptions(output=str(tmp_path / "out"), jobs=1, **preset), tokenizer
     )
-    assert manifest.count_prompts
+    assert manifest.train_on_prompts
     assert manifest.records == 120
-    with pytest.raises(DataError, match="prepared with --count-prompts"):
+    with pytest.raises(DataError, match="prepared with --train-on-prompts"):
         load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
     info = load_dataset(
-        tmp_path / "out", tokenizer, seq_len=2048, count_prompts=True
+        tmp_path / "out", tokenizer, seq_len=2048, train_on_prompts=True
     ).info
     assert info.train.counted_tokens == info.train.tokens - info.train.examples

@@ -134,7 +134,7 @@ def products(read_program):
 @pytest.fixture
 def nested(monkeypatch):
     """Sizes as for a large vocabulary: rows in blocks in chunks, strips of the head."""
-    from taid_jax.loss.fused import plan, strips
+    from taid_jax.loss._fused import plan, strips
 
     sizes = [VOCAB * rows for rows in (4, 128, 512)]
     monkeypatch.setitem(plan._ENTRIES, "cpu", sizes)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from taid_jax.loss.fused.plan import Plan, make_plan
+from taid_jax.loss._fused.plan import Plan, make_plan
 
 VOCABS = [17, 1000, 32000, 49152, 128256, 3_000_000]
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from taid_jax.loss.fused.plan import Plan
-from taid_jax.loss.fused.strips import Products, over_counted
+from taid_jax.loss._fused.plan import Plan
+from taid_jax.loss._fused.strips import Products, over_counted
 
 BLOCK, CHUNK = 2, 14
 

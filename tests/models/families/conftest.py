@@ -197,8 +197,8 @@ def make_case(tmp_path_factory):
 
     @functools.cache
     def make(name):
-        from taid_jax.models.hf import open_folder, read_folder_config
-        from taid_jax.models.weights import load_params
+        from taid_jax.models.files.hf import open_folder, read_folder_config
+        from taid_jax.models.files.weights import load_params
 
         family = name.split("-")[0]
         changes = CASES[name] if name in CASES else VARIANTS[name]
@@ -313,7 +313,7 @@ def outcomes(batch, weights):
 
     def of_ours(case):
         from taid_jax.models.decoder import head, hidden_states
-        from taid_jax.models.export import stored_tensors
+        from taid_jax.models.files.export import stored_tensors
 
         @functools.partial(jax.value_and_grad, has_aux=True)
         def loss(params, batch):

@@ -51,7 +51,7 @@ def test_student_of_some_layers_is_the_same_in_transformers(
     name, layers, make_case, batch, tmp_path
 ):
     from taid_jax.models.decoder import decoder_functions, select_layers
-    from taid_jax.models.export import write_folder
+    from taid_jax.models.files.export import write_folder
 
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ def prompts():
 
 
 def check_words(case, prompts, new, unroll=True):
-    from taid_jax.models.generate import generate, prepare
+    from taid_jax.models.generation import generate, prepare
 
     torch = pytest.importorskip("torch")
     ids, mask = prompts

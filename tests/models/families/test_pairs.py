@@ -41,8 +41,8 @@ def loss_and_gradient(teacher, student, teacher_params, params, batch, mesh):
 
 def check_pair(teacher, student, batch):
     from taid_jax.models.decoder import abstract_params, param_axes
-    from taid_jax.models.hf import open_folder
-    from taid_jax.models.weights import load_params
+    from taid_jax.models.files.hf import open_folder
+    from taid_jax.models.files.weights import load_params
     from taid_jax.sharding import make_mesh, place_batch, tree_shardings
 
     labels = np.where(batch["attention_mask"] != 0, batch["input_ids"], -100)

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from taid_jax.errors import ModelError
 from taid_jax.models.config import RopeConfig
-from taid_jax.models.errors import ModelError
 from taid_jax.models.families import FAMILIES, read_config, write_config
-from taid_jax.models.fields import Required
+from taid_jax.models.families.fields import Required
 
 REASON = "transformers says what is expected, and this environment has none"
 

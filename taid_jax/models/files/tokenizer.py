@@ -1,0 +1,432 @@
+"""Tokenizers of model folders and GGUF files, and whether two are the same."""
+
+import importlib
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from taid_jax.errors import ModelError, parsing, show
+from taid_jax.models.files import gguf_tokenizer as gguf
+from taid_jax.models.files.gguf import open_gguf
+from taid_jax.models.files.hub import Source, resolve
+from taid_jax.probes import EDGES, TEXTS, first_difference, vocabulary_texts
+
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "spiece.model",
+)
+_EXAMPLES = 5
+# Keys of generation_config.json that hold ids and do not say so.
+_OTHER_IDS = (
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
+    *("forced_decoder_ids", "sequence_bias"),
+)
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+# What is kept with a tokenizer and not written down with it.
+_NOTES, _PADS_WITH_END = "_taid_jax_notes", "_taid_jax_pads_with_end"
+_LOG = logging.getLogger("taid_jax")
+
+
+def tokenizer_notes(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Returns what was noticed when a tokenizer was read and the user should know."""
+    return getattr(tokenizer, _NOTES, ())
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Shows the user what should be known; on standard error unless logging is set."""
+    for note in notes:
+        _LOG.warning("%s", note)
+
+
+def _noted(tokenizer: Tokenizer, *notes: str) -> Tokenizer:
+    setattr(tokenizer, _NOTES, (*tokenizer_notes(tokenizer), *notes))
+    return tokenizer
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the tokenizer of a model, with its chat template.
+
+    A tokenizer without a padding token pads with its end token. What was noticed when
+    it was read is shown as a warning.
+
+    Args:
+        source: See `source.resolve`.
+
+    Raises:
+        ModelError: If there is none, or it cannot be read.
+    """
+    found = resolve(source, weights=False)
+    tokenizer = find_tokenizer(found)
+    if tokenizer is None:
+        raise ModelError(
+            f"{found.path} has no tokenizer (need {_FILES[0]}, or the vocabulary files "
+            "that transformers reads); copy the tokenizer files of the model there"
+        )
+    warn(tokenizer_notes(tokenizer))
+    return tokenizer
+
+
+def find_tokenizer(found: Source) -> Tokenizer | None:
+    """Returns the tokenizer that lies beside a model's config, None if there is none.
+
+    Raises:
+        ModelError: If there is one that cannot be read.
+    """
+    if found.kind == "gguf":
+        file = open_gguf(found.path)
+        return gguf_tokenizer(file.metadata, file.origin)
+    folder = found.path.parent if found.kind == "config" else found.path
+    if any((folder / name).is_file() for name in _FILES):
+        return read_folder_tokenizer(folder)
+    return None
+
+
+def read_folder_tokenizer(folder: pathlib.Path) -> Tokenizer:
+    """Returns the tokenizer of a model folder; code that it may bring is never run.
+
+    `tokenizer.json` has the last word: where the class of `transformers` that the
+    folder names would cut text in another way, have other tokens, or begin and end a
+    text by others than the files say, the files are followed, with a note. Which tokens
+    are special stays as that class has it.
+
+    Raises:
+        ModelError: If it cannot be read.
+    """
+    if not (folder / _FILES[0]).is_file():
+        return choose_pad_token(_read_vocabulary(folder))
+    tokenizer = _read_with(AutoTokenizer, folder)
+    if type(tokenizer) is PreTrainedTokenizerFast:  # It follows the file already.
+        return choose_pad_token(tokenizer)
+    plain = _read_with(PreTrainedTokenizerFast, folder)
+    vocabulary = plain.get_vocab()
+    added = _added(plain)
+    texts = [*TEXTS, *EDGES, *added, *vocabulary_texts(vocabulary, without=added)]
+    other = first_difference(_encoder(tokenizer), _encoder(plain), texts)
+    framed = [_encoder(each, framed=True)(["", "a"]) for each in (tokenizer, plain)]
+    if other is not None:
+        what = f"other ids, first for {show(other)}"
+    elif tokenizer.get_vocab() != vocabulary:
+        extra = tokenizer.get_vocab().keys() ^ vocabulary.keys()
+        what = f"other tokens, such as {show(min(extra, default=None))}"
+    elif framed[0] != framed[1]:
+        what = f"other tokens round a text, {framed[0][1]} for 'a'"
+    else:
+        return choose_pad_token(tokenizer)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = getattr(tokenizer, name)
+        if getattr(plain, name) is None and token in vocabulary:
+            setattr(plain, name, token)
+    plain.padding_side = tokenizer.padding_side
+    note = (
+        f"{folder}: the class {type(tokenizer).__name__} of transformers gives {what}, "
+        f"than {_FILES[0]} says; the file is followed, and exported with the student"
+    )
+    return choose_pad_token(_noted(plain, note))
+
+
+def _read_with(reader: Any, folder: pathlib.Path, **options: object) -> Tokenizer:
+    with parsing(f"the tokenizer in {folder} cannot be read", ModelError):
+        return reader.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **options
+        )
+
+
+def _read_vocabulary(folder: pathlib.Path) -> Tokenizer:
+    """Returns the tokenizer of a folder that has no tokenizer.json.
+
+    Raises:
+        ModelError: If what it has is not enough; says what is needed.
+    """
+
+    def has(name: str) -> bool:
+        return (folder / name).is_file()
+
+    take = (
+        f"take {_FILES[0]} and tokenizer_config.json from the model's Hugging Face "
+        "folder, or a folder of it converted by transformers"
+    )
+    for name in ("tokenizer.model", "spiece.model"):
+        if has(name):
+            return _read_sentencepiece(folder, name, take)
+    if has("tekken.json") and not has("vocab.json"):
+        raise ModelError(
+            f"{folder} has tekken.json as its only tokenizer, which the package "
+            f"mistral-common reads and this one does not; {take}"
+        )
+    if not has("merges.txt"):
+        raise ModelError(
+            f"{folder} has vocab.json without merges.txt, and how tokens are merged is "
+            f"said there; copy merges.txt too, or {take}"
+        )
+    try:
+        return _read_with(AutoTokenizer, folder)
+    except ModelError as error:
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read from vocab.json and merges.txt: "
+            "how text is cut before is said by the class that tokenizer_config.json "
+            f"names as tokenizer_class; {take}"
+        ) from error
+
+
+def _read_sentencepiece(folder: pathlib.Path, name: str, take: str) -> Tokenizer:
+    """Returns the tokenizer of a SentencePiece model, compared with SentencePiece's.
+
+    The start token is added where tokenizer_config.json does not say, as llama.cpp and
+    the models' own code do.
+
+    Raises:
+        ModelError: If it is no such model, or the package is missing.
+    """
+    path = folder / name
+    with parsing(f"{path} cannot be read", ModelError):
+        content = path.read_bytes()
+    if _TIKTOKEN.match(content):
+        raise ModelError(
+            f"{path} is a vocabulary of tiktoken (as of Llama 3), which does not say "
+            f"how text is cut; {take}"
+        )
+    try:
+        sentencepiece = importlib.import_module("sentencepiece")
+    except ImportError as error:
+        raise ModelError(
+            f"{path} is a SentencePiece model, which the package sentencepiece reads: "
+            f"`pip install sentencepiece`, or {take}"
+        ) from error
+    with parsing(f"{path} is no SentencePiece model", ModelError):
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if not pieces.get_piece_size():
+            raise ModelError(f"{path} is no SentencePiece model: it has no pieces")
+    tokenizer = _read_with(PreTrainedTokenizerFast, folder, vocab_file=str(path))
+    settings = getattr(tokenizer, "init_kwargs", {})
+    if tokenizer.bos_token is not None and "add_bos_token" not in settings:
+        tokenizer = _read_with(
+            PreTrainedTokenizerFast, folder, vocab_file=str(path), add_bos_token=True
+        )
+    texts = [*TEXTS, *EDGES]
+    other = first_difference(pieces.encode, _encoder(tokenizer), texts)
+    if other is None:
+        return tokenizer
+    return _noted(
+        tokenizer,
+        f"{path}: transformers' conversion gives other ids than SentencePiece itself, "
+        f"first for {show(other)}; to be sure of the ids, {take}",
+    )
+
+
+def choose_pad_token(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns the tokenizer, padding with its end token where it has no other."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        setattr(tokenizer, _PADS_WITH_END, True)
+    return tokenizer
+
+
+NO_SPECIAL_IDS: Mapping[str, object] = dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "pad_token_id")
+)
+"""What `special_ids` would give of a tokenizer without special tokens."""
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, object]:
+    """Returns the ids of start, end and padding as config.json calls them."""
+    return {key: getattr(tokenizer, key) for key in NO_SPECIAL_IDS}
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Writes a tokenizer so that transformers 4 and 5 read it."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        # Transformers 5 renamed the class, and reads the old name as well.
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
+    """Raises unless both tokenizers give every token and every text the same ids.
+
+    A distribution over the vocabulary means the same for both models only then; equal
+    sizes say nothing, and equal vocabularies nothing about how text is cut. That is
+    seen on `probes.TEXTS` and on texts of all tokens. If only texts that begin with
+    white space, or have added tokens in them, get other ids, that is a warning: files
+    of one model in several formats differ there.
+
+    Raises:
+        ModelError: With how many ids differ and the first of them, or the first text.
+    """
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    out = (
+        "Both models need the same tokenizer, since the student learns the teacher's "
+        "probability of each id; take a pair of one family, build the student from the "
+        "teacher, or give --resize-embeddings, which makes both vocabularies that of "
+        "the teacher's tokenizer and exports the student with it"
+    )
+    if ours != theirs:
+        by_id, other_by_id = _by_id(ours), _by_id(theirs)
+        different = [
+            f"{number} is {by_id.get(number)!r} and {other_by_id.get(number)!r}"
+            for number in sorted(by_id.keys() | other_by_id.keys())
+            if by_id.get(number) != other_by_id.get(number)
+        ]
+        raise ModelError(
+            f"the tokenizers of teacher ({len(ours):,} tokens) and student "
+            f"({len(theirs):,} tokens) differ in {len(different):,} ids: "
+            f"{'; '.join(different[:_EXAMPLES])}. {out}"
+        )
+    backends = [getattr(each, "backend_tokenizer", None) for each in (teacher, student)]
+    if len({backend.to_str() if backend else object() for backend in backends}) == 1:
+        return
+    encoders = _encoder(teacher), _encoder(student)
+    special = sorted(_added(teacher) | _added(student))
+    texts = [*TEXTS, *vocabulary_texts(ours, without=special)]
+    if (text := first_difference(*encoders, texts)) is not None:
+        one, other = (encode([text])[0] for encode in encoders)
+        pairs = enumerate(zip(one, other, strict=False))
+        same = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+        parts = (teacher.convert_ids_to_tokens(ids[same:][:3]) for ids in (one, other))
+        raise ModelError(
+            "the tokenizers of teacher and student have the same tokens and cut text "
+            f"in other ways (splitting, merges or normaliser), first {show(text)}: "
+            f"after {same} tokens {' and '.join(map(show, parts))}. {out}"
+        )
+    edges = [*EDGES, *special, *(f"{token} a\n b" for token in special)]
+    if (text := first_difference(*encoders, edges)) is not None:
+        warn(
+            [
+                "the tokenizers of teacher and student differ in how a text begins, or "
+                f"in its special tokens, first in {show(text)}"
+            ]
+        )
+
+
+def _added(tokenizer: Any) -> set[str]:
+    return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+
+
+def _encoder(tokenizer: Tokenizer, *, framed: bool = False) -> Any:
+    def encode(texts: list[str]) -> list[list[int]]:
+        # Some have no token for what they do not know.
+        what = f"the tokenizer {show(tokenizer.name_or_path)} cannot encode every text"
+        with parsing(what, ModelError):
+            found = tokenizer(texts, add_special_tokens=framed, verbose=False)
+        return found["input_ids"]  # pyright: ignore[reportReturnType]
+
+    return encode
+
+
+def own_tokenizer(student: Tokenizer, teacher: Tokenizer) -> Tokenizer:
+    """Returns the student's tokenizer with what it lacks from the teacher's.
+
+    Chat template and special tokens are the student's, so that what it is trained and
+    exported with is what it was made for; tokens that the teacher's finds whole in text
+    are found so. Where both have a template and they differ,
+    or only one begins texts with its start token, that is a warning.
+
+    Args:
+        student: Changed in place.
+        teacher: With the same ids, see `same_tokenizer`.
+    """
+    notes = []
+    if not student.chat_template:
+        student.chat_template = teacher.chat_template
+    elif teacher.chat_template and teacher.chat_template != student.chat_template:
+        notes.append(
+            "teacher and student have different chat templates: conversations are "
+            "rendered by the student's, which is exported; --chat-template takes "
+            "another"
+        )
+    there = _added(student)
+    for token in teacher.added_tokens_decoder.values():
+        if token.content not in there:
+            student.add_tokens([token], special_tokens=token.special)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if getattr(student, name) is None and getattr(teacher, name) is not None:
+            setattr(student, name, getattr(teacher, name))
+    if getattr(student, _PADS_WITH_END, False) and teacher.pad_token is not None:
+        student.pad_token = teacher.pad_token
+    framed = [each([""])["input_ids"][0] for each in (teacher, student)]
+    if framed[0] != framed[1]:
+        notes.append(
+            f"the teacher's tokenizer puts the ids {show(framed[0])} round a text and "
+            f"the student's {show(framed[1])}: texts are framed as the student's"
+        )
+    warn(notes)
+    return student
+
+
+def translate_ids(
+    generation: Mapping[str, object], source: Tokenizer | None, target: Tokenizer
+) -> dict[str, object]:
+    """Returns settings of generation with the ids of another tokenizer's equal tokens.
+
+    What has no equal token is left out, with a warning.
+
+    Args:
+        generation: As in generation_config.json.
+        source: What its ids mean; nothing is known of them when None.
+        target: What they shall mean.
+    """
+    found: dict[str, object] = {}
+    lost: list[str] = []
+    vocabulary = target.get_vocab()
+    names = _by_id(source.get_vocab()) if source is not None else {}
+    for key, value in generation.items():
+        if value is None or not ("token_id" in key or key in _OTHER_IDS):
+            found[key] = value
+            continue
+        ids = value if isinstance(value, list) else [value]
+        new = [vocabulary.get(names.get(n, "")) for n in ids if isinstance(n, int)]
+        kept = [n for n in new if n is not None]
+        if len(kept) < len(ids):
+            lost.append(key)
+        if kept:
+            found[key] = kept if isinstance(value, list) else kept[0]
+    if lost:
+        warn(
+            [
+                f"generation settings of the student name ids ({', '.join(lost)}) that "
+                "the tokenizer it is exported with has no token for; they are left out"
+            ]
+        )
+    return found
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:
+    """Returns id to token; where several tokens have one id, all of them."""
+    found: dict[int, str] = {}
+    for token, number in sorted(vocabulary.items()):
+        found[number] = f"{found[number]} {token}" if number in found else token
+    return found
+
+
+def gguf_tokenizer(metadata: Mapping[str, object], origin: str) -> Tokenizer | None:
+    """Returns the tokenizer that a GGUF file describes, None if it has none.
+
+    Args:
+        metadata: All of the file's keys and values.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ModelError: See `gguf_tokenizer.build`.
+    """
+    built = gguf.build(metadata, origin)
+    if built is None:
+        return None
+    with parsing(f"the tokenizer in {origin} cannot be used", ModelError):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=built.backend, **built.options
+        )
+    return choose_pad_token(_noted(tokenizer, *built.notes))

@@ -1,0 +1,323 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taid_jax.errors import ModelError
+from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.decoder import head, hidden_states
+from taid_jax.models.generation import answer, generate, prepare
+from taid_jax.models.sampling import Sampling
+
+TINY = DecoderConfig(
+    vocab_size=67,
+    d_model=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=40,
+    max_length=128,
+)
+TIED = dataclasses.replace(
+    TINY,
+    tie_embeddings=True,
+    attention_bias=True,
+    rope=RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, original_max_length=16),
+)
+
+
+def prompts(config, lengths, seed=0):
+    """Random prompts, padded on the left."""
+    rng = np.random.default_rng(seed)
+    mask = np.arange(max(lengths))[None] >= max(lengths) - np.array(lengths)[:, None]
+    ids = np.where(mask, rng.integers(1, config.vocab_size, size=mask.shape), 0)
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def tiny_params(random_params):
+    # Wide weights: answers that wander, instead of one token over and over.
+    return jax.tree.map(lambda leaf: 0.5 * leaf, random_params(TINY))
+
+
+@pytest.fixture(scope="module")
+def scanned_params(tiny_params):
+    # Less to compile than layers laid out one by one.
+    return prepare(tiny_params, TINY, unroll=False)
+
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("unroll", [True, False])
+def test_generate_gives_the_tokens_of_transformers(config, unroll, llama_pair):
+    torch = pytest.importorskip("torch")
+    model, params = llama_pair(config)
+    params = prepare(params, config, unroll=unroll)
+    ids, mask = prompts(config, (1, 2, 3, 5, 8, 11, 4, 9))
+    options = {
+        "attention_mask": torch.tensor(np.asarray(mask)),
+        "max_new_tokens": 64,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    given = torch.tensor(np.asarray(ids)).long()
+    free = model.generate(given, eos_token_id=None, **options)
+    free = free[:, ids.shape[1] :].numpy()
+    assert len(np.unique(free)) > 5
+    ours = generate(
+        params,
+        config,
+        ids,
+        mask,
+        max_new_tokens=64,
+        eos_token_ids=(),
+        pad_token_id=0,
+    )
+    np.testing.assert_array_equal(ours, free)
+    # With ends that occur: rows stop at different times.
+    ends = [int(free[0, 20]), int(free[3, 2])]
+    stopped = model.generate(given, eos_token_id=ends, **options)
+    stopped = stopped[:, ids.shape[1] :].numpy()
+    ours = generate(
+        params,
+        config,
+        ids,
+        mask,
+        max_new_tokens=64,
+        eos_token_ids=ends,
+        pad_token_id=0,
+    )
+    length = stopped.shape[1]
+    np.testing.assert_array_equal(ours[:, :length], stopped)
+    assert (np.asarray(ours[:, length:]) == 0).all()
+
+
+def test_prepare_turns_every_kernel_and_keeps_no_second_copy(tiny_params):
+    prepared = prepare(tiny_params, TINY)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (prepared.layers, tiny_params["layers"])
+    ]
+    assert sizes[0] == sizes[1]
+    assert prepared.params is tiny_params
+    (first, *_) = prepare(tiny_params, TINY).layers or []
+    down = tiny_params["layers"]["mlp"]["down_proj"]["kernel"][0]
+    np.testing.assert_array_equal(first.mlp.down_proj.turned, down.T)
+
+
+def test_generate_with_a_cache_gives_the_tokens_of_a_whole_pass(tiny_params):
+    ids, mask = prompts(TINY, (3, 7))
+    new = generate(
+        tiny_params,
+        TINY,
+        ids,
+        mask,
+        max_new_tokens=9,
+        eos_token_ids=(),
+        pad_token_id=0,
+    )
+    # One pass over prompt and answer: every position has to ask for the next token.
+    whole = {
+        "input_ids": jnp.concatenate([ids, new], axis=1),
+        "attention_mask": jnp.concatenate([mask, jnp.ones_like(new)], axis=1),
+    }
+    hidden = jax.jit(hidden_states, static_argnums=2)(tiny_params, whole, TINY)
+    logits = head(tiny_params, TINY).logits(hidden)
+    asked = jnp.argmax(logits, axis=-1)[:, ids.shape[1] - 1 : -1]
+    np.testing.assert_array_equal(new, asked)
+    assert len(np.unique(new)) > 3
+
+
+def test_generate_does_not_depend_on_the_padding(tiny_params):
+    options = {"max_new_tokens": 12, "eos_token_ids": (), "pad_token_id": 0}
+    ids, mask = prompts(TINY, (4, 10))
+    both = generate(tiny_params, TINY, ids, mask, **options)
+    other = jnp.where(mask == 0, 5, ids)
+    again = generate(tiny_params, TINY, other, mask, **options)
+    np.testing.assert_array_equal(both, again)
+    alone = generate(tiny_params, TINY, ids[:1, -4:], mask[:1, -4:], **options)
+    np.testing.assert_array_equal(both[:1], alone)
+
+
+def test_generate_stops_when_every_row_has_ended(tiny_params):
+    config = dataclasses.replace(TINY, max_length=10**6)
+    ids, mask = prompts(TINY, (3, 7))
+    # Any token ends a row. Were all of these tokens computed, this would take hours.
+    new = generate(
+        prepare(tiny_params, config, unroll=False),
+        config,
+        ids,
+        mask,
+        max_new_tokens=10**5,
+        eos_token_ids=tuple(range(TINY.vocab_size)),
+        pad_token_id=66,
+    )
+    assert (np.asarray(new[:, 1:]) == 66).all()
+
+
+def test_answer_counts_the_tokens_of_each_row_and_computes_no_more(scanned_params):
+    ids, mask = prompts(TINY, (3, 7, 5))
+    options: dict[str, Any] = {"max_new_tokens": 40, "pad_token_id": 0}
+    free = answer(scanned_params, TINY, ids, mask, eos_token_ids=(), **options)
+    np.testing.assert_array_equal(free.lengths, [40, 40, 40])
+    assert int(free.steps) == 40
+    # Tokens that first come after 4, 9 and 2 steps or so, and one that never comes.
+    tokens = np.asarray(free.tokens)
+    ends = {int(row[place]) for row, place in zip(tokens, (3, 8, 1), strict=True)}
+    found = answer(
+        scanned_params, TINY, ids, mask, eos_token_ids=sorted(ends), **options
+    )
+    expected = [1 + next(i for i, t in enumerate(row) if t in ends) for row in tokens]
+    assert max(expected) < 40
+    np.testing.assert_array_equal(found.lengths, expected)
+    assert int(found.steps) == max(expected)
+    for row, whole, length in zip(found.tokens, tokens, expected, strict=True):
+        np.testing.assert_array_equal(row[:length], whole[:length])
+        assert (np.asarray(row[length:]) == 0).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, 20, 0.9)])
+def test_answer_drawn_depends_on_the_row_alone(scanned_params, sampling):
+    options = {
+        "max_new_tokens": 10,
+        "eos_token_ids": (5,),
+        "pad_token_id": 0,
+        "sampling": sampling,
+    }
+    ids, mask = prompts(TINY, (4, 10, 6))
+    keys = jax.random.split(jax.random.key(1), 3)
+    three = answer(scanned_params, TINY, ids, mask, key=keys, **options)
+    again = answer(scanned_params, TINY, ids, mask, key=keys, **options)
+    np.testing.assert_array_equal(three.tokens, again.tokens)
+    other = answer(scanned_params, TINY, ids, mask, key=jax.random.key(2), **options)
+    assert (three.tokens != other.tokens).any()
+    # Alone, in another order, and with less and with more padding.
+    for left in (4, 15):
+        row = jnp.pad(ids[:1, -4:], ((0, 0), (left - 4, 0)))
+        real = jnp.pad(mask[:1, -4:], ((0, 0), (left - 4, 0)))
+        alone = answer(scanned_params, TINY, row, real, key=keys[:1], **options)
+        np.testing.assert_array_equal(alone.tokens, three.tokens[:1])
+    order = np.array([2, 0, 1])
+    turned = answer(
+        scanned_params, TINY, ids[order], mask[order], key=keys[order], **options
+    )
+    np.testing.assert_array_equal(turned.tokens, three.tokens[order])
+
+
+def test_answer_draws_with_the_probabilities_of_the_model(tiny_params):
+    rows = 4000
+    ids, mask = prompts(TINY, (6,))
+    hidden = jax.jit(hidden_states, static_argnums=2)(
+        tiny_params, {"input_ids": ids}, TINY
+    )
+    logits = head(tiny_params, TINY).logits(hidden)[0, -1]
+    wanted = rows * np.asarray(jax.nn.softmax(logits / 2), np.float64)
+    found = answer(
+        prepare(tiny_params, TINY, unroll=False),
+        TINY,
+        jnp.tile(ids, (rows, 1)),
+        jnp.tile(mask, (rows, 1)),
+        max_new_tokens=1,
+        eos_token_ids=(),
+        pad_token_id=0,
+        sampling=Sampling(2.0),
+        key=jax.random.key(0),
+    )
+    counts = np.bincount(np.asarray(found.tokens)[:, 0], minlength=TINY.vocab_size)
+    statistic = ((counts - wanted) ** 2 / wanted).sum()
+    # Mean 66, deviation 11.5 for draws by these probabilities; the seed is fixed.
+    assert statistic < 66 + 5 * 11.5
+
+
+def test_answer_needs_a_key_to_draw(tiny_params):
+    ids, mask = prompts(TINY, (3,))
+    with pytest.raises(ModelError, match="need a random key"):
+        answer(
+            tiny_params,
+            TINY,
+            ids,
+            mask,
+            max_new_tokens=2,
+            eos_token_ids=(),
+            pad_token_id=0,
+            sampling=Sampling(1.0),
+        )
+
+
+def test_generate_of_one_token_is_the_most_probable_next(tiny_params):
+    ids, mask = prompts(TINY, (6,))
+    new = generate(
+        tiny_params, TINY, ids, mask, max_new_tokens=1, eos_token_ids=(), pad_token_id=0
+    )
+    hidden = jax.jit(hidden_states, static_argnums=2)(
+        tiny_params, {"input_ids": ids}, TINY
+    )
+    logits = head(tiny_params, TINY).logits(hidden)
+    np.testing.assert_array_equal(new[:, 0], jnp.argmax(logits[:, -1], axis=-1))
+
+
+def test_generate_computes_in_bfloat16_when_asked(tiny_params):
+    ids, mask = prompts(TINY, (3, 7))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params)
+    options = {"max_new_tokens": 8, "eos_token_ids": (), "pad_token_id": 0}
+    new = generate(half, TINY, ids, mask, dtype=jnp.bfloat16, **options)
+    half = prepare(half, TINY, unroll=False)
+    scanned = generate(half, TINY, ids, mask, dtype=jnp.bfloat16, **options)
+    assert new.shape == (2, 8)
+    np.testing.assert_array_equal(new, scanned)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 120])
+def test_generate_refuses_what_the_context_does_not_hold(new_tokens, tiny_params):
+    ids, mask = prompts(TINY, (9,))
+    with pytest.raises(ModelError, match=f"9 tokens and {new_tokens} new.*128"):
+        generate(
+            tiny_params,
+            TINY,
+            ids,
+            mask,
+            max_new_tokens=new_tokens,
+            eos_token_ids=(),
+            pad_token_id=0,
+        )
+
+
+def test_generate_refuses_prompts_padded_on_the_right(tiny_params):
+    ids, mask = prompts(TINY, (2, 5))
+    with pytest.raises(ModelError, match="pad on the left"):
+        generate(
+            tiny_params,
+            TINY,
+            ids[:, ::-1],
+            mask[:, ::-1],
+            max_new_tokens=3,
+            eos_token_ids=(),
+            pad_token_id=0,
+        )
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=5)])
+def test_generate_refuses_logits_that_are_not_finite(tiny_params, value, sampling):
+    # Not token 0, as the place of the greatest of nothing would be. The second prompt
+    # alone has the token whose embedding is broken.
+    params = jax.tree.map(lambda leaf: leaf, tiny_params)
+    embedding = params["embed"]["embedding"].at[7].set(value)
+    params["embed"] = {"embedding": embedding}
+    ids, mask = prompts(TINY, (3, 3))
+    ids = jnp.where(ids == 7, 8, ids).at[1, 1].set(7)
+    with pytest.raises(ModelError, match=r"not finite .* in 1 of 2 answers"):
+        generate(
+            prepare(params, TINY, unroll=False),
+            TINY,
+            ids,
+            mask,
+            max_new_tokens=2,
+            eos_token_ids=(),
+            pad_token_id=0,
+            sampling=sampling,
+            key=jax.random.key(0),
+        )
