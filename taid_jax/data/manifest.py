@@ -10,6 +10,7 @@ from typing import Any
 
 from taid_jax.data.errors import DataError
 from taid_jax.data.identity import TokenizerIdentity
+from taid_jax.files import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "taid-jax prepared data 2"
@@ -135,13 +136,3 @@ def read_shard_file(folder: pathlib.Path, file: ShardFile) -> bytes:
             f"{MANIFEST}; {again}"
         )
     return data
-
-
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that is seen whole or not at all, whenever the process dies."""
-    part = path.with_name(path.name + ".partial")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

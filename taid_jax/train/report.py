@@ -17,8 +17,8 @@ import matplotlib.figure
 import rich.progress
 from rich.console import Console
 
-from taid_jax.data.manifest import write_whole
 from taid_jax.errors import InputError, explain, parsing
+from taid_jax.files import write_whole
 from taid_jax.train.folder import writing
 
 METRICS = "metrics.jsonl"

@@ -13,12 +13,12 @@ from taid_jax.data.documents import Document, Text
 from taid_jax.data.encoding import Encoder, Tokenizer
 from taid_jax.data.errors import BadRecords, Problem
 from taid_jax.data.intake import Intake, Limits
-from taid_jax.data.manifest import write_whole
 from taid_jax.data.prepare.options import PrepareOptions
 from taid_jax.data.prepare.pieces import Work
 from taid_jax.data.shards import EXAMPLE_FIELDS, example_columns, parquet_bytes
 from taid_jax.data.sources import read_piece
 from taid_jax.data.tokens import Example
+from taid_jax.files import write_whole
 
 PART_ROWS = 1024
 """Rows of a row group of a part: the least that is read to take an example out."""

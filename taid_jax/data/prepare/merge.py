@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from taid_jax.data.manifest import ShardFile, write_whole
+from taid_jax.data.manifest import ShardFile
 from taid_jax.data.prepare.choose import CODES, Slice
 from taid_jax.data.prepare.encode import PART_ROWS, part_path
 from taid_jax.data.shards import SHARD_SCHEMA, parquet_bytes
+from taid_jax.files import write_whole
 
 
 def side_path(work: pathlib.Path, part: int) -> pathlib.Path:

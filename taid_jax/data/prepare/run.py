@@ -25,7 +25,6 @@ from taid_jax.data.manifest import (
     Manifest,
     ShardFile,
     read_manifest,
-    write_whole,
 )
 from taid_jax.data.prepare.choose import (
     CODES,
@@ -40,6 +39,7 @@ from taid_jax.data.prepare.merge import side_path, write_shard
 from taid_jax.data.prepare.options import PrepareOptions
 from taid_jax.data.prepare.parallel import run_all
 from taid_jax.data.prepare.pieces import SourceFile, Work, cut_sources, list_sources
+from taid_jax.files import write_whole
 
 REPORT = "left_out.jsonl"
 """A line for every record that was left out or noted: origin, reason, message."""
