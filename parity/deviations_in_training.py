@@ -23,9 +23,9 @@ from parity.torch_reference import (
 from taid_jax.loss import TAID
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import ObjectiveSettings
+from taid_jax.train.evaluate import make_eval_step
 from taid_jax.train.objective import make_objective
 from taid_jax.train.state import init_state
-from taid_jax.train.evaluate import make_eval_step
 from taid_jax.train.step import make_train_step
 from taid_jax.types import ModelFunctions
 

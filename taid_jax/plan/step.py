@@ -49,4 +49,3 @@ def abstract_step(
 def _batch_keys(*, packed: bool) -> tuple[str, ...]:
     extra = ("segment_ids", "positions") if packed else ("attention_mask",)
     return ("input_ids", "labels", *extra)
-

@@ -50,7 +50,7 @@ class Evaluation:
         labels: Int[Array, "*tokens"] | None = None,
     ) -> Float32[Array, "*tokens"]:
         """Returns KL(teacher || student) in nats per token, `(*tokens,)`."""
-        return ForwardKL()(student_logits, teacher_logits, labels)
+        return ForwardKL().metrics(student_logits, teacher_logits, labels)["kl"]
 
     def metrics(
         self,

@@ -14,7 +14,6 @@ MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
 """`(schedule, learned, step) -> objective`: the objective of one step."""
 
 
-
 def make_scheduler(settings: ObjectiveSettings, steps: int) -> TAIDScheduler:
     """Returns TAID's schedule over `steps` optimizer steps."""
     return TAIDScheduler(

@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from taid_jax import loss
-from taid_jax.evaluate import Comparison
 from taid_jax.train import step as s
+from taid_jax.train.evaluate import Evaluation
 from taid_jax.train.state import updates_applied
 
 TEACHER_SEED = 2
@@ -65,7 +65,7 @@ def test_batch_loss_fused_equals_plain(functions, make_params, make_batch, t):
     batch, objective = make_batch(0), loss.TAID(jnp.float32(t))
     fused, fused_sums = _batch_loss(functions, make_params, batch, objective)
     plain, plain_sums = _batch_loss(
-        functions, make_params, batch, objective, logits_loss=True
+        functions, make_params, batch, objective, fused=False
     )
     # The promise of the fused head.
     np.testing.assert_allclose(fused, plain, rtol=1e-6)
@@ -107,7 +107,7 @@ def test_train_step_learns_the_teacher(
     teacher, fresh = make_params(TEACHER_SEED), make_batch(1000)
 
     def gap(params):
-        divergence = Comparison()
+        divergence = Evaluation(loss.CrossEntropy())
         return _batch_loss_of(functions, params, teacher, fresh, divergence)
 
     before = gap(state.params)
@@ -246,7 +246,7 @@ def test_train_step_gradient_norm_that_is_not_finite_is_skipped(
     def huge(schedule, learned, step):
         return lambda *arguments: 1e25 * loss.TAID(schedule.t)(*arguments)
 
-    step, state = make_trainer(huge, logits_loss=True)
+    step, state = make_trainer(huge, fused=False)
     # A loss has been seen: the schedule would move by the next.
     seen = state.schedule._replace(prev_loss=jnp.float32(1e26))
     state = state._replace(schedule=seen, step=jnp.int32(3))
@@ -301,16 +301,3 @@ def test_train_step_eight_devices_equal_one(
             np.testing.assert_allclose(
                 found[key], metrics[key], rtol=1e-5, atol=1e-7, err_msg=key
             )
-
-
-def test_eval_step_gives_sums_and_leaves_everything_alone(
-    functions, make_params, make_batch
-):
-    step = s.make_eval_step(functions, functions, loss.ForwardKL())
-    params, teacher = make_params(1), make_params(TEACHER_SEED)
-    batch = make_batch(0)
-    sums = step(params, teacher, batch)
-    total, expected = _batch_loss(functions, make_params, batch, loss.ForwardKL())
-    np.testing.assert_allclose(sums["loss"], total, rtol=1e-6)
-    assert sums["weight"] == expected["weight"]
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
