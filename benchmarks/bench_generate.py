@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from taid_jax.data import pad_left
 from taid_jax.models.files.load import LoadedModel, export_model, load_model
 from taid_jax.models.generation import generate, prepare
 
@@ -44,12 +45,7 @@ def make_prompts(model: LoadedModel, batch: int) -> tuple[np.ndarray, np.ndarray
         model.tokenizer.encode(QUESTIONS[number % len(QUESTIONS)])
         for number in range(batch)
     ]
-    width = max(map(len, rows))
-    ids, mask = np.zeros((2, batch, width), np.int32)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = row
-        mask[number, width - len(row) :] = 1
-    return ids, mask
+    return pad_left(rows)
 
 
 def jax_side(

@@ -91,7 +91,7 @@ def make_inputs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
         num_kv_heads=1,
         head_dim=16,
         mlp_dim=64,
-        max_length=64,
+        max_position_embeddings=64,
         tie_embeddings=True,
         initializer_range=0.3,
     )

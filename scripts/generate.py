@@ -97,7 +97,9 @@ def write_answers(command: Command, console: Console) -> None:
     date = begun_on(pathlib.Path(command.output))
     encoded = encode_prompts(prompts, tokenizer, date=date)
     config = load_config(command.model, allow_unknown_keys=command.allow_unknown_keys)
-    fitting = choose_fitting(encoded, config.max_length, command.max_new_tokens)
+    fitting = choose_fitting(
+        encoded, config.max_position_embeddings, command.max_new_tokens
+    )
     # More rows than there are prompts would only repeat them.
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(command.batch_size, -(-len(fitting) // parts) * parts)

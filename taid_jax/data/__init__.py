@@ -7,6 +7,7 @@ batches of one shape.
 from taid_jax.data.batches import ExampleSet as ExampleSet
 from taid_jax.data.batches import NumpyBatch as NumpyBatch
 from taid_jax.data.batches import held_out_batches as held_out_batches
+from taid_jax.data.batches import pad_left as pad_left
 from taid_jax.data.batches import train_iterator as train_iterator
 from taid_jax.data.corpus import PYDOC as PYDOC
 from taid_jax.data.dataset import Dataset as Dataset

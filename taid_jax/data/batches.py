@@ -18,6 +18,23 @@ NumpyBatch = dict[str, Int32[np.ndarray, "batch *length"]]
 they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`."""
 
 
+def pad_left(
+    rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
+) -> tuple[Int32[np.ndarray, "rows width"], Int32[np.ndarray, "rows width"]]:
+    """Returns prompts to generate from and their mask, padded with 0 on the left.
+
+    Args:
+        rows: Token ids of every prompt, at most `width`.
+        width: Of the arrays; the longest row's when None.
+    """
+    width = max(map(len, rows)) if width is None else width
+    ids, mask = np.zeros((2, len(rows), width), np.int32)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = row
+        mask[number, width - len(row) :] = 1
+    return ids, mask
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleSet:
     """One side of a data set, ready to be made into batches.

@@ -69,7 +69,11 @@ class Scoring(NamedTuple):
 
 def scoring_of(config: DecoderConfig) -> Scoring:
     """Returns how a decoder scores its keys."""
-    scalar = config.head_dim if config.query_scalar is None else config.query_scalar
+    scalar = (
+        config.head_dim
+        if config.query_pre_attn_scalar is None
+        else config.query_pre_attn_scalar
+    )
     return Scoring(1 / math.sqrt(scalar), config.attention_softcap)
 
 

@@ -39,30 +39,31 @@ def _not_positive(config: object, *names: str, least: float = _LEAST) -> list[st
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """How positions turn the queries and the keys.
+    """How positions rotate the queries and the keys.
 
     Attributes:
         theta: Base of the wavelengths.
         kind: "default"; "linear" divides the frequencies by `factor`; "llama3" only the
-            low ones; "yarn" those that turn less than `beta_slow` times in the original
-            context, and those up to `beta_fast` in part; "dynamic" raises `theta` with
-            the length of a sequence beyond the original context; "longrope" divides
-            each by its own factor, of two lists: one for sequences that fit the
-            original context, one for those that do not.
+            low ones; "yarn" those that rotate less than `beta_slow` times in the
+            original context, and those up to `beta_fast` in part; "dynamic" raises
+            `theta` with the length of a sequence beyond the original context;
+            "longrope" divides each by its own factor, of two lists: one for sequences
+            that fit the original context, one for those that do not.
         factor: How many times the context was extended (all but "longrope").
-        low_freq_factor: Wavelengths longer than `original_max_length / low_freq_factor`
-            are divided whole ("llama3").
-        high_freq_factor: Wavelengths shorter than `original_max_length /
-            high_freq_factor` stay as they are ("llama3").
-        original_max_length: Context before the extension, in tokens ("llama3",
-            "dynamic", "yarn", "longrope").
-        fraction: Part of a head's width that is turned, from its start.
+        low_freq_factor: Wavelengths longer than the original context divided by it are
+            divided whole ("llama3").
+        high_freq_factor: Wavelengths shorter than the original context divided by it
+            stay as they are ("llama3").
+        original_max_position_embeddings: Context before the extension, in tokens
+            ("llama3", "dynamic", "yarn", "longrope").
+        partial_rotary_factor: Part of a head's width that is rotated, from its start.
         attention_factor: Multiplies cosine and sine ("yarn", "longrope").
-        beta_fast: Turns in the original context from which a frequency stays ("yarn").
-        beta_slow: Turns below which it is divided whole ("yarn").
+        beta_fast: Rotations in the original context from which a frequency stays as it
+            is ("yarn").
+        beta_slow: Rotations below which it is divided whole ("yarn").
         truncate: Round the bounds between these two outwards to whole pairs ("yarn").
-        short_factors: Divisors of the frequencies, one each ("longrope").
-        long_factors: The same for sequences beyond the original context.
+        short_factor: Divisors of the frequencies, one each ("longrope").
+        long_factor: The same for sequences beyond the original context.
     """
 
     theta: float = 10000.0
@@ -70,21 +71,21 @@ class RopeConfig:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_length: int = 8192
-    fraction: float = 1.0
+    original_max_position_embeddings: int = 8192
+    partial_rotary_factor: float = 1.0
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
         """Raises ModelError when a setting is out of range."""
         wrong = []
         if self.kind not in ROPE_KINDS:
             wrong.append(f"kind one of {', '.join(ROPE_KINDS)}, got {self.kind}")
-        # Below 1, pairs turn more than a radian per token, up to infinity.
+        # Below 1, pairs rotate more than a radian per token, up to infinity.
         wrong += _not_positive(self, "theta", least=1.0)
         if self.kind != "default" and not 1 <= self.factor <= _MOST:
             wrong.append(f"factor >= 1, got {self.factor}")
@@ -95,10 +96,14 @@ class RopeConfig:
                 "0 < low_freq_factor < high_freq_factor, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}"
             )
-        if self.kind not in ("default", "linear") and self.original_max_length < 1:
-            wrong.append(f"original_max_length >= 1, got {self.original_max_length}")
-        if not 0 < self.fraction <= 1:
-            wrong.append(f"0 < fraction <= 1, got {self.fraction}")
+        if (
+            self.kind not in ("default", "linear")
+            and self.original_max_position_embeddings < 1
+        ):
+            original = self.original_max_position_embeddings
+            wrong.append(f"original_max_position_embeddings >= 1, got {original}")
+        if not 0 < (part := self.partial_rotary_factor) <= 1:
+            wrong.append(f"0 < partial_rotary_factor <= 1, got {part}")
         wrong += _not_positive(self, "attention_factor")
         if self.kind == "yarn" and not (
             _LEAST < self.beta_slow <= self.beta_fast < _MOST and self.theta != 1
@@ -108,24 +113,24 @@ class RopeConfig:
                 f"{self.beta_slow}, {self.beta_fast} and {self.theta}"
             )
         wrong += _not_positive(
-            self, "short_factors", "long_factors", least=_SMALLEST_DIVISOR
+            self, "short_factor", "long_factor", least=_SMALLEST_DIVISOR
         )
         if wrong:
             raise ModelError("the rope settings need " + "; ".join(wrong))
 
     def width(self, head_dim: int) -> int:
-        """Returns how many entries of a head are turned."""
-        return int(head_dim * self.fraction)
+        """Returns how many entries of a head are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
 
     def problems(self, head_dim: int) -> list[str]:
         """Returns what does not fit heads of this width."""
         width, wrong = self.width(head_dim), []
         if width < 2 or width % 2:
-            of_it = "" if self.fraction == 1 else f", of which {width} are turned"
+            of_it = "" if width == head_dim else f", of which {width} are rotated"
             wrong.append(f"an even head_dim (rotary pairs), got {head_dim}{of_it}")
         if self.kind == "dynamic" and width == 2:
             wrong.append("more than one rotary pair for dynamic rope, got a width of 2")
-        for name in ("short_factors", "long_factors"):
+        for name in ("short_factor", "long_factor"):
             count = len(getattr(self, name))
             if self.kind == "longrope" and count != width // 2:
                 wrong.append(f"{width // 2} rope {name}, one for a pair, got {count}")
@@ -139,17 +144,18 @@ class DecoderConfig:
     Frozen and hashable, so that compiled functions may depend on it.
 
     Attributes:
-        vocab_size: Rows of the embedding, padding included.
+        vocab_size: Ids of the tokenizer; entries of the vocabulary from here on are
+            padding and take no part.
         d_model: Width of the residual stream.
         num_layers: Layers.
         num_heads: Query heads.
         num_kv_heads: Key and value heads; divides `num_heads`.
-        head_dim: Width of a head, even where it is turned whole.
+        head_dim: Width of a head, even where it is rotated whole.
         mlp_dim: Width between the two halves of the MLP.
-        max_length: Longest sequence the model was made for, in tokens.
+        max_position_embeddings: Longest sequence the model was made for, in tokens.
         family: Name of the file under `families` that reads and writes its weights.
         norm_eps: Added to the mean square (the variance) in a norm.
-        rope: Rotary positions; None when nothing is turned.
+        rope: Rotary positions; None when nothing is rotated.
         tie_embeddings: The head is the transposed embedding.
         attention_bias: The four projections of the attention have a bias.
         mlp_bias: The projections of the MLP have a bias.
@@ -168,16 +174,16 @@ class DecoderConfig:
         qkv_bias: The projections to queries, keys and values have a bias.
         head_bias: The head has a bias, where it is not the embedding.
         scale_embedding: Embedded tokens are multiplied by the root of `d_model`.
-        query_scalar: Scores are divided by its root; that of `head_dim` when None.
+        query_pre_attn_scalar: Scores are divided by its root; that of `head_dim` when
+            None.
         attention_softcap: Scores become `cap * tanh(score / cap)` when not None.
         head_softcap: The same for the logits.
         window: Tokens that a layer sees, each one itself included; all when None.
         window_layers: Which layers have the window; every one when None.
         local_rope: Rotary positions of the layers with a window; `rope` when None.
-        rope_layers: Which layers turn at all; every one when None.
+        rope_layers: Which layers rotate at all; every one when None.
         learned_positions: A learned row for each position is added to the tokens.
-        num_tokens: Entries of the vocabulary that the tokenizer has an id for; those
-            from here on are padding and take no part. All are real when None.
+        padded_vocab_size: Rows of the embedding, padding included; `vocab_size` when 0.
     """
 
     vocab_size: int
@@ -187,7 +193,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     mlp_dim: int
-    max_length: int
+    max_position_embeddings: int
     family: str = "llama"
     norm_eps: float = 1e-5
     rope: RopeConfig | None = RopeConfig()
@@ -204,7 +210,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     head_bias: bool = False
     scale_embedding: bool = False
-    query_scalar: int | None = None
+    query_pre_attn_scalar: int | None = None
     attention_softcap: float | None = None
     head_softcap: float | None = None
     window: int | None = None
@@ -212,10 +218,12 @@ class DecoderConfig:
     local_rope: RopeConfig | None = None
     rope_layers: tuple[bool, ...] | None = None
     learned_positions: bool = False
-    num_tokens: int | None = None
+    padded_vocab_size: int = 0
 
     def __post_init__(self):
         """Raises ModelError, which lists every setting that is out of range."""
+        if not self.padded_vocab_size:
+            object.__setattr__(self, "padded_vocab_size", self.vocab_size)
         sizes = (
             "vocab_size",
             "d_model",
@@ -224,7 +232,7 @@ class DecoderConfig:
             "num_kv_heads",
             "head_dim",
             "mlp_dim",
-            "max_length",
+            "max_position_embeddings",
         )
         wrong = [
             f"{name} >= 1, got {getattr(self, name)}"
@@ -239,17 +247,17 @@ class DecoderConfig:
         for rope in filter(None, {self.rope, self.local_rope}):
             wrong += rope.problems(self.head_dim)
         wrong += _not_positive(self, "norm_eps", "initializer_range")
-        if self.num_tokens is not None and not 1 <= self.num_tokens <= self.vocab_size:
+        if self.vocab_size > self.padded_vocab_size:
             wrong.append(
-                f"1 <= num_tokens <= vocab_size, got {self.num_tokens} and "
-                f"{self.vocab_size}"
+                f"vocab_size <= padded_vocab_size, got {self.vocab_size} and "
+                f"{self.padded_vocab_size}"
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 can = ", ".join(choices)
                 wrong.append(f"{name} one of {can}, got {getattr(self, name)}")
         wrong += _not_positive(
-            self, "query_scalar", "attention_softcap", "head_softcap", "window"
+            self, "query_pre_attn_scalar", "attention_softcap", "head_softcap", "window"
         )
         for name in ("window_layers", "rope_layers"):
             count = len(getattr(self, name) or range(self.num_layers))
@@ -264,11 +272,11 @@ class DecoderConfig:
         wrong = []
         if self.rope is None and (self.local_rope or self.rope_layers is not None):
             wrong.append("rope where local_rope or rope_layers are given")
-        fractions = {rope.fraction for rope in (self.rope, self.local_rope) if rope}
-        if len(fractions) == 2:
+        ropes = [rope for rope in (self.rope, self.local_rope) if rope]
+        if len(parts := {rope.partial_rotary_factor for rope in ropes}) == 2:
             wrong.append(
-                "rope and local_rope that turn the same fraction of a head, got "
-                f"{' and '.join(map(str, sorted(fractions)))}"
+                "rope and local_rope with the same partial_rotary_factor, got "
+                f"{' and '.join(map(str, sorted(parts)))}"
             )
         if self.window is None and self.window_layers is not None:
             wrong.append("window where window_layers are given")
@@ -286,10 +294,10 @@ class DecoderConfig:
 
     @property
     def ropes(self) -> tuple[RopeConfig | None, ...]:
-        """The rotary positions of each layer, None where it does not turn."""
+        """The rotary positions of each layer, None where it does not rotate."""
         local = self.local_rope or self.rope
-        turns = self.rope_layers or (True,) * self.num_layers
+        rotated = self.rope_layers or (True,) * self.num_layers
         return tuple(
-            (self.rope if window is None else local) if turning else None
-            for turning, window in zip(turns, self.windows, strict=True)
+            (self.rope if window is None else local) if has else None
+            for has, window in zip(rotated, self.windows, strict=True)
         )

@@ -40,21 +40,23 @@ class Decoder(nnx.Module):
     """The whole model; its layers are one `Layer` with a leading axis everywhere."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.embed = Embedding("vocab", config.vocab_size, config, rngs)
+        self.embed = Embedding("vocab", config.padded_vocab_size, config, rngs)
         stack = nnx.vmap(Layer, in_axes=(None, 0))
         self.layers = stack(config, rngs.split(config.num_layers))
         self.final_norm = stream_norm(config)
         if not config.tie_embeddings:
             self.lm_head = Linear(
                 {"embed": config.d_model},
-                {"vocab": config.vocab_size},
+                {"vocab": config.padded_vocab_size},
                 bias=config.head_bias,
                 scale=config.initializer_range,
                 rngs=rngs,
             )
         self.has_positions = config.learned_positions
         if self.has_positions:
-            self.positions = Embedding("positions", config.max_length, config, rngs)
+            self.positions = Embedding(
+                "positions", config.max_position_embeddings, config, rngs
+            )
         self.scale = math.sqrt(config.d_model) if config.scale_embedding else None
 
     def stream(
@@ -233,16 +235,18 @@ def check_length(length: int, config: DecoderConfig) -> None:
     Raises:
         ModelError: If it is longer than the model's context, and positions are learned.
     """
-    if config.learned_positions and length > config.max_length:
+    if config.learned_positions and length > config.max_position_embeddings:
         raise ModelError(
             f"a sequence of {length} tokens is too long: the model has learned "
-            f"{config.max_length} positions; give shorter sequences"
+            f"{config.max_position_embeddings} positions; give shorter sequences"
         )
 
 
 def head(params: Params, config: DecoderConfig) -> Head:
     """Returns the head; of tied embeddings, the table as it is."""
-    cap, real = config.head_softcap, config.num_tokens
+    cap = config.head_softcap
+    padded = config.vocab_size < config.padded_vocab_size
+    real = config.vocab_size if padded else None
     if config.tie_embeddings:
         table = params["embed"]["embedding"]
         return Head(table, softcap=cap, vocab_size=real, transposed=True)

@@ -48,7 +48,7 @@ def forward_flops_by_part(
     return ForwardFlops(
         projections=2 * tokens * weights,
         attention=2 * attended,
-        head=2 * tokens * config.d_model * config.vocab_size,
+        head=2 * tokens * config.d_model * config.padded_vocab_size,
     )
 
 

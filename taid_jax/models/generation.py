@@ -105,11 +105,12 @@ def answer(
             are not finite; of that, traced code sees `NOT_A_TOKEN` alone.
     """
     length = input_ids.shape[1]
-    if max_new_tokens < 1 or length + max_new_tokens > config.max_length:
+    if max_new_tokens < 1 or length + max_new_tokens > config.max_position_embeddings:
         raise ModelError(
             f"generate: a prompt of {length} tokens and {max_new_tokens} new ones "
             "(need at least 1) do not fit the model's context of "
-            f"{config.max_length}; give a shorter prompt or ask for fewer tokens"
+            f"{config.max_position_embeddings}; give a shorter prompt or ask for fewer "
+            "tokens"
         )
     traced = isinstance(attention_mask, Tracer)
     if not traced and not bool((attention_mask[:, -1] != 0).all()):

@@ -18,7 +18,7 @@ _SMOLLM2 = DecoderConfig(
     num_kv_heads=3,
     head_dim=64,
     mlp_dim=1536,
-    max_length=8192,
+    max_position_embeddings=8192,
     rope=RopeConfig(theta=100_000.0),
     tie_embeddings=True,
 )
@@ -31,7 +31,7 @@ _LLAMA_2 = DecoderConfig(
     num_kv_heads=32,
     head_dim=128,
     mlp_dim=11008,
-    max_length=4096,
+    max_position_embeddings=4096,
 )
 
 _LLAMA_3 = DecoderConfig(
@@ -42,13 +42,13 @@ _LLAMA_3 = DecoderConfig(
     num_kv_heads=8,
     head_dim=128,
     mlp_dim=14336,
-    max_length=8192,
+    max_position_embeddings=8192,
     rope=RopeConfig(theta=500_000.0),
 )
 
 _LLAMA_3_1 = dataclasses.replace(
     _LLAMA_3,
-    max_length=131072,
+    max_position_embeddings=131072,
     rope=RopeConfig(theta=500_000.0, kind="llama3", factor=8.0),
 )
 
@@ -60,7 +60,7 @@ _LLAMA_3_2 = DecoderConfig(
     num_kv_heads=8,
     head_dim=64,
     mlp_dim=8192,
-    max_length=131072,
+    max_position_embeddings=131072,
     rope=RopeConfig(theta=500_000.0, kind="llama3", factor=32.0),
     tie_embeddings=True,
 )
@@ -137,7 +137,7 @@ PRESETS: Mapping[str, DecoderConfig] = {
         num_kv_heads=4,
         head_dim=64,
         mlp_dim=5632,
-        max_length=2048,
+        max_position_embeddings=2048,
     ),
     "llama-2-7b": _LLAMA_2,
     "llama-2-13b": dataclasses.replace(

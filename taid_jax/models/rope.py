@@ -42,7 +42,7 @@ def rope_frequencies(
     if rope.kind == "linear":
         frequencies = frequencies / rope.factor
     elif rope.kind == "longrope":
-        factors = rope.long_factors if long else rope.short_factors
+        factors = rope.long_factor if long else rope.short_factor
         frequencies = frequencies / np.array(factors)
     elif rope.kind in ("llama3", "yarn"):
         kept = _kept_in_llama3 if rope.kind == "llama3" else _kept_in_yarn
@@ -53,7 +53,7 @@ def rope_frequencies(
 
 def _kept_in_llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     """Returns 1 for a frequency that stays, 0 for one that is divided whole."""
-    turns = rope.original_max_length * frequencies / (2 * math.pi)
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     span = rope.high_freq_factor - rope.low_freq_factor
     return np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
 
@@ -63,7 +63,7 @@ def _kept_in_yarn(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     pairs = len(frequencies)
 
     def pair_that_turns(times: float) -> float:
-        ratio = rope.original_max_length / (2 * math.pi * times)
+        ratio = rope.original_max_position_embeddings / (2 * math.pi * times)
         return pairs * math.log(ratio) / math.log(rope.theta)
 
     first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
@@ -89,7 +89,7 @@ def rotation(
         if rope.kind == "longrope":
             long = jnp.asarray(rope_frequencies(rope, head_dim, long=True))
             frequencies = jnp.where(
-                length > rope.original_max_length, long, frequencies
+                length > rope.original_max_position_embeddings, long, frequencies
             )
         else:
             frequencies *= _dynamic_growth(rope, head_dim, length)
@@ -105,8 +105,10 @@ def _dynamic_growth(
 ) -> Float32[Array, " pairs"]:
     """Returns what the frequencies are multiplied by: 1 within the original context."""
     width = rope.width(head_dim)
-    beyond = jnp.maximum(length, rope.original_max_length).astype(jnp.float32)
-    growth = rope.factor * (beyond / rope.original_max_length - 1) + 1
+    beyond = jnp.maximum(length, rope.original_max_position_embeddings).astype(
+        jnp.float32
+    )
+    growth = rope.factor * (beyond / rope.original_max_position_embeddings - 1) + 1
     return growth ** jnp.asarray(-np.arange(0, width, 2) / (width - 2), jnp.float32)
 
 
@@ -116,7 +118,7 @@ def longest_short(config: DecoderConfig) -> int | None:
     None when a position turns the same in every sequence within the model's context.
     """
     ropes = [rope for rope in config.ropes if rope and rope.kind == "longrope"]
-    return min((rope.original_max_length for rope in ropes), default=None)
+    return min((rope.original_max_position_embeddings for rope in ropes), default=None)
 
 
 def layer_rotations(

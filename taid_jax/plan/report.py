@@ -113,18 +113,20 @@ def pair_configs(
         # Layers may differ: only the choice of them says what the student's are.
         _, student = select_layers({"layers": {}}, teacher, layers)
     for flag, config in (("teacher", teacher), ("student", student)):
-        if settings.data.seq_len > config.max_length:
+        if settings.data.seq_len > config.max_position_embeddings:
             raise PlanError(
                 f"seq_len: {settings.data.seq_len} is beyond the {flag}'s context of "
-                f"{config.max_length} tokens"
+                f"{config.max_position_embeddings} tokens"
             )
     if model.resize_embeddings:
         # To the tokenizer's size, which is the teacher's but for a little padding.
         student = dataclasses.replace(
-            student, vocab_size=teacher.vocab_size, num_tokens=None
+            student,
+            vocab_size=teacher.vocab_size,
+            padded_vocab_size=teacher.padded_vocab_size,
         )
         notes.append(f"both vocabularies are planned with {teacher.vocab_size} entries")
-    sizes = teacher.vocab_size, student.vocab_size
+    sizes = teacher.padded_vocab_size, student.padded_vocab_size
     if abs(sizes[0] - sizes[1]) > _OTHER_VOCABULARY:
         raise PlanError(
             f"the teacher has {sizes[0]} vocabulary entries, the student {sizes[1]}: "
@@ -137,7 +139,7 @@ def pair_configs(
             f"at most {shared} of either take part"
         )
         teacher, student = (
-            dataclasses.replace(config, num_tokens=shared)
+            dataclasses.replace(config, vocab_size=shared)
             for config in (teacher, student)
         )
     return teacher, student, notes

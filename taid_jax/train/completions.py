@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from taid_jax.data import pad_left
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import SettingsError
@@ -16,7 +17,6 @@ from taid_jax.train.on_policy.generation import (
     decode,
     end_ids,
     make_complete,
-    pad_left,
 )
 from taid_jax.train.on_policy.prompts import EvalPrompt
 from taid_jax.types import Params
@@ -62,14 +62,14 @@ class EvalCompletions:
         mesh: Mesh,
         shardings: Any,
     ):
-        room = config.max_length - max_new_tokens
+        room = config.max_position_embeddings - max_new_tokens
         self.prompts = [each for each in prompts if len(each.prompt) <= room]
         if not self.prompts:
             shortest = min(len(each.prompt) for each in prompts)
             raise SettingsError(
                 f"answer_tokens: {max_new_tokens} tokens after a prompt (the shortest "
                 f"has {shortest}) do not fit the student's context of "
-                f"{config.max_length}"
+                f"{config.max_position_embeddings}"
             )
         longest = max(len(each.prompt) for each in self.prompts)
         self._width = min(-(-longest // _WIDTH) * _WIDTH, room)

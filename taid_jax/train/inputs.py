@@ -104,10 +104,10 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
         tokenizer = own_tokenizer(own, tokenizer)
     configs = read_configs(settings)
     for name, config in configs.items():
-        if seq_len > config.max_length:
+        if seq_len > config.max_position_embeddings:
             raise SettingsError(
                 f"seq_len: {seq_len} is beyond the {name}'s context of "
-                f"{config.max_length} tokens"
+                f"{config.max_position_embeddings} tokens"
             )
         if not settings.resize_embeddings:
             with_tokenizer(config, tokenizer)
@@ -337,12 +337,12 @@ def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
     def fitted(config: DecoderConfig) -> DecoderConfig:
         if not model.resize_embeddings:
             return with_tokenizer(config, tokenizer)
-        return dataclasses.replace(config, vocab_size=size, num_tokens=None)
+        return dataclasses.replace(config, vocab_size=size, padded_vocab_size=size)
 
     def resized(params: Params) -> Params:
         return resize_vocabulary(params, size) if model.resize_embeddings else params
 
-    if model.resize_embeddings and teacher.config.vocab_size != size:
+    if model.resize_embeddings and teacher.config.padded_vocab_size != size:
         new = fitted(teacher.config)
         resize = jax.jit(resized, out_shardings=teacher_shardings(new))
         teacher = dataclasses.replace(

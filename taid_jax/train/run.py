@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from taid_jax import distributed
-from taid_jax.data import DataError, Dataset
+from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.errors import ModelError, explain
 from taid_jax.models.files.load import export_model
 from taid_jax.models.files.tokenizer import Tokenizer
@@ -61,7 +61,6 @@ from taid_jax.train.on_policy.buffer import make_on_policy
 from taid_jax.train.on_policy.generation import (
     decode,
     export_generation,
-    pad_left,
     training_ends,
 )
 from taid_jax.train.on_policy.prompts import find_eval_prompts
@@ -428,11 +427,11 @@ def show_completions(
         return
     ends = training_ends(tokenizer, pair.generation, dataset)
     configs = pair.teacher.config, pair.student_config
-    room = min(config.max_length for config in configs) - _SHOWN_TOKENS
+    room = min(config.max_position_embeddings for config in configs) - _SHOWN_TOKENS
     if room < 1:
         return
     chosen = [each.prompt[-room:] for each in prompts]
-    ids, mask = pad_left(chosen, max(map(len, chosen)))
+    ids, mask = pad_left(chosen)
     completions = {}
     for name, weights, config in (
         ("teacher", pair.teacher.params, pair.teacher.config),

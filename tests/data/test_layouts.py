@@ -23,7 +23,7 @@ def models():
         num_kv_heads=1,
         head_dim=8,
         mlp_dim=32,
-        max_length=256,
+        max_position_embeddings=256,
         tie_embeddings=True,
         initializer_range=1.0,
     )

@@ -231,7 +231,9 @@ def llama_pair():
         if config.rope.kind == "llama3":
             rope["low_freq_factor"] = config.rope.low_freq_factor
             rope["high_freq_factor"] = config.rope.high_freq_factor
-            rope["original_max_position_embeddings"] = config.rope.original_max_length
+            rope["original_max_position_embeddings"] = (
+                config.rope.original_max_position_embeddings
+            )
         settings = transformers.LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.d_model,
@@ -240,7 +242,7 @@ def llama_pair():
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            max_position_embeddings=config.max_length,
+            max_position_embeddings=config.max_position_embeddings,
             rms_norm_eps=config.norm_eps,
             rope_parameters=rope,
             tie_word_embeddings=config.tie_embeddings,

@@ -11,7 +11,7 @@ SIZES = {
     "num_kv_heads": 2,
     "head_dim": 6,
     "mlp_dim": 40,
-    "max_length": 64,
+    "max_position_embeddings": 64,
 }
 
 
@@ -60,11 +60,14 @@ def test_decoder_config_lists_everything_that_is_wrong():
             {"kind": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 1.0},
             "low_freq_factor < high_freq_factor, got 4.0 and 1.0",
         ),
-        ({"kind": "llama3", "original_max_length": 0}, "original_max_length >= 1"),
-        ({"fraction": 0.0}, "0 < fraction <= 1, got 0.0"),
+        (
+            {"kind": "llama3", "original_max_position_embeddings": 0},
+            "original_max_position_embeddings >= 1",
+        ),
+        ({"partial_rotary_factor": 0.0}, "0 < partial_rotary_factor <= 1, got 0.0"),
         ({"attention_factor": 0.0}, "attention_factor > 0"),
         ({"kind": "yarn", "beta_slow": 40.0}, "0 < beta_slow <= beta_fast.*40.0, 32.0"),
-        ({"kind": "longrope", "long_factors": (1.0, 0.0)}, "long_factors > 0, got 0.0"),
+        ({"kind": "longrope", "long_factor": (1.0, 0.0)}, "long_factor > 0, got 0.0"),
     ],
 )
 def test_rope_config_refuses_what_is_out_of_range(changes, message):
@@ -72,7 +75,7 @@ def test_rope_config_refuses_what_is_out_of_range(changes, message):
         RopeConfig(**changes)
 
 
-LONG = RopeConfig(kind="longrope", short_factors=(1.0,), long_factors=(1.0,))
+LONG = RopeConfig(kind="longrope", short_factor=(1.0,), long_factor=(1.0,))
 
 
 @pytest.mark.parametrize(
@@ -81,20 +84,23 @@ LONG = RopeConfig(kind="longrope", short_factors=(1.0,), long_factors=(1.0,))
         ({"norm": "batch"}, "norm one of rms, .*, got batch"),
         ({"activation": "tanh"}, "activation one of silu, .*, got tanh"),
         ({"window": 0}, "window > 0, got 0"),
-        ({"query_scalar": -1}, "query_scalar > 0, got -1"),
+        ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar > 0, got -1"),
         ({"head_softcap": 0.0}, "head_softcap > 0, got 0.0"),
         ({"window": 4, "window_layers": (True,)}, "2 window_layers, one for .* got 1"),
         ({"rope_layers": (True,) * 3}, "2 rope_layers, one for a layer, got 3"),
         ({"window_layers": (True, False)}, "window where window_layers are given"),
         ({"rope": None, "rope_layers": (True, True)}, "rope where"),
         (
-            {"window": 4, "local_rope": RopeConfig(fraction=0.5)},
-            "same fraction of a head, got 0.5 and 1.0",
+            {"window": 4, "local_rope": RopeConfig(partial_rotary_factor=0.5)},
+            "same partial_rotary_factor, got 0.5 and 1.0",
         ),
         ({"norm_place": "both", "residual": "parallel"}, "norms before the sublayers"),
         ({"tie_embeddings": True, "head_bias": True}, "a head of its own"),
-        ({"rope": RopeConfig(fraction=0.5)}, "got 6, of which 3 are turned"),
-        ({"rope": LONG}, "3 rope short_factors, one for a pair, got 1"),
+        (
+            {"rope": RopeConfig(partial_rotary_factor=0.5)},
+            "got 6, of which 3 are rotated",
+        ),
+        ({"rope": LONG}, "3 rope short_factor, one for a pair, got 1"),
         ({"head_dim": 2, "rope": RopeConfig(kind="dynamic")}, "more than one rotary"),
     ],
 )
@@ -118,5 +124,5 @@ def test_decoder_config_says_what_each_layer_sees_and_how_it_turns():
     assert config.ropes == (None, local)
     assert DecoderConfig(**SIZES, window=3).windows == (3, 3)
     # A head that is turned in part may have any width.
-    odd = {**SIZES, "head_dim": 9, "rope": RopeConfig(fraction=0.5)}
+    odd = {**SIZES, "head_dim": 9, "rope": RopeConfig(partial_rotary_factor=0.5)}
     assert DecoderConfig(**odd).rope is not None

@@ -28,9 +28,9 @@ TINY = DecoderConfig(
     num_kv_heads=2,
     head_dim=8,
     mlp_dim=40,
-    max_length=64,
+    max_position_embeddings=64,
 )
-LLAMA3 = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, original_max_length=16)
+LLAMA3 = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=16)
 
 CONFIGS = {
     "grouped": TINY,
@@ -328,7 +328,7 @@ def test_param_axes_and_abstract_params_have_the_tree_of_init_params(name):
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
-        "positions": config.max_length,
+        "positions": config.max_position_embeddings,
     }
     jax.tree.map(
         lambda leaf, axes: leaf.shape == tuple(sizes[axis] for axis in axes) or 1 / 0,

@@ -30,8 +30,10 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=12,
-    max_length=64,
-    rope=RopeConfig(theta=5e4, kind="llama3", factor=2.0, original_max_length=16),
+    max_position_embeddings=64,
+    rope=RopeConfig(
+        theta=5e4, kind="llama3", factor=2.0, original_max_position_embeddings=16
+    ),
 )
 VARIANTS = {
     "untied": {},
@@ -181,7 +183,7 @@ def test_write_folder_writes_generation_settings(tmp_path, params):
 
 @pytest.mark.parametrize("pad", [17, -1, "x", [1]])
 def test_write_folder_names_no_padding_that_the_folder_lacks(tmp_path, params, pad):
-    config = dataclasses.replace(CONFIG, num_tokens=15)
+    config = dataclasses.replace(CONFIG, vocab_size=15)
     generation = {"pad_token_id": pad, "eos_token_id": 3}
     export_model(tmp_path / "m", config, params, generation=generation)
     pytest.importorskip("torch", reason="transformers needs PyTorch to load a model")

@@ -50,7 +50,7 @@ def test_read_config_reads_what_transformers_wrote(golden_teacher):
         num_kv_heads=3,
         head_dim=16,
         mlp_dim=256,
-        max_length=128,
+        max_position_embeddings=128,
         norm_eps=1e-6,
         initializer_range=0.25,
     )
@@ -65,7 +65,7 @@ def test_read_config_takes_the_defaults_of_transformers(tiny_settings):
     config = read_config(llama(values), "config.json")
     assert config.num_kv_heads == tiny_settings["num_attention_heads"]
     assert config.head_dim == 16 // 4
-    assert config.max_length == defaults.max_position_embeddings
+    assert config.max_position_embeddings == defaults.max_position_embeddings
     assert config.norm_eps == defaults.rms_norm_eps
     assert config.tie_embeddings == defaults.tie_word_embeddings
     assert config.rope.theta == defaults.rope_parameters["rope_theta"]
@@ -94,7 +94,7 @@ def test_read_config_reads_rope_in_every_style(tiny_settings, style):
         factor=32.0,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
-        original_max_length=32,
+        original_max_position_embeddings=32,
     )
 
 
@@ -319,7 +319,9 @@ def test_read_config_refuses_numbers_that_cannot_be_computed_with(
     [
         RopeConfig(theta=1e5),
         RopeConfig(kind="linear", factor=4.0),
-        RopeConfig(theta=5e5, kind="llama3", factor=8.0, original_max_length=16),
+        RopeConfig(
+            theta=5e5, kind="llama3", factor=8.0, original_max_position_embeddings=16
+        ),
     ],
 )
 @pytest.mark.parametrize("flag", [False, True])
@@ -333,7 +335,7 @@ def test_write_config_is_read_back_by_us_and_by_transformers(tmp_path, rope, fla
         num_kv_heads=2,
         head_dim=6,
         mlp_dim=24,
-        max_length=32,
+        max_position_embeddings=32,
         norm_eps=1e-5,
         rope=rope,
         tie_embeddings=flag,
@@ -372,7 +374,7 @@ def test_layouts_of_every_weight_give_the_decoders_shapes(family, file_format):
         "num_kv_heads": 2,
         "head_dim": 8,
         "mlp_dim": 10,
-        "max_length": 32,
+        "max_position_embeddings": 32,
         "attention_bias": True,
         "mlp_bias": True,
         "family": family.name,

@@ -16,7 +16,7 @@ def config():
         num_kv_heads=1,
         head_dim=2,
         mlp_dim=6,
-        max_length=8,
+        max_position_embeddings=8,
     )
 
 

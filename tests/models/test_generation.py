@@ -20,13 +20,13 @@ TINY = DecoderConfig(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=40,
-    max_length=128,
+    max_position_embeddings=128,
 )
 TIED = dataclasses.replace(
     TINY,
     tie_embeddings=True,
     attention_bias=True,
-    rope=RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, original_max_length=16),
+    rope=RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=16),
 )
 
 
@@ -143,7 +143,7 @@ def test_generate_does_not_depend_on_the_padding(tiny_params):
 
 
 def test_generate_stops_when_every_row_has_ended(tiny_params):
-    config = dataclasses.replace(TINY, max_length=10**6)
+    config = dataclasses.replace(TINY, max_position_embeddings=10**6)
     ids, mask = prompts(TINY, (3, 7))
     # Any token ends a row. Were all of these tokens computed, this would take hours.
     new = generate(

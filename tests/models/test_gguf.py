@@ -51,7 +51,7 @@ def test_load_config_reads_the_metadata(tmp_path, write_gguf):
         num_kv_heads=2,
         head_dim=16,
         mlp_dim=96,
-        max_length=128,
+        max_position_embeddings=128,
         # The file has float32's 9.99999974e-06; what was meant is read.
         norm_eps=1e-5,
         rope=RopeConfig(theta=1e5),
@@ -153,7 +153,7 @@ def test_read_gguf_config_recognises_llama_3_by_its_rotary_factors(
         factor=32.0,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
-        original_max_length=8192,
+        original_max_position_embeddings=8192,
     )
 
 

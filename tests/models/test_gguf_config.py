@@ -112,7 +112,7 @@ def random_state(config, kind):
 
 def write_keys(writer, config, family):
     """The metadata that `convert_hf_to_gguf.py` writes for each family."""
-    writer.add_context_length(config.max_length)
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.num_layers)
     writer.add_feed_forward_length(config.mlp_dim)
@@ -132,12 +132,16 @@ def write_keys(writer, config, family):
     if family == "phi3":
         writer.add_rope_dimension_count(config.rope.width(config.head_dim))
         long = config.rope.kind == "longrope"
-        original = config.rope.original_max_length if long else config.max_length
+        original = (
+            config.rope.original_max_position_embeddings
+            if long
+            else config.max_position_embeddings
+        )
         writer.add_rope_scaling_orig_ctx_len(original)
         if long:
             writer.add_rope_scaling_attn_factors(config.rope.attention_factor)
             for name in ("long", "short"):
-                factors = getattr(config.rope, f"{name}_factors")
+                factors = getattr(config.rope, f"{name}_factor")
                 writer.add_tensor(
                     f"rope_factors_{name}.weight", np.array(factors, np.float32)
                 )
@@ -145,7 +149,9 @@ def write_keys(writer, config, family):
         writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope.kind))
         writer.add_rope_scaling_factor(config.rope.factor)
         if config.rope.kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_length)
+            writer.add_rope_scaling_orig_ctx_len(
+                config.rope.original_max_position_embeddings
+            )
 
 
 def write_model(path, config, state, kind, extra=()):
@@ -192,11 +198,11 @@ def test_read_gguf_config_reads_the_rotary_factors_of_phi3(tmp_path):
     config = config_of("phi3-long")
     assert config.rope == RopeConfig(
         kind="longrope",
-        fraction=0.75,
-        original_max_length=32,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=32,
         attention_factor=config.rope.attention_factor,
-        short_factors=tuple(LONG_ROPE["short_factor"]),
-        long_factors=tuple(LONG_ROPE["long_factor"]),
+        short_factor=tuple(LONG_ROPE["short_factor"]),
+        long_factor=tuple(LONG_ROPE["long_factor"]),
     )
     # Published: the root of 1 + log(4) / log(32), the extension and the original.
     assert config.rope.attention_factor == pytest.approx(1.1832159566)
@@ -206,10 +212,10 @@ def test_read_gguf_config_knows_the_largest_gemma_by_its_layers(tmp_path):
     config = config_of("gemma2-largest")
     kind = gguf.GGMLQuantizationType.F32
     write_model(tmp_path / "m.gguf", config, {}, kind)
-    assert load_config(tmp_path / "m.gguf").query_scalar == 64 // 4
+    assert load_config(tmp_path / "m.gguf").query_pre_attn_scalar == 64 // 4
     fewer = dataclasses.replace(config, num_layers=3, window=None, window_layers=None)
     write_model(tmp_path / "n.gguf", fewer, {}, kind)
-    assert load_config(tmp_path / "n.gguf").query_scalar == 24
+    assert load_config(tmp_path / "n.gguf").query_pre_attn_scalar == 24
 
 
 @pytest.mark.parametrize(

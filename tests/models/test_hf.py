@@ -28,7 +28,7 @@ SMALL = DecoderConfig(
     num_kv_heads=1,
     head_dim=4,
     mlp_dim=6,
-    max_length=16,
+    max_position_embeddings=16,
 )
 
 

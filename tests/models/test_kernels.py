@@ -189,7 +189,7 @@ def test_hidden_states_keep_what_a_kernel_gave_where_asked(monkeypatch):
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=16,
-        max_length=256,
+        max_position_embeddings=256,
     )
     monkeypatch.setattr(kernels, "_platform", lambda mesh: "tpu")
     ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)

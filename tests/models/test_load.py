@@ -43,7 +43,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=12,
-    max_length=64,
+    max_position_embeddings=64,
 )
 
 
@@ -253,7 +253,7 @@ def test_smollm2_has_the_published_sizes(teacher):
     config = teacher.config
     assert (config.num_layers, config.d_model, config.mlp_dim) == (30, 576, 1536)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
-    assert (config.vocab_size, config.max_length) == (49152, 8192)
+    assert (config.vocab_size, config.max_position_embeddings) == (49152, 8192)
     assert (config.rope.theta, config.norm_eps) == (1e5, 1e-5)
     assert config.tie_embeddings
 

@@ -26,7 +26,7 @@ SMALL = DecoderConfig(
     num_kv_heads=2,
     head_dim=4,
     mlp_dim=8,
-    max_length=32,
+    max_position_embeddings=32,
 )
 HUGE = dataclasses.replace(
     SMALL, d_model=2**20, num_layers=100, mlp_dim=2**22, head_dim=2**19

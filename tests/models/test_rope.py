@@ -11,7 +11,7 @@ LLAMA3 = RopeConfig(
     factor=8.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
-    original_max_length=8192,
+    original_max_position_embeddings=8192,
 )
 
 
@@ -29,7 +29,7 @@ def test_rope_frequencies_linear_divides_all_by_the_factor():
 def test_rope_frequencies_llama3_divides_the_low_ones_only():
     plain = rope_frequencies(RopeConfig(theta=LLAMA3.theta), 128)
     scaled = rope_frequencies(LLAMA3, 128)
-    turns = LLAMA3.original_max_length * plain / (2 * np.pi)
+    turns = LLAMA3.original_max_position_embeddings * plain / (2 * np.pi)
     # One float32 rounding of each side.
     np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4], rtol=1e-6)
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
@@ -132,7 +132,7 @@ def test_rope_frequencies_yarn_are_those_of_transformers(
     rope = RopeConfig(
         kind="yarn",
         factor=8.0,
-        original_max_length=original,
+        original_max_position_embeddings=original,
         beta_fast=fast,
         beta_slow=slow,
         truncate=truncate,
@@ -148,7 +148,7 @@ def test_rope_frequencies_yarn_are_those_of_transformers(
 @pytest.mark.parametrize("length", [10, 512, 513, 1500])
 def test_rotation_dynamic_is_that_of_transformers(length):
     expected, _ = torch_frequencies("dynamic", {"factor": 2.0}, length=length)
-    rope = RopeConfig(kind="dynamic", factor=2.0, original_max_length=512)
+    rope = RopeConfig(kind="dynamic", factor=2.0, original_max_position_embeddings=512)
     cos, _ = rotation(jnp.array([[1, length - 1]]), rope, 64)
     np.testing.assert_allclose(cos[0, 0], np.cos(expected), atol=1e-6)
 
@@ -166,9 +166,9 @@ def test_rotation_longrope_takes_the_factors_of_the_longest_sequence(length):
     )
     rope = RopeConfig(
         kind="longrope",
-        original_max_length=16,
-        short_factors=tuple(short),
-        long_factors=tuple(long),
+        original_max_position_embeddings=16,
+        short_factor=tuple(short),
+        long_factor=tuple(long),
         attention_factor=scale,
     )
     cos, _ = rotation(jnp.array([[1, 2], [0, length - 1]]), rope, 8)
@@ -177,7 +177,7 @@ def test_rotation_longrope_takes_the_factors_of_the_longest_sequence(length):
 
 def test_rotate_turns_the_first_part_of_partial_heads_only():
     heads = jnp.asarray(np.random.default_rng(2).normal(size=(1, 1, 2, 5, 12)), "f4")
-    rope = RopeConfig(fraction=0.5)
+    rope = RopeConfig(partial_rotary_factor=0.5)
     turned = rotate(heads, rotation(jnp.arange(5)[None], rope, 12))
     whole = rotation(jnp.arange(5)[None], RopeConfig(), 6)
     np.testing.assert_array_equal(turned[..., :6], rotate(heads[..., :6], whole))
@@ -185,7 +185,9 @@ def test_rotate_turns_the_first_part_of_partial_heads_only():
 
 
 def layers_of(**changes):
-    sizes = dict.fromkeys(("vocab_size", "d_model", "mlp_dim", "max_length"), 8)
+    sizes = dict.fromkeys(
+        ("vocab_size", "d_model", "mlp_dim", "max_position_embeddings"), 8
+    )
     heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
     return DecoderConfig(num_layers=3, **sizes, **heads, **changes)
 

@@ -59,7 +59,7 @@ def write_model(tmp_path):
     from taid_jax.models.files.load import export_model
 
     def write(name, **shape):
-        config = DecoderConfig(**shape, max_length=64)
+        config = DecoderConfig(**shape, max_position_embeddings=64)
         rng = np.random.default_rng(0)
         params = jax.tree.map(
             lambda leaf: jax.device_put(rng.random(leaf.shape, np.float32)),

@@ -37,7 +37,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=12,
-    max_length=64,
+    max_position_embeddings=64,
 )
 TOKENS = 33
 
@@ -48,6 +48,11 @@ def make_tokenizer(size=TOKENS):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a")
+
+
+def small(config):
+    """The same architecture without padding."""
+    return dataclasses.replace(config, vocab_size=TOKENS, padded_vocab_size=TOKENS)
 
 
 def wider(params, config, size, value):
@@ -63,7 +68,7 @@ def wider(params, config, size, value):
             "kernel": jnp.concatenate([kernel, jnp.full((16, more), value)], axis=1)
         },
     }
-    return grown, dataclasses.replace(config, vocab_size=size)
+    return grown, dataclasses.replace(config, vocab_size=size, padded_vocab_size=size)
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ def test_count_tokens_counts_the_ids_that_are_left_out():
 
 def test_with_tokenizer_marks_the_padding_and_nothing_else():
     config = with_tokenizer(CONFIG, make_tokenizer())
-    assert config == dataclasses.replace(CONFIG, num_tokens=TOKENS)
+    assert config == dataclasses.replace(CONFIG, vocab_size=TOKENS)
     assert with_tokenizer(CONFIG, make_tokenizer(40)) == CONFIG
 
 
@@ -109,7 +114,7 @@ def test_export_model_leaves_the_padding_out(tmp_path, random_params, tied):
     export_model(tmp_path / "padded", config, params)  # No tokenizer: all are real.
     make_tokenizer().save_pretrained(tmp_path / "padded")
     loaded = load_model(tmp_path / "padded")
-    assert loaded.config == dataclasses.replace(config, num_tokens=TOKENS)
+    assert loaded.config == dataclasses.replace(config, vocab_size=TOKENS)
     export_model(tmp_path / "m", loaded.config, loaded.params, loaded.tokenizer)
     ids = np.random.default_rng(0).integers(0, TOKENS, (2, 9))
     functions = decoder_functions(loaded.config)
@@ -123,7 +128,7 @@ def test_export_model_leaves_the_padding_out(tmp_path, random_params, tied):
     # Both sides round in their own order.
     np.testing.assert_allclose(ours, theirs.numpy()[..., :TOKENS], atol=1e-4)
     again = load_model(tmp_path / "m")
-    assert again.config == dataclasses.replace(config, vocab_size=TOKENS)
+    assert again.config == small(config)
     cut = resize_vocabulary(params, TOKENS)
     jax.tree.map(np.testing.assert_array_equal, again.params, cut)
 
@@ -132,7 +137,7 @@ def test_export_model_leaves_the_padding_out(tmp_path, random_params, tied):
 def test_export_model_leaves_out_the_padding_of_parameters_on_a_mesh(
     tmp_path, random_params
 ):
-    config = dataclasses.replace(CONFIG, num_tokens=TOKENS)
+    config = dataclasses.replace(CONFIG, vocab_size=TOKENS)
     params = random_params(config)
     export_model(tmp_path / "one", config, params)
     mesh = make_mesh("data=1,fsdp=4,tensor=2")
@@ -147,7 +152,7 @@ def test_export_model_leaves_out_the_padding_of_parameters_on_a_mesh(
 
 @pytest.mark.parametrize("logits_loss", [False, True], ids=["fused", "logits"])
 def test_batch_loss_ignores_padding_of_either_model(random_params, batch, logits_loss):
-    config = dataclasses.replace(CONFIG, vocab_size=TOKENS)
+    config = small(CONFIG)
     student, teacher = random_params(config, 1), random_params(config, 2)
 
     def value(student, student_config, teacher, teacher_config):
@@ -170,9 +175,9 @@ def test_batch_loss_ignores_padding_of_either_model(random_params, batch, logits
     padded_teacher, teacher_config = wider(teacher, config, 48, 70.0)
     got, padded_gradient = value(
         padded_student,
-        dataclasses.replace(student_config, num_tokens=TOKENS),
+        dataclasses.replace(student_config, vocab_size=TOKENS),
         padded_teacher,
-        dataclasses.replace(teacher_config, num_tokens=TOKENS),
+        dataclasses.replace(teacher_config, vocab_size=TOKENS),
     )
     # The same sums over more columns, which the compiler may group in another way.
     np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -184,7 +189,7 @@ def test_batch_loss_ignores_padding_of_either_model(random_params, batch, logits
 
 
 def test_generate_never_gives_a_padded_id(random_params):
-    config = dataclasses.replace(CONFIG, vocab_size=TOKENS)
+    config = small(CONFIG)
     params = random_params(config)
     prompt = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 
@@ -206,7 +211,7 @@ def test_generate_never_gives_a_padded_id(random_params):
     best = 2 * jnp.concatenate([kernel[:, :3], -kernel[:, :4]], axis=1)
     padded["lm_head"] = {"kernel": kernel.at[:, TOKENS:].set(best)}
     assert (answer(padded, padded_config) >= TOKENS).any()
-    marked = dataclasses.replace(padded_config, num_tokens=TOKENS)
+    marked = dataclasses.replace(padded_config, vocab_size=TOKENS)
     np.testing.assert_array_equal(answer(padded, marked), expected)
 
 
@@ -220,7 +225,7 @@ def test_resize_vocabulary_adds_the_mean_of_what_there_was(random_params, tied):
     # A mean of 40 float32 numbers, added up in another order.
     expected = np.asarray(old, np.float64).mean(axis=0)
     np.testing.assert_allclose(new[45], expected, rtol=1e-4, atol=1e-6)
-    config = dataclasses.replace(config, vocab_size=50)
+    config = dataclasses.replace(config, vocab_size=50, padded_vocab_size=50)
     kernel, before = (
         np.moveaxis(np.asarray(own.kernel), own.axes[0], 0)
         for own in (head(grown, config), head(params, config))

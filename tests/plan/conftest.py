@@ -20,7 +20,7 @@ def tiny():
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=48,
-        max_length=64,
+        max_position_embeddings=64,
     )
     return teacher, dataclasses.replace(teacher, num_layers=2)
 

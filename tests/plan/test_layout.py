@@ -101,12 +101,18 @@ def test_plan_step_no_array_is_gathered_to_change_its_layout():
 
 def _program(config):
     """What of an architecture decides its program, sizes that divide alike left out."""
-    sizes = ("vocab_size", "num_heads", "num_kv_heads")
+    sizes = ("padded_vocab_size", "num_heads", "num_kv_heads")
     values = dataclasses.asdict(config)
     alike = {name: values.pop(name) % 2 for name in sizes}
-    for name in ("d_model", "num_layers", "head_dim", "mlp_dim", "max_length"):
+    for name in (
+        "d_model",
+        "num_layers",
+        "head_dim",
+        "mlp_dim",
+        "max_position_embeddings",
+    ):
         values.pop(name)
-    for name in ("family", "norm_eps", "initializer_range"):
+    for name in ("family", "norm_eps", "initializer_range", "vocab_size"):
         values.pop(name)
     given = {
         name: value is not None if not isinstance(value, bool | str) else value

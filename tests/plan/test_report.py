@@ -77,8 +77,8 @@ def test_pair_configs_of_presets(make_settings):
     teacher, student, notes = pair_configs(
         make_settings(teacher="qwen2-72b", student="qwen2-1.5b")
     )
-    assert (teacher.vocab_size, student.vocab_size) == (152064, 151936)
-    assert teacher.num_tokens == student.num_tokens == 151936
+    assert (teacher.padded_vocab_size, student.padded_vocab_size) == (152064, 151936)
+    assert teacher.vocab_size == student.vocab_size == 151936
     assert len(notes) == 1
     assert "padding" in notes[-1]
 

@@ -83,7 +83,7 @@ def make_model(tmp_path_factory):
             "num_kv_heads": 1,
             "head_dim": 8,
             "mlp_dim": 32,
-            "max_length": 64,
+            "max_position_embeddings": 64,
         } | changes
         config = DecoderConfig(
             vocab_size=len(tokenizer),

@@ -150,7 +150,9 @@ def tiny(make_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     models = []
     for layers in (12, 2):
-        models.append(make_model(layers=layers, max_length=2048, num_kv_heads=2))
+        models.append(
+            make_model(layers=layers, max_position_embeddings=2048, num_kv_heads=2)
+        )
         (models[-1] / "chat_template.jinja").write_text(
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
             "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

@@ -36,7 +36,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=4,
     mlp_dim=8,
-    max_length=32,
+    max_position_embeddings=32,
 )
 
 
@@ -59,7 +59,9 @@ OTHERS = (*TOKENS[:20], *(chr(0x400 + index) for index in range(10)))
 def make_folder(tmp_path_factory):
     def make(vocab_size, tokens, seed, tokenizer=None, generation=None, **changes):
         folder = tmp_path_factory.mktemp("model") / "folder"
-        config = dataclasses.replace(CONFIG, vocab_size=vocab_size, **changes)
+        config = dataclasses.replace(
+            CONFIG, vocab_size=vocab_size, padded_vocab_size=0, **changes
+        )
         params = init_params(config, jax.random.key(seed))
         tokenizer = tokenizer or make_tokenizer(tokens)
         export_model(folder, config, params, tokenizer, generation=generation)
@@ -87,9 +89,9 @@ def test_check_models_takes_another_padding_of_the_same_tokenizer(teacher, make_
     student = make_folder(44, TOKENS, 2)
     check_models(ModelSettings(teacher=teacher, student=student), 8)
     pair = load_pair(settings(teacher=teacher, student=student), make_mesh("data=8"))
-    assert pair.teacher.config.vocab_size == 48
-    assert pair.student_config.vocab_size == 44
-    assert pair.teacher.config.num_tokens == pair.student_config.num_tokens == 40
+    assert pair.teacher.config.padded_vocab_size == 48
+    assert pair.student_config.padded_vocab_size == 44
+    assert pair.teacher.config.vocab_size == pair.student_config.vocab_size == 40
 
 
 def test_check_models_refuses_another_tokenizer_and_names_the_way_out(
@@ -117,7 +119,7 @@ def test_load_pair_resizes_both_models_to_the_teachers_tokenizer(teacher, strang
     assert len(check_models(chosen.model, 8)) == 40
     pair = load_pair(chosen, make_mesh("data=1,fsdp=4,tensor=2"))
     for config in (pair.teacher.config, pair.student_config):
-        assert (config.vocab_size, config.num_tokens) == (40, None)
+        assert config.vocab_size == config.padded_vocab_size == 40
     before = load_model(stranger).params["embed"]["embedding"]
     after = np.asarray(pair.student_params["embed"]["embedding"])
     np.testing.assert_array_equal(after[:32], before)
@@ -256,18 +258,16 @@ def test_load_pair_says_how_the_models_were_read(teacher, tmp_path):
 
 def test_load_pair_takes_a_student_that_was_exported_without_padding(teacher, tmp_path):
     pair = load_pair(settings(teacher=teacher, student_layers=1), make_mesh("data=8"))
-    assert (pair.student_config.vocab_size, pair.student_config.num_tokens) == (48, 40)
+    config = pair.student_config
+    assert (config.padded_vocab_size, config.vocab_size) == (48, 40)
     export_model(
         tmp_path / "m", pair.student_config, pair.student_params, pair.teacher.tokenizer
     )
     again = settings(teacher=teacher, student=str(tmp_path / "m"))
     check_models(again.model, 8)
     pair = load_pair(again, make_mesh("data=8"))
-    assert (pair.student_config.vocab_size, pair.student_config.num_tokens) == (
-        40,
-        None,
-    )
-    assert pair.teacher.config.num_tokens == 40
+    assert pair.student_config.padded_vocab_size == 40
+    assert pair.student_config.vocab_size == pair.teacher.config.vocab_size == 40
 
 
 def test_identify_models_is_by_content_wherever_the_files_lie(teacher, tmp_path):

@@ -18,7 +18,7 @@ SETTINGS = (
     Setting("norm_eps", "rms_norm_eps", 1e-6),
     Setting("tie_embeddings", "tie_word_embeddings", True),
     Setting("attention_bias", "attention_bias", False),
-    Setting("query_scalar", "query_pre_attn_scalar", 256),
+    Setting("query_pre_attn_scalar", "query_pre_attn_scalar", 256),
     Setting("activation", "hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS),
 )
 
@@ -46,7 +46,7 @@ GEMMA2 = Family(
     gguf="gemma2",
     settings=(
         *SETTINGS,
-        Setting("max_length", "max_position_embeddings", 8192),
+        Setting("max_position_embeddings", "max_position_embeddings", 8192),
         Setting("attention_softcap", "attn_logit_softcapping", 50.0),
         Setting("head_softcap", "final_logit_softcapping", 30.0),
     ),

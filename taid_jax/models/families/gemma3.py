@@ -10,7 +10,7 @@ from taid_jax.models.families.gemma2 import (
     HARMLESS,
     SETTINGS,
 )
-from taid_jax.models.families.rope import dual_rope
+from taid_jax.models.families.rope import rope
 from taid_jax.models.families.usual import (
     ATTENTION,
     EMBED,
@@ -27,11 +27,11 @@ GEMMA3 = Family(
     gguf="gemma3",
     settings=(
         *SETTINGS,
-        Setting("max_length", "max_position_embeddings", 131072),
+        Setting("max_position_embeddings", "max_position_embeddings", 131072),
         Setting("head_softcap", "final_logit_softcapping", None),
     ),
     groups=(
-        dual_rope(theta=1e6, local_theta=1e4),
+        rope(theta=1e6, local_theta=1e4),
         alternating_windows(window=4096, every=6, every_key="sliding_window_pattern"),
     ),
     constants={

@@ -21,16 +21,14 @@ GPT_NEOX = Family(
         *(setting for setting in SIZES if setting.field != "num_kv_heads"),
         Setting("num_kv_heads", None, lambda got: got["num_heads"]),
         Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
-        Setting("max_length", "max_position_embeddings", 2048),
+        Setting("max_position_embeddings", "max_position_embeddings", 2048),
         Setting("norm_eps", "layer_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("attention_bias", "attention_bias", True),
         Setting("activation", "hidden_act", "gelu", ACTIVATIONS),
         Setting("residual", "use_parallel_residual", True, _RESIDUAL),
     ),
-    groups=(
-        rope(theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25),
-    ),
+    groups=(rope(theta_key="rotary_emb_base", partial_key="rotary_pct", partial=0.25),),
     constants={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
     weights=(
         Weight("embed", "gpt_neox.embed_in", "", "v d -> v d"),

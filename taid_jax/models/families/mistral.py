@@ -19,7 +19,7 @@ MISTRAL = Family(
     settings=(
         *SIZES,
         HEAD_DIM,
-        Setting("max_length", "max_position_embeddings", 4096 * 32),
+        Setting("max_position_embeddings", "max_position_embeddings", 4096 * 32),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("activation", "hidden_act", "silu", ACTIVATIONS),

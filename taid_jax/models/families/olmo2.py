@@ -18,7 +18,7 @@ OLMO2 = Family(
     settings=(
         *SIZES,
         HEAD_DIM,
-        Setting("max_length", "max_position_embeddings", 2048),
+        Setting("max_position_embeddings", "max_position_embeddings", 2048),
         Setting("norm_eps", "rms_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("attention_bias", "attention_bias", False),

@@ -30,13 +30,13 @@ PHI3 = Family(
     settings=(
         *SIZES,
         HEAD_DIM,
-        Setting("max_length", "max_position_embeddings", 4096),
+        Setting("max_position_embeddings", "max_position_embeddings", 4096),
         Setting("norm_eps", "rms_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("activation", "hidden_act", "silu", ACTIVATIONS),
         Setting("window", "sliding_window", None),
     ),
-    groups=(rope(fraction=1.0, kinds={"default": "default"} | _LONG, original=4096),),
+    groups=(rope(partial=1.0, kinds={"default": "default"} | _LONG, original=4096),),
     fixed=dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,)),
     harmless=frozenset(
         {

@@ -21,7 +21,7 @@ QWEN3 = Family(
     settings=(
         *SIZES,
         Setting("head_dim", "head_dim", 128),
-        Setting("max_length", "max_position_embeddings", 32768),
+        Setting("max_position_embeddings", "max_position_embeddings", 32768),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("attention_bias", "attention_bias", False),

@@ -223,7 +223,9 @@ def read_config(
             fields.only(key, allowed)
         fields.finish(HARMLESS | family.harmless)
         try:
-            return DecoderConfig(family=family.name, **got)
+            return DecoderConfig(
+                family=family.name, vocab_size=got["padded_vocab_size"], **got
+            )
         except ModelError as error:
             raise ModelError(f"{origin}: {error}") from error
 
@@ -270,7 +272,7 @@ def _meaning(config: DecoderConfig) -> dict[str, object]:
     values = {name: getattr(config, name) for name in _TYPES}
     # The padding of the vocabulary is a matter of the tokenizer.
     told = ("rope", "local_rope", "rope_layers", "window", "window_layers")
-    for name in (*told, "num_tokens"):
+    for name in (*told, "vocab_size"):
         del values[name]
     return values | {"ropes": config.ropes, "windows": config.windows}
 

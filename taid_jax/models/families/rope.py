@@ -10,40 +10,30 @@ from taid_jax.models.families.family import Got, Group
 from taid_jax.models.families.fields import REQUIRED, Fields
 
 _ORIGINAL = "original_max_position_embeddings"
-_FRACTION = "partial_rotary_factor"
+_PARTIAL = "partial_rotary_factor"
 _KINDS: Mapping[str, str] = dict(zip(ROPE_KINDS, ROPE_KINDS, strict=True))
-_SCALED: Mapping[str, Mapping[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "dynamic": {"factor": "factor"},
-    "yarn": {
-        "factor": "factor",
-        "attention_factor": "attention_factor",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "original_max_length": _ORIGINAL,
-    },
-    "longrope": {"original_max_length": _ORIGINAL},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_length": _ORIGINAL,
-    },
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", _ORIGINAL),
+    "longrope": (_ORIGINAL, "short_factor", "long_factor", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
 }
-"""Kind -> field of RopeConfig -> key in config.json, where they simply correspond."""
+"""Kind -> keys of a section, which are fields of `RopeConfig` too."""
 
 
 def rope(
     *,
     theta: float = 10000.0,
-    fraction: float | None = None,
+    local_theta: float | None = None,
+    partial: float | None = None,
     theta_key: str = "rope_theta",
-    fraction_key: str = _FRACTION,
+    partial_key: str = _PARTIAL,
     kinds: Mapping[str, str] = _KINDS,
-    original: int | None = None,
+    original: int = 0,
 ) -> Group:
-    """Returns the keys of rotary positions that all layers share.
+    """Returns the keys of rotary positions.
 
     Transformers 5 keeps all of them in `rope_parameters`; transformers 4 has theta
     beside `rope_scaling`, whose kind may be called `type`. Where both are there,
@@ -51,89 +41,56 @@ def rope(
 
     Args:
         theta: What the family takes when the file says nothing.
-        fraction: The same for the part of a head that turns; None when the family
-            turns the whole of it.
+        local_theta: The same for layers with a window, where these have rotary
+            positions of their own; None when all layers share them.
+        partial: The same for the part of a head that is rotated; None when the family
+            rotates the whole of it.
         theta_key: What transformers 4 calls theta.
-        fraction_key: What it calls the fraction.
+        partial_key: What it calls the part of a head.
         kinds: Names of kinds in the file -> kinds of `RopeConfig`.
         original: Original context of the families that have it beside `rope_scaling`.
     """
 
     def read(fields: Fields, got: Got) -> dict[str, Any]:
         base = {"theta": fields.get(theta_key, theta, float)}
-        if fraction is None:
-            fields.only(_FRACTION, (1.0,))
+        if partial is None:
+            fields.only(_PARTIAL, (1.0,))
         else:
-            base["fraction"] = fields.get(fraction_key, fraction, float)
-        outer = fields.get(_ORIGINAL, original or 0, int)
+            base[_PARTIAL] = fields.get(partial_key, partial, float)
+        outer = fields.get(_ORIGINAL, original, int)
         new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
-        chosen = old or new or Fields({}, "")
-        return {"rope": _read(fields, chosen, base, kinds, got["max_length"], outer)}
-
-    def write(config: DecoderConfig) -> dict[str, object]:
-        rope = config.rope
-        if rope is None:
-            raise ModelError(f"a {config.family} has rotary positions, this model none")
-        old, new = _write(rope, config.max_length)
-        values: dict[str, object] = {
-            theta_key: rope.theta,
-            "rope_scaling": old,
-            "rope_parameters": new,
-        }
-        if fraction is not None:
-            values[fraction_key] = new[_FRACTION] = rope.fraction
-        if rope.kind == "longrope":
-            values[_ORIGINAL] = rope.original_max_length
-        return values
-
-    return Group(read, write)
-
-
-def dual_rope(*, theta: float, local_theta: float) -> Group:
-    """Returns the keys where layers with a window have rotary positions of their own.
-
-    Args:
-        theta: Of layers that see everything, when the file says nothing.
-        local_theta: Of layers with a window.
-    """
-
-    def read(fields: Fields, got: Got) -> dict[str, Any]:
-        thetas = {
-            "rope": fields.get("rope_theta", theta, float),
-            "local_rope": fields.get("rope_local_base_freq", local_theta, float),
-        }
-        new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
-        new = new or Fields({}, "")
-        sections = {
-            "rope": old or new.section("full_attention"),
-            "local_rope": new.section("sliding_attention"),
-        }
-        new.close("is not a kind of layer", ["full_attention"], named=True)
+        found = {"rope": (old or new, base)}
+        if local_theta is not None:
+            new = new or Fields({}, "")
+            own = {"theta": fields.get("rope_local_base_freq", local_theta, float)}
+            found = {
+                "rope": (old or new.section("full_attention"), base),
+                "local_rope": (new.section("sliding_attention"), own),
+            }
+            new.close("is not a kind of layer", ["full_attention"], named=True)
+        length = got["max_position_embeddings"]
         return {
             field: _read(
-                fields,
-                sections[field] or Fields({}, ""),
-                {"theta": thetas[field]},
-                _KINDS,
-                got["max_length"],
+                fields, section or Fields({}, ""), beside, kinds, length, outer
             )
-            for field in sections
+            for field, (section, beside) in found.items()
         }
 
     def write(config: DecoderConfig) -> dict[str, object]:
-        if config.rope is None:
+        rope, length = config.rope, config.max_position_embeddings
+        if rope is None:
             raise ModelError(f"a {config.family} has rotary positions, this model none")
-        local = config.local_rope or config.rope
-        old, new = _write(config.rope, config.max_length)
-        return {
-            "rope_theta": config.rope.theta,
-            "rope_local_base_freq": local.theta,
-            "rope_scaling": old,
-            "rope_parameters": {
-                "full_attention": new,
-                "sliding_attention": _write(local, config.max_length)[1],
-            },
-        }
+        old, new = _write(rope, length)
+        values: dict[str, object] = {theta_key: rope.theta, "rope_scaling": old}
+        if partial is not None:
+            values[partial_key] = new[_PARTIAL] = rope.partial_rotary_factor
+        if rope.kind == "longrope":
+            values[_ORIGINAL] = rope.original_max_position_embeddings
+        if local_theta is None:
+            return values | {"rope_parameters": new}
+        local = config.local_rope or rope
+        both = {"full_attention": new, "sliding_attention": _write(local, length)[1]}
+        return values | {"rope_local_base_freq": local.theta, "rope_parameters": both}
 
     return Group(read, write)
 
@@ -143,8 +100,8 @@ def _read(
     section: Fields,
     base: Mapping[str, float],
     kinds: Mapping[str, str],
-    max_length: int,
-    outer: int = 0,
+    length: int,
+    outer: int,
 ) -> RopeConfig:
     """Returns the settings of a section; problems are left with both.
 
@@ -153,7 +110,7 @@ def _read(
         section: A mapping as `rope_parameters` or `rope_scaling`.
         base: Settings that may stand beside it.
         kinds: Names of kinds -> ours.
-        max_length: The model's context.
+        length: The model's context.
         outer: Original context beside the section, which goes first; 0 when absent.
     """
     named = section.get("type", "default", str)
@@ -163,40 +120,39 @@ def _read(
         section.problem("rope_type", f"the decoder can do {can}, not {show(named)}")
         return RopeConfig()
     kind = kinds[named]
+    keys = _KEYS[kind]
     values: dict[str, Any] = {"theta": section.get("rope_theta", base["theta"], float)}
-    if "fraction" in base:
-        values["fraction"] = section.get(_FRACTION, base["fraction"], float)
+    if _PARTIAL in base:
+        values[_PARTIAL] = section.get(_PARTIAL, base[_PARTIAL], float)
     else:
-        section.only(_FRACTION, (1.0,))
-    keys = _SCALED[kind]
-    if "original_max_length" in keys:
-        inner = section.get(_ORIGINAL, max_length, int)
-        values["original_max_length"] = outer or inner
-    elif kind == "dynamic":
-        values["original_max_length"] = max_length
-    stretched = max_length / max(1, values.get("original_max_length", max_length))
+        section.only(_PARTIAL, (1.0,))
+    original = length
+    if _ORIGINAL in keys:
+        original = section.get(_ORIGINAL, length, int)
+        original = outer or original
+    if kind not in ("default", "linear"):
+        values[_ORIGINAL] = original
+    for key in keys:
+        if key in ("short_factor", "long_factor"):
+            if (factors := section.sequence(key, float)) is None:
+                section.problem(key, "is missing")
+            values[key] = factors or ()
+        elif key not in (_ORIGINAL, "attention_factor"):
+            standard = REQUIRED
+            if kind == "yarn":
+                stretched = length / max(1, original)
+                standard = stretched if key == "factor" else getattr(RopeConfig, key)
+            values[key] = section.get(key, standard, float)
     if kind == "longrope":
-        for field in ("short_factor", "long_factor"):
-            factors = section.sequence(field, float)
-            if factors is None:
-                section.problem(field, "is missing")
-            values[f"{field}s"] = factors or ()
-        stretched = section.get("factor", stretched, float)
-        derived = longrope_attention(stretched, values["original_max_length"])
+        factor = section.get("factor", length / max(1, original), float)
+        derived = longrope_attention(factor, original)
         values["attention_factor"] = section.get("attention_factor", derived, float)
     elif kind == "yarn":
-        factor = section.get("factor", stretched, float)
-        values["factor"] = factor
-        values["attention_factor"] = _yarn_attention(section, factor)
-        for field in ("beta_fast", "beta_slow"):
-            standard = getattr(RopeConfig, field)
-            values[field] = section.get(field, standard, float) or standard
+        values["attention_factor"] = _yarn_attention(section, values["factor"])
         values["truncate"] = section.get("truncate", True, bool)
-    else:
-        for field, key in keys.items():
-            if field not in values:
-                values[field] = section.get(key, REQUIRED, float)
-    if kind == "default":
+        for key in ("beta_fast", "beta_slow"):  # Zero means absent.
+            values[key] = values[key] or getattr(RopeConfig, key)
+    elif kind == "default":
         section.only("factor", (1.0, 1))
     # What the scaling was made by, which no number depends on.
     section.close(f"is not a setting of {kind!r} rotary positions", ["finetuned"])
@@ -233,25 +189,23 @@ def _yarn_attention(section: Fields, factor: float) -> float:
 
 
 def _write(
-    rope: RopeConfig, max_length: int
+    rope: RopeConfig, length: int
 ) -> tuple[dict[str, object] | None, dict[str, object]]:
     """Returns `rope_scaling` of transformers 4 and `rope_parameters` of 5."""
     scaling: dict[str, object] = {"rope_type": rope.kind}
-    for field, key in _SCALED[rope.kind].items():
-        scaling[key] = getattr(rope, field)
+    for key in _KEYS[rope.kind]:
+        value = getattr(rope, key)
+        scaling[key] = list(value) if isinstance(value, tuple) else value
     if rope.kind == "yarn" and not rope.truncate:
         scaling["truncate"] = False
+    new = scaling | {"rope_theta": rope.theta}
+    if rope.kind == "default":
+        return None, new
     if rope.kind != "longrope":
-        old = None if rope.kind == "default" else dict(scaling)
-        return old, scaling | {"rope_theta": rope.theta}
-    factors = {
-        "short_factor": list(rope.short_factors),
-        "long_factor": list(rope.long_factors),
-    }
+        return scaling, new
     # Transformers 4 wants these three and nothing else, and derives the rest.
-    old = {"type": "longrope", **factors}
-    stretched = max_length / rope.original_max_length
-    if rope.attention_factor != longrope_attention(stretched, rope.original_max_length):
-        old["attention_factor"] = rope.attention_factor
-    new = scaling | factors | {"attention_factor": rope.attention_factor}
-    return old, new | {"rope_theta": rope.theta}
+    kept = ["short_factor", "long_factor"]
+    original = rope.original_max_position_embeddings
+    if rope.attention_factor != longrope_attention(length / original, original):
+        kept.append("attention_factor")
+    return {"type": "longrope"} | {key: scaling[key] for key in kept}, new

@@ -20,7 +20,7 @@ SMOLLM3 = Family(
     settings=(
         *SIZES,
         HEAD_DIM,
-        Setting("max_length", "max_position_embeddings", 32768),
+        Setting("max_position_embeddings", "max_position_embeddings", 32768),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
         Setting("tie_embeddings", "tie_word_embeddings", True),
         Setting("attention_bias", "attention_bias", False),

@@ -18,7 +18,7 @@ STABLELM = Family(
     settings=(
         *SIZES,
         Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
-        Setting("max_length", "max_position_embeddings", 4096),
+        Setting("max_position_embeddings", "max_position_embeddings", 4096),
         Setting("norm_eps", "layer_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("qkv_bias", "use_qkv_bias", False),
@@ -31,7 +31,7 @@ STABLELM = Family(
         ),
         Setting("qk_norm", "qk_layernorm", False, {True: "each_head", False: "none"}),
     ),
-    groups=(rope(fraction=0.25),),
+    groups=(rope(partial=0.25),),
     constants={"norm": "layer"},
     weights=(
         EMBED,

@@ -6,7 +6,7 @@ from taid_jax.models.families.family import Buffer, Setting, Weight
 from taid_jax.models.families.fields import REQUIRED
 
 SIZES = (
-    Setting("vocab_size", "vocab_size", REQUIRED),
+    Setting("padded_vocab_size", "vocab_size", REQUIRED),
     Setting("d_model", "hidden_size", REQUIRED),
     Setting("mlp_dim", "intermediate_size", REQUIRED),
     Setting("num_layers", "num_hidden_layers", REQUIRED),

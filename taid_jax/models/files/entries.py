@@ -98,13 +98,13 @@ class Entry:
 def axis_sizes(config: DecoderConfig) -> Sizes:
     """Returns the size of each axis letter that layouts use."""
     return {
-        "v": config.vocab_size,
+        "v": config.padded_vocab_size,
         "d": config.d_model,
         "n": config.num_heads,
         "k": config.num_kv_heads,
         "h": config.head_dim,
         "f": config.mlp_dim,
-        "p": config.max_length,
+        "p": config.max_position_embeddings,
         "c": 2,
         "r": config.head_dim // 2,
     }

@@ -59,7 +59,7 @@ def write_folder(
 
     The padding of the vocabulary is left out: here it takes no part in any softmax and
     has no gradient, and outside nobody would know that it is padding. So the folder has
-    `config.num_tokens` rows of embedding and head, and the logits of these are the
+    `config.vocab_size` rows of embedding and head, and the logits of these are the
     same.
 
     All of it is written into a folder beside the asked one and flushed to the disk,
@@ -84,11 +84,9 @@ def write_folder(
     with parsing(f"the model cannot be written to {show(str(folder))}", ModelError):
         folder = folder.absolute()
         _refuse_to_overwrite(folder, replace=replace)
-    if config.num_tokens is not None:
-        params = resize_vocabulary(params, config.num_tokens)
-        config = dataclasses.replace(
-            config, vocab_size=config.num_tokens, num_tokens=None
-        )
+    if config.vocab_size < config.padded_vocab_size:
+        params = resize_vocabulary(params, config.vocab_size)
+        config = dataclasses.replace(config, padded_vocab_size=config.vocab_size)
     tensors = list(stored_tensors(config, params))
     kind = jnp.dtype(tensors[0].dtype if dtype is None else dtype)
     if kind.name not in _DTYPES:

@@ -278,7 +278,7 @@ def _llama3_scaling(
         "factor": rope.factor,
         "low_freq_factor": rope.low_freq_factor,
         "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_max_length,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
     }
 
 

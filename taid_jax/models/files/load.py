@@ -261,6 +261,6 @@ def _loaded(
     if generation is None:
         generation = _read_generation(_folder(found))
     # A tokenizer with more ids than embeddings is the business of whoever uses it.
-    if tokenizer is not None and count_tokens(tokenizer) <= config.vocab_size:
+    if tokenizer is not None and count_tokens(tokenizer) <= config.padded_vocab_size:
         config = with_tokenizer(config, tokenizer)
     return LoadedModel(config, params, tokenizer, found.name, generation, tuple(notes))

@@ -28,16 +28,14 @@ def with_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig
         ModelError: If the tokenizer has ids that the model has no embedding for.
     """
     count = count_tokens(tokenizer)
-    if not 1 <= count <= config.vocab_size:
+    if not 1 <= count <= config.padded_vocab_size:
         raise ModelError(
-            f"the model has {config.vocab_size:,} embeddings, and its tokenizer ids up "
-            f"to {count - 1:,}: they do not belong together. Give the folder that has "
-            "both, or --resize-embeddings, which makes the model's vocabulary that of "
-            "the teacher's tokenizer"
+            f"the model has {config.padded_vocab_size:,} embeddings, and its tokenizer "
+            f"ids up to {count - 1:,}: they do not belong together. Give the folder "
+            "that has both, or --resize-embeddings, which makes the model's vocabulary "
+            "that of the teacher's tokenizer"
         )
-    return dataclasses.replace(
-        config, num_tokens=None if count == config.vocab_size else count
-    )
+    return dataclasses.replace(config, vocab_size=count)
 
 
 def resize_vocabulary(params: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def resize_vocabulary(params: Mapping[str, Any], size: int) -> dict[str, Any]:
 
     Entries beyond the size are cut off; new ones are the mean of those there were, in
     the embedding and in the head. The settings that belong to them are
-    `dataclasses.replace(config, vocab_size=size, num_tokens=None)`.
+    `dataclasses.replace(config, vocab_size=size, padded_vocab_size=size)`.
 
     Args:
         params: Of a decoder.

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from taid_jax.data import Dataset, ExampleSet
+from taid_jax.data import Dataset, ExampleSet, pad_left
 from taid_jax.data.tokens import Example, make_table
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import Sampling
@@ -30,7 +30,6 @@ from taid_jax.train.on_policy.generation import (
     Complete,
     NumpyBatch,
     make_complete,
-    pad_left,
     training_ends,
 )
 from taid_jax.types import IGNORE_INDEX, Params

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Int
 
-from taid_jax.data import DataError, Dataset
+from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Completion
@@ -43,17 +43,6 @@ _LOOKED_AT = 64
 
 _WIDTH = 64
 """Prompts of files are padded to a multiple of this, so that few shapes compile."""
-
-
-def pad_left(
-    rows: Sequence[np.ndarray | Sequence[int]], width: int
-) -> tuple[Int32[np.ndarray, "rows width"], Int32[np.ndarray, "rows width"]]:
-    """Returns ids with padding on the left, and a mask that is 1 at their tokens."""
-    ids, mask = np.zeros((2, len(rows), width), np.int32)
-    for row, tokens in enumerate(rows):
-        ids[row, width - len(tokens) :] = tokens
-        mask[row, width - len(tokens) :] = 1
-    return ids, mask
 
 
 def make_complete(
@@ -151,7 +140,7 @@ def complete_prompts(
     """
     tokenizer = cast(Any, model.tokenizer)
     ends = end_ids(tokenizer, model.generation)
-    room = model.config.max_length - job.max_new_tokens
+    room = model.config.max_position_embeddings - job.max_new_tokens
     unroll = None if mesh.size == 1 else False
     prepared = prepare(model.params, model.config, unroll=unroll)
     seed = jax.random.key(job.seed)

@@ -90,7 +90,7 @@ LONG = {"short_factor": [1.0] * 47, "long_factor": [2.0] * 47}
         ("gemma3_text", {"rope_local_base_freq": 0.0}, "theta > 0"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ("phi3", {"rope_scaling": {"type": "longrope", **LONG}}, r"\d+ rope short"),
-        ("gpt_neox", {"rotary_pct": 1.5}, "fraction <= 1"),
+        ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor <= 1"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
         ("llama", {"rope_scaling": {"type": "longrope"}}, "short_factor: is missing"),
@@ -205,7 +205,7 @@ def test_rope_of_transformers_4_is_read_as_that_of_5():
         theta=1e3,
         kind="yarn",
         factor=4.0,
-        original_max_length=16,
+        original_max_position_embeddings=16,
         # 0.1 ln(4) + 1
         attention_factor=1.138629436111989,
     )
@@ -221,6 +221,6 @@ def test_rope_of_transformers_4_is_read_as_that_of_5():
     su = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     read = read_config({**phi, "rope_scaling": su}, "old").rope
     assert read is not None
-    assert (read.kind, read.original_max_length) == ("longrope", 16)
+    assert (read.kind, read.original_max_position_embeddings) == ("longrope", 16)
     # The root of 1 + ln(64 / 16) / ln(16).
     assert read.attention_factor == pytest.approx(1.5**0.5)

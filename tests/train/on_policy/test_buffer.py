@@ -23,8 +23,8 @@ from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import SampleSettings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh, tree_shardings
 from taid_jax.train.checkpoint import Checkpoints
-from taid_jax.train.loop import Loop
 from taid_jax.train.evaluate import HeldOut
+from taid_jax.train.loop import Loop
 from taid_jax.train.on_policy import buffer as bf
 from taid_jax.train.on_policy.generation import make_complete
 from taid_jax.train.report import read_lines
@@ -40,7 +40,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=8,
     mlp_dim=32,
-    max_length=32,
+    max_position_embeddings=32,
     initializer_range=0.4,
 )
 

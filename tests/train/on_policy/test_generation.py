@@ -76,7 +76,7 @@ def model():
         num_kv_heads=1,
         head_dim=8,
         mlp_dim=32,
-        max_length=48,
+        max_position_embeddings=48,
         initializer_range=0.5,
     )
     return config, init_params(config, jax.random.key(0))
@@ -184,7 +184,7 @@ def test_export_generation_stops_transformers_where_training_ended(
         num_kv_heads=1,
         head_dim=4,
         mlp_dim=4,
-        max_length=48,
+        max_position_embeddings=48,
     )
     # Always says <turn>, its end of an answer.
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), abstract_params(config))
@@ -272,7 +272,7 @@ def test_completions_repeat_and_leave_the_parameters(dataset, tokenizer, model):
 def test_completions_leave_out_prompts_without_room(dataset, tokenizer, model):
     questions = find_eval_prompts(dataset().held_out, 100)
     lengths = sorted(len(question.prompt) for question in questions)
-    room = model[0].max_length - lengths[-1] + 1
+    room = model[0].max_position_embeddings - lengths[-1] + 1
     kept = _prepared(questions, tokenizer, model, max_new_tokens=room).prompts
     assert 0 < len(kept) < len(questions)
     with pytest.raises(SettingsError, match="context of 48"):
