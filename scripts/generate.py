@@ -103,7 +103,6 @@ def write_answers(command: Command, console: Console) -> None:
     # More rows than there are prompts would only repeat them.
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(command.batch_size, -(-len(fitting) // parts) * parts)
-    limit = command.max_new_tokens
     about = command.seed, sampling, command.dtype, date
     job = Job(command.model, digest(prompts), limit, *about)
     path = pathlib.Path(command.output)

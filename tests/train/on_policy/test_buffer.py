@@ -433,7 +433,7 @@ def test_plan_step_is_the_table_of_distillm():
             assert found == wanted, (threshold, progress, draw, is_full)
 
 
-def test_threshold_follows_the_table_of_losses(examples):
+def test_threshold_follows_the_table_of_losses(examples, greedy):
     # Loss that is found -> the threshold after it, and the loss that is stored.
     table = [
         (math.nan, 0.0, None),
@@ -448,7 +448,7 @@ def test_threshold_follows_the_table_of_losses(examples):
     ]
     options = {"batch_size": BATCH, "steps": 100, "seed": 5}
     chosen = settings("adaptive", adaptive_step=0.4)
-    batches = bf.OnPolicyBatches(chosen, examples, None, **options)
+    batches = bf.OnPolicyBatches(chosen, examples, greedy, **options)
     for found, value, stored in table:
         batches.observe(found)
         # Sums of 0.4 in float64.
