@@ -64,7 +64,7 @@ def main() -> tuple[float, float]:
     kls = []
     for _ in range(STEPS):
         state, metrics = step(state, teacher_params, batch(rng))
-        kls.append(float(metrics["kl"]))
+        kls.append(float(metrics["kl_teacher"]))
     print(f"KL {kls[0]:.3f} -> {kls[-1]:.3f} nats, t = {float(state.schedule.t):.2f}")
     return kls[0], kls[-1]
 

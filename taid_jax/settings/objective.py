@@ -33,7 +33,9 @@ class ObjectiveSettings(Checked):
         beta: TAID's momentum.
         disable_adaptive: Let TAID's t rise in a straight line.
         temperature: Softens both distributions (KL family and DKD).
-        teacher_weight: The teacher's share of the mixture in JS and the skew KLs.
+        teacher_weight: The teacher's share of the mixture in Jensen-Shannon.
+        skew: Share of the mixture in the skew KLs: the teacher's in the forward one,
+            the student's in the reverse one.
         head_threshold: Probability mass of the head in adaptive KL.
         dkd_alpha: Weight of DKD's target-class part.
         dkd_beta: Weight of DKD's part over the other classes.
@@ -52,6 +54,7 @@ class ObjectiveSettings(Checked):
     # Logits are divided by it, and the loss multiplied by its square.
     temperature: float = bounded(1.0, ge=1e-6, le=1e6)
     teacher_weight: float = bounded(0.1, ge=1e-6, le=1 - 1e-6)
+    skew: float = bounded(0.1, ge=1e-6, le=1 - 1e-6)
     head_threshold: float = bounded(0.5, ge=1e-6, lt=1)
     dkd_alpha: float = bounded(1.0, ge=0, le=1e6)
     dkd_beta: float = bounded(0.5, ge=0, le=1e6)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
@@ -50,7 +49,7 @@ class Evaluation:
         labels: Int[Array, "*tokens"] | None = None,
     ) -> Float32[Array, "*tokens"]:
         """Returns KL(teacher || student) in nats per token, `(*tokens,)`."""
-        return ForwardKL().metrics(student_logits, teacher_logits, labels)["kl"]
+        return ForwardKL().metrics(student_logits, teacher_logits)["kl_teacher"]
 
     def metrics(
         self,
@@ -157,7 +156,7 @@ def make_eval_step(
 
     Returns:
         A function whose result has the sums `loss` (of the KL), `student_nll`,
-        `teacher_nll`, `objective` and `weight`.
+        `teacher_nll`, `objective` and `num_tokens`.
     """
 
     def step(state: DistillState, teacher_params: Params, batch: Batch) -> Metrics:
@@ -196,7 +195,7 @@ def evaluate(
         for key, value in sums.items():
             # Python floats are float64: long sums of float32 batches stay exact enough.
             total[key] = total.get(key, 0.0) + float(value)
-    count = total.get("weight", 0.0)
+    count = total.get("num_tokens", 0.0)
     if not count:
         raise ValueError("the held-out batches have no counted token")
 

@@ -19,7 +19,7 @@ from taid_jax.train.report import EVALUATIONS, METRICS, Lines, Progress, read_li
 from taid_jax.train.step import Metrics
 from taid_jax.train.throughput import Throughput
 
-LOGGED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm")
+LOGGED = ("loss", "kl_teacher", "t", "delta_t", "learning_rate", "grad_norm")
 
 # Made when it is imported, from a description that type checkers do not see.
 Event: Any = vars(event_pb2)["Event"]
@@ -144,6 +144,8 @@ class MetricsLogger(contextlib.ExitStack):
         self._logged = step
         row: dict[str, Any] = {"step": step}
         row |= {key: values.get(key) for key in LOGGED}
+        if "kl_target" in values:
+            row["kl_target"] = values["kl_target"]
         row |= {key: value for key, value in values.items() if key not in row}
         row |= {"skipped": skipped, "not_finite": self.not_finite, **measured}
         if self._writes:

@@ -206,7 +206,9 @@ def draw_curves(
     figure.suptitle(title)
     curve(loss, "loss", "training loss", "tab:blue")
     loss.set_ylabel("nats per token")
-    curve(divergence, "kl", "training KL to the target", "tab:blue")
+    curve(divergence, "kl_teacher", "training KL(teacher || student)", "tab:blue")
+    if any("kl_target" in row for row in metrics):
+        curve(divergence, "kl_target", "training KL to the target", "tab:cyan")
     divergence.plot(
         [row["step"] for row in evaluations],
         [drawn(row["kl"]) for row in evaluations],
@@ -291,7 +293,7 @@ class ConsoleProgress:
         step, mfu = row["step"], row.get("mfu")
         busy = "" if mfu is None else f"  MFU {mfu:.1%}"
         numbers = (
-            f"loss {number(row['loss'])}  kl {number(row['kl'])}  "
+            f"loss {number(row['loss'])}  kl {number(row['kl_teacher'])}  "
             f"t {number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s{busy}  "
             f"{self._left(step)} left"
         )

@@ -71,7 +71,7 @@ def batch_loss(
         fused: Use the fused head where both models offer hidden states and head.
 
     Returns:
-        The sum in nats, and `{"weight": counted tokens, metric: sum, ...}`.
+        The sum in nats, and `{"num_tokens": counted tokens, metric: sum, ...}`.
 
     Raises:
         ValueError: If a model offers neither hidden states and head, nor logits.
@@ -171,8 +171,9 @@ def make_train_step(
 
     Returns:
         A function whose metrics are float32 scalars: `loss`, `distil_loss`, the
-        objective's own (`kl`, `lm_loss`, ...) in nats per counted token, `t` as used,
-        `delta_t`, `grad_norm` before clipping, `learning_rate`, `tokens`, `skipped`.
+        objective's own (`kl_teacher`, `lm_loss`, ...) in nats per counted token,
+        `t` as used, `delta_t`, `grad_norm` before clipping, `learning_rate`, `tokens`,
+        `skipped`.
     """
 
     def micro_loss(trainable, state, teacher_params, batch):
@@ -215,10 +216,11 @@ def make_train_step(
         (loss_sum, sums), gradients = whole_gradient(
             trainable, state, teacher_params, batch
         )
-        weight = jnp.where(sums["weight"] == 0, 1.0, sums["weight"])
-        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-        means = {key: value / weight for key, value in sums.items() if key != "weight"}
-        loss = loss_sum / weight
+        num_tokens = sums.pop("num_tokens")
+        divisor = jnp.where(num_tokens == 0, 1.0, num_tokens)
+        gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
+        means = {key: value / divisor for key, value in sums.items()}
+        loss = loss_sum / divisor
         grad_norm = optax.tree_utils.tree_norm(gradients[0])
         # optax counts in int32 and is not written for strict promotion.
         with jax.numpy_dtype_promotion("standard"):
@@ -243,7 +245,7 @@ def make_train_step(
             "t": state.schedule.t,
             "delta_t": schedule.t - state.schedule.t,
             "grad_norm": grad_norm,
-            "tokens": sums["weight"],
+            "tokens": num_tokens,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
         if learning_rate is not None:

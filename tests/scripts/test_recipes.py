@@ -46,7 +46,7 @@ METHODS = {
         "skew_forward_kl",
         "adaptive",
         2,
-        {"objective.teacher_weight": 0.1, "samples.adaptive_step": 0.1},
+        {"objective.skew": 0.1, "samples.adaptive_step": 0.1},
     ),
     "ctkd": ("ctkd", "none", 1, {"objective.ctkd_ramp_epochs": 10.0}),
     "dkd": (

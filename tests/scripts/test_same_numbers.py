@@ -69,7 +69,9 @@ def curve(twin, text, tmp_path):
         for _ in range(STEPS):
             batch = place_batch(next(loop.batches), mesh)
             state, metrics = loop.train_step(state, loop.teacher_params, batch)
-            rows.append([metrics[key] for key in ("loss", "kl", "t", "grad_norm")])
+            rows.append(
+                [metrics[key] for key in ("loss", "kl_teacher", "t", "grad_norm")]
+            )
         checkpoints.close()
         return np.array(jax.device_get(rows))
 

@@ -82,7 +82,15 @@ def test_train_tpu_leaves_what_it_promises(finished):
     assert busy["flops_per_second_per_chip"] > 0
     assert report["kl_after"] < report["kl_before"]
     assert report["settings"]["run"]["steps"] == 12
-    logged = {"step", "loss", "kl", "t", "delta_t", "learning_rate", "grad_norm"}
+    logged = {
+        "step",
+        "loss",
+        "kl_teacher",
+        "t",
+        "delta_t",
+        "learning_rate",
+        "grad_norm",
+    }
     rows = _rows(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(logged <= row.keys() for row in rows)

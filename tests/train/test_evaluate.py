@@ -98,7 +98,7 @@ def test_evaluate_weights_by_token_over_batches():
         weight = jnp.sum(batch["labels"] >= 0).astype(jnp.float32)
         return {
             "loss": 2.0 * weight,
-            "weight": weight,
+            "num_tokens": weight,
             "student_nll": jnp.log(3.0) * weight,
             "teacher_nll": jnp.float32(0.0),
             "objective": 5.0 * weight,
@@ -185,7 +185,7 @@ def batches():
     [
         ({"objective": "taid"}, {}),
         ({"objective": "taid", "distil_ratio": 0.4}, {}),
-        ({"objective": "ctkd"}, {"temperature": 1.5}),
+        ({"objective": "ctkd"}, {"raw_temperature": 1.5}),
         ({"objective": "reverse_kl"}, {}),
         ({"objective": "sft"}, {}),
     ],
@@ -211,7 +211,7 @@ def test_evaluate_loss_is_the_mean_of_the_objective_as_the_state_has_it(
             labels != -100,
             labels,
         )
-        total, count = total + float(loss_sum), count + float(sums["weight"])
+        total, count = total + float(loss_sum), count + float(sums["num_tokens"])
     assert found.tokens == count
     # The same float32 sums, in another order.
     np.testing.assert_allclose(found.loss, total / count, rtol=1e-5)

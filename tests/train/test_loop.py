@@ -84,7 +84,7 @@ def test_loop_logs_evaluates_and_saves(make_loop):
     assert [row["step"] for row in rows] == list(range(1, 13))
     wanted = {*LOGGED, "step", "tokens_per_second"}
     assert all(wanted <= row.keys() for row in rows)
-    assert all(isinstance(row["kl"], float) for row in rows)
+    assert all(isinstance(row["kl_teacher"], float) for row in rows)
     evaluated = read_lines(loop.folder / "evaluations.jsonl")
     assert [row["step"] for row in evaluated] == [0, 4, 8, 12]
     assert loop.checkpoints.latest_step() == 12

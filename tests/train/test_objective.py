@@ -58,5 +58,5 @@ def test_make_objective_ctkd_learns_its_temperature(
     step, state = make_trainer(make, learned=learned)
     for index in range(4):
         state, _ = step(state, make_params(2), make_batch(index))
-    assert state.learned["temperature"] != 1.0
+    assert state.learned["raw_temperature"] != 1.0
     assert jax.tree.structure(state.learned) == jax.tree.structure(learned)

@@ -46,7 +46,7 @@ def compile_step():
                 chunk_size=chunk_size,
                 mesh=mesh,
             )
-            return total / sums["weight"]
+            return total / sums["num_tokens"]
 
         def kernel(*sizes):
             axes = ("fsdp", "tensor")
