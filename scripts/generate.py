@@ -27,7 +27,7 @@ from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.files.hub import cache_folder
 from taid_jax.models.files.load import load_config, load_model
 from taid_jax.models.files.tokenizer import load_tokenizer
-from taid_jax.models.sampling import Sampling
+from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import Checked, bounded, check_file
 from taid_jax.sharding import check_batch, make_mesh, tree_shardings
 from taid_jax.train.on_policy.generation import complete_prompts
@@ -89,7 +89,7 @@ def write_answers(command: Command, console: Console) -> None:
         DataError: If the prompts cannot be used.
     """
     check_file("output", command.output)
-    sampling = Sampling(command.temperature, command.top_k, command.top_p)
+    sampling = SamplingParams(command.temperature, command.top_k, command.top_p)
     mesh = make_mesh(command.mesh)
     check_batch(command.batch_size, mesh)
     prompts = read_prompts(pathlib.Path(command.prompts))

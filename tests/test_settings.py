@@ -155,14 +155,14 @@ def test_from_dict_takes_what_is_within_the_bounds():
 def test_bounds_of_settings_are_those_of_the_code():
     """What a setting allows at its ends, the code that it goes to takes as well."""
     from taid_jax import loss
-    from taid_jax.models.sampling import Sampling
+    from taid_jax.models.sampling import SamplingParams
 
     for bound in (1e-6, 1e6):
         loss.ForwardKL(bound)
     for bound in (0, 1e6):
         loss.DKD(bound, bound)
     loss.AdaptiveKL(1e-6)
-    Sampling(1e-6)
+    SamplingParams(1e-6)
     assert s.from_dict({"sample_temperature": 1e-6})
 
 

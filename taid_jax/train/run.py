@@ -446,7 +446,7 @@ def show_completions(
             eos_token_ids=ends,
             pad_token_id=0,
             dtype=jnp.dtype(settings.model.dtype),
-        )
+        ).tokens
         completions[name] = [decode(tokenizer, row, ends) for row in np.asarray(tokens)]
     for index, prompt in enumerate(chosen):
         console.rule(f"sample {index + 1}")

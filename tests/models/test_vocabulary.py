@@ -202,7 +202,7 @@ def test_generate_never_gives_a_padded_id(random_params):
             max_new_tokens=8,
             eos_token_ids=(),
             pad_token_id=0,
-        )
+        ).tokens
 
     expected = answer(params, config)
     # Twice the largest column of a real token: it wins wherever it takes part at all.

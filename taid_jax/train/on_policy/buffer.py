@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from taid_jax.data import Dataset, ExampleSet, pad_left
 from taid_jax.data.tokens import Example, make_table
 from taid_jax.models.files.tokenizer import Tokenizer
-from taid_jax.models.sampling import Sampling
+from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import SampleSettings, Settings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.inputs import Pair
@@ -336,7 +336,7 @@ def make_on_policy(
         ends=training_ends(tokenizer, pair.generation, dataset),
         max_new_tokens=samples.sample_tokens,
         dtype=jnp.dtype(settings.model.dtype),
-        sampling=Sampling(
+        sampling=SamplingParams(
             samples.sample_temperature, samples.sample_top_k, samples.sample_top_p
         ),
         seed=run.seed,

@@ -22,8 +22,8 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.load import LoadedModel
 from taid_jax.models.files.tokenizer import Tokenizer, warn
 from taid_jax.models.files.vocabulary import count_tokens
-from taid_jax.models.generation import answer, prepare, refuse_nonfinite
-from taid_jax.models.sampling import GREEDY, Sampling
+from taid_jax.models.generation import generate, prepare, refuse_nonfinite
+from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.sharding import place_batch, replicated
 from taid_jax.train.on_policy.prompts import (
     EvalPrompt,
@@ -53,7 +53,7 @@ def make_complete(
     ends: Sequence[int],
     max_new_tokens: int,
     dtype: DTypeLike,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     seed: int = 0,
 ) -> Complete:
     """Returns the function that has a model complete the prompts of a batch.
@@ -80,7 +80,7 @@ def make_complete(
     ) -> dict[str, Array]:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         params = jax.lax.with_sharding_constraint(params, whole)
-        found = answer(
+        found = generate(
             # Laid out layer by layer it is faster on a CPU, but only on a single one.
             prepare(params, config, unroll=None if mesh.size == 1 else False),
             config,
@@ -153,7 +153,7 @@ def complete_prompts(
         ids, mask = pad_left([prompt.ids for prompt in rows], width)
         placed = place_batch({"ids": ids, "mask": mask}, mesh)
         numbers = jnp.array([prompt.number for prompt in rows])
-        found = answer(
+        found = generate(
             prepared,
             model.config,
             placed["ids"],

@@ -18,7 +18,7 @@ from taid_jax.data.encoding import Encoder, Tokenizer
 from taid_jax.data.errors import BadRecords, RecordError
 from taid_jax.data.records import Piece
 from taid_jax.data.sources import kind_of, read_records
-from taid_jax.models.sampling import Sampling
+from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import SettingsError
 
 
@@ -190,7 +190,7 @@ class Job:
     prompts: str
     max_new_tokens: int
     seed: int
-    sampling: Sampling
+    sampling: SamplingParams
     dtype: str
     template_date: str | None = None
 

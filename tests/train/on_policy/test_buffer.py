@@ -18,7 +18,7 @@ from taid_jax.models.decoder import (
     param_axes,
 )
 from taid_jax.models.generation import generate, prepare
-from taid_jax.models.sampling import GREEDY, Sampling
+from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import SampleSettings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh, tree_shardings
@@ -138,7 +138,7 @@ def test_batches_puts_the_students_completions_behind_the_prompts(
         max_new_tokens=NEW,
         eos_token_ids=(END,),
         pad_token_id=-1,
-    )
+    ).tokens
     answers = np.asarray(answers)
     kept = 0
     for row in range(BATCH):
@@ -242,7 +242,7 @@ def test_batches_completions_the_same_on_eight_devices(make_batches, examples, p
     single = make_mesh("data=1", jax.devices()[:1])
     found = []
     for place in (single, mesh):
-        complete, placed = complete_on(place, params, Sampling(1.0))
+        complete, placed = complete_on(place, params, SamplingParams(1.0))
         batches = make_batches(chosen, complete=complete, threshold=1.0)
         found.append(batches.batch(rows_of_data(examples), placed, 3))
     assert_equal(*found)

@@ -251,7 +251,7 @@ def test_completions_are_those_of_each_prompt_alone(dataset, tokenizer, model):
             max_new_tokens=5,
             eos_token_ids=(0,),
             pad_token_id=0,
-        )
+        ).tokens
         assert answer == gn.decode(tokenizer, np.asarray(tokens[0]), (0,))
     assert len(set(found)) > 1
     assert completions.references == [
