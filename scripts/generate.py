@@ -104,7 +104,7 @@ def write_answers(command: Command, console: Console) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(command.batch_size, -(-len(fitting) // parts) * parts)
     about = command.seed, sampling, command.dtype, date
-    job = Job(command.model, digest(prompts), limit, *about)
+    job = Job(command.model, digest(prompts), command.max_new_tokens, *about)
     path = pathlib.Path(command.output)
     file = CompletionsFile(path, job, overwrite=command.overwrite)
     left = [one for one in fitting if one.number >= file.done]
