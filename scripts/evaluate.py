@@ -5,7 +5,7 @@ The settings are those of training; a run's own are in its settings.json:
     python scripts/evaluate.py --config RUN/settings.json --student RUN/student
 
 scores the exported student on the held-out side of that run's data. Held-out prompts
-are answered, for ROUGE-L and exact match, when --answer-examples is above 0.
+are answered, for ROUGE-L and exact match, when --eval-prompts is above 0.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def score(settings: Settings) -> HeldOut:
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     settings = with_steps(settings, len(dataset.train))
-    prompts = find_eval_prompts(dataset.held_out, settings.judge.answer_examples)
+    prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     pair = load_pair(settings, mesh, copies=2)
     for note in pair.notes:
         Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)

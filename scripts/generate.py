@@ -28,7 +28,7 @@ from taid_jax.models.files.hub import cache_folder
 from taid_jax.models.files.load import load_config, load_model
 from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.models.sampling import SamplingParams
-from taid_jax.settings import Checked, bounded, check_file
+from taid_jax.settings import Checked, check_file, setting
 from taid_jax.sharding import check_batch, make_mesh, tree_shardings
 from taid_jax.train.on_policy.generation import complete_prompts
 from taid_jax.train.on_policy.prompts import (
@@ -67,12 +67,12 @@ class Command(Checked):
     prompts: str
     output: str
     model: str = "smollm2-135m-instruct"
-    batch_size: int = bounded(8, ge=1)
-    max_new_tokens: int = bounded(512, ge=1)
-    temperature: float = bounded(0.0, ge=0)
-    top_k: int | None = bounded(None, ge=1)
-    top_p: float = bounded(1.0, gt=0, le=1)
-    seed: int = bounded(0, ge=0, lt=2**32)
+    batch_size: int = setting(8, ge=1)
+    max_new_tokens: int = setting(512, ge=1)
+    temperature: float = setting(0.0, ge=0)
+    top_k: int | None = setting(None, ge=1)
+    top_p: float = setting(1.0, gt=0, le=1)
+    seed: int = setting(0, ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: str = "data=1,fsdp=-1,tensor=1"
     allow_unknown_keys: bool = False

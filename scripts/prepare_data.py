@@ -28,8 +28,7 @@ from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
 from taid_jax.data.template import set_chat_template
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.files.tokenizer import load_tokenizer
-from taid_jax.settings import ModelSettings
-from taid_jax.settings.checks import check_number, check_text
+from taid_jax.settings import ModelSettings, check_number, check_text
 
 
 @dataclasses.dataclass(frozen=True)

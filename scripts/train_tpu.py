@@ -62,7 +62,7 @@ from taid_jax import distributed
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.files.hub import cache_folder
 from taid_jax.plan import make_plan
-from taid_jax.settings import RunSettings, Settings, read_settings
+from taid_jax.settings import RunSettings, Settings, make_room, read_settings
 from taid_jax.sharding import ShardingError, make_mesh
 from taid_jax.train.checkpoint import saved_settings
 from taid_jax.train.folder import WriteError, way_on
@@ -99,7 +99,6 @@ def parse(arguments: Sequence[str]) -> Command:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=pathlib.Path)
     first.add_argument("--output")
-    first.add_argument("--steps")
     first.add_argument("--resume", action=argparse.BooleanOptionalAction)
     given = first.parse_known_args(arguments)[0]
     config = given.config
@@ -116,10 +115,11 @@ def parse(arguments: Sequence[str]) -> Command:
                 output=output,
                 resume=True,
                 resume_step=None,
-                epochs=None if given.steps else saved.run.epochs,
             )
-            base = dataclasses.replace(saved, run=run, hosts=base.hosts)
+            base = dataclasses.replace(saved, run=run, distributed=base.distributed)
             base = base if config is None else read_settings(config, base)
+    names = [word.split("=")[0][2:].replace("-", "_") for word in arguments]
+    base = make_room(base, names)
     return tyro.cli(
         Command,
         args=arguments,
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
         # A second start finds what the first one compiled.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         if command.plan is None:
-            distributed.initialize(settings.hosts)
+            distributed.initialize(settings.distributed)
             console.quiet = not distributed.is_main_process()
             given = any(flag.split("=")[0] == "--mesh" for flag in arguments)
             if settings.run.resume and not given:

@@ -147,7 +147,6 @@ def plan_cells(
         SettingsError: If a settings file is missing or cannot be used, or a cell was
             begun with other settings.
     """
-    shared = read_settings(config)
     files = {}
     for method in methods:
         path = pathlib.Path(method)
@@ -165,7 +164,9 @@ def plan_cells(
         for method, path in files.items():
             folder = output.absolute() / f"{method}-seed{seed}"
             own = {"seed": seed, "output": str(folder / "run")}
-            settings = from_dict({**overrides, **own}, read_settings(path, shared))
+            shared = read_settings(path, under=[config])
+            # Of several methods not each has a use for them.
+            settings = from_dict({**overrides, **own}, shared, strict=False)
             cells.append(Cell(method, seed, folder, settings))
             cells[-1].check()
     return cells

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from taid_jax.errors import InputError, explain, show
-from taid_jax.settings import HostSettings, Settings, flatten
+from taid_jax.settings import DistributedSettings, Settings, flatten
 
 # Those that decide what is computed, what is read and what is written.
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -37,7 +37,7 @@ class PeerError(RuntimeError):
     """Process 0 could not make what all wait for; it says why itself."""
 
 
-def initialize(settings: HostSettings) -> None:
+def initialize(settings: DistributedSettings) -> None:
     """Makes this process one of several, if it is; else does nothing.
 
     To be called before anything touches a device. Afterwards `jax.devices()` are those
@@ -222,7 +222,7 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
 def agree_on_settings(settings: Settings) -> None:
     """Raises unless all processes have the same settings and versions.
 
-    How each found the others is its own affair: `settings.hosts` may differ.
+    How each found the others is its own affair: `settings.distributed` may differ.
 
     Raises:
         DistributedError: On every process, with what differs and where.

@@ -40,7 +40,7 @@ def abstract_step(
         param_axes(teacher),
         teacher_params,
         mesh,
-        TEACHER_RULES[settings.model.teacher_layout],
+        TEACHER_RULES[settings.model.teacher_sharding],
     )
     teacher_params = placed(teacher_params, teacher_shardings)
     return built.step, (built.state, teacher_params, batch)

@@ -95,7 +95,7 @@ def build_step(
         shardings=shardings,
         chunk_size=run.chunk_size,
         mesh=mesh,
-        fused=not run.logits_loss,
+        fused=run.fused,
     )
     return BuiltStep(
         step,

@@ -67,7 +67,7 @@ class EvalCompletions:
         if not self.prompts:
             shortest = min(len(each.prompt) for each in prompts)
             raise SettingsError(
-                f"answer_tokens: {max_new_tokens} tokens after a prompt (the shortest "
+                f"eval_tokens: {max_new_tokens} tokens after a prompt (the shortest "
                 f"has {shortest}) do not fit the student's context of "
                 f"{config.max_position_embeddings}"
             )

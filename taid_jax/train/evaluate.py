@@ -17,7 +17,7 @@ from taid_jax.loss import CrossEntropy, ForwardKL
 from taid_jax.loss._objective import Objective, register_objective
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.tokenizer import Tokenizer
-from taid_jax.settings import BestBy, Settings
+from taid_jax.settings import SelectionMetric, Settings
 from taid_jax.sharding import batch_part, place_batch
 from taid_jax.train.completions import EvalCompletions, score
 from taid_jax.train.inputs import Pair
@@ -90,21 +90,23 @@ class HeldOut(NamedTuple):
     exact_match: float | None = None
 
 
-def selection_metric(found: HeldOut | Mapping[str, Any], best_by: BestBy) -> float:
+def selection_metric(
+    found: HeldOut | Mapping[str, Any], name: SelectionMetric
+) -> float:
     """Returns the figure that chooses the best state, signed so that lower is better.
 
     Args:
         found: An evaluation, or a row of `evaluations.jsonl`.
-        best_by: Its name. ROUGE-L and exact match are the better the higher.
+        name: As in the settings. ROUGE-L and exact match are the better the higher.
 
     Returns:
         Infinity where it is missing, or it or another figure is not finite.
     """
     row = found._asdict() if isinstance(found, HeldOut) else found
-    value = row.get(best_by)
+    value = row.get(name)
     if value is None or not math.isfinite(value) or nonfinite_figures(row):
         return math.inf
-    return -value if best_by in ("rouge_l", "exact_match") else value
+    return -value if selection_metric in ("rouge_l", "exact_match") else value
 
 
 def nonfinite_figures(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -247,7 +249,7 @@ def make_evaluator(
         make_objective(settings.objective)[0],
         chunk_size=run.chunk_size,
         mesh=mesh,
-        fused=not run.logits_loss,
+        fused=run.fused,
     )
     part, parts = batch_part(mesh)
     held_out = held_out_batches(
@@ -264,7 +266,7 @@ def make_evaluator(
             tokenizer,
             pair.student_config,
             pair.generation,
-            max_new_tokens=settings.judge.answer_tokens,
+            max_new_tokens=settings.evaluation.eval_tokens,
             batch_size=data.batch_size,
             dtype=settings.model.dtype,
             mesh=mesh,

@@ -166,7 +166,7 @@ class Loop:
             evaluations=self.evaluations,
         )
         rows = self._log.evaluations
-        best_by = self.settings.judge.best_by
+        best_by = self.settings.evaluation.selection_metric
         # The untrained student is never exported, however good it is.
         trained = (selection_metric(row, best_by) for row in rows if row["step"] > 0)
         self._best = min(trained, default=math.inf)
@@ -266,20 +266,21 @@ class Loop:
         if self.on_policy is not None and found.loss is not None:
             self.on_policy.observe(found.loss)
         self._log.evaluation({"step": step, **found._asdict()})
-        return selection_metric(found, self.settings.judge.best_by)
+        return selection_metric(found, self.settings.evaluation.selection_metric)
 
     def _write(self, step: int, metrics: Metrics, tokens: int) -> None:
         """Writes a step down, and ends the run when too many were not finite."""
         self._log.step(step, metrics, tokens)
         skipped = self._log.skipped_in_row
-        if skipped >= self.settings.run.max_skipped:
+        if skipped >= self.settings.run.max_consecutive_nonfinite:
             self.checkpoints.wait()
             raise TrainingError(
                 f"stopped at step {step}: {skipped} steps in a row "
                 "had a loss, gradient or update that is not finite, the last one its "
                 f"{self._log.not_finite}. A lower --learning-rate or --dtype float32 "
                 "may help, for an update usual values of --b2, --eps and "
-                "--weight-decay; --max-skipped sets the limit. " + way_on(self.folder)
+                "--weight-decay; --max-consecutive-nonfinite sets the limit. "
+                + way_on(self.folder)
             )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import socket
 import time
@@ -24,7 +25,6 @@ from taid_jax.settings import (
     SettingsError,
     changed,
     to_dict,
-    with_date,
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
@@ -37,7 +37,7 @@ from taid_jax.train.checkpoint import (
     find_fault,
     set_aside_others,
 )
-from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
+from taid_jax.train.evaluate import HeldOut, make_evaluator
 from taid_jax.train.folder import (
     CHECKPOINTS,
     SETTINGS,
@@ -140,14 +140,15 @@ def _distil(
         saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
         place = checkpoint_place(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
-    date = distributed.broadcast(lambda: with_date(settings, saved).data.template_date)
+    given = settings.data.template_date or (saved and saved.data.template_date)
+    date = distributed.broadcast(lambda: given or datetime.date.today().isoformat())
     data = dataclasses.replace(settings.data, template_date=date)
     settings = dataclasses.replace(settings, data=data)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
-    prompts = find_eval_prompts(dataset.held_out, settings.judge.answer_examples)
+    prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     if saved is not None and step is not None:
         refuse_contradictions(saved, settings)
         refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
@@ -352,7 +353,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     Raises:
         TrainingError: If no evaluation, or not its state, is finite.
     """
-    best_by = loop.settings.judge.best_by
+    best_by = loop.settings.evaluation.selection_metric
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
     rows = distributed.broadcast(lambda: read_lines(loop.folder / EVALUATIONS))
@@ -374,9 +375,10 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
         state = loop.checkpoints.restore(state, best["step"]).state
     if math.isinf(selection_metric(best, best_by)) or nonfinite_leaves(state.params):
         raise TrainingError(
-            f"nothing was exported: no state that was evaluated has a finite {best_by} "
-            f"and finite weights. The last checkpoint is {max(kept)} in "
-            f"{loop.checkpoints.folder}; its figures are in {EVALUATIONS}"
+            "nothing was exported: no state that was evaluated has a finite "
+            f"{best_by} and finite weights. The last checkpoint is "
+            f"{max(kept)} in {loop.checkpoints.folder}; its figures are in "
+            f"{EVALUATIONS}"
         )
     values: dict[str, Any] = {key: best.get(key) for key in HeldOut._fields}
     return state, HeldOut(**values)

@@ -227,7 +227,7 @@ def make_throughput(
         batch=settings.data.batch_size,
         length=settings.data.seq_len,
         remat=settings.model.remat,
-        fused=not settings.run.logits_loss,
+        fused=settings.run.fused,
         teacher_used=settings.objective.objective != "sft",
     )
     kinds = {device.device_kind for device in mesh.devices.flat}

@@ -42,8 +42,8 @@ LINES = [
         "train_tpu",
         [
             "--no-pack",
-            "--sampler=mixed",
-            "--sample-tokens=8",
+            "--on-policy=mixed",
+            "--completion-tokens=8",
             "--buffer-capacity=2000000000",
         ],
         "buffer_capacity: so many sequences",

@@ -27,9 +27,9 @@ def shared(teacher, questions, tmp_path):
         "eval_every": 2,
         "save_every": 0,
         "learning_rate": 0.01,
-        "answer_examples": 4,
-        "answer_tokens": 6,
-        "sample_tokens": 6,
+        "eval_prompts": 4,
+        "eval_tokens": 6,
+        "completion_tokens": 6,
         "buffer_capacity": 16,
     }
     path = tmp_path / "shared.yaml"

@@ -220,7 +220,7 @@ def test_documented_command_line_runs_on_tiny_models(
             accumulated = "--grad-accum" in flags
             small += ["--seq-len=64", f"--batch-size={32 if accumulated else 4}"]
         if "--config" in flags:  # a recipe
-            small += ["--epochs=None", "--answer-examples=2", "--answer-tokens=4"]
+            small += ["--epochs=None", "--eval-prompts=2", "--eval-tokens=4"]
     if script == "evaluate":
         settings = tmp_path / "settings.json"
         values = {"teacher": str(teacher), "data": {"data": str(chats)}, "seq_len": 64}

@@ -32,9 +32,9 @@ def judged(train_tpu, teacher, questions, tmp_path_factory):
             "--save-every=0",
             "--held-out-fraction=0.3",
             "--learning-rate=0.01",
-            "--answer-examples=10",
-            "--answer-tokens=6",
-            "--best-by=rouge_l",
+            "--eval-prompts=10",
+            "--eval-tokens=6",
+            "--selection-metric=rouge_l",
         ]
     )
     assert status == 0
@@ -110,8 +110,8 @@ def test_evaluate_teacher_as_the_student_is_at_no_distance(
         (["--student={teacher}", "--config=/nowhere.yaml"], ["/nowhere.yaml"]),
         (["--student={teacher}", "--batch-size=6"], ["6 sequences", "8 devices"]),
         (
-            ["--student={teacher}", "--answer-examples=4", "--answer-tokens=64"],
-            ["answer_tokens", "context of 64"],
+            ["--student={teacher}", "--eval-prompts=4", "--eval-tokens=64"],
+            ["eval_tokens", "context of 64"],
         ),
     ],
 )
@@ -148,7 +148,7 @@ def test_evaluate_of_a_model_that_is_not_finite_is_an_error(
     flags = [f"--{name}={folder}" for name, folder in models.items()]
     flags += [f"--data={questions}", "--batch-size=8", "--seq-len=40", f"--json={path}"]
     # A student without numbers has no answers to be scored.
-    flags += ["--answer-examples=4", "--answer-tokens=4"]
+    flags += ["--eval-prompts=4", "--eval-tokens=4"]
     assert evaluate.main(flags) == 2
     out, err = capsys.readouterr()
     assert f"error: {broken if side == 'student' else 'the teacher'}: not finite" in err
@@ -226,8 +226,8 @@ def test_evaluator_leaves_state_and_iterator_as_they_are(teacher, questions, tmp
             "batch_size": 8,
             "seq_len": 40,
             "pack": False,
-            "answer_examples": 4,
-            "answer_tokens": 4,
+            "eval_prompts": 4,
+            "eval_tokens": 4,
         }
     )
     mesh = make_mesh(settings.run.mesh)

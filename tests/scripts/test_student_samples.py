@@ -23,8 +23,8 @@ def test_train_tpu_trains_on_the_students_own_answers(
 ):
     flags = [
         "--no-pack",
-        f"--sampler={sampler}",
-        "--sample-tokens=6",
+        f"--on-policy={sampler}",
+        "--completion-tokens=6",
         "--buffer-capacity=16",
         "--adaptive-step=1.0",
         "--eval-every=2",
@@ -44,8 +44,11 @@ def test_train_tpu_trains_on_the_students_own_answers(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sampler=mixed"], "--no-pack"),
-        (["--sampler=mixed", "--no-pack"], "sample_tokens: need fewer than seq_len"),
+        (["--on-policy=mixed"], "--no-pack"),
+        (
+            ["--on-policy=mixed", "--no-pack"],
+            "completion_tokens: need fewer than seq_len",
+        ),
     ],
 )
 def test_train_tpu_refuses_samples_that_cannot_be(
@@ -62,8 +65,8 @@ def test_train_tpu_two_processes_take_the_samples_of_one(
     flags = [
         *arguments,
         "--no-pack",
-        "--sampler=mixed",
-        "--sample-tokens=6",
+        "--on-policy=mixed",
+        "--completion-tokens=6",
         "--buffer-capacity=16",
         "--steps=6",
         "--eval-every=0",

@@ -269,7 +269,7 @@ def test_train_tpu_resumed_on_another_day_goes_on_with_the_first(
             return datetime.date.fromisoformat(cls.said)
 
     clock = types.SimpleNamespace(date=Day)
-    monkeypatch.setattr("taid_jax.settings.epochs.datetime", clock)
+    monkeypatch.setattr("taid_jax.train.run.datetime", clock)
     assert train_tpu.main(flags) == 0
     told = capsys.readouterr().out
     assert "keys not used: source (12 records)" in told

@@ -153,7 +153,7 @@ def test_loop_signal_saves_and_can_go_on(make_loop, number):
 
 def test_loop_stops_after_too_many_steps_that_are_not_finite(make_loop, make_params):
     teacher = jax.tree.map(lambda leaf: leaf * np.nan, make_params(2))
-    loop, state = make_loop(teacher=teacher, max_skipped=3, eval_every=0)
+    loop, state = make_loop(teacher=teacher, max_consecutive_nonfinite=3, eval_every=0)
     with pytest.raises(lp.TrainingError, match=r"step 3: 3 steps in a row"):
         loop.run(state)
     assert len(loop.progress.lines) == 3
@@ -203,14 +203,14 @@ def test_loop_perplexity_beyond_a_float_is_no_fault(make_loop):
     assert best_state(loop, state)[1] == HeldOut(1.0, math.inf, math.inf, 4, 1.0)
 
 
-@pytest.mark.parametrize("best_by", ["kl", "rouge_l"])
-def test_best_state_that_is_not_finite_is_an_error(make_loop, best_by):
+@pytest.mark.parametrize("selection_metric", ["kl", "rouge_l"])
+def test_best_state_that_is_not_finite_is_an_error(make_loop, selection_metric):
     """What is not finite is never the best, whatever its answers score."""
     figures = iter([1.0, math.nan, math.inf, math.nan])
     loop, state = make_loop(
         evaluate=lambda state: HeldOut(next(figures), 2.0, 3.0, 4, 1.0, 0.5, 0.5),
-        best_by=best_by,
-        answer_examples=1,
+        selection_metric=selection_metric,
+        eval_prompts=1,
     )
     state = loop.run(state)
     with pytest.raises(lp.TrainingError, match=r"nothing was exported.*checkpoint is"):
@@ -226,7 +226,7 @@ def test_best_state_with_weights_that_are_not_finite_is_an_error(make_loop):
 
 
 def test_loop_stops_when_no_update_is_finite(make_loop):
-    loop, state = make_loop(max_skipped=3, eval_every=0)
+    loop, state = make_loop(max_consecutive_nonfinite=3, eval_every=0)
     step = loop.train_step
 
     def skipping(*arguments):
@@ -241,7 +241,7 @@ def test_loop_stops_when_no_update_is_finite(make_loop):
 
 
 def test_loop_state_that_is_not_finite_is_no_checkpoint(make_loop):
-    loop, state = make_loop(max_skipped=6, eval_every=0)
+    loop, state = make_loop(max_consecutive_nonfinite=6, eval_every=0)
     real = loop.train_step
 
     def step(state, teacher, batch):
@@ -297,7 +297,7 @@ def _judged(field, values):
 
 
 @pytest.mark.parametrize(
-    ("best_by", "values", "best"),
+    ("selection_metric", "values", "best"),
     [
         # Step 0, which is not trained, has the best figure of all.
         ("kl", [0.5, 3.0, 1.0, 2.0], 8),
@@ -310,11 +310,13 @@ def _judged(field, values):
         ("kl", [0.5, float("nan"), 1.0, float("inf")], 8),
     ],
 )
-def test_best_state_is_the_best_by_the_asked_figure(make_loop, best_by, values, best):
+def test_best_state_is_the_best_by_the_asked_figure(
+    make_loop, selection_metric, values, best
+):
     loop, state = make_loop(
-        evaluate=_judged(best_by, values),
-        best_by=best_by,
-        answer_examples=1,
+        evaluate=_judged(selection_metric, values),
+        selection_metric=selection_metric,
+        eval_prompts=1,
         keep=1,
         save_every=0,
     )
@@ -322,7 +324,7 @@ def test_best_state_is_the_best_by_the_asked_figure(make_loop, best_by, values, 
     weights = jax.tree.map(np.array, state.params)
     state, found = best_state(loop, state)
     assert int(state.step) == best
-    assert getattr(found, best_by) == values[best // 4]
+    assert getattr(found, selection_metric) == values[best // 4]
     changed = [
         not np.array_equal(a, b)
         for a, b in zip(

@@ -18,7 +18,7 @@ from taid_jax.train import throughput as tp
         {},
         {"remat": "dots"},
         {"remat": "full", "grad_accum": 2},
-        {"logits_loss": True},
+        {"fused": False},
     ],
 )
 def test_step_flops_are_those_of_the_program(values):

@@ -23,7 +23,7 @@ from taid_jax.data import Dataset, ExampleSet, pad_left
 from taid_jax.data.tokens import Example, make_table
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import SamplingParams
-from taid_jax.settings import SampleSettings, Settings, SettingsError
+from taid_jax.settings import OnPolicySettings, Settings, SettingsError
 from taid_jax.sharding import batch_part
 from taid_jax.train.inputs import Pair
 from taid_jax.train.on_policy.generation import (
@@ -99,7 +99,7 @@ class Plan(NamedTuple):
 
 
 def plan_step(
-    settings: SampleSettings,
+    settings: OnPolicySettings,
     draw: float,
     *,
     threshold: float,
@@ -119,7 +119,7 @@ def plan_step(
         progress: Steps done before, as a share of all steps.
         full: Whether the buffer is.
     """
-    mixed = settings.sampler == "mixed"
+    mixed = settings.on_policy == "mixed"
     if draw >= (settings.mixed_rate if mixed else threshold):
         return Plan(generate=False, train_on="data")
     if mixed:
@@ -136,7 +136,7 @@ class OnPolicyBatches:
     on all processes and after a resume. Every process holds the whole buffer.
 
     Args:
-        settings: With a sampler other than `none`.
+        settings: With `on_policy` other than `none`.
         examples: The training side of the data: how its rows become batches.
         complete: From `make_complete`.
         batch_size: Rows of a batch, over all processes.
@@ -154,7 +154,7 @@ class OnPolicyBatches:
 
     def __init__(
         self,
-        settings: SampleSettings,
+        settings: OnPolicySettings,
         examples: ExampleSet,
         complete: Complete,
         *,
@@ -169,7 +169,7 @@ class OnPolicyBatches:
         self._batch_size, self._steps, self._seed = batch_size, steps, seed
         size = batch_size // process_count
         self._part = slice(process_index * size, (process_index + 1) * size)
-        self._width = examples.seq_len - settings.sample_tokens
+        self._width = examples.seq_len - settings.completion_tokens
         self._seen = self._completed = 0
         self.buffer = ReplayBuffer(settings.buffer_capacity)
         self.threshold = 0.0
@@ -229,7 +229,7 @@ class OnPolicyBatches:
         the threshold and takes its place; one that is below changes nothing, nor does
         one that is not finite.
         """
-        if self._settings.sampler != "adaptive" or not math.isfinite(loss):
+        if self._settings.on_policy != "adaptive" or not math.isfinite(loss):
             return
         if self.held_out_loss is not None:
             if loss < self.held_out_loss:
@@ -265,10 +265,10 @@ class OnPolicyBatches:
         self._completed += int(np.count_nonzero(lengths))
         if not self._completed and self._seen >= _PATIENCE:
             raise SettingsError(
-                f"sample_tokens: of {self._seen} rows none has a prompt that "
-                f"leaves room for an answer of {self._settings.sample_tokens} tokens "
-                f"in seq_len, which is {self._examples.seq_len}; set sample_tokens "
-                "lower or seq_len higher"
+                f"completion_tokens: of {self._seen} rows none has a prompt that "
+                f"leaves room for an answer of {self._settings.completion_tokens} "
+                f"tokens in seq_len, which is {self._examples.seq_len}; set "
+                "completion_tokens lower or seq_len higher"
             )
         examples = []
         for row, length in enumerate(lengths.tolist()):
@@ -326,24 +326,26 @@ def make_on_policy(
     settings: Settings, pair: Pair, dataset: Dataset, tokenizer: Tokenizer, mesh: Mesh
 ) -> OnPolicyBatches | None:
     """Returns the on-policy batches that the settings ask for, None if for none."""
-    samples, run = settings.samples, settings.run
-    if samples.sampler == "none":
+    chosen, run = settings.on_policy, settings.run
+    if chosen.on_policy == "none":
         return None
     complete = make_complete(
         pair.student_config,
         mesh,
         shardings=pair.shardings,
         ends=training_ends(tokenizer, pair.generation, dataset),
-        max_new_tokens=samples.sample_tokens,
+        max_new_tokens=chosen.completion_tokens,
         dtype=jnp.dtype(settings.model.dtype),
         sampling=SamplingParams(
-            samples.sample_temperature, samples.sample_top_k, samples.sample_top_p
+            chosen.completion_temperature,
+            chosen.completion_top_k,
+            chosen.completion_top_p,
         ),
         seed=run.seed,
     )
     part, parts = batch_part(mesh)
     return OnPolicyBatches(
-        samples,
+        chosen,
         dataset.train,
         complete,
         batch_size=settings.data.batch_size,

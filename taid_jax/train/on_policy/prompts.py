@@ -54,7 +54,7 @@ def find_eval_prompts(examples: ExampleSet, limit: int) -> list[EvalPrompt]:
     if limit and not found:
         raise DataError(
             "answers cannot be scored: no held-out example has a prompt. Give data "
-            "with `prompt` and `completion` or with `messages`, or set answer_examples "
+            "with `prompt` and `completion` or with `messages`, or set eval_prompts "
             "to 0"
         )
     return found

@@ -20,7 +20,7 @@ from taid_jax.models.decoder import (
 from taid_jax.models.generation import generate, prepare
 from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.schedule import TAIDScheduler
-from taid_jax.settings import SampleSettings, SettingsError, from_dict
+from taid_jax.settings import OnPolicySettings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh, tree_shardings
 from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.evaluate import HeldOut
@@ -70,7 +70,7 @@ def examples():
 
 
 def settings(sampler, **values):
-    return SampleSettings(sampler=sampler, sample_tokens=NEW, **values)
+    return OnPolicySettings(sampler, completion_tokens=NEW, **values)
 
 
 def complete_on(mesh, params, sampling=GREEDY):
@@ -238,7 +238,7 @@ def test_batches_of_two_processes_gives_the_batch_of_one(
 @pytest.mark.multidevice
 def test_batches_completions_the_same_on_eight_devices(make_batches, examples, params):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
-    chosen = settings("adaptive", buffer_capacity=20, sample_temperature=1.0)
+    chosen = settings("adaptive", buffer_capacity=20, completion_temperature=1.0)
     single = make_mesh("data=1", jax.devices()[:1])
     found = []
     for place in (single, mesh):
@@ -281,7 +281,7 @@ def test_batches_without_a_prompt_that_has_room_says_so(make_batches, examples, 
     while step * BATCH < bf._PATIENCE:
         batches.batch(data, params, step)
         step += 1
-    with pytest.raises(SettingsError, match=r"sample_tokens: of .* rows none"):
+    with pytest.raises(SettingsError, match=r"completion_tokens: of .* rows none"):
         batches.batch(data, params, step)
 
 
@@ -327,12 +327,12 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
         "pack": False,
         "seq_len": SEQ_LEN,
         "batch_size": BATCH,
-        "sampler": sampler,
-        "sample_tokens": NEW,
+        "on_policy": sampler,
+        "completion_tokens": NEW,
         "buffer_capacity": 3 * BATCH,
         "adaptive_step": 0.4,
     }
-    chosen = from_dict(values)
+    chosen = from_dict(values, strict=False)
 
     class KilledError(Exception):
         pass
@@ -362,7 +362,7 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
             mesh=mesh,
             progress=Silent(),
             on_policy=bf.OnPolicyBatches(
-                chosen.samples, examples, greedy, batch_size=BATCH, steps=12, seed=2
+                chosen.on_policy, examples, greedy, batch_size=BATCH, steps=12, seed=2
             ),
         )
         state = start()
