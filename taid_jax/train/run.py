@@ -37,7 +37,7 @@ from taid_jax.train.checkpoint import (
     find_fault,
     set_aside_others,
 )
-from taid_jax.train.evaluate import HeldOut, make_evaluator
+from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
 from taid_jax.train.folder import (
     CHECKPOINTS,
     SETTINGS,
