@@ -122,7 +122,7 @@ def test_evaluate_nothing_counted_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("selection_metric", "better", "worse"),
+    ("best_by", "better", "worse"),
     [
         ("kl", 0.1, 0.2),
         ("loss", 0.1, 0.2),
