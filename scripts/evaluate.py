@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
-from taid_jax.evaluate import HeldOut, check_finite
 from taid_jax.models.files.hub import cache_folder
 from taid_jax.settings import (
     Settings,
@@ -36,9 +35,14 @@ from taid_jax.settings import (
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
-from taid_jax.train.answers import find_questions
+from taid_jax.train.evaluate import (
+    HeldOut,
+    check_finite,
+    finished_state,
+    make_evaluator,
+)
 from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
-from taid_jax.train.judge import finished_state, make_judge
+from taid_jax.train.on_policy.prompts import find_eval_prompts
 from taid_jax.train.report import number, write_json
 
 
@@ -101,14 +105,14 @@ def score(settings: Settings) -> HeldOut:
     tokenizer = opened.tokenizer
     dataset = read_data(settings, tokenizer)
     settings = with_steps(settings, len(dataset.train))
-    questions = find_questions(dataset.held_out, settings.evaluation.eval_prompts)
+    prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     pair = load_pair(settings, mesh, opened, copies=2)
     for note in pair.notes:
         Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
-    judge = make_judge(
-        settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
+    evaluate = make_evaluator(
+        settings, pair, dataset, mesh, tokenizer=tokenizer, prompts=prompts
     )
-    found = judge(finished_state(settings, pair.student_params))
+    found = evaluate(finished_state(settings, pair.student_params))
     check_finite(found, str(settings.model.student))
     return found
 

@@ -30,13 +30,15 @@ from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import Checked, check_file, setting
 from taid_jax.sharding import check_batch, make_mesh, tree_shardings
-from taid_jax.train.prompts import digest, encode_prompts, read_prompts
-from taid_jax.train.teacher_samples import (
+from taid_jax.train.on_policy.generation import complete_prompts
+from taid_jax.train.on_policy.prompts import (
+    CompletionsFile,
     Job,
-    SampleFile,
-    answer_prompts,
     begun_on,
     choose_fitting,
+    digest,
+    encode_prompts,
+    read_prompts,
 )
 
 
@@ -95,15 +97,17 @@ def write_answers(command: Command, console: Console) -> None:
     date = begun_on(pathlib.Path(command.output))
     encoded = encode_prompts(prompts, tokenizer, date=date)
     config = load_config(command.model, allow_unknown_keys=command.allow_unknown_keys)
-    fitting = choose_fitting(encoded, config, command.max_new_tokens)
+    fitting = choose_fitting(
+        encoded, config.max_position_embeddings, command.max_new_tokens
+    )
     # More rows than there are prompts would only repeat them.
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(command.batch_size, -(-len(fitting) // parts) * parts)
-    limit = command.max_new_tokens
     about = command.seed, sampling, command.dtype, date
-    job = Job(command.model, digest(prompts), limit, *about)
-    file = SampleFile(pathlib.Path(command.output), job, overwrite=command.overwrite)
-    left = [one for one in fitting if one.prompt.number >= file.done]
+    job = Job(command.model, digest(prompts), command.max_new_tokens, *about)
+    path = pathlib.Path(command.output)
+    file = CompletionsFile(path, job, overwrite=command.overwrite)
+    left = [one for one in fitting if one.number >= file.done]
     console.print(
         f"{len(prompts)} prompts, {len(prompts) - len(fitting)} of them too long, "
         f"{len(fitting) - len(left)} answered before",
@@ -121,12 +125,12 @@ def write_answers(command: Command, console: Console) -> None:
     )
     for note in model.notes:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
-    batches = answer_prompts(model, left, job, batch_size=size, mesh=mesh)
+    batches = complete_prompts(model, left, job, batch_size=size, mesh=mesh)
     count = -(-len(left) // size)
-    written = sum(
-        file.write(samples)
-        for samples in track(batches, "answering", total=count, console=console)
-    )
+    written = 0
+    for records in track(batches, "answering", total=count, console=console):
+        file.write(records)
+        written += len(records)
     console.print(
         f"{written} answers written to {command.output}, {len(left) - written} empty "
         "ones left out",

@@ -183,7 +183,7 @@ def test_encode_prompts_gives_the_ids_that_training_has_before_the_answer(talker
     from taid_jax.data.chat import ChatRenderer
     from taid_jax.data.encoding import Encoder
     from taid_jax.models.files.tokenizer import load_tokenizer
-    from taid_jax.train.prompts import Prompt, encode_prompts
+    from taid_jax.train.on_policy.prompts import Prompt, encode_prompts
 
     tokenizer = load_tokenizer(str(talker))
     record = {"messages": [{"role": "user", "content": "The bird likes"}]}
