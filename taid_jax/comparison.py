@@ -1,7 +1,7 @@
 """Several methods from one start, on the same batches: cells, their table, a picture.
 
-A cell is one method with one seed: a run of `scripts/train_tpu.py` in a process of its
-own, so that its memory is its own. Its report, once it is there, is all that counts.
+A cell is one method with one seed: a run of `taid-jax train` in a process of its own,
+so that its memory is its own. Its report, once it is there, is all that counts.
 """
 
 import dataclasses
@@ -31,21 +31,6 @@ from taid_jax.train.report import (
     read_lines,
     save_picture,
 )
-
-METHODS = (
-    "sft",
-    "fkl",
-    "rkl",
-    "tvd",
-    "adaptive_kl",
-    "gkd",
-    "distillm",
-    "ctkd",
-    "dkd",
-    "taid_linear",
-    "taid",
-)
-"""The methods of the published comparison, as the recipes call them."""
 
 FIGURES = {
     "kl": "KL (nats)",
