@@ -132,6 +132,8 @@ def plan_cells(
         SettingsError: If a settings file is missing or cannot be used, or a cell was
             begun with other settings.
     """
+    if not config.exists():
+        raise SettingsError(f"config: there is no file {config}")
     files = {}
     for method in methods:
         path = pathlib.Path(method)
