@@ -13,28 +13,38 @@ from collections.abc import Sequence
 from types import FrameType
 
 COMMANDS = {
-    "train": "distil a teacher into a student",
-    "plan": "compile the train step for a machine that need not be there",
-    "evaluate": "score a student the way a run does",
-    "generate": "have a model complete the prompts of a file",
-    "prepare": "tokenise conversations for training, once",
-    "compare": "train several methods from the same start, side by side",
+    "train": (
+        "distil a teacher into a student",
+        "The same command with --resume goes on",
+    ),
+    "plan": (
+        "compile the train step for a machine that need not be there",
+        "Nothing was begun",
+    ),
+    "evaluate": ("score a student the way a run does", "Nothing was begun"),
+    "generate": (
+        "have a model complete the prompts of a file",
+        "The same command goes on with the prompts that are left",
+    ),
+    "prepare": (
+        "tokenise conversations for training, once",
+        "The same command goes on from here",
+    ),
+    "compare": (
+        "train several methods from the same start, side by side",
+        "The same command goes on with the cells that are left",
+    ),
 }
-"""What there is, and what it does."""
+"""What there is: what it does, and how it goes on once somebody has stopped it."""
 
 _PROCESS = os.getpid()
-_way_on = "The same command goes on, as far as it can."
+_way_on = ""
 
 
 def say_way_on(text: str) -> None:
     """Sets what is said to somebody who stops the command."""
     global _way_on
     _way_on = text
-
-
-def way_on() -> str:
-    """Returns what is said to somebody who stops the command."""
-    return _way_on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plans = name == "plan" or any(flag.split("=")[0] == "--plan" for flag in rest)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if plans else "2")
     if name in COMMANDS:
+        say_way_on(COMMANDS[name][1])
         return importlib.import_module(f"taid_jax.cli.{name}").main(rest)
-    lines = [f"  {each:10} {what}" for each, what in COMMANDS.items()]
+    lines = [f"  {each:10} {what}" for each, (what, _) in COMMANDS.items()]
     usage = "\n".join(["usage: taid-jax COMMAND [--help] ...", "", *lines])
     if name in ("-h", "--help"):
         print(usage)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from taid_jax import cli
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, parsing, refuse, show
 from taid_jax.settings import SettingsError, check_text, parse_yaml
@@ -150,7 +149,6 @@ def compare(command: Command, console: Console, errors: Console) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
-    cli.say_way_on("The same command goes on with the cells that are left.")
     try:
         command = _flags.parse(Command, arguments, __doc__)
         return compare(command, Console(), Console(stderr=True))

@@ -17,13 +17,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from taid_jax import cli
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, refuse
 from taid_jax.settings import Settings, SettingsError, check_file, to_dict, with_steps
 
 if TYPE_CHECKING:
-    from taid_jax.evaluate import HeldOut
+    from taid_jax.train.evaluate import HeldOut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +70,10 @@ def score(settings: Settings) -> "HeldOut":
         ModelError: If a model cannot be used, or its figures are not finite.
         DataError: If the data cannot be used, or have no prompts that are asked for.
     """
-    from taid_jax.evaluate import check_finite
     from taid_jax.sharding import check_batch, make_mesh
-    from taid_jax.train.answers import find_questions
+    from taid_jax.train.evaluate import check_finite, finished_state, make_evaluator
     from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
-    from taid_jax.train.judge import finished_state, make_judge
+    from taid_jax.train.on_policy.prompts import find_eval_prompts
 
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
@@ -83,14 +81,14 @@ def score(settings: Settings) -> "HeldOut":
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     settings = with_steps(settings, len(dataset.train))
-    questions = find_questions(dataset.held_out, settings.evaluation.eval_prompts)
+    prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     pair = load_pair(settings, mesh, copies=2)
     for note in pair.notes:
         Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
-    judge = make_judge(
-        settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
+    evaluator = make_evaluator(
+        settings, pair, dataset, mesh, tokenizer=tokenizer, prompts=prompts
     )
-    found = judge(finished_state(settings, pair.student_params))
+    found = evaluator(finished_state(settings, pair.student_params))
     check_finite(found, str(settings.model.student))
     return found
 
@@ -109,7 +107,6 @@ def show(found: "HeldOut", console: Console) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
-    cli.say_way_on("Nothing was written.")
     try:
         command = parse(arguments)
         _flags.keep_compiled()

@@ -14,7 +14,6 @@ from typing import Literal, cast
 from rich.console import Console
 from rich.progress import track
 
-from taid_jax import cli
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, refuse
 from taid_jax.settings import Checked, check_file, setting
@@ -74,27 +73,29 @@ def write_answers(command: Command, console: Console) -> None:
     from taid_jax.models.files.tokenizer import load_tokenizer
     from taid_jax.models.sampling import SamplingParams
     from taid_jax.sharding import check_batch, make_mesh, tree_shardings
-    from taid_jax.train import teacher_samples as ts
-    from taid_jax.train.prompts import digest, encode_prompts, read_prompts
+    from taid_jax.train.on_policy import prompts as p
+    from taid_jax.train.on_policy.generation import complete_prompts
 
     check_file("output", command.output)
     sampling = SamplingParams(command.temperature, command.top_k, command.top_p)
     mesh = make_mesh(command.mesh)
     check_batch(command.batch_size, mesh)
-    prompts = read_prompts(pathlib.Path(command.prompts))
+    prompts = p.read_prompts(pathlib.Path(command.prompts))
     tokenizer = cast(Tokenizer, load_tokenizer(command.model))
-    date = ts.begun_on(pathlib.Path(command.output))
-    encoded = encode_prompts(prompts, tokenizer, date=date)
+    date = p.begun_on(pathlib.Path(command.output))
+    encoded = p.encode_prompts(prompts, tokenizer, date=date)
     config = load_config(command.model, allow_unknown_keys=command.allow_unknown_keys)
-    fitting = ts.choose_fitting(encoded, config, command.max_new_tokens)
+    fitting = p.choose_fitting(
+        encoded, config.max_position_embeddings, command.max_new_tokens
+    )
     # More rows than there are prompts would only repeat them.
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(command.batch_size, -(-len(fitting) // parts) * parts)
-    limit = command.max_new_tokens
     about = command.seed, sampling, command.dtype, date
-    job = ts.Job(command.model, digest(prompts), limit, *about)
-    file = ts.SampleFile(pathlib.Path(command.output), job, overwrite=command.overwrite)
-    left = [one for one in fitting if one.prompt.number >= file.done]
+    job = p.Job(command.model, p.digest(prompts), command.max_new_tokens, *about)
+    path = pathlib.Path(command.output)
+    file = p.CompletionsFile(path, job, overwrite=command.overwrite)
+    left = [one for one in fitting if one.number >= file.done]
     console.print(
         f"{len(prompts)} prompts, {len(prompts) - len(fitting)} of them too long, "
         f"{len(fitting) - len(left)} answered before",
@@ -112,12 +113,12 @@ def write_answers(command: Command, console: Console) -> None:
     )
     for note in model.notes:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
-    batches = ts.answer_prompts(model, left, job, batch_size=size, mesh=mesh)
+    batches = complete_prompts(model, left, job, batch_size=size, mesh=mesh)
     count = -(-len(left) // size)
-    written = sum(
-        file.write(samples)
-        for samples in track(batches, "answering", total=count, console=console)
-    )
+    written = 0
+    for records in track(batches, "answering", total=count, console=console):
+        file.write(records)
+        written += len(records)
     console.print(
         f"{written} answers written to {command.output}, {len(left) - written} empty "
         "ones left out",
@@ -128,7 +129,6 @@ def write_answers(command: Command, console: Console) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
-    cli.say_way_on("The same command goes on with the prompts that are left.")
     try:
         command = _flags.parse(Command, arguments, __doc__)
         _flags.keep_compiled()

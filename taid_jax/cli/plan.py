@@ -13,7 +13,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from taid_jax import cli
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, refuse
 from taid_jax.settings import Settings
@@ -43,7 +42,6 @@ def show(settings: Settings, machine: str) -> int:
     """
     from taid_jax.plan import make_plan
 
-    cli.say_way_on("Nothing was begun that a plan goes on with.")
     _flags.keep_compiled()
     make_plan(settings, machine, Console())
     return 0

@@ -14,7 +14,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from taid_jax import cli
 from taid_jax.cli import _flags
 from taid_jax.data.errors import FILTERS, REASONS
 from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
@@ -97,7 +96,6 @@ def show(manifest: Manifest, console: Console) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
-    cli.say_way_on("The same command goes on from here.")
     console = Console()
     try:
         command = parse(arguments)

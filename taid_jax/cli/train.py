@@ -89,7 +89,6 @@ def with_mesh_for_here(settings: Settings, console: Console) -> Settings:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
-    cli.say_way_on("The same command with --resume goes on")
     try:
         command = parse(arguments)
         if command.plan is not None:

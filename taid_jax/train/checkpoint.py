@@ -284,12 +284,12 @@ class _NoTracebacks(logging.Filter):
             sys.unraisablehook = self._hook
 
 
-def _cost(metrics: Mapping[str, float]) -> float:
-    return metrics["cost"]
+def _selection(metrics: Mapping[str, float]) -> float:
+    return metrics["selection"]
 
 
-def _known(cost: float | None) -> bool:
-    return cost is not None and math.isfinite(cost)
+def _known(metric: float | None) -> bool:
+    return metric is not None and math.isfinite(metric)
 
 
 class Checkpoints:
@@ -317,14 +317,14 @@ class Checkpoints:
         self._silence = _NoTracebacks()
         options = ocp.CheckpointManagerOptions(
             create=True,
-            # Only with this are costs written, so that a resumed run knows the best.
-            best_fn=_cost,
+            # Only with this is it written, so that a resumed run knows the best.
+            best_fn=_selection,
             best_mode="min",
             preservation_policy=managers.AnyPreservationPolicy(
                 [
                     managers.LatestN(keep),
                     managers.BestN(
-                        get_metric_fn=_cost,
+                        get_metric_fn=_selection,
                         reverse=True,
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -392,7 +392,7 @@ class Checkpoints:
         data_state: dict[str, Any],
         settings: Settings,
         *,
-        cost: float | None = None,
+        metric: float | None = None,
     ) -> None:
         """Starts saving; the state may be donated as soon as this returns.
 
@@ -401,7 +401,7 @@ class Checkpoints:
             state: What is saved; the teacher is not.
             data_state: Of the data iterator; JSON.
             settings: Of the run.
-            cost: Of this state where it was evaluated; the lowest is the best.
+            metric: The selection metric where it was evaluated; lower is better.
         """
         self.wait()
         self._saving = step
@@ -414,7 +414,7 @@ class Checkpoints:
                     settings=ocp.args.JsonSave(to_dict(settings)),
                 ),
                 # Orbax wants a figure of each.
-                metrics={"cost": cost if _known(cost) else math.inf},
+                metrics={"selection": metric if _known(metric) else math.inf},
                 force=True,
             )
 

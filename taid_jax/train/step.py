@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions of the state, jitted."""
+"""The train step: a pure function of the state, jitted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
 from taid_jax.loss import distillation_sums, fused_loss
-from taid_jax.schedule import TAIDState
 from taid_jax.sharding import activations_on
+from taid_jax.train.objective import MakeObjective, Objective
 from taid_jax.train.state import DistillState, all_finite, updates_applied
 from taid_jax.types import IGNORE_INDEX, Batch, ModelFunctions, Params
 
-Objective = Callable[..., Array]
-MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
-"""`(schedule, learned, step) -> objective`: the objective of one step."""
-
 Metrics = dict[str, Array]
 TrainStep = Callable[[DistillState, Params, Batch], tuple[DistillState, Metrics]]
-EvalStep = Callable[[Params, Params, Batch], Metrics]
 
 
 def next_token_labels(batch: Batch) -> Int[Array, "batch length"]:
@@ -62,6 +57,8 @@ def batch_loss(
 ) -> tuple[Float32[Array, ""], Metrics]:
     """Returns the loss summed over the counted tokens of a batch, and its sums.
 
+    The fused head is used when both models offer hidden states, unless not `fused`.
+
     Args:
         objective: Loss of a token.
         student: Functions of the student.
@@ -71,8 +68,7 @@ def batch_loss(
         batch: Arrays of shape `(batch, length)`.
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
-        fused: Use the fused head where both models offer hidden states; else the
-            logits of the whole batch are built.
+        fused: Use the fused head where both models offer hidden states and head.
 
     Returns:
         The sum in nats, and `{"num_tokens": counted tokens, metric: sum, ...}`.
@@ -171,8 +167,7 @@ def make_train_step(
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
         shardings: Where the new state lives; as XLA likes when None.
-        fused: Use the fused head where both models offer hidden states; else the
-            logits of the whole batch are built.
+        fused: Use the fused head where both models offer hidden states and head.
 
     Returns:
         A function whose metrics are float32 scalars: `loss`, `distil_loss`, the
@@ -263,51 +258,9 @@ def make_train_step(
             opt_state=keep(opt_state, state.opt_state),
             schedule=schedule,
             learned=learned,
-            rng=state.rng,
         )
         return state, metrics
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
-
-
-def make_eval_step(
-    student: ModelFunctions,
-    teacher: ModelFunctions,
-    objective: Objective,
-    *,
-    chunk_size: int | None = None,
-    mesh: Mesh | None = None,
-    fused: bool = True,
-) -> EvalStep:
-    """Returns the jitted `(params, teacher_params, batch) -> sums`, without gradients.
-
-    Args:
-        student: Functions of the student.
-        teacher: Functions of the teacher.
-        objective: Loss and metrics of a token.
-        chunk_size: Tokens of a chunk of the fused head; chosen when None.
-        mesh: Where the batch lives, when on several devices.
-        fused: Use the fused head where both models offer hidden states; else the
-            logits of the whole batch are built.
-
-    Returns:
-        A function whose result has `loss`, `num_tokens` and one sum per metric.
-    """
-
-    def step(params: Params, teacher_params: Params, batch: Batch) -> Metrics:
-        loss_sum, sums = batch_loss(
-            objective,
-            student,
-            params,
-            teacher,
-            teacher_params,
-            batch,
-            chunk_size=chunk_size,
-            mesh=mesh,
-            fused=fused,
-        )
-        return {"loss": loss_sum, **sums}
-
-    return jax.jit(step)

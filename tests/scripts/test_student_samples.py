@@ -33,11 +33,11 @@ def test_train_tpu_trains_on_the_students_own_answers(
     assert train_tpu.main([*arguments, *flags]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert sum(row["student_samples"] for row in rows) > 0
-    assert rows[-1]["replay_buffer"] > 0
+    assert sum(row["on_policy"] for row in rows) > 0
+    assert rows[-1]["buffer_size"] > 0
     if sampler == "mixed":
-        assert sum(row["student_samples"] for row in rows) < len(rows)
-        assert rows[-1]["sample_threshold"] == 0
+        assert sum(row["on_policy"] for row in rows) < len(rows)
+        assert rows[-1]["on_policy_threshold"] == 0
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
 
 
@@ -104,9 +104,9 @@ def test_train_tpu_two_processes_take_the_samples_of_one(
             process.kill()
     assert train_tpu.main([*flags, f"--output={tmp_path / 'whole'}"]) == 0
     shared, whole = _rows(tmp_path / "shared"), _rows(tmp_path / "whole")
-    assert 0 < sum(row["student_samples"] for row in whole) < len(whole)
+    assert 0 < sum(row["on_policy"] for row in whole) < len(whole)
     for row, other in zip(shared, whole, strict=True):
-        for key in ("student_samples", "replay_buffer"):
+        for key in ("on_policy", "buffer_size"):
             assert row[key] == other[key]
         # Float32 sums in another order.
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _rows(folder):
-    from taid_jax.train.utilisation import MEASURED
+    from taid_jax.train.throughput import MEASURED
 
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

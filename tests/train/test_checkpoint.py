@@ -30,7 +30,7 @@ def test_checkpoints_restore_gives_back_every_bit(tmp_path, state):
     settings = from_dict({"steps": 9, "seed": 4})
     store = c.Checkpoints(tmp_path / "checkpoints")
     state = state._replace(step=jnp.int32(3))
-    store.save(3, state, {"epoch": 1, "next": [2, 5]}, settings, cost=0.5)
+    store.save(3, state, {"epoch": 1, "next": [2, 5]}, settings, metric=0.5)
     store.close()
     again = c.Checkpoints(tmp_path / "checkpoints")
     found = again.restore(jax.tree.map(jnp.zeros_like, state))
@@ -44,7 +44,7 @@ def test_checkpoints_restore_gives_back_every_bit(tmp_path, state):
 def test_checkpoints_keep_the_last_and_the_best(tmp_path, state):
     store = c.Checkpoints(tmp_path, keep=2)
     for step, cost in enumerate([3.0, 1.0, 2.0, None, 4.0]):
-        store.save(step, state, {}, Settings(), cost=cost)
+        store.save(step, state, {}, Settings(), metric=cost)
     store.wait()
     assert store.steps() == [1, 3, 4]
     assert store.latest_step() == 4
@@ -54,11 +54,11 @@ def test_checkpoints_keep_the_last_and_the_best(tmp_path, state):
 def test_checkpoints_best_is_remembered_by_a_resumed_run(tmp_path, state):
     store = c.Checkpoints(tmp_path, keep=2)
     for step, cost in enumerate([3.0, 1.0, 2.0]):
-        store.save(step, state, {}, Settings(), cost=cost)
+        store.save(step, state, {}, Settings(), metric=cost)
     store.close()
     again = c.Checkpoints(tmp_path, keep=2)
     for step, cost in ((3, 5.0), (4, None), (5, float("nan")), (6, 4.0)):
-        again.save(step, state, {}, Settings(), cost=cost)
+        again.save(step, state, {}, Settings(), metric=cost)
     again.wait()
     assert again.steps() == [1, 5, 6]
     again.close()

@@ -33,14 +33,13 @@ def saved(tmp_path_factory):
         opt_state=(jax.tree.map(jnp.zeros_like, params),),
         schedule=jnp.float32(0.25),
         learned=None,
-        rng=jnp.arange(2, dtype="uint32"),
     )
     folder = tmp_path_factory.mktemp("saved") / "run"
     with c.Checkpoints(folder / CHECKPOINTS, keep=3) as store:
         for step in STEPS:
             settings = from_dict(SETTINGS | {"output": str(folder)})
             store.save(
-                step, _at(state, step), {"place": step}, settings, cost=float(step)
+                step, _at(state, step), {"place": step}, settings, metric=float(step)
             )
     (folder / "settings.json").write_text(json.dumps(SETTINGS))
     return folder, state

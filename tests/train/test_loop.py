@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from taid_jax.errors import ModelError
-from taid_jax.evaluate import HeldOut
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import loop as lp
 from taid_jax.train.checkpoint import Checkpoints
-from taid_jax.train.logbook import LOGGED
+from taid_jax.train.evaluate import HeldOut
+from taid_jax.train.metrics import LOGGED
 from taid_jax.train.report import read_lines
 from taid_jax.train.run import best_state
-from taid_jax.train.utilisation import MEASURED
+from taid_jax.train.throughput import MEASURED
 
 
 class Batches:
@@ -332,3 +332,52 @@ def test_best_state_is_the_best_by_the_asked_figure(
         )
     ]
     assert any(changed) == (best != 12)
+
+
+def test_loop_reads_metrics_after_the_next_step_was_handed_over(make_loop, monkeypatch):
+    events = []
+    loop, state = make_loop(eval_every=0, save_every=0)
+    step, read = loop.train_step, jax.device_get
+
+    def noted(*arguments):
+        events.append("handed over")
+        return step(*arguments)
+
+    def device_get(values):
+        events.append("read")
+        return read(values)
+
+    loop.train_step = noted
+    monkeypatch.setattr(jax, "device_get", device_get)
+    loop.run(state)
+    # What is read before the first step is the start's evaluation.
+    first = events.index("handed over")
+    wanted = ["handed over", "handed over", "read", "handed over"]
+    assert events[first : first + 4] == wanted
+    assert events.count("handed over") == 12
+
+
+def test_loop_seconds_of_saving_are_told(make_loop):
+    loop, state = make_loop(eval_every=0, save_every=5)
+    loop.run(state)
+    rows = read_lines(loop.folder / "metrics.jsonl")
+    # In the line after the save.
+    assert [row["step"] for row in rows if row["save_seconds"] > 0] == [6, 11]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signals_notes_the_first_and_lets_the_second_through(number):
+    came = []
+    before = signal.signal(number, lambda *_: came.append("before"))
+    try:
+        with lp.stop_signals() as signals:
+            assert signals.asked(1) is None
+            os.kill(os.getpid(), number)
+            assert signals.asked(2) == signal.Signals(number).name
+            assert not came
+            os.kill(os.getpid(), number)
+            assert came == ["before"]
+        os.kill(os.getpid(), number)
+        assert came == ["before", "before"]
+    finally:
+        signal.signal(number, before)

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ MEASURED = (
     "mfu",
     "step_seconds",
     "data_seconds",
-    "sample_seconds",
+    "generate_seconds",
     "dispatch_seconds",
     "host_seconds",
     "save_seconds",
@@ -48,17 +47,10 @@ class StepFlops(NamedTuple):
     teacher_head: int
     repeated: int
 
-    def student_total(self, counted: float) -> float:
-        """Returns the student's operations with this many counted tokens."""
-        return self.student + counted * self.student_head
-
-    def teacher_total(self, counted: float) -> float:
-        """Returns the teacher's operations with this many counted tokens."""
-        return self.teacher + counted * self.teacher_head
-
     def total(self, counted: float) -> float:
         """Returns the operations of both with this many counted tokens."""
-        return self.student_total(counted) + self.teacher_total(counted)
+        heads = counted * (self.student_head + self.teacher_head)
+        return self.student + self.teacher + heads
 
 
 def step_flops(
@@ -99,44 +91,39 @@ def step_flops(
         "none": mine.attention // 2,
         "dots": mine.attention + mine.attention // 2,
         "full": mine.attention + mine.attention // 2 + mine.projections - last,
-    }
-    used = 1 if teacher_used else 0
+    }[remat]
     layers = 3 * (mine.projections + mine.attention)
-    teacher_layers = used * (theirs.projections + theirs.attention)
-    heads = 3 * mine.head, used * theirs.head
+    teacher_layers = teacher_used * (theirs.projections + theirs.attention)
+    head, teacher_head = 3 * mine.head, teacher_used * theirs.head
     if not fused:
-        return StepFlops(
-            layers + heads[0], teacher_layers + heads[1], 0, 0, repeated[remat]
-        )
-    mine_each, theirs_each = (head // (batch * length) for head in heads)
-    return StepFlops(layers, teacher_layers, mine_each, theirs_each, repeated[remat])
+        return StepFlops(layers + head, teacher_layers + teacher_head, 0, 0, repeated)
+    tokens = batch * length
+    each = head // tokens, teacher_head // tokens
+    return StepFlops(layers, teacher_layers, *each, repeated)
 
 
-@dataclasses.dataclass
-class Meter:
+class Throughput:
     """Where the time of the steps goes, and what share of the chips' peak is used.
 
-    Attributes:
+    Args:
         flops: Of a step; nothing is said of operations when None.
         chips: Devices that share a step.
         peak: Operations per second that one of them can do; None when it is not known.
     """
 
-    flops: StepFlops | None = None
-    chips: int = 1
-    peak: float | None = None
-
-    def __post_init__(self):
+    def __init__(
+        self, flops: StepFlops | None = None, chips: int = 1, peak: float | None = None
+    ):
+        self.flops, self.chips, self.peak = flops, chips, peak
         self._spent: dict[str, float] = collections.defaultdict(float)
         self._all: dict[str, float] = collections.defaultdict(float)
-        self._began = time.perf_counter()
-        self._counted = 0.0
+        self.start()
 
     @contextlib.contextmanager
     def measured(self, part: str) -> Iterator[None]:
         """Within it the time goes to a part of a step, or to what is none of it.
 
-        Parts are data, sample, dispatch and wait; outside are evaluate and save.
+        Parts are data, generate, dispatch and wait; outside are evaluate and save.
         """
         began = time.perf_counter()
         try:
@@ -165,7 +152,7 @@ class Meter:
         Returns:
             The names of `MEASURED`. Seconds are those of a step on average, on this
             host: `step_seconds` from one to the next, `data_seconds` until a batch lies
-            on its devices, `sample_seconds` until the student has answered,
+            on its devices, `generate_seconds` until the student has completed prompts,
             `dispatch_seconds` handing the step over (on several CPU devices JAX
             computes meanwhile), `host_seconds` all that the host does beside these and
             beside waiting, data included. `save_seconds` is the whole time that
@@ -173,52 +160,67 @@ class Meter:
             are those of both models without what is repeated; MFU is their share of
             the peak.
         """
-        now = time.perf_counter()
         spent = self._spent
         outside = spent["evaluate"] + spent["save"]
         # A clock with coarse ticks must not divide by 0.
-        seconds = max(now - self._began - outside, 1e-9)
-        busy = spent["wait"] + spent["dispatch"] + spent["sample"]
+        seconds = max(time.perf_counter() - self._began - outside, 1e-9)
+        busy = spent["wait"] + spent["dispatch"] + spent["generate"]
         rate = steps * tokens / seconds
         found: dict[str, float | None] = {
             "tokens_per_second": rate,
             "tokens_per_second_per_chip": rate / self.chips,
             "step_seconds": seconds / steps,
             "data_seconds": spent["data"] / steps,
-            "sample_seconds": spent["sample"] / steps,
+            "generate_seconds": spent["generate"] / steps,
             "dispatch_seconds": spent["dispatch"] / steps,
             "host_seconds": max(seconds - busy, 0.0) / steps,
             "save_seconds": spent["save"],
         }
         if self.flops is not None:
             done = steps * self.flops.total(self._counted / steps)
-            found["flops_per_second_per_chip"] = done / seconds / self.chips
-            found["mfu"] = self._share_of_peak(done / seconds / self.chips)
+            per_chip = done / seconds / self.chips
+            found["flops_per_second_per_chip"] = per_chip
+            found["mfu"] = per_chip / self.peak if self.peak else None
         self.start()
         return found
 
-    def _share_of_peak(self, per_second: float) -> float | None:
-        return per_second / self.peak if self.peak else None
+    def summary(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns how busy a whole run kept its devices, for its report.
 
-    def totals(self) -> dict[str, float]:
-        """Returns the seconds of the run's evaluations and saves."""
-        return {
-            f"{part}_seconds": self._all[part] + self._spent[part]
-            for part in ("evaluate", "save")
+        Args:
+            rows: Of `metrics.jsonl`.
+
+        Returns:
+            Medians of what is in `MEASURED`, `chips`, `peak_flops_per_chip`, the
+            operations of a step (`student_flops`, `teacher_flops`, `repeated_flops`,
+            over all chips), and the seconds that evaluations and saves took in this
+            process.
+        """
+        found: dict[str, Any] = {
+            "chips": self.chips,
+            "peak_flops_per_chip": self.peak,
         }
+        for name in MEASURED:
+            values = [row[name] for row in rows if row.get(name) is not None]
+            found[name] = float(np.median(values)) if values else None
+        if self.flops is not None and rows:
+            counted = float(np.mean([row.get("tokens") or 0.0 for row in rows]))
+            flops = self.flops
+            student = flops.student + counted * flops.student_head
+            teacher = flops.teacher + counted * flops.teacher_head
+            found["student_flops"] = round(student)
+            found["teacher_flops"] = round(teacher)
+            found["repeated_flops"] = flops.repeated
+        # Both are rare: of saves too the sum is told.
+        for part in ("evaluate", "save"):
+            found[f"{part}_seconds"] = self._all[part] + self._spent[part]
+        return found
 
 
-def make_meter(
+def make_throughput(
     settings: Settings, student: DecoderConfig, teacher: DecoderConfig, mesh: Mesh
-) -> Meter:
-    """Returns the meter of a run.
-
-    Args:
-        settings: Of the run.
-        student: Its architecture.
-        teacher: Its architecture.
-        mesh: All devices of the run.
-    """
+) -> Throughput:
+    """Returns the throughput of a run, with nothing measured yet."""
     flops = step_flops(
         student,
         teacher,
@@ -228,34 +230,9 @@ def make_meter(
         fused=settings.run.fused,
         teacher_used=settings.objective.objective != "sft",
     )
-    if settings.data.buckets:
-        flops = None  # Batches differ in length.
     kinds = {device.device_kind for device in mesh.devices.flat}
-    peak = peak_flops(kinds.pop()) if len(kinds) == 1 else None
-    return Meter(flops, mesh.size, peak)
-
-
-def summarize(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns how busy a whole run kept its devices, for its report.
-
-    Args:
-        meter: Of the run.
-        rows: Of `metrics.jsonl`.
-
-    Returns:
-        Medians of what is in `MEASURED`, `chips`, `peak_flops_per_chip`, the operations
-        of a step (`student_flops`, `teacher_flops`, `repeated_flops`, over all chips),
-        and the seconds that evaluations and saves took in this process.
-    """
-    found: dict[str, Any] = {"chips": meter.chips, "peak_flops_per_chip": meter.peak}
-    for name in MEASURED:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        # Saves are rare: their sum is told below.
-        if name != "save_seconds":
-            found[name] = float(np.median(values)) if values else None
-    if meter.flops is not None and rows:
-        counted = float(np.mean([row.get("tokens") or 0.0 for row in rows]))
-        found["student_flops"] = round(meter.flops.student_total(counted))
-        found["teacher_flops"] = round(meter.flops.teacher_total(counted))
-        found["repeated_flops"] = meter.flops.repeated
-    return found | meter.totals()
+    return Throughput(
+        None if settings.data.buckets else flops,  # Batches differ in length.
+        mesh.size,
+        peak_flops(kinds.pop()) if len(kinds) == 1 else None,
+    )

@@ -1,4 +1,4 @@
-"""What a run writes down on the way: lines of metrics, TensorBoard, a clock."""
+"""What a run writes down on the way: lines of metrics, evaluations, TensorBoard."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 from tensorboardX.event_file_writer import EventsWriter
@@ -14,37 +14,19 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from taid_jax.distributed import broadcast, is_main_process
-from taid_jax.evaluate import HeldOut
 from taid_jax.train.folder import writing
-from taid_jax.train.report import EVALUATIONS, METRICS, Lines, read_lines
+from taid_jax.train.report import EVALUATIONS, METRICS, Lines, Progress, read_lines
 from taid_jax.train.step import Metrics
-from taid_jax.train.utilisation import Meter
+from taid_jax.train.throughput import Throughput
+
+LOGGED = ("loss", "kl_teacher", "t", "delta_t", "learning_rate", "grad_norm")
 
 # Made when it is imported, from a description that type checkers do not see.
 Event: Any = vars(event_pb2)["Event"]
 SessionLog: Any = vars(event_pb2)["SessionLog"]
 
-LOGGED = ("loss", "kl_teacher", "t", "delta_t", "learning_rate", "grad_norm")
 
-
-@runtime_checkable
-class Progress(Protocol):
-    """Somebody who is shown how it goes."""
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Shows a logged step."""
-        ...
-
-    def evaluation(self, step: int, found: HeldOut) -> None:
-        """Shows a held-out evaluation."""
-        ...
-
-    def say(self, text: str) -> None:
-        """Shows a line of text."""
-        ...
-
-
-class _Board:
+class _TensorBoard:
     """Events for TensorBoard; those from `first` on that are there are hidden.
 
     Written here and now: a thread that cannot write would end without a word, and let
@@ -75,35 +57,15 @@ class _Board:
             self._writer.flush()
 
     def close(self) -> None:
-        """Closes the file."""
         with writing(self._folder):
             self._writer.close()
 
 
-class _Files(contextlib.ExitStack):
-    """Where rows go; all files are closed together."""
-
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        start: int,
-        evaluations: Sequence[Mapping[str, Any]],
-    ):
-        super().__init__()
-        self.metrics = Lines(folder / METRICS, first_dropped=start + 1)
-        self.callback(self.metrics.close)
-        self.evaluations = Lines(
-            folder / EVALUATIONS, first_dropped=start + 1, rows=evaluations
-        )
-        self.callback(self.evaluations.close)
-        self.board = _Board(folder / "tensorboard", start + 1)
-        self.callback(self.board.close)
-
-
-class Logbook:
+class MetricsLogger(contextlib.ExitStack):
     """Writes steps and evaluations to files, to TensorBoard and to who is shown them.
 
     Of several processes the first writes, and all know the rows of evaluations.
+    Closing it closes the files.
 
     Args:
         folder: Of the run.
@@ -111,7 +73,7 @@ class Logbook:
         last: The last step, which is always written.
         every: Steps between lines of metrics.
         progress: Who is shown how it goes.
-        meter: Of the time that steps take.
+        throughput: Of the steps.
         evaluations: Rows of the evaluations before; what their file says when None.
 
     Attributes:
@@ -128,11 +90,14 @@ class Logbook:
         last: int,
         every: int,
         progress: Progress,
-        meter: Meter,
+        throughput: Throughput,
         evaluations: Sequence[Mapping[str, Any]] | None = None,
     ):
+        super().__init__()
         self._every, self._last, self._progress = every, last, progress
-        self._files: _Files | None = None
+        self._throughput, self._logged = throughput, start
+        self.skipped_in_row = 0
+        self.not_finite: str | None = None
         rows = broadcast(lambda: read_lines(folder / EVALUATIONS))
         rows = [row for row in rows if row["step"] <= start]
         if evaluations is not None:
@@ -140,12 +105,17 @@ class Logbook:
                 progress.say(f"{EVALUATIONS} is not the checkpoint's: written anew")
             rows = [*map(dict, evaluations)]
         self.evaluations: list[dict[str, Any]] = rows
-        if is_main_process():
-            self._files = _Files(folder, start, rows)
-        self.skipped_in_row = 0
-        self.not_finite: str | None = None
-        self._meter = meter
-        self._logged = start
+        self._writes = is_main_process()
+        if self._writes:
+            first = start + 1
+            self._metrics_file = Lines(folder / METRICS, first_dropped=first)
+            self.callback(self._metrics_file.close)
+            self._evaluations_file = Lines(
+                folder / EVALUATIONS, first_dropped=first, rows=rows
+            )
+            self.callback(self._evaluations_file.close)
+            self._board = _TensorBoard(folder / "tensorboard", first)
+            self.callback(self._board.close)
 
     def step(self, step: int, metrics: Metrics, tokens: int) -> None:
         """Writes a step down, when it is one of those that are.
@@ -155,13 +125,13 @@ class Logbook:
             metrics: Of the step; this waits for them.
             tokens: Slots of its batch, padding included.
         """
-        with self._meter.measured("wait"):
+        with self._throughput.measured("wait"):
             read = jax.device_get(metrics)
         values = {key: float(value) for key, value in read.items()}
-        self._meter.count(values.get("tokens", float(tokens)))
+        self._throughput.count(values.get("tokens", float(tokens)))
         skipped = bool(values.pop("skipped"))
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
-        self.not_finite = _not_finite(values) if skipped else None
+        self.not_finite = _what_is_not_finite(values) if skipped else None
         if skipped:
             self._progress.say(
                 f"step {step}: loss {values['loss']}, gradient norm "
@@ -170,7 +140,7 @@ class Logbook:
             )
         if step % self._every and step != self._last:
             return
-        measured = self._meter.take(step - self._logged, tokens)
+        measured = self._throughput.take(step - self._logged, tokens)
         self._logged = step
         row: dict[str, Any] = {"step": step}
         row |= {key: values.get(key) for key in LOGGED}
@@ -178,27 +148,21 @@ class Logbook:
             row["kl_target"] = values["kl_target"]
         row |= {key: value for key, value in values.items() if key not in row}
         row |= {"skipped": skipped, "not_finite": self.not_finite, **measured}
-        if self._files:
-            self._files.metrics.write(row)
-            self._files.board.draw("train", row)
+        if self._writes:
+            self._metrics_file.write(row)
+            self._board.draw("train", row)
         self._progress.step(row)
 
-    def evaluation(self, step: int, found: HeldOut) -> None:
-        """Writes a held-out evaluation down."""
-        row = {"step": step, **found._asdict()}
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Writes a held-out evaluation down: its `step` and its figures."""
         self.evaluations.append(row)
-        if self._files:
-            self._files.evaluations.write(row)
-            self._files.board.draw("held_out", row)
-        self._progress.evaluation(step, found)
-
-    def close(self) -> None:
-        """Closes the files."""
-        if self._files:
-            self._files.close()
+        if self._writes:
+            self._evaluations_file.write(row)
+            self._board.draw("held_out", row)
+        self._progress.evaluation(row)
 
 
-def _not_finite(values: Mapping[str, float]) -> str:
+def _what_is_not_finite(values: Mapping[str, float]) -> str:
     for name, key in (("loss", "loss"), ("gradient", "grad_norm")):
         if not math.isfinite(values[key]):
             return name

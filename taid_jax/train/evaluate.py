@@ -1,34 +1,47 @@
-"""How far a student is from its teacher on text that neither was trained on here."""
+"""Held-out evaluation of a student: KL to the teacher, perplexities, completions."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
+from taid_jax.data import Dataset, held_out_batches
 from taid_jax.errors import ModelError
 from taid_jax.loss import CrossEntropy, ForwardKL
 from taid_jax.loss._objective import Objective, register_objective
-from taid_jax.settings import SelectionMetric
-from taid_jax.sharding import place_batch
+from taid_jax.models.decoder import decoder_functions
+from taid_jax.models.files.tokenizer import Tokenizer
+from taid_jax.settings import SelectionMetric, Settings
+from taid_jax.sharding import batch_part, place_batch
+from taid_jax.train.completions import EvalCompletions, score
+from taid_jax.train.inputs import Pair
+from taid_jax.train.objective import MakeObjective, make_objective, make_scheduler
+from taid_jax.train.on_policy.prompts import EvalPrompt
 from taid_jax.train.state import DistillState
-from taid_jax.train.step import MakeObjective, Metrics, batch_loss
+from taid_jax.train.step import Metrics, batch_loss
 from taid_jax.types import Batch, ModelFunctions, Params
 
-JudgeStep = Callable[[DistillState, Params, Batch], Metrics]
+EvalStep = Callable[[DistillState, Params, Batch], Metrics]
 
 
-@jax.tree_util.register_dataclass
+@register_objective
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """KL(teacher || student) of a token at temperature 1, and both models' surprise.
+class Evaluation:
+    """KL(teacher || student) of a token, and what else is measured in the same pass.
 
     An objective like any other, so that it runs through the fused head.
+
+    Attributes:
+        objective: What the student is taught by.
     """
+
+    objective: Objective
 
     def __call__(
         self,
@@ -45,43 +58,11 @@ class Comparison:
         teacher_logits: Float[Array, "*tokens vocab"],
         labels: Int[Array, "*tokens"] | None = None,
     ) -> dict[str, Float32[Array, "*tokens"]]:
-        """Returns `student_nll` and `teacher_nll`, nats per token, `(*tokens,)`."""
+        """Returns both cross-entropies and the objective, nats per token."""
         nll = CrossEntropy()
         return {
             "student_nll": nll(student_logits, teacher_logits, labels),
             "teacher_nll": nll(teacher_logits, student_logits, labels),
-        }
-
-
-@register_objective
-@dataclasses.dataclass(frozen=True)
-class Judging:
-    """`Comparison`, with the run's own objective as a further metric of the same pass.
-
-    Attributes:
-        objective: What the student is taught by.
-    """
-
-    objective: Objective
-
-    def __call__(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "*tokens vocab"],
-        labels: Int[Array, "*tokens"] | None = None,
-    ) -> Float32[Array, "*tokens"]:
-        """Returns KL(teacher || student) in nats per token, `(*tokens,)`."""
-        return Comparison()(student_logits, teacher_logits, labels)
-
-    def metrics(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "*tokens vocab"],
-        labels: Int[Array, "*tokens"] | None = None,
-    ) -> dict[str, Float32[Array, "*tokens"]]:
-        """Returns those of `Comparison` and `objective`, nats per token."""
-        return {
-            **Comparison().metrics(student_logits, teacher_logits, labels),
             "objective": self.objective(student_logits, teacher_logits, labels),
         }
 
@@ -109,27 +90,26 @@ class HeldOut(NamedTuple):
     exact_match: float | None = None
 
 
-def cost(
-    found: HeldOut | Mapping[str, Any], selection_metric: SelectionMetric
+def selection_metric(
+    found: HeldOut | Mapping[str, Any], name: SelectionMetric
 ) -> float:
-    """Returns the figure that decides, signed so that the lowest is the best.
+    """Returns the figure that chooses the best state, signed so that lower is better.
 
     Args:
         found: An evaluation, or a row of `evaluations.jsonl`.
-        selection_metric: Its name. ROUGE-L and exact match are the better the higher.
+        name: As in the settings. ROUGE-L and exact match are the better the higher.
 
     Returns:
         Infinity where it is missing, or it or another figure is not finite.
     """
-    values = found if isinstance(found, Mapping) else found._asdict()
-    value = values.get(selection_metric)
-    # A student that is no distribution may still have answers, and a score for them.
-    if value is None or not math.isfinite(value) or not_finite(values):
+    row = found._asdict() if isinstance(found, HeldOut) else found
+    value = row.get(name)
+    if value is None or not math.isfinite(value) or nonfinite_figures(row):
         return math.inf
     return -value if selection_metric in ("rouge_l", "exact_match") else value
 
 
-def not_finite(figures: Mapping[str, Any]) -> dict[str, float]:
+def nonfinite_figures(figures: Mapping[str, Any]) -> dict[str, float]:
     """Returns the figures of an evaluation that are not finite, by their names.
 
     A perplexity of inf is a number that a float cannot hold, and is not among them: the
@@ -147,14 +127,10 @@ def not_finite(figures: Mapping[str, Any]) -> dict[str, float]:
 def check_finite(found: HeldOut, student: str = "the student") -> None:
     """Refuses models whose figures are not finite, by the name of the one it is.
 
-    Args:
-        found: Their evaluation.
-        student: What the student is called.
-
     Raises:
         ModelError: If a figure is not finite.
     """
-    wrong = not_finite(found._asdict())
+    wrong = nonfinite_figures(found._asdict())
     if not wrong:
         return
     models = {"teacher_perplexity": "the teacher", "student_perplexity": student}
@@ -167,7 +143,7 @@ def check_finite(found: HeldOut, student: str = "the student") -> None:
     )
 
 
-def make_judge_step(
+def make_eval_step(
     student: ModelFunctions,
     teacher: ModelFunctions,
     make_objective: MakeObjective,
@@ -175,19 +151,11 @@ def make_judge_step(
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
     fused: bool = True,
-) -> JudgeStep:
+) -> EvalStep:
     """Returns the jitted `(state, teacher_params, batch) -> sums`, without gradients.
 
-    The state is read and not donated: nothing of it can change.
-
-    Args:
-        student: Functions of the student.
-        teacher: Functions of the teacher.
-        make_objective: As in `make_train_step`.
-        chunk_size: Tokens of a chunk of the fused head; chosen when None.
-        mesh: Where the batch lives, when on several devices.
-        fused: Use the fused head where both models offer hidden states; else the
-            logits of the whole batch are built.
+    The state is read and not donated: nothing of it can change. Arguments are those of
+    `make_train_step`.
 
     Returns:
         A function whose result has the sums `loss` (of the KL), `student_nll`,
@@ -197,7 +165,7 @@ def make_judge_step(
     def step(state: DistillState, teacher_params: Params, batch: Batch) -> Metrics:
         objective = make_objective(state.schedule, state.learned, state.step)
         loss_sum, sums = batch_loss(
-            Judging(objective),
+            Evaluation(objective),
             student,
             state.params,
             teacher,
@@ -213,44 +181,121 @@ def make_judge_step(
 
 
 def evaluate(
-    judge_step: JudgeStep,
+    eval_step: EvalStep,
     state: DistillState,
     teacher_params: Params,
     batches: Iterable[Mapping[str, np.ndarray]],
     mesh: Mesh,
 ) -> HeldOut:
-    """Returns KL, perplexities and loss over `batches`, weighted by token.
-
-    Args:
-        judge_step: From `make_judge_step`.
-        state: Holds the student; nothing is changed.
-        teacher_params: The teacher's.
-        batches: Held-out batches of one shape.
-        mesh: Where they go.
+    """Returns KL, perplexities and loss over held-out batches, weighted by token.
 
     Raises:
         ValueError: If no token counts.
     """
     total: dict[str, float] = {}
     for batch in batches:
-        sums = judge_step(state, teacher_params, place_batch(batch, mesh))
+        sums = eval_step(state, teacher_params, place_batch(batch, mesh))
         for key, value in sums.items():
             # Python floats are float64: long sums of float32 batches stay exact enough.
             total[key] = total.get(key, 0.0) + float(value)
-    weight = total.get("num_tokens", 0.0)
-    if not weight:
+    count = total.get("num_tokens", 0.0)
+    if not count:
         raise ValueError("the held-out batches have no counted token")
 
     def perplexity(nll: float) -> float:
         try:
-            return math.exp(nll / weight)
+            return math.exp(nll / count)
         except OverflowError:
             return math.inf
 
     return HeldOut(
-        kl=total["loss"] / weight,
+        kl=total["loss"] / count,
         student_perplexity=perplexity(total["student_nll"]),
         teacher_perplexity=perplexity(total["teacher_nll"]),
-        tokens=round(weight),
-        loss=total["objective"] / weight,
+        tokens=round(count),
+        loss=total["objective"] / count,
+    )
+
+
+def make_evaluator(
+    settings: Settings,
+    pair: Pair,
+    dataset: Dataset,
+    mesh: Mesh,
+    *,
+    tokenizer: Tokenizer,
+    prompts: Sequence[EvalPrompt] = (),
+) -> Callable[[DistillState], HeldOut]:
+    """Returns the evaluation of a state.
+
+    It depends on the state and the held-out data alone and changes neither, so that one
+    that is cut off and begun again gives the same.
+
+    Args:
+        settings: Of the run.
+        pair: Teacher and student.
+        dataset: With the held-out side.
+        mesh: Where batches go.
+        tokenizer: Of both models.
+        prompts: From `find_eval_prompts`; completions are not scored without any.
+
+    Raises:
+        SettingsError: If no prompt leaves room for a completion.
+    """
+    data, run, dtype = settings.data, settings.run, jnp.dtype(settings.model.dtype)
+    eval_step = make_eval_step(
+        decoder_functions(pair.student_config, dtype=dtype),
+        decoder_functions(pair.teacher.config, dtype=dtype),
+        make_objective(settings.objective)[0],
+        chunk_size=run.chunk_size,
+        mesh=mesh,
+        fused=run.fused,
+    )
+    part, parts = batch_part(mesh)
+    held_out = held_out_batches(
+        dataset.held_out,
+        data.batch_size,
+        limit=data.held_out_batches,
+        process_index=part,
+        process_count=parts,
+    )
+    completions = None
+    if prompts:
+        completions = EvalCompletions(
+            prompts,
+            tokenizer,
+            pair.student_config,
+            pair.generation,
+            max_new_tokens=settings.evaluation.eval_tokens,
+            batch_size=data.batch_size,
+            dtype=settings.model.dtype,
+            mesh=mesh,
+            shardings=pair.shardings,
+        )
+
+    def evaluator(state: DistillState) -> HeldOut:
+        found = evaluate(eval_step, state, pair.teacher.params, held_out, mesh)
+        # A model that is no distribution completes nothing.
+        if completions is None or nonfinite_figures(found._asdict()):
+            return found
+        scores = score(completions(state.params), completions.references)
+        return found._replace(**scores._asdict())
+
+    return evaluator
+
+
+def finished_state(settings: Settings, params: Params) -> DistillState:
+    """Returns a student as a state at the end of a run, to be evaluated.
+
+    Its loss is TAID's at `t_end`, CTKD's at the temperature that training starts with:
+    what a run learned beside the student is not exported with it.
+    """
+    steps = settings.run.steps
+    schedule = make_scheduler(settings.objective, steps).init()
+    return DistillState(
+        step=jnp.asarray(steps, jnp.int32),
+        params=params,
+        opt_state=(),
+        schedule=schedule._replace(t=jnp.asarray(settings.objective.t_end, "float32")),
+        learned=make_objective(settings.objective)[1],
     )

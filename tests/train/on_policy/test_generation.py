@@ -18,7 +18,9 @@ from taid_jax.models.files.load import export_model
 from taid_jax.models.generation import generate
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import make_mesh, replicated
-from taid_jax.train import answers as an
+from taid_jax.train.completions import EvalCompletions
+from taid_jax.train.on_policy import generation as gn
+from taid_jax.train.on_policy.prompts import EvalPrompt, find_eval_prompts
 
 WORDS = [f"w{number}" for number in range(30)]
 
@@ -83,77 +85,75 @@ def model():
 def _prepared(questions, tokenizer, model, **changes):
     mesh = make_mesh("data=1,fsdp=-1")
     options = {
-        "eval_tokens": 5,
+        "max_new_tokens": 5,
         "batch_size": 8,
         "dtype": "float32",
         "mesh": mesh,
         "shardings": jax.tree.map(lambda _: replicated(mesh), model[1]),
     }
-    return an.prepare_examination(
-        questions, tokenizer, model[0], {}, **(options | changes)
-    )
+    return EvalCompletions(questions, tokenizer, model[0], {}, **(options | changes))
 
 
 @pytest.mark.parametrize("train_on_prompts", [True, False])
 @pytest.mark.parametrize("pack", [True, False])
-def test_find_questions_parts_prompt_and_answer(
+def test_find_eval_prompts_parts_prompt_and_answer(
     dataset, tokenizer, pack, train_on_prompts
 ):
-    found = an.find_questions(dataset(pack, train_on_prompts).held_out, 100)
+    found = find_eval_prompts(dataset(pack, train_on_prompts).held_out, 100)
     assert found
     for question in found:
         prompt = tokenizer.decode(question.prompt.tolist()).split()
-        answer = tokenizer.decode(question.answer.tolist()).split()
+        answer = tokenizer.decode(question.reference.tolist()).split()
         # What the fixture wrote: the answer repeats the prompt's first word and last.
         assert answer == [prompt[0], prompt[-1], "<end>"]
 
 
-def test_find_questions_limit_and_order(dataset):
+def test_find_eval_prompts_limit_and_order(dataset):
     held_out = dataset().held_out
-    every = an.find_questions(held_out, 100)
-    few = an.find_questions(held_out, 3)
+    every = find_eval_prompts(held_out, 100)
+    few = find_eval_prompts(held_out, 3)
     assert len(few) == 3
     for a, b in zip(few, every, strict=False):
         np.testing.assert_array_equal(a.prompt, b.prompt)
-    assert an.find_questions(held_out, 0) == []
+    assert find_eval_prompts(held_out, 0) == []
 
 
-def test_find_questions_running_text_is_asked_to_be_gone_on_with(dataset):
-    found = an.find_questions(dataset(texts=20).held_out, 100)
-    halves = [question for question in found if len(question.answer) == 2]
+def test_find_eval_prompts_running_text_is_asked_to_be_gone_on_with(dataset):
+    found = find_eval_prompts(dataset(texts=20).held_out, 100)
+    halves = [question for question in found if len(question.reference) == 2]
     assert halves
     # "w0 w1 w3" and the end: two tokens each.
-    assert all(question.answer.tolist() == [6, 0] for question in halves)
+    assert all(question.reference.tolist() == [6, 0] for question in halves)
 
 
-def test_find_questions_none_is_an_error(dataset):
+def test_find_eval_prompts_none_is_an_error(dataset):
     held_out = dataset().held_out
     zeros = np.zeros_like(held_out.table.prompts)
     table = dataclasses.replace(held_out.table, prompts=zeros, answer_ends=zeros)
     held_out = dataclasses.replace(held_out, table=table)
     with pytest.raises(DataError, match=r"no held-out example has a prompt.*0"):
-        an.find_questions(held_out, 4)
+        find_eval_prompts(held_out, 4)
 
 
 def test_end_ids_of_tokenizer_model_and_template(tokenizer):
     def asked(last):
-        return an.Question(np.array([4, 5], np.int32), np.array([6, last], np.int32))
+        return EvalPrompt(np.array([4, 5], np.int32), np.array([6, last], np.int32))
 
-    assert an.end_ids(tokenizer, {}) == (0,)
-    assert an.end_ids(tokenizer, {"eos_token_id": 7}) == (0, 7)
-    assert an.end_ids(tokenizer, {"eos_token_id": [7, 9]}) == (0, 7, 9)
+    assert gn.end_ids(tokenizer, {}) == (0,)
+    assert gn.end_ids(tokenizer, {"eos_token_id": 7}) == (0, 7)
+    assert gn.end_ids(tokenizer, {"eos_token_id": [7, 9]}) == (0, 7, 9)
     # What a template ends a turn with, but no word.
-    assert an.end_ids(tokenizer, {}, [asked(1), asked(12)]) == (0, 1)
+    assert gn.end_ids(tokenizer, {}, [asked(1), asked(12)]) == (0, 1)
 
 
 def test_end_ids_of_running_text_is_not_where_it_was_cut(tokenizer):
     questions = [
-        an.Question(np.array([4], np.int32), np.array([5, last], np.int32))
+        EvalPrompt(np.array([4], np.int32), np.array([5, last], np.int32))
         for last in (1, 4, 7)
     ]
-    assert an.end_ids(tokenizer, {}, questions) == (0,)
+    assert gn.end_ids(tokenizer, {}, questions) == (0,)
     # Nor an id that there is no token for.
-    assert an.end_ids(tokenizer, {"eos_token_id": [0, 99, -1]}) == (0,)
+    assert gn.end_ids(tokenizer, {"eos_token_id": [0, 99, -1]}) == (0,)
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_export_generation_stops_transformers_where_training_ended(
 ):
     torch = pytest.importorskip("torch", reason="PyTorch runs the exported student")
     data = dataset()
-    generation = an.export_generation(kept, chatty, data)
+    generation = gn.export_generation(kept, chatty, data)
     assert generation == {**kept, "eos_token_id": [0, 1, 2] if kept else [0, 1]}
     assert not caplog.records
     config = DecoderConfig(
@@ -206,7 +206,7 @@ def test_export_generation_warns_of_an_end_that_is_no_token(
     chatty, dataset, end, said, caplog
 ):
     chatty.chat_template = chatty.chat_template.replace(" <turn>\\n", end)
-    generation = an.export_generation({"top_k": 3}, chatty, dataset())
+    generation = gn.export_generation({"top_k": 3}, chatty, dataset())
     assert generation == {"top_k": 3, "eos_token_id": 0}
     assert re.search(said, caplog.text)
 
@@ -217,28 +217,28 @@ def test_template_end_is_what_follows_the_answer_and_not_its_header(chatty):
         "bot: {{ m['content'] }} <turn>{% endgeneration %}{% else %}"
         "user: {{ m['content'] }} {% endif %}{% endfor %}"
     )
-    assert an.template_end(chatty) == an.TemplateEnd(" <turn>", 1)
+    assert gn.template_end(chatty) == gn.TemplateEnd(" <turn>", 1)
 
 
 def test_export_generation_of_an_end_behind_a_line_end(chatty, dataset, caplog):
     chatty.chat_template = chatty.chat_template.replace(" <turn>\\n", "\\n<end>")
-    assert an.export_generation({}, chatty, dataset()) == {"eos_token_id": 0}
+    assert gn.export_generation({}, chatty, dataset()) == {"eos_token_id": 0}
     assert not caplog.records
 
 
 def test_decode_stops_before_the_end(tokenizer):
     ids = np.array([3, 4, 0, 5], np.int32)
-    assert an.decode(tokenizer, ids, (0,)) == "w0 w1"
-    assert an.decode(tokenizer, ids[:2], (0,)) == "w0 w1"
-    assert an.decode(tokenizer, np.array([0], np.int32), (0,)) == ""
+    assert gn.decode(tokenizer, ids, (0,)) == "w0 w1"
+    assert gn.decode(tokenizer, ids[:2], (0,)) == "w0 w1"
+    assert gn.decode(tokenizer, np.array([0], np.int32), (0,)) == ""
 
 
-def test_answers_are_those_of_each_prompt_alone(dataset, tokenizer, model):
+def test_completions_are_those_of_each_prompt_alone(dataset, tokenizer, model):
     config, params = model
-    questions = an.find_questions(dataset().held_out, 100)
+    questions = find_eval_prompts(dataset().held_out, 100)
     assert len(questions) % 8  # The last batch is filled up.
-    examination = _prepared(questions, tokenizer, model)
-    found = examination.answers(params)
+    completions = _prepared(questions, tokenizer, model)
+    found = completions(params)
     assert len(found) == len(questions)
     # One of each batch; every length of a prompt compiles the check anew.
     for index in (0, len(questions) - 1):
@@ -252,37 +252,39 @@ def test_answers_are_those_of_each_prompt_alone(dataset, tokenizer, model):
             eos_token_ids=(0,),
             pad_token_id=0,
         ).tokens
-        assert answer == an.decode(tokenizer, np.asarray(tokens[0]), (0,))
+        assert answer == gn.decode(tokenizer, np.asarray(tokens[0]), (0,))
     assert len(set(found)) > 1
-    assert examination.references == tuple(
-        an.decode(tokenizer, question.answer, (0,)) for question in questions
-    )
+    assert completions.references == [
+        gn.decode(tokenizer, question.reference, (0,)) for question in questions
+    ]
 
 
-def test_answers_repeat_and_leave_the_parameters(dataset, tokenizer, model):
+def test_completions_repeat_and_leave_the_parameters(dataset, tokenizer, model):
     _, params = model
     before = jax.tree.map(np.array, params)
-    questions = an.find_questions(dataset().held_out, 3)
-    examination = _prepared(questions, tokenizer, model)
-    assert examination.answers(params) == examination.answers(params)
+    questions = find_eval_prompts(dataset().held_out, 3)
+    completions = _prepared(questions, tokenizer, model)
+    assert completions(params) == completions(params)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_prepare_examination_leaves_out_prompts_without_room(dataset, tokenizer, model):
-    questions = an.find_questions(dataset().held_out, 100)
+def test_completions_leave_out_prompts_without_room(dataset, tokenizer, model):
+    questions = find_eval_prompts(dataset().held_out, 100)
     lengths = sorted(len(question.prompt) for question in questions)
     room = model[0].max_position_embeddings - lengths[-1] + 1
-    kept = _prepared(questions, tokenizer, model, eval_tokens=room).questions
+    kept = _prepared(questions, tokenizer, model, max_new_tokens=room).prompts
     assert 0 < len(kept) < len(questions)
     with pytest.raises(SettingsError, match="context of 48"):
-        _prepared(questions, tokenizer, model, eval_tokens=47)
+        _prepared(questions, tokenizer, model, max_new_tokens=47)
 
 
-def test_answers_of_a_student_that_is_no_number_are_an_error(dataset, tokenizer, model):
+def test_completions_of_a_student_that_is_no_number_are_an_error(
+    dataset, tokenizer, model
+):
     _, params = model
-    questions = an.find_questions(dataset().held_out, 100)
-    examination = _prepared(questions, tokenizer, model)
+    questions = find_eval_prompts(dataset().held_out, 100)
+    completions = _prepared(questions, tokenizer, model)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ModelError, match=r"not finite .* 8 of 8 completions"):
-        examination.answers(broken)
+    with pytest.raises(ModelError, match=r"logits are not finite .* 8 of 8 answers"):
+        completions(broken)

@@ -8,7 +8,12 @@ from transformers import PreTrainedTokenizerFast
 
 from taid_jax.data import DataError
 from taid_jax.data.documents import Completion, parse_record
-from taid_jax.train.prompts import Prompt, digest, encode_prompts, read_prompts
+from taid_jax.train.on_policy.prompts import (
+    Prompt,
+    digest,
+    encode_prompts,
+    read_prompts,
+)
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TURNS = [
@@ -29,9 +34,9 @@ def test_read_prompts_reads_what_training_reads(tmp_path):
     ]
     path.write_text(json.dumps(records))
     first, second, third = read_prompts(path)
-    assert first.answered("B")["messages"][:-1] == TURNS[:1]
-    assert second.answered("B") == {"prompt": "Q\n\nI", "completion": "B"}
-    assert third.answered("B") == {
+    assert first.completed("B")["messages"][:-1] == TURNS[:1]
+    assert second.completed("B") == {"prompt": "Q\n\nI", "completion": "B"}
+    assert third.completed("B") == {
         "messages": [*TURNS[:3], {"role": "assistant", "content": "B"}],
         "chat_template_kwargs": {"tools": [CALL]},
     }
@@ -42,7 +47,7 @@ def test_read_prompts_reads_what_training_reads(tmp_path):
 def test_read_prompts_takes_tables(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('prompt,response\n"Two\nlines",x\nOne,y\n')
-    asked = [prompt.answered("")["prompt"] for prompt in read_prompts(path)]
+    asked = [prompt.completed("")["prompt"] for prompt in read_prompts(path)]
     assert asked == ["Two\nlines", "One"]
 
 
@@ -55,7 +60,7 @@ def test_read_prompts_ends_at_a_record_that_it_cannot_use(tmp_path):
         read_prompts(tmp_path / "a.txt")
 
 
-def test_prompt_answered_says_all_that_the_record_said(tokenizer, tmp_path):
+def test_prompt_completed_says_all_that_the_record_said(tokenizer, tmp_path):
     """What was not trained on is not trained on later; options stay options."""
     turns = [
         {"role": "user", "content": "Q"},
@@ -69,7 +74,7 @@ def test_prompt_answered_says_all_that_the_record_said(tokenizer, tmp_path):
     [prompt] = read_prompts(path)
     [encoded] = encode_prompts([prompt], tokenizer)
     assert encoded.ids == [3, 4]
-    read = parse_record(prompt.answered("A"))
+    read = parse_record(prompt.completed("A"))
     assert [message.trained for message in read.messages] == [True, False, True, True]
     assert read.options == (("said", "hi"),)
 

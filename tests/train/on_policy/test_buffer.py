@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import pytest
 from taid_jax import loss
 from taid_jax.data.batches import ExampleSet, train_iterator
 from taid_jax.data.tokens import Example, make_table
-from taid_jax.evaluate import HeldOut
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
     abstract_params,
@@ -18,16 +18,16 @@ from taid_jax.models.decoder import (
     param_axes,
 )
 from taid_jax.models.generation import generate, prepare
+from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import OnPolicySettings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh, tree_shardings
-from taid_jax.train import samplers
-from taid_jax.train.answer_rows import make_answer_rows
 from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.evaluate import HeldOut
 from taid_jax.train.loop import Loop
+from taid_jax.train.on_policy import buffer as bf
+from taid_jax.train.on_policy.generation import make_complete
 from taid_jax.train.report import read_lines
-from taid_jax.train.sampler_rules import Threshold
-from taid_jax.train.samplers import Sampler
 from taid_jax.train.state import init_state, make_optimizer
 from taid_jax.train.step import make_train_step
 
@@ -73,35 +73,36 @@ def settings(sampler, **values):
     return OnPolicySettings(sampler, completion_tokens=NEW, **values)
 
 
-def answer_rows_on(mesh, settings, params):
+def complete_on(mesh, params, sampling=GREEDY):
     shapes = abstract_params(CONFIG)
     shardings = tree_shardings(param_axes(CONFIG), shapes, mesh)
-    answer_rows = make_answer_rows(
+    complete = make_complete(
         CONFIG,
-        settings,
         mesh,
         shardings=shardings,
         ends=(END,),
+        max_new_tokens=NEW,
         dtype=jnp.float32,
+        sampling=sampling,
         seed=1,
     )
-    return answer_rows, jax.device_put(params, shardings)
+    return complete, jax.device_put(params, shardings)
 
 
 @pytest.fixture(scope="module")
 def greedy(params):
-    """The student's greedy answers on one device."""
+    """The student's greedy completions on one device."""
     mesh = make_mesh("data=1", jax.devices()[:1])
-    return answer_rows_on(mesh, settings("adaptive"), params)[0]
+    return complete_on(mesh, params)[0]
 
 
 @pytest.fixture
-def make_sampler(examples, greedy):
-    def make(chosen, *, answer_rows=greedy, threshold=0.0, **options):
+def make_batches(examples, greedy):
+    def make(chosen, *, complete=greedy, threshold=0.0, **options):
         options = {"batch_size": BATCH, "steps": 100, "seed": 5} | options
-        sampler = Sampler(chosen, examples, answer_rows, **options)
-        sampler.threshold = Threshold(threshold, 1.0)
-        return sampler
+        batches = bf.OnPolicyBatches(chosen, examples, complete, **options)
+        batches.threshold, batches.held_out_loss = threshold, 1.0
+        return batches
 
     return make
 
@@ -116,12 +117,12 @@ def assert_equal(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_sampler_puts_the_students_answers_behind_the_prompts(
-    make_sampler, examples, params
+def test_batches_puts_the_students_completions_behind_the_prompts(
+    make_batches, examples, params
 ):
     data = rows_of_data(examples)
-    sampler = make_sampler(settings("adaptive", buffer_capacity=20), threshold=1.0)
-    found = sampler.batch(data, params, 1)
+    batches = make_batches(settings("adaptive", buffer_capacity=20), threshold=1.0)
+    found = batches.batch(data, params, 1)
     assert found.keys() == {"input_ids", "labels", "attention_mask"}
     width = SEQ_LEN - NEW
     padded, real = np.zeros((2, BATCH, width), np.int32)
@@ -158,28 +159,28 @@ def test_sampler_puts_the_students_answers_behind_the_prompts(
         mask = [1] * len(whole) + [0] * rest
         assert found["attention_mask"][row].tolist() == mask
     assert 0 < kept < BATCH / 2
-    assert len(sampler.buffer) == BATCH
+    assert len(batches.buffer) == BATCH
 
 
-def test_sampler_gives_the_data_where_the_rules_say_so(make_sampler, examples, params):
-    sampler = make_sampler(settings("adaptive", buffer_capacity=20), threshold=0.0)
+def test_batches_gives_the_data_where_the_rules_say_so(make_batches, examples, params):
+    batches = make_batches(settings("adaptive", buffer_capacity=20), threshold=0.0)
     data = rows_of_data(examples)
-    found = sampler.batch(data, params, 1)
+    found = batches.batch(data, params, 1)
     del data["prompt_lengths"], data["answer_ends"]
     assert_equal(found, data)
-    assert len(sampler.buffer) == 0
-    assert float(sampler.metrics()["student_samples"]) == 0
+    assert len(batches.buffer) == 0
+    assert float(batches.metrics()["on_policy"]) == 0
 
 
-def test_sampler_mixed_trains_on_a_draw_from_the_buffer(make_sampler, examples, params):
-    sampler = make_sampler(settings("mixed", mixed_rate=1.0, buffer_capacity=20))
-    sampler.batch(rows_of_data(examples), params, 1)
-    first = {tuple(example.ids.tolist()) for example in sampler.buffer}
+def test_batches_mixed_trains_on_a_draw_from_the_buffer(make_batches, examples, params):
+    batches = make_batches(settings("mixed", mixed_rate=1.0, buffer_capacity=20))
+    batches.batch(rows_of_data(examples), params, 1)
+    first = {tuple(example.ids.tolist()) for example in batches.buffer}
     numbers = range(BATCH, 2 * BATCH)
     data = examples.batch(numbers, BATCH) | examples.prompts(numbers, BATCH)
-    found = sampler.batch(data, params, 2)
-    everything = {tuple(example.ids.tolist()) for example in sampler.buffer}
-    assert len(sampler.buffer) == 2 * BATCH
+    found = batches.batch(data, params, 2)
+    everything = {tuple(example.ids.tolist()) for example in batches.buffer}
+    assert len(batches.buffer) == 2 * BATCH
     lengths = found["attention_mask"].sum(axis=1)
     drawn = {
         tuple(row[:length].tolist())
@@ -190,36 +191,34 @@ def test_sampler_mixed_trains_on_a_draw_from_the_buffer(make_sampler, examples, 
     assert drawn - first
 
 
-def test_sampler_draws_by_seed_and_step_alone(make_sampler, examples, params):
+def test_batches_draws_by_seed_and_step_alone(make_batches, examples, params):
     chosen = settings("mixed", buffer_capacity=20)
     data = rows_of_data(examples)
     plans = []
     for seed in (5, 5, 6):
-        sampler = make_sampler(chosen, seed=seed)
+        batches = make_batches(chosen, seed=seed)
         for step in range(1, 21):
-            sampler.batch(data, params, step)
-            plans.append(sampler.plan.answer)
+            batches.batch(data, params, step)
+            plans.append(batches.plan.generate)
     first, again, other = plans[:20], plans[20:40], plans[40:]
     assert first == again
     assert first != other
     assert 3 < sum(first) < 17
 
 
-def test_sampler_of_two_processes_gives_the_batch_of_one(
-    make_sampler, examples, params, greedy
+def test_batches_of_two_processes_gives_the_batch_of_one(
+    make_batches, examples, params, greedy
 ):
     chosen = settings("mixed", mixed_rate=1.0, buffer_capacity=20)
     data = rows_of_data(examples)
-    whole = make_sampler(chosen).batch(data, params, 1)
-    padded = {}
+    whole = make_batches(chosen).batch(data, params, 1)
 
     def gathered(params, rows, step):
         """Stands for the exchange between processes: both get all rows."""
-        padded[rows["input_ids"].tobytes()] = rows
         return greedy(params, every, step)
 
     # The rows of both, as one process has them.
-    every = samplers._prompt_rows(
+    every = bf.prompt_rows(
         {name: data[name] for name in ("input_ids", "labels", "attention_mask")},
         data["prompt_lengths"],
         SEQ_LEN - NEW,
@@ -228,33 +227,33 @@ def test_sampler_of_two_processes_gives_the_batch_of_one(
     parts = []
     for index in range(2):
         own = {name: np.split(array, 2)[index] for name, array in data.items()}
-        sampler = make_sampler(
-            chosen, answer_rows=gathered, process_index=index, process_count=2
+        batches = make_batches(
+            chosen, complete=gathered, process_index=index, process_count=2
         )
-        parts.append(sampler.batch(own, params, 1))
+        parts.append(batches.batch(own, params, 1))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in whole}
     assert_equal(joined, whole)
 
 
 @pytest.mark.multidevice
-def test_sampler_answers_the_same_on_eight_devices(make_sampler, examples, params):
+def test_batches_completions_the_same_on_eight_devices(make_batches, examples, params):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     chosen = settings("adaptive", buffer_capacity=20, completion_temperature=1.0)
     single = make_mesh("data=1", jax.devices()[:1])
     found = []
     for place in (single, mesh):
-        answer_rows, placed = answer_rows_on(place, chosen, params)
-        sampler = make_sampler(chosen, answer_rows=answer_rows, threshold=1.0)
-        found.append(sampler.batch(rows_of_data(examples), placed, 3))
+        complete, placed = complete_on(place, params, SamplingParams(1.0))
+        batches = make_batches(chosen, complete=complete, threshold=1.0)
+        found.append(batches.batch(rows_of_data(examples), placed, 3))
     assert_equal(*found)
-    greedy = make_sampler(settings("adaptive"), threshold=1.0)
+    greedy = make_batches(settings("adaptive"), threshold=1.0)
     greedy = greedy.batch(rows_of_data(examples), params, 3)
     assert (greedy["input_ids"] != found[0]["input_ids"]).any()
 
 
-def test_sampler_takes_batches_of_several_lengths(examples, params, greedy):
+def test_batches_takes_batches_of_several_lengths(examples, params, greedy):
     bucketed = dataclasses.replace(examples, buckets=(12, SEQ_LEN))
-    sampler = Sampler(
+    batches = bf.OnPolicyBatches(
         settings("adaptive", buffer_capacity=20),
         bucketed,
         greedy,
@@ -262,34 +261,34 @@ def test_sampler_takes_batches_of_several_lengths(examples, params, greedy):
         steps=10,
         seed=0,
     )
-    sampler.threshold = Threshold(1.0, 1.0)
+    batches.threshold = 1.0
     prompts, lengths = examples.table.prompts, examples.table.lengths
     short = [n for n in range(40) if prompts[n] <= 6 and lengths[n] <= 12][:3]
     assert len(short) == 3
     numbers = [*short, -1]  # and a row that is empty
     size = len(numbers)
     data = bucketed.batch(numbers, size, 12) | bucketed.prompts(numbers, size)
-    found = sampler.batch(data, params, 1)
+    found = batches.batch(data, params, 1)
     assert found["input_ids"].shape == (4, 12)
-    assert len(sampler.buffer) == len(short)
+    assert len(batches.buffer) == len(short)
     assert found["attention_mask"].sum(axis=1)[-1] == 0
 
 
-def test_sampler_without_a_prompt_that_has_room_says_so(make_sampler, examples, params):
-    sampler = make_sampler(settings("mixed", mixed_rate=1.0))
+def test_batches_without_a_prompt_that_has_room_says_so(make_batches, examples, params):
+    batches = make_batches(settings("mixed", mixed_rate=1.0))
     data = rows_of_data(examples) | {"prompt_lengths": np.full(BATCH, 15, np.int32)}
     step = 1
-    while step * BATCH < samplers._PATIENCE:
-        sampler.batch(data, params, step)
+    while step * BATCH < bf._PATIENCE:
+        batches.batch(data, params, step)
         step += 1
     with pytest.raises(SettingsError, match=r"completion_tokens: of .* rows none"):
-        sampler.batch(data, params, step)
+        batches.batch(data, params, step)
 
 
 class Silent:
     def step(self, row): ...
 
-    def evaluation(self, step, found): ...
+    def evaluation(self, row): ...
 
     def say(self, text): ...
 
@@ -362,7 +361,7 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
             checkpoints=Checkpoints(tmp_path / folder / "checkpoints"),
             mesh=mesh,
             progress=Silent(),
-            sampler=Sampler(
+            on_policy=bf.OnPolicyBatches(
                 chosen.on_policy, examples, greedy, batch_size=BATCH, steps=12, seed=2
             ),
         )
@@ -371,7 +370,7 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
             found = loop.checkpoints.restore(state)
             state, place = found.state, json.loads(json.dumps(found.data_state))
             loop.batches.set_state(place["iterator"])
-            loop.sampler.set_state(place["sampler"])
+            loop.on_policy.set_state(place["on_policy"])
         return loop, state
 
     whole, state = make("whole")
@@ -382,11 +381,110 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
     cut.checkpoints.close()
     again, state = make("cut", resume=True)
     assert int(state.step) == 6
-    assert len(again.sampler.buffer) > 0
+    assert len(again.on_policy.buffer) > 0
     found = again.run(state)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert whole.sampler.get_state() == again.sampler.get_state()
+    assert whole.on_policy.get_state() == again.on_policy.get_state()
     rows = read_lines(whole.folder / "metrics.jsonl")
-    kinds = [row["student_samples"] for row in rows]
+    kinds = [row["on_policy"] for row in rows]
     assert 0 < sum(kinds[6:]) <= sum(kinds) < 12
+
+
+def plan(sampler, draw, threshold=0.0, progress=0.0, full=False):
+    chosen = settings(sampler, mixed_rate=0.5)
+    found = bf.plan_step(
+        chosen, draw, threshold=threshold, progress=progress, full=full
+    )
+    return {
+        (False, "data"): "data",
+        (True, "new"): "new",
+        (False, "buffer"): "old",
+        (True, "buffer"): "new and old",
+    }[found]
+
+
+def test_plan_step_is_the_table_of_gkd():
+    found = [plan("mixed", draw) for draw in (0.0, 0.49, 0.5, 0.51)]
+    assert found == ["new and old"] * 2 + ["data"] * 2
+
+
+# Threshold a, progress p, draw r, and what is done when the buffer is full or is not.
+# New completions below a (1 - p); up to a from the buffer, or new when it is not full;
+# the data from a on.
+DISTILLM = [
+    (0.0, 0.0, 0.0, "data", "data"),
+    (0.1, 0.0, 0.05, "new", "new"),
+    (0.1, 0.0, 0.1, "data", "data"),
+    (0.4, 0.5, 0.19, "new", "new"),
+    (0.4, 0.5, 0.2, "old", "new"),
+    (0.4, 0.5, 0.39, "old", "new"),
+    (0.4, 0.5, 0.4, "data", "data"),
+    (1.0, 0.25, 0.74, "new", "new"),
+    (1.0, 0.25, 0.75, "old", "new"),
+    (1.0, 1.0, 0.0, "old", "new"),
+]
+
+
+def test_plan_step_is_the_table_of_distillm():
+    for threshold, progress, draw, full, part in DISTILLM:
+        for wanted, is_full in ((full, True), (part, False)):
+            found = plan("adaptive", draw, threshold, progress, is_full)
+            assert found == wanted, (threshold, progress, draw, is_full)
+
+
+def test_threshold_follows_the_table_of_losses(examples, greedy):
+    # Loss that is found -> the threshold after it, and the loss that is stored.
+    table = [
+        (math.nan, 0.0, None),
+        (2.0, 0.0, 2.0),  # the first, before training, is stored
+        (1.5, 0.0, 2.0),  # below: nothing changes, the stored one stays
+        (1.9, 0.0, 2.0),  # above the last, but still below the stored one
+        (2.0, 0.4, 2.0),  # equal counts as above
+        (2.5, 0.8, 2.5),
+        (2.4, 0.8, 2.5),
+        (math.inf, 0.8, 2.5),
+        (2.6, 1.0, 2.6),  # and at one it ends
+    ]
+    options = {"batch_size": BATCH, "steps": 100, "seed": 5}
+    chosen = settings("adaptive", adaptive_step=0.4)
+    batches = bf.OnPolicyBatches(chosen, examples, greedy, **options)
+    for found, value, stored in table:
+        batches.observe(found)
+        # Sums of 0.4 in float64.
+        assert batches.threshold == pytest.approx(value, abs=1e-12)
+        assert batches.held_out_loss == stored
+
+
+def example(number):
+    ids = np.arange(number, number + 2 + number % 5, dtype=np.int32)
+    return Example(ids, ids % 3 == 0)
+
+
+def contents(buffer):
+    return [(e.ids.tolist(), e.counted.tolist()) for e in buffer]
+
+
+def test_buffer_draws_different_ones_by_the_generator():
+    buffer = bf.ReplayBuffer(50)
+    buffer.add(example(n) for n in range(50))
+    first = [e.ids[0] for e in buffer.draw(np.random.default_rng(3), 20)]
+    again = [e.ids[0] for e in buffer.draw(np.random.default_rng(3), 20)]
+    assert len(set(first)) == 20
+    assert first == again
+    assert first != [e.ids[0] for e in buffer.draw(np.random.default_rng(4), 20)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_buffer_state_goes_through_json_whole(count):
+    buffer = bf.ReplayBuffer(5)
+    buffer.add(example(n) for n in range(count))
+    assert [ids[0] for ids, _ in contents(buffer)] == list(range(count))[-5:]
+    again = bf.ReplayBuffer(5)
+    again.add([example(99)])
+    again.set_state(json.loads(json.dumps(buffer.get_state())))
+    assert contents(again) == contents(buffer)
+    assert again.full == buffer.full == (count >= 5)
+    for e in again:
+        assert e.ids.dtype == np.int32
+        assert e.counted.dtype == np.bool_
