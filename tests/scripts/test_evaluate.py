@@ -216,6 +216,7 @@ def test_evaluator_leaves_state_and_iterator_as_they_are(teacher, questions, tmp
     from taid_jax.settings import from_dict
     from taid_jax.sharding import make_mesh
     from taid_jax.train.checkpoint import Checkpoints
+    from taid_jax.train.evaluate import make_evaluator
     from taid_jax.train.inputs import check_models, load_pair, read_data
 
     settings = from_dict(
