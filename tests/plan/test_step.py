@@ -9,6 +9,8 @@ from taid_jax.models.decoder import abstract_params, decoder_functions, init_par
 from taid_jax.plan.step import abstract_step
 from taid_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture
 def one_device():

@@ -116,7 +116,6 @@ def test_generate_overwrites_nothing_without_being_told(
         ),
         (PROMPTS, ("--max-new-tokens=63",), "no prompt leaves room"),
         (PROMPTS, ("--batch-size=3",), "cannot be shared out"),
-        (PROMPTS, ("--top-k=3",), "temperature > 0"),
         (PROMPTS, ("--model=nowhere/at-all.gguf",), "nowhere/at-all.gguf"),
     ],
 )
