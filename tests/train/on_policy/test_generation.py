@@ -285,5 +285,5 @@ def test_completions_of_a_student_that_is_no_number_are_an_error(
     questions = find_eval_prompts(dataset().held_out, 100)
     completions = _prepared(questions, tokenizer, model)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ModelError, match="logits are not finite .* 8 of 8"):
+    with pytest.raises(ModelError, match=r"logits are not finite .* 8 of 8"):
         completions(broken)
