@@ -8,7 +8,10 @@ from jaxtyping import Array
 from taid_jax import loss
 from taid_jax.schedule import TAIDScheduler, TAIDState
 from taid_jax.settings import ObjectiveSettings
-from taid_jax.train.step import MakeObjective, Objective
+
+Objective = Callable[..., Array]
+MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
+"""`(schedule, learned, step) -> objective`: the objective of one step."""
 
 
 def make_scheduler(settings: ObjectiveSettings, steps: int) -> TAIDScheduler:

@@ -18,6 +18,8 @@ from taid_jax.loss import (
     distillation_loss,
 )
 
+pytestmark = pytest.mark.optimised
+
 
 def _recorded(golden, name: str, dtype=np.float32) -> SimpleNamespace:
     return SimpleNamespace(

@@ -19,6 +19,8 @@ from taid_jax.loss import (
 from taid_jax.loss._divergences import _head_entries as head_entries
 from taid_jax.loss._softmax import expm1_near, normalise
 
+pytestmark = pytest.mark.optimised
+
 HALF = np.array([[np.log(0.5), np.log(0.25), np.log(0.25)]], np.float32)
 SKEW = np.array([[np.log(0.25), np.log(0.25), np.log(0.5)]], np.float32)
 """Two distributions that are easy to do sums with."""

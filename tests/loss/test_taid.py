@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from taid_jax.loss import TAID, ForwardKL, distillation_loss, taid_loss
 
+pytestmark = pytest.mark.optimised
+
 T_VALUES = (1e-3, 1e-2, 0.1, 0.4, 0.75, 1.0)
 SCALES = (1.0, 3.0, 10.0, 30.0)
 NOISES = (None, 1.0, 0.1, 1e-2, 1e-3)

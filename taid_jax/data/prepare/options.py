@@ -7,7 +7,7 @@ from typing import Any
 
 from taid_jax.data.errors import DataError
 from taid_jax.data.records import MAX_RECORD_BYTES
-from taid_jax.settings.data import is_date
+from taid_jax.settings import is_date
 
 # HuggingFaceH4/ultrachat_200k as TAID's published code uses it: its splits of
 # supervised fine-tuning; conversations up to these lengths; prompts count too.

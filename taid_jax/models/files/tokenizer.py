@@ -61,13 +61,21 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     it was read is shown as a warning.
 
     Args:
-        source: See `source.resolve`.
+        source: See `hub.resolve`.
 
     Raises:
         ModelError: If there is none, or it cannot be read.
     """
     found = resolve(source, weights=False)
-    tokenizer = find_tokenizer(found)
+    return require_tokenizer(find_tokenizer(found), found)
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, found: Source) -> Tokenizer:
+    """Returns a tokenizer that has to be there, after warning of what was noticed.
+
+    Raises:
+        ModelError: If there is none.
+    """
     if tokenizer is None:
         raise ModelError(
             f"{found.path} has no tokenizer (need {_FILES[0]}, or the vocabulary files "
@@ -86,9 +94,8 @@ def find_tokenizer(found: Source) -> Tokenizer | None:
     if found.kind == "gguf":
         file = open_gguf(found.path)
         return gguf_tokenizer(file.metadata, file.origin)
-    folder = found.path.parent if found.kind == "config" else found.path
-    if any((folder / name).is_file() for name in _FILES):
-        return read_folder_tokenizer(folder)
+    if any((found.folder / name).is_file() for name in _FILES):
+        return read_folder_tokenizer(found.folder)
     return None
 
 

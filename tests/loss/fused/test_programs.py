@@ -10,6 +10,8 @@ import pytest
 from taid_jax import loss
 from taid_jax.types import Head
 
+pytestmark = pytest.mark.optimised
+
 STUDENT, TEACHER = 16, 24
 """As `arrays` makes them."""
 
