@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from taid_jax.data import Dataset
 from taid_jax.errors import InputError, parsing
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.files.hub import resolve
 from taid_jax.settings import (
-    ModelSettings,
     Settings,
     SettingsError,
     contradictions,
@@ -189,7 +187,7 @@ def refuse_contradictions(saved: Settings, asked: Settings) -> None:
 _BLOCKS, _BLOCK = 64, 1 << 20
 
 
-def identify_models(settings: ModelSettings, pair: Pair) -> dict[str, str]:
+def identify_models(pair: Pair) -> dict[str, str]:
     """Returns what tells whether a resumed run has the models that it began with.
 
     It is the content, wherever the files lie. Of weights, size, beginning and end of
@@ -199,7 +197,7 @@ def identify_models(settings: ModelSettings, pair: Pair) -> dict[str, str]:
         Settings of both, and a sha256 of the teacher's weights.
     """
     weights = hashlib.sha256()
-    path = resolve(settings.teacher).path
+    path = pair.teacher_path
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         weights.update(f"{file.name if path.is_dir() else ''}:{size}\n".encode())
