@@ -18,13 +18,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from taid_jax.data import Tokenizer
 from taid_jax.data.errors import FILTERS, REASONS
-from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
+from taid_jax.data.shards import MANIFEST, SIDES, Manifest
 from taid_jax.data.template import set_chat_template
 from taid_jax.errors import EXIT_STATUS, InputError, refuse
 from taid_jax.models.files.tokenizer import load_tokenizer
@@ -119,18 +118,8 @@ def main(arguments: Sequence[str]) -> int:
         tokenizer = load_tokenizer(command.tokenizer)
         if command.chat_template is not None:
             set_chat_template(cast(Tokenizer, tokenizer), command.chat_template)
-        with Progress(console=console) as bars:
-            tasks = {}
-
-            def progress(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done)
-
-            # transformers declares some of these methods on its subclasses alone.
-            manifest = prepare(
-                command.options, cast(Tokenizer, tokenizer), progress=progress
-            )
+        # transformers declares some of these methods on its subclasses alone.
+        manifest = prepare(command.options, cast(Tokenizer, tokenizer))
     except InputError as error:
         return refuse(error)
     except KeyboardInterrupt:

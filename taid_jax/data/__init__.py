@@ -14,5 +14,5 @@ from taid_jax.data.dataset import Dataset as Dataset
 from taid_jax.data.dataset import DatasetInfo as DatasetInfo
 from taid_jax.data.dataset import SideInfo as SideInfo
 from taid_jax.data.dataset import load_dataset as load_dataset
-from taid_jax.data.tokens import Tokenizer as Tokenizer
 from taid_jax.data.errors import DataError as DataError
+from taid_jax.data.tokens import Tokenizer as Tokenizer

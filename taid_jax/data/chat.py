@@ -175,16 +175,15 @@ class ChatRenderer:
             if not self._train_on_prompts or untrained or error.reason == "no_end":
                 raise
             return Rendered(whole, counts_all=True, unused_keys=texts.unused_keys)
-        masked = [turn in untrained for turn in turns] if untrained else [False] * len(spans)
-        trained = tuple(span for span, out in zip(spans, masked, strict=True) if not out)
+        masked = [n for n, turn in enumerate(turns) if turn in untrained]
+        trained = tuple(span for n, span in enumerate(spans) if n not in masked)
         if not self._train_on_prompts:
             return Rendered(whole, trained, unused_keys=texts.unused_keys)
-        left_out = tuple(span for span, out in zip(spans, masked, strict=True) if out)
         return Rendered(
             whole,
             trained[-1:],
             counts_all=True,
-            not_counted=left_out,
+            not_counted=tuple(spans[n] for n in masked),
             unused_keys=texts.unused_keys,
         )
 
@@ -206,10 +205,12 @@ class ChatRenderer:
         options = dict(content.options)
         template = self._template.text(options) or ""
         by_marks = bool(turns and _MARK.search(template))
-        marks = _free(template + json.dumps([messages, options], ensure_ascii=False, default=str), max(2, len(turns)))
+        given = json.dumps([messages, options], ensure_ascii=False, default=str)
+        marks = _free(template + given, max(2, len(turns)))
         variants, marked_cuts = [Conversation(messages, options)], []
         if by_marks:
-            variants.append(Conversation(messages, options, _show_marks(template, marks)))
+            shown = _show_marks(template, marks)
+            variants.append(Conversation(messages, options, shown))
             marked_cuts = [Cut(of=1)]
         elif turns:
             marked = [*messages, {"role": "user", "content": "."}]
@@ -386,12 +387,14 @@ class _Answers:
             self._check(number, start, stops[number])
             # What stands behind the answer where it is the last, and where it is not.
             last = turn + 1 == len(self._content.messages)
-            after, follows = (
-                text.partition(self._marks[number])[2] if isinstance(text, str) else None
-                for text in (ended[number], on if last else shown)
-            )
-            if after is None:
+            after, follows = ended[number], on if last else shown
+            if isinstance(after, RecordError):
                 raise self._problem(number)
+            after = after.partition(self._marks[number])[2]
+            if isinstance(follows, str):
+                follows = follows.partition(self._marks[number])[2]
+            else:
+                follows = None
             end = self._end_of(number, after, follows)
             if last and not end.strip():
                 # Only the end of the text is written down.
@@ -473,7 +476,8 @@ class _Answers:
     def _before(self, number: int) -> tuple[str, str | RecordError]:
         """Returns all before an answer, with nothing that asks and with a mark."""
         messages = self._content.messages[: self._turns[number]]
-        plain, bare = self._again(messages, dict(self._content.options), self._marks[number])
+        options = dict(self._content.options)
+        plain, bare = self._again(messages, options, self._marks[number])
         if not isinstance(plain, str):
             raise self._problem(number)
         return plain, bare

@@ -5,8 +5,9 @@ import hashlib
 import itertools
 import os
 import pathlib
+import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -180,7 +181,7 @@ def load_dataset(
         held_out=_describe(held),
         dropped=dict(left_out.reasons),
         problems=tuple(f"{each.origin}: {each.message}" for each in left_out.problems),
-        unused_keys=dict(encoded.unused_keys.most_common(_NAMED)),
+        unused_keys=dict(Counter(encoded.unused_keys).most_common(_NAMED)),
         num_skipped_files=len(encoded.skipped_files),
         skipped_files=tuple(encoded.skipped_files[:_NAMED]),
         notes=tuple(encoded.notes[:_NAMED]),
@@ -195,7 +196,7 @@ class _Encoded(NamedTuple):
     table: TokenTable
     held_out: Bool[np.ndarray, " examples"]
     held_out_order: Int[np.ndarray, " held_out"]
-    unused_keys: Counter[str] = Counter()
+    unused_keys: Mapping[str, int] = types.MappingProxyType({})
     skipped_files: Sequence[str] = ()
     notes: Sequence[str] = ()
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int32, Int64
 from taid_jax.data.errors import DataError
 from taid_jax.data.tokens import Example
 
+
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
     """Many examples end to end: five bytes a token, any of them found at once.

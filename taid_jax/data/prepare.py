@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import datasets
 import multiprocess
 import numpy as np
+import pyarrow
+from datasets.exceptions import DatasetGenerationError
 
 from taid_jax.data.documents import Document, Text
 from taid_jax.data.errors import DataError, Problem, RecordError, nothing_left
@@ -46,6 +48,8 @@ from taid_jax.settings.data import is_date
 
 REPORT = "left_out.jsonl"
 """A line for every record that was left out or noted: origin, reason, message."""
+
+_parallel: Any = multiprocess  # It makes its functions when it is imported.
 
 _WORK, _ASKED = ".unfinished", "asked.json"
 _KEYS_NAMED = 20
@@ -233,7 +237,9 @@ def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
         files=shards,
         versions=_versions(),
         unused_keys=dict(unused.most_common(_KEYS_NAMED)),
-        skipped_files=[name for each in sources.values() for name in each.skipped_files],
+        skipped_files=[
+            name for each in sources.values() for name in each.skipped_files
+        ],
         notes=[note for each in sources.values() for note in each.notes],
     )
     manifest.write(output)
@@ -291,12 +297,12 @@ _ROWS = datasets.Features(
         "unused": datasets.List(datasets.Value("string")),
         "chat": datasets.Value("bool"),
         # Place in the shuffle; of the document.
-        "key": datasets.Value("uint64"),
+        "key": datasets.Value("int64"),
         "rank": datasets.Value("float64"),
         # Hashes of what the record is called, and of that and all it says; 0 without a
         # name.
-        "name": datasets.Value("uint64"),
-        "copy": datasets.Value("uint64"),
+        "name": datasets.Value("int64"),
+        "copy": datasets.Value("int64"),
         "tokens": datasets.Value("int64"),
         **datasets.Features.from_arrow_schema(SHARD_SCHEMA),
     }
@@ -347,14 +353,14 @@ def _encoded(
         records: Any = datasets.Dataset.from_generator(
             read, features=_RECORDS, cache_dir=str(work), fingerprint="records"
         )
-    except datasets.exceptions.DatasetGenerationError as error:
+    except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
     jobs = min(options.workers, len(records))
     if jobs > 1:
         # Not forked: the tokenizers have threads.
-        multiprocess.set_start_method("spawn", force=True)
+        _parallel.set_start_method("spawn", force=True)
     pieces = [
         records.select(range(start, min(start + _PIECE, len(records)))).map(
             _Encode(tokenizer, options),
@@ -385,10 +391,10 @@ class _Encode:
         self._tokenizer, self._options = tokenizer, options
         self._intake: Intake | None = None
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, list[Any]]) -> pyarrow.Table:
         options = self._options
         if self._intake is None:
-            if multiprocess.parent_process() is not None:
+            if _parallel.parent_process() is not None:
                 threading.Thread(target=_end_with_parent, daemon=True).start()
             self._intake = Intake(
                 Encoder(self._tokenizer),
@@ -416,7 +422,7 @@ class _Encode:
             for row in _rows_of(outcome, options.seed):
                 for name, value in (row | {"number": number, "side": side}).items():
                     columns[name].append(value)
-        return columns
+        return pyarrow.table(columns, schema=_ROWS.arrow_schema)
 
 
 def _rows_of(outcome: Outcome, seed: int) -> Iterator[dict[str, Any]]:
@@ -431,7 +437,10 @@ def _rows_of(outcome: Outcome, seed: int) -> Iterator[dict[str, Any]]:
         **dict.fromkeys(("key", "name", "copy"), 0),
         "rank": 0.0,
         "tokens": outcome.tokens,
-        **{"input_ids": [], "loss_mask": [], "prompt": 0, "answer_end": 0},
+        "input_ids": [],
+        "loss_mask": [],
+        "prompt": 0,
+        "answer_end": 0,
         "text": False,
     }
     if isinstance(document, Document):
@@ -455,11 +464,11 @@ def _rows_of(outcome: Outcome, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _hash(seed: int, *parts: object) -> int:
-    """Returns 64 bits, never 0, that depend on all parts and the seed."""
+    """Returns 63 bits, never 0, that depend on all parts and the seed."""
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
     salt = seed.to_bytes(8, "little")
     digest = hashlib.blake2b(text, digest_size=8, salt=salt).digest()
-    return int.from_bytes(digest, "little") or 1
+    return int.from_bytes(digest, "little") >> 1 or 1
 
 
 def _text(text: str) -> str:
@@ -474,7 +483,7 @@ def _placeholder(value: object) -> str:
 
 def _end_with_parent() -> None:
     # The pool's queues keep a process waiting whose parent was killed.
-    if (parent := multiprocess.parent_process()) is not None:
+    if (parent := _parallel.parent_process()) is not None:
         parent.join()
         os._exit(1)
 
@@ -560,8 +569,8 @@ def _again(hashes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def _problems(rows: datasets.Dataset, places: np.ndarray) -> list[Problem]:
-    names = list(Problem._fields)
-    return [Problem(**row) for row in rows.select(places).select_columns(names)]
+    chosen = rows.select(places)
+    return list(map(Problem, *(chosen[name] for name in Problem._fields)))
 
 
 def _count(problems: Sequence[Problem]) -> dict[str, int]:
@@ -593,7 +602,7 @@ def _write_shards(
         path = output / f"{side}-{number:05}.parquet"
         table = rows.select(places).select_columns(SHARD_SCHEMA.names)
         with written_aside(path) as aside:
-            table.to_parquet(aside, compression="zstd")
+            table.to_parquet(aside)
         data = path.read_bytes()
         yield ShardFile(
             name=path.name,

@@ -233,7 +233,9 @@ def _read_parquet(path: pathlib.Path, limit: int) -> _Numbered:
                     # They would be in memory together, for nothing.
                     yield from [size // group.num_rows] * group.num_rows
                     continue
-                coded = [c.total_uncompressed_size for c in chunks if c.has_dictionary_page]
+                coded = [
+                    c.total_uncompressed_size for c in chunks if c.has_dictionary_page
+                ]
                 count = min(
                     _ROWS,
                     _ROW_BYTES * group.num_rows // max(1, size),
@@ -315,7 +317,7 @@ def table_records(
 
 
 def _without_nulls(value: Any, *, inner: bool = False) -> Any:
-    """Returns a row without the inner keys that a table has in every row, being null."""
+    """Returns a row without the inner nulls that a table has for absent keys."""
     if isinstance(value, Mapping):
         return {
             key: _without_nulls(each, inner=True)

@@ -32,6 +32,84 @@ SHARD_SCHEMA = pyarrow.schema(
     ]
 )
 
+
+class TokenizerIdentity(NamedTuple):
+    """Equal for two tokenizers that give every conversation the same ids.
+
+    Attributes:
+        size: How many tokens it has.
+        vocabulary: sha256 of its tokens with their ids.
+        rules: sha256 of the ids that it gives `probes.TEXTS` and texts of its tokens:
+            how it cuts text, however that is written down.
+        special: Ids of the tokens that begin and end a text; None for a start token
+            that neither the tokenizer nor the template writes.
+        template: sha256 of the chat template, None without one.
+    """
+
+    size: int
+    vocabulary: str
+    rules: str
+    special: dict[str, int | None]
+    template: str | None
+
+
+def identify(tokenizer: Tokenizer) -> TokenizerIdentity:
+    """Returns the identity of a tokenizer, by content, wherever it lies."""
+    vocabulary = dict(getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)())
+    encoder = Encoder(tokenizer)
+    texts = vocabulary_texts(vocabulary, without=tokenizer.get_added_vocab())
+    template = getattr(tokenizer, "chat_template", None)
+    starts = encoder.adds_start or "bos_token" in str(template)
+    start = getattr(tokenizer, "bos_token_id", None) if starts else None
+    return TokenizerIdentity(
+        size=len(vocabulary),
+        vocabulary=_digest(sorted(vocabulary.items(), key=lambda item: item[1])),
+        rules=_digest(encoder.ids([*TEXTS, *texts])),
+        special={
+            "bos_token_id": start,
+            "eos_token_id": getattr(tokenizer, "eos_token_id", None),
+        },
+        template=_digest(template) if template else None,
+    )
+
+
+def differences(
+    made_by: TokenizerIdentity, given: TokenizerIdentity, *, chats: bool
+) -> list[str]:
+    """Returns what differs, in words; nothing when both give the same ids.
+
+    Args:
+        made_by: Of the tokenizer that the data were made with.
+        given: Of the one that they are to be read with.
+        chats: Whether chat templates matter.
+    """
+    found = []
+    if made_by.vocabulary != given.vocabulary:
+        sizes = f"{made_by.size:,} tokens there, {given.size:,} here"
+        found.append(f"the vocabulary ({sizes})")
+    elif made_by.rules != given.rules:
+        found.append("how text is cut (merges, normalizer or pre-tokenizer)")
+    for name, number in made_by.special.items():
+        if number != given.special.get(name):
+            other = given.special.get(name)
+            found.append(f"the {name} ({number} there, {other} here)")
+    if chats and made_by.template != given.template:
+        if given.template is None:
+            found.append("the chat template (none here; give it by --chat-template)")
+        elif made_by.template is None:
+            found.append("the chat template (none there)")
+        else:
+            digests = f"{made_by.template[:12]} there, {given.template[:12]} here"
+            found.append(f"the chat template (sha256 {digests})")
+    return found
+
+
+def _digest(value: object) -> str:
+    """Returns the sha256 of a value of JSON."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 MANIFEST = "manifest.json"
 FORMAT = "taid-jax prepared data 3"
 
@@ -130,83 +208,6 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         ) from error
 
 
-class TokenizerIdentity(NamedTuple):
-    """Equal for two tokenizers that give every conversation the same ids.
-
-    Attributes:
-        size: How many tokens it has.
-        vocabulary: sha256 of its tokens with their ids.
-        rules: sha256 of the ids that it gives `probes.TEXTS` and texts of its tokens:
-            how it cuts text, however that is written down.
-        special: Ids of the tokens that begin and end a text; None for a start token
-            that neither the tokenizer nor the template writes.
-        template: sha256 of the chat template, None without one.
-    """
-
-    size: int
-    vocabulary: str
-    rules: str
-    special: dict[str, int | None]
-    template: str | None
-
-
-def identify(tokenizer: Tokenizer) -> TokenizerIdentity:
-    """Returns the identity of a tokenizer, by content, wherever it lies."""
-    vocabulary = dict(getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)())
-    encoder = Encoder(tokenizer)
-    texts = vocabulary_texts(vocabulary, without=tokenizer.get_added_vocab())
-    template = getattr(tokenizer, "chat_template", None)
-    starts = encoder.adds_start or "bos_token" in str(template)
-    start = getattr(tokenizer, "bos_token_id", None) if starts else None
-    return TokenizerIdentity(
-        size=len(vocabulary),
-        vocabulary=_digest(sorted(vocabulary.items(), key=lambda item: item[1])),
-        rules=_digest(encoder.ids([*TEXTS, *texts])),
-        special={
-            "bos_token_id": start,
-            "eos_token_id": getattr(tokenizer, "eos_token_id", None),
-        },
-        template=_digest(template) if template else None,
-    )
-
-
-def differences(
-    made_by: TokenizerIdentity, given: TokenizerIdentity, *, chats: bool
-) -> list[str]:
-    """Returns what differs, in words; nothing when both give the same ids.
-
-    Args:
-        made_by: Of the tokenizer that the data were made with.
-        given: Of the one that they are to be read with.
-        chats: Whether chat templates matter.
-    """
-    found = []
-    if made_by.vocabulary != given.vocabulary:
-        sizes = f"{made_by.size:,} tokens there, {given.size:,} here"
-        found.append(f"the vocabulary ({sizes})")
-    elif made_by.rules != given.rules:
-        found.append("how text is cut (merges, normalizer or pre-tokenizer)")
-    for name, number in made_by.special.items():
-        if number != given.special.get(name):
-            other = given.special.get(name)
-            found.append(f"the {name} ({number} there, {other} here)")
-    if chats and made_by.template != given.template:
-        if given.template is None:
-            found.append("the chat template (none here; give it by --chat-template)")
-        elif made_by.template is None:
-            found.append("the chat template (none there)")
-        else:
-            digests = f"{made_by.template[:12]} there, {given.template[:12]} here"
-            found.append(f"the chat template (sha256 {digests})")
-    return found
-
-
-def _digest(value: object) -> str:
-    """Returns the sha256 of a value of JSON."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def read_shards(
     folder: pathlib.Path,
     manifest: Manifest,
@@ -256,7 +257,8 @@ def read_shards(
             examples = _examples(rows.select(SHARD_SCHEMA.names).cast(SHARD_SCHEMA))
         except (pyarrow.ArrowException, KeyError, ValueError) as error:
             raise DataError(
-                f"{path} is not a shard of this format ({error}); prepare the data again"
+                f"{path} is not a shard of this format ({error}); prepare the "
+                "data again"
             ) from error
         for number, (example, is_text) in enumerate(examples, start=1):
             size, fitting = len(example.ids), [example]
@@ -285,7 +287,9 @@ def _examples(rows: pyarrow.Table) -> list[tuple[Example, bool]]:
     """Returns the rows of a shard, and whether each is running text."""
     lists = [rows[name].combine_chunks() for name in ("input_ids", "loss_mask")]
     ids, mask = (each.flatten().to_numpy(zero_copy_only=False) for each in lists)
-    starts, masked = (np.cumsum([0, *each.value_lengths()]) for each in lists)
+    starts, masked = (
+        np.cumsum([0, *each.value_lengths().to_pylist()]) for each in lists
+    )
     if not np.array_equal(starts, masked):
         raise ValueError("as many tokens as places of the mask are needed")
     prompts, ends, text = (rows[name].to_pylist() for name in SHARD_SCHEMA.names[2:])

@@ -172,7 +172,7 @@ def _split_of(path: pathlib.Path) -> str | None:
 
 
 def _hub_name(name: str | os.PathLike[str]) -> tuple[str, str | None] | None:
-    """Returns the data set of the Hub, and its split, that a name stands for; else None.
+    """Returns the data set of the Hub that a name stands for, and its split; or None.
 
     What is there as a file or folder, or ends as files do, is none.
     """

@@ -16,8 +16,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import jinja2
 
-from taid_jax.data.tokens import Tokenizer
 from taid_jax.data.errors import DataError, RecordError
+from taid_jax.data.tokens import Tokenizer
 from taid_jax.errors import parsing, shorten
 
 # What marks an answer, which Jinja alone does not know.
@@ -256,7 +256,7 @@ class ChatTemplate:
         for kind, *rest in answer:
             if kind == "text":
                 texts.append(whole[: rest[0]] + rest[1])
-                whole = whole or texts[-1]
+                whole = whole or rest[1]
             elif kind == "limit":
                 raise TemplateError(
                     f"the chat template {rest[0]} for one conversation, and gets "
