@@ -67,7 +67,7 @@ def jax_side(
                 max_new_tokens=tokens,
                 eos_token_ids=(),
                 pad_token_id=0,
-            )
+            ).tokens
         )
 
     return run, seconds

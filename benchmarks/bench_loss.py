@@ -40,7 +40,7 @@ OBJECTIVES: dict[str, Callable[[float], Any]] = {
     "total_variation": lambda t: loss.TotalVariation(),
     "skew_forward_kl": lambda t: loss.SkewForwardKL(),
     "skew_reverse_kl": lambda t: loss.SkewReverseKL(),
-    "ctkd": lambda t: loss.CTKD(jnp.float32(1.0)),
+    "ctkd": lambda t: loss.CTKD(jnp.float32(4.0)),
     "dkd": lambda t: loss.DKD(),
     "sft": lambda t: loss.CrossEntropy(),
     "adaptive_kl": lambda t: loss.AdaptiveKL(),
@@ -132,7 +132,7 @@ def loss_column(
         else:
             logits = heads[0].logits(h), heads[1].logits(teacher_h)
             total, sums = loss.distillation_sums(objective, *logits, mask, labels)
-        return total / sums["weight"]
+        return total / sums["num_tokens"]
 
     return compiled_column(
         jax.value_and_grad(mean, argnums=(1, 2)), objective, *arrays.values()

@@ -32,7 +32,15 @@ from taid_jax.models.files.load import export_model
 TRAIN = pathlib.Path(__file__).parents[1] / "scripts" / "train_tpu.py"
 CHARACTERS = 40_000
 # What depends on the clock.
-MEASURED = ("loss", "kl", "t", "delta_t", "learning_rate", "grad_norm", "tokens")
+MEASURED = (
+    "loss",
+    "kl_teacher",
+    "t",
+    "delta_t",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+)
 # Steps before the end that are left for a kill to arrive in.
 MARGIN = 10
 UNFINISHED = "*.orbax-checkpoint-tmp*"

@@ -44,7 +44,7 @@ def compile_loss(
         else:
             logits = heads[0].logits(hidden), heads[1].logits(teacher_hidden)
             total, sums = loss.distillation_sums(objective, *logits, mask)
-        return total / sums["weight"]
+        return total / sums["num_tokens"]
 
     def shape(where: PartitionSpec, *sizes: int) -> jax.ShapeDtypeStruct:
         layout = NamedSharding(mesh, where)

@@ -23,9 +23,10 @@ from parity.torch_reference import (
 from taid_jax.loss import TAID
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import ObjectiveSettings
+from taid_jax.train.evaluate import make_eval_step
 from taid_jax.train.objective import make_objective
 from taid_jax.train.state import init_state
-from taid_jax.train.step import make_eval_step, make_train_step
+from taid_jax.train.step import make_train_step
 from taid_jax.types import ModelFunctions
 
 STEPS, PARTS, VOCAB, EVERY = 6, 4, 11, 3
@@ -161,12 +162,12 @@ def _our_cadence(bigrams: Bigrams) -> float:
         optimizer=optimizer,
         grad_accum=PARTS,
     )
-    evaluate = make_eval_step(_BIGRAM, _BIGRAM, TAID(1.0))
+    evaluate = make_eval_step(_BIGRAM, _BIGRAM, lambda *_: TAID(1.0))
     teacher = {"table": jnp.asarray(bigrams.teacher)}
     for index in range(STEPS):
         state, _ = step(state, teacher, bigrams.batch(index))
         if index % EVERY == EVERY - 1:
-            jax.block_until_ready(evaluate(state.params, teacher, bigrams.batch(0)))
+            jax.block_until_ready(evaluate(state, teacher, bigrams.batch(0)))
     return float(state.schedule.t)
 
 

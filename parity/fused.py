@@ -106,7 +106,7 @@ def _value_and_gradients(
 
     grad = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
     (loss_sum, sums), gradients = grad(student, student_kernel)
-    return loss_sum / sums["weight"], gradients
+    return loss_sum / sums["num_tokens"], gradients
 
 
 def our_gradients(subject: Subject, hidden: Hidden) -> Gradients:

@@ -181,7 +181,7 @@ def our_temperature_gradient(case: Case, dtype: str, strength: float = 1.0) -> f
 
     def value(raw: jax.Array) -> jax.Array:
         return objectives.distillation_loss(
-            objectives.CTKD(raw, jnp.float32(strength)),
+            objectives.CTKD(objectives.ctkd_temperature(raw), jnp.float32(strength)),
             jnp.asarray(case.student).astype(dtype),
             jnp.asarray(case.teacher).astype(dtype),
             jnp.asarray(case.mask),

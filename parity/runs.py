@@ -9,7 +9,7 @@ import numpy as np
 
 from parity.recordings import RecordingError, check_arrays, load_arrays, load_json
 from parity.torch_reference import ScheduleSettings
-from taid_jax.settings.objective import ObjectiveName
+from taid_jax.settings import ObjectiveName
 
 BATCH_KEYS = ("input_ids", "attention_mask", "labels")
 STEP_KEYS = ("loss", "lm_loss", "t_used", "t_after", "grad_norm", "lr")

@@ -112,7 +112,7 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject(
         "CTKD",
         "ctkd",
-        lambda: loss.CTKD(CTKD_RAW),
+        lambda: loss.CTKD(CTKD_TEMPERATURE),
         Settings(temperature=CTKD_TEMPERATURE),
         "ctkd",
     ),

@@ -1,7 +1,7 @@
 """Several methods from one start, on the same batches: cells, their table, a picture.
 
-A cell is one method with one seed: a run of `scripts/train_tpu.py` in a process of its
-own, so that its memory is its own. Its report, once it is there, is all that counts.
+A cell is one method with one seed: a run of `taid-jax train` in a process of its own,
+so that its memory is its own. Its report, once it is there, is all that counts.
 """
 
 import dataclasses
@@ -31,21 +31,6 @@ from taid_jax.train.report import (
     read_lines,
     save_picture,
 )
-
-METHODS = (
-    "sft",
-    "fkl",
-    "rkl",
-    "tvd",
-    "adaptive_kl",
-    "gkd",
-    "distillm",
-    "ctkd",
-    "dkd",
-    "taid_linear",
-    "taid",
-)
-"""The methods of the published comparison, as the recipes call them."""
 
 FIGURES = {
     "kl": "KL (nats)",
@@ -147,7 +132,8 @@ def plan_cells(
         SettingsError: If a settings file is missing or cannot be used, or a cell was
             begun with other settings.
     """
-    shared = read_settings(config)
+    if not config.exists():
+        raise SettingsError(f"config: there is no file {config}")
     files = {}
     for method in methods:
         path = pathlib.Path(method)
@@ -165,7 +151,9 @@ def plan_cells(
         for method, path in files.items():
             folder = output.absolute() / f"{method}-seed{seed}"
             own = {"seed": seed, "output": str(folder / "run")}
-            settings = from_dict({**overrides, **own}, read_settings(path, shared))
+            shared = read_settings(path, under=[config])
+            # Of several methods not each has a use for them.
+            settings = from_dict({**overrides, **own}, shared, strict=False)
             cells.append(Cell(method, seed, folder, settings))
             cells[-1].check()
     return cells

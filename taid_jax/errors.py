@@ -9,10 +9,6 @@ MAX_SHOWN = 300
 """So many characters of a value, or of another's message, are shown at most."""
 
 
-EXIT_STATUS = "\n\nExit status: 0 done, 2 bad input, 1 anything else."
-"""The end of what every command says of itself."""
-
-
 class InputError(ValueError):
     """Something that the user gave cannot be used.
 

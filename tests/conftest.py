@@ -8,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # The hook has to come before the first import of the package.
@@ -27,3 +28,23 @@ _cache = pathlib.Path(
 _cache /= os.environ.get("PYTEST_XDIST_WORKER", "")
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Commands that tests start as processes of their own.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+jax.config.update("jax_disable_most_optimizations", True)
+_optimised = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles without most of XLA's optimisation, but for tests marked `optimised`.
+
+    Most of the suite's time is compilation, and values of small shapes need none of it.
+    Marked are those that hold numbers to float32's last digits, as users' programs have
+    them, and those that look at a compiled program or its memory.
+    """
+    global _optimised
+    wanted = item.get_closest_marker("optimised") is not None
+    if wanted != _optimised:
+        _optimised = wanted
+        jax.config.update("jax_disable_most_optimizations", not wanted)
+        jax.clear_caches()  # The switch is no part of a program's key.

@@ -1,7 +1,12 @@
 import pytest
 
 from taid_jax.distributed import several_expected
-from taid_jax.settings import HostSettings, SettingsError, contradictions, from_dict
+from taid_jax.settings import (
+    DistributedSettings,
+    SettingsError,
+    contradictions,
+    from_dict,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +24,7 @@ from taid_jax.settings import HostSettings, SettingsError, contradictions, from_
 )
 def test_host_settings_that_cannot_be_are_refused(values, message):
     with pytest.raises(SettingsError, match=message):
-        HostSettings(**values)
+        DistributedSettings(**values)
 
 
 def test_host_settings_may_change_when_a_run_goes_on():

@@ -9,10 +9,14 @@ import jax
 import numpy as np
 
 from taid_jax.loss import TAID, Head
-from taid_jax.models.adapters import linen_functions
 from taid_jax.schedule import TAIDScheduler
-from taid_jax.train.state import init_state, learning_rate_schedule, make_optimizer
-from taid_jax.train.step import make_train_step
+from taid_jax.train import (
+    init_state,
+    learning_rate_schedule,
+    linen_functions,
+    make_optimizer,
+    make_train_step,
+)
 
 VOCAB, STEPS = 64, 200
 
@@ -64,7 +68,7 @@ def main() -> tuple[float, float]:
     kls = []
     for _ in range(STEPS):
         state, metrics = step(state, teacher_params, batch(rng))
-        kls.append(float(metrics["kl"]))
+        kls.append(float(metrics["kl_teacher"]))
     print(f"KL {kls[0]:.3f} -> {kls[-1]:.3f} nats, t = {float(state.schedule.t):.2f}")
     return kls[0], kls[-1]
 

@@ -17,13 +17,10 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
-import multiprocess
 import numpy as np
 import pyarrow
-from datasets.exceptions import DatasetGenerationError
 
 from taid_jax.data.documents import Document, Text
 from taid_jax.data.errors import DataError, Problem, RecordError, nothing_left
@@ -44,12 +41,13 @@ from taid_jax.data.sources import Source, find_source, read_source
 from taid_jax.data.split import hold_out
 from taid_jax.data.tokens import Encoder, Tokenizer
 from taid_jax.files import write_whole, written_aside
-from taid_jax.settings.data import is_date
+from taid_jax.settings import is_date
+
+if TYPE_CHECKING:
+    import datasets
 
 REPORT = "left_out.jsonl"
 """A line for every record that was left out or noted: origin, reason, message."""
-
-_parallel: Any = multiprocess  # It makes its functions when it is imported.
 
 _WORK, _ASKED = ".unfinished", "asked.json"
 _KEYS_NAMED = 20
@@ -274,38 +272,38 @@ def _stamps(side: str, source: Source) -> Iterator[list[Any]]:
             yield [side, entry, 0, 0]
 
 
-_RECORDS = datasets.Features(
-    {
-        "number": datasets.Value("int64"),
-        "side": datasets.Value("string"),
-        "origin": datasets.Value("string"),
+_RECORDS = pyarrow.schema(
+    [
+        ("number", pyarrow.int64()),
+        ("side", pyarrow.string()),
+        ("origin", pyarrow.string()),
         # Its JSON; or why there is none.
-        "record": datasets.Value("string"),
-        "reason": datasets.Value("string"),
-        "message": datasets.Value("string"),
-    }
+        ("record", pyarrow.string()),
+        ("reason", pyarrow.string()),
+        ("message", pyarrow.string()),
+    ]
 )
-_ROWS = datasets.Features(
-    {
+_ROWS = pyarrow.schema(
+    [
         # Of the record, and on which side it is given.
-        "number": datasets.Value("int64"),
-        "side": datasets.Value("string"),
-        "origin": datasets.Value("string"),
+        ("number", pyarrow.int64()),
+        ("side", pyarrow.string()),
+        ("origin", pyarrow.string()),
         # Why it is left out; empty if it is not.
-        "reason": datasets.Value("string"),
-        "message": datasets.Value("string"),
-        "unused": datasets.List(datasets.Value("string")),
-        "chat": datasets.Value("bool"),
+        ("reason", pyarrow.string()),
+        ("message", pyarrow.string()),
+        ("unused", pyarrow.list_(pyarrow.string())),
+        ("chat", pyarrow.bool_()),
         # Place in the shuffle; of the document.
-        "key": datasets.Value("int64"),
-        "rank": datasets.Value("float64"),
+        ("key", pyarrow.int64()),
+        ("rank", pyarrow.float64()),
         # Hashes of what the record is called, and of that and all it says; 0 without a
         # name.
-        "name": datasets.Value("int64"),
-        "copy": datasets.Value("int64"),
-        "tokens": datasets.Value("int64"),
-        **datasets.Features.from_arrow_schema(SHARD_SCHEMA),
-    }
+        ("name", pyarrow.int64()),
+        ("copy", pyarrow.int64()),
+        ("tokens", pyarrow.int64()),
+        *SHARD_SCHEMA,
+    ]
 )
 
 
@@ -328,11 +326,15 @@ def _encoded(
     sources: Mapping[str, Source],
     tokenizer: Tokenizer,
     options: PrepareOptions,
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """Returns a row for every example, and for every record that is left out.
 
     What is in the folder is not made again.
     """
+    # Imported here, as wherever it takes seconds: `--help` needs none of it.
+    import datasets
+    import multiprocess
+    from datasets.exceptions import DatasetGenerationError
 
     def read() -> Iterator[dict[str, Any]]:
         number = 0
@@ -351,7 +353,10 @@ def _encoded(
     datasets.logging.set_verbosity_error()
     try:
         records: Any = datasets.Dataset.from_generator(
-            read, features=_RECORDS, cache_dir=str(work), fingerprint="records"
+            read,
+            features=datasets.Features.from_arrow_schema(_RECORDS),
+            cache_dir=str(work),
+            fingerprint="records",
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
@@ -360,7 +365,7 @@ def _encoded(
     jobs = min(options.workers, len(records))
     if jobs > 1:
         # Not forked: the tokenizers have threads.
-        _parallel.set_start_method("spawn", force=True)
+        multiprocess.set_start_method("spawn", force=True)  # pyright: ignore
     pieces = [
         records.select(range(start, min(start + _PIECE, len(records)))).map(
             _Encode(tokenizer, options),
@@ -368,7 +373,7 @@ def _encoded(
             batch_size=128,
             num_proc=jobs if jobs > 1 else None,
             remove_columns=["record"],
-            features=_ROWS,
+            features=datasets.Features.from_arrow_schema(_ROWS),
             load_from_cache_file=True,
             cache_file_name=str(work / f"rows-{start}.arrow"),
             new_fingerprint=f"rows-{start}",
@@ -394,8 +399,7 @@ class _Encode:
     def __call__(self, batch: Mapping[str, list[Any]]) -> pyarrow.Table:
         options = self._options
         if self._intake is None:
-            if _parallel.parent_process() is not None:
-                threading.Thread(target=_end_with_parent, daemon=True).start()
+            threading.Thread(target=_end_with_parent, daemon=True).start()
             self._intake = Intake(
                 Encoder(self._tokenizer),
                 Limits(options.max_tokens, options.max_prompt, options.max_answer),
@@ -410,7 +414,7 @@ class _Encode:
                 strict=True,
             )
         )
-        columns: dict[str, list[Any]] = {name: [] for name in _ROWS}
+        columns: dict[str, list[Any]] = {name: [] for name in _ROWS.names}
         given = zip(batch["number"], batch["side"], strict=True)
         documents = read_documents(records, options.seed)
         try:
@@ -422,7 +426,7 @@ class _Encode:
             for row in _rows_of(outcome, options.seed):
                 for name, value in (row | {"number": number, "side": side}).items():
                     columns[name].append(value)
-        return pyarrow.table(columns, schema=_ROWS.arrow_schema)
+        return pyarrow.table(columns, schema=_ROWS)
 
 
 def _rows_of(outcome: Outcome, seed: int) -> Iterator[dict[str, Any]]:
@@ -483,7 +487,9 @@ def _placeholder(value: object) -> str:
 
 def _end_with_parent() -> None:
     # The pool's queues keep a process waiting whose parent was killed.
-    if (parent := _parallel.parent_process()) is not None:
+    import multiprocess
+
+    if parent := multiprocess.parent_process():  # pyright: ignore
         parent.join()
         os._exit(1)
 
@@ -503,7 +509,7 @@ class _Choice(NamedTuple):
 
 
 def _choose(
-    rows: datasets.Dataset,
+    rows: "datasets.Dataset",
     facts: _Facts,
     sides: Collection[str],
     options: PrepareOptions,
@@ -568,7 +574,7 @@ def _again(hashes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return (hashes != 0) & (numbers[first][place] != numbers)
 
 
-def _problems(rows: datasets.Dataset, places: np.ndarray) -> list[Problem]:
+def _problems(rows: "datasets.Dataset", places: np.ndarray) -> list[Problem]:
     chosen = rows.select(places)
     return list(map(Problem, *(chosen[name] for name in Problem._fields)))
 
@@ -588,7 +594,7 @@ def _nothing_left(data: str, left_out: Sequence[Problem], facts: _Facts) -> Data
 def _write_shards(
     output: pathlib.Path,
     side: str,
-    rows: datasets.Dataset,
+    rows: "datasets.Dataset",
     chosen: np.ndarray,
     facts: _Facts,
     shard_tokens: int,

@@ -4,18 +4,17 @@ An objective is a pytree that gives the loss of every token; `distillation_loss`
 mean over counted tokens, `fused_loss` its sum straight from hidden states.
 """
 
-from taid_jax.loss._baselines import CTKD, DKD, CrossEntropy, ctkd_strength
+from taid_jax.loss._ctkd import CTKD, ctkd_strength, ctkd_temperature
 from taid_jax.loss._divergences import (
     AdaptiveKL,
     ForwardKL,
-    JensenShannon,
     ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
     TotalVariation,
 )
+from taid_jax.loss._dkd import DKD
 from taid_jax.loss._fused import fused_loss
-from taid_jax.loss._mix import Mix
+from taid_jax.loss._mix import CrossEntropy, Mix
+from taid_jax.loss._mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
 from taid_jax.loss._objective import Objective
 from taid_jax.loss._reduce import distillation_loss, distillation_sums
 from taid_jax.loss._taid import TAID, taid_loss
@@ -37,6 +36,7 @@ __all__ = [
     "SkewReverseKL",
     "TotalVariation",
     "ctkd_strength",
+    "ctkd_temperature",
     "distillation_loss",
     "distillation_sums",
     "fused_loss",

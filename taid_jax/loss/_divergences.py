@@ -1,68 +1,85 @@
 """Divergences between the student's and the teacher's distribution, as objectives."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 
-from taid_jax.loss import _adaptive as adaptive
-from taid_jax.loss import _cross_entropy as cross_entropy
-from taid_jax.loss import _mixtures as mixtures
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._exact import Parts, exact, tempered
-from taid_jax.loss._objective import (
-    STATIC,
-    as_scalar,
-    check_positive,
-    check_shapes,
-    check_static,
-    register_objective,
-)
+from taid_jax.loss._checks import check_positive, check_static
+from taid_jax.loss._objective import STATIC, ExactObjective, Parts, register_objective
 
 
-class _Divergence:
-    """What the divergences share: parts at a temperature, and KL beside them."""
+class Divergence(ExactObjective):
+    """An objective of both softmaxes at a temperature, times its square.
 
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        """Returns the divergence at temperature 1; must not hold a leaf."""
+    Both the value and the gradient carry the factor, which keeps the size of the
+    gradient about the same at every temperature (Hinton et al. 2015, section 2.1).
+    """
+
+    temperature: Any = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        """Returns the divergence at temperature 1."""
         raise NotImplementedError
 
-    def __call__(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "..."],
-        labels: Int[Array, "..."] | None = None,
-    ) -> Float[Array, "*tokens"]:
-        """Returns the loss of every token; see `Objective`."""
-        check_shapes(student_logits, teacher_logits, labels)
-        return exact(
-            functools.partial(tempered, self._parts()),
-            student_logits.astype(jnp.float32),
-            teacher_logits.astype(jnp.float32),
-            as_scalar("temperature", getattr(self, "temperature", 1.0)),
+    def _value_and_gradient(
+        self, student_logits: Array, teacher_logits: Any, labels: Any
+    ) -> Parts:
+        temperature = jnp.asarray(self.temperature, jnp.float32)
+        value, gradient = self._divergence(
+            softmax.normalise_pair(student_logits, teacher_logits, temperature)
         )
+        return temperature**2 * value, lambda: temperature * gradient()
 
-    def metrics(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "..."],
-        labels: Int[Array, "..."] | None = None,
-    ) -> dict[str, Float[Array, "..."]]:
-        """Returns `kl`, KL(teacher || student) of every token at temperature 1."""
-        check_shapes(student_logits, teacher_logits, labels)
-        pair = softmax.normalise_pair(
-            student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
-        )
-        return {"kl": softmax.kl(pair)}
+
+def forward(pair: softmax.Pair) -> Parts:
+    """Returns the cross-entropy to the target, `-sum p log q`, and `q - p`.
+
+    The gradient is `q * expm1(log p - log q)` where the two are close and a subtraction
+    elsewhere. `log p - log q` comes from the logits' difference less the logarithm of
+    `sum q exp(difference)`, which keeps all of its digits when both are small.
+    """
+    student, target = pair.student, pair.target
+    mean = softmax.row_sum(target.exp * student.shifted) / target.total
+    value = softmax.per_token(pair.mass * (jnp.log(student.total) - mean))
+
+    def gradient() -> Float[Array, "*tokens vocab"]:
+        log_ratio = pair.difference - softmax.log_mass(pair)
+        q, p = student.exp / student.total, target.exp / target.total
+        return -pair.mass * softmax.step(q, p, log_ratio)
+
+    return value, gradient
+
+
+def reverse(pair: softmax.Pair) -> Parts:
+    """Returns `sum q (log q - log p)` over entries of finite `log p`, in its parts."""
+    q, masked = pair.student, pair.teacher_masked
+    masked_mass = softmax.row_sum(jnp.where(masked, q.exp, 0.0)) / q.total
+    difference = jnp.where(masked, 0.0, pair.difference)
+    mean = softmax.row_sum(q.exp * difference) / q.total
+    value = softmax.per_token((1 - masked_mass) * pair.constant - mean)
+
+    def gradient() -> Float[Array, "*tokens vocab"]:
+        # Without masked entries this is q * (mean - difference): the constant drops out
+        # before it can cost digits.
+        dropped = masked_mass - jnp.where(masked, 1.0, 0.0)
+        centred = (1 + pair.constant) * dropped + (mean - difference)
+        return q.exp / q.total * centred
+
+    return value, gradient
 
 
 @register_objective
 @dataclasses.dataclass(frozen=True)
-class ForwardKL(_Divergence):
+class ForwardKL(Divergence):
     """Cross-entropy to the teacher, `-sum p log q`: KL without the teacher's entropy.
 
     Attributes:
@@ -76,20 +93,24 @@ class ForwardKL(_Divergence):
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import ForwardKL
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(ForwardKL()(student, teacher).round(3))
+        1.983
     """
 
     temperature: ArrayLike = 1.0
 
-    def __post_init__(self) -> None:
-        check_positive("temperature", self.temperature)
-
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        return cross_entropy.forward
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        return forward(pair)
 
 
 @register_objective
 @dataclasses.dataclass(frozen=True)
-class ReverseKL(_Divergence):
+class ReverseKL(Divergence):
     """KL(student || teacher), `sum q (log q - log p)`.
 
     Entries to which the teacher gives probability 0 are left out of the sum.
@@ -99,108 +120,25 @@ class ReverseKL(_Divergence):
 
     References:
         Gu et al., MiniLLM, arXiv:2306.08543.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import ReverseKL
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(ReverseKL()(student, teacher).round(3))
+        1.15
     """
 
     temperature: ArrayLike = 1.0
 
-    def __post_init__(self) -> None:
-        check_positive("temperature", self.temperature)
-
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        return cross_entropy.reverse
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        return reverse(pair)
 
 
 @register_objective
 @dataclasses.dataclass(frozen=True)
-class JensenShannon(_Divergence):
-    """`w KL(p, m) + (1 - w) KL(q, m)` for the mixture `m = w p + (1 - w) q`.
-
-    Attributes:
-        teacher_weight: w, strictly between 0 and 1; static.
-        temperature: As in `ForwardKL`.
-
-    Raises:
-        ValueError: If a setting is out of its range.
-
-    References:
-        Agarwal et al., GKD, arXiv:2306.13649.
-    """
-
-    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
-    temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
-        check_positive("temperature", self.temperature)
-
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        return functools.partial(
-            mixtures.jensen_shannon, teacher_weight=self.teacher_weight
-        )
-
-
-@register_objective
-@dataclasses.dataclass(frozen=True)
-class SkewForwardKL(_Divergence):
-    """`-sum p log m` for `m = w p + (1 - w) q`, without the teacher's entropy.
-
-    Attributes:
-        teacher_weight: w, strictly between 0 and 1; static.
-        temperature: As in `ForwardKL`.
-
-    Raises:
-        ValueError: If a setting is out of its range.
-
-    References:
-        Ko et al., DistiLLM, arXiv:2402.03898.
-    """
-
-    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
-    temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
-        check_positive("temperature", self.temperature)
-
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        return functools.partial(
-            mixtures.skew_forward, teacher_weight=self.teacher_weight
-        )
-
-
-@register_objective
-@dataclasses.dataclass(frozen=True)
-class SkewReverseKL(_Divergence):
-    """`sum q (log q - log m)` for `m = (1 - w) p + w q`.
-
-    Attributes:
-        teacher_weight: w, strictly between 0 and 1; static.
-        temperature: As in `ForwardKL`.
-
-    Raises:
-        ValueError: If a setting is out of its range.
-
-    References:
-        Ko et al., DistiLLM, arXiv:2402.03898.
-    """
-
-    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
-    temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
-        check_positive("temperature", self.temperature)
-
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        return functools.partial(
-            mixtures.skew_reverse, teacher_weight=self.teacher_weight
-        )
-
-
-@register_objective
-@dataclasses.dataclass(frozen=True)
-class AdaptiveKL(_Divergence):
-    """Forward and reverse KL, weighted by the gap in the teacher's head and tail.
+class AdaptiveKL(Divergence):
+    """Forward and reverse KL, weighted by how head and tail of the teacher differ.
 
     The head is the most probable teacher entries that hold `head_threshold` of its
     mass. Forward KL weighs the head's share of `sum |p - q|`, reverse KL the tail's;
@@ -216,6 +154,13 @@ class AdaptiveKL(_Divergence):
     References:
         Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillation for
         Large Language Models, arXiv:2404.02657.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import AdaptiveKL
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(AdaptiveKL(head_threshold=0.5)(student, teacher).round(3))
+        1.566
     """
 
     head_threshold: float | int = dataclasses.field(default=0.5, metadata=STATIC)
@@ -223,39 +168,84 @@ class AdaptiveKL(_Divergence):
 
     def __post_init__(self) -> None:
         check_static("head_threshold", self.head_threshold, 1e-6, 1)
-        check_positive("temperature", self.temperature)
+        super().__post_init__()
 
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        return functools.partial(adaptive.adaptive, head_threshold=self.head_threshold)
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        head = _head_entries(pair.teacher, self.head_threshold)
+        difference = jnp.abs(softmax.probability_difference(pair))
+        in_head = softmax.row_sum(jnp.where(head, difference, 0.0))
+        both = in_head + softmax.row_sum(jnp.where(head, 0.0, difference))
+        # Equal distributions: half and half, and no gradient either way.
+        weight = jnp.where(both == 0, 0.5, in_head / jnp.where(both == 0, 1.0, both))
+        (forward_value, forward_gradient) = forward(pair)
+        (reverse_value, reverse_gradient) = reverse(pair)
+        column = softmax.per_token(weight)
+        value = column * forward_value + (1 - column) * reverse_value
+
+        def gradient() -> Float[Array, "*tokens vocab"]:
+            return weight * forward_gradient() + (1 - weight) * reverse_gradient()
+
+        return value, gradient
+
+
+def _head_entries(
+    teacher: softmax.Row, threshold: float | int
+) -> Bool[Array, "*tokens vocab"]:
+    """Returns the most probable entries that together hold `threshold` of the mass.
+
+    The smallest such set; entries as probable as its last one belong to it, so that it
+    does not depend on the order of the vocabulary. The least probability in it is found
+    by bisection: thirty sums over the vocabulary take less than sorting it, and stay
+    sums when it is sharded.
+    """
+    # Floats that are not negative have the order of their bits.
+    bits = jax.lax.bitcast_convert_type(teacher.exp, jnp.int32)
+    needed = threshold * teacher.total
+    one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
+    low = jnp.zeros_like(needed, jnp.int32)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        held = softmax.row_sum(jnp.where(bits >= middle, teacher.exp, 0.0))
+        enough = held >= needed
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    # The bits of numbers in [0, 1] are below 2**30: thirty halvings leave one.
+    low, _ = jax.lax.fori_loop(0, 30, halve, (low, low + one + 1))
+    return bits >= low
 
 
 @register_objective
 @dataclasses.dataclass(frozen=True)
-class TotalVariation(_Divergence):
+class TotalVariation(Divergence):
     """Total variation distance, `0.5 sum |p - q|`.
 
     References:
         Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation,
         arXiv:2307.15190.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import TotalVariation
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(TotalVariation()(student, teacher).round(3))
+        0.575
     """
 
-    def _parts(self) -> Callable[[softmax.Pair], Parts]:
-        return _total_variation
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        difference = softmax.probability_difference(pair)
+        value = 0.5 * softmax.row_sum(jnp.abs(difference))
 
+        def gradient() -> Float[Array, "*tokens vocab"]:
+            # q (sign - sum q sign) / 2, with the mass on the other side of each entry
+            # in place of a difference that cancels when one side has nearly all of it.
+            q = pair.student.exp / pair.student.total
+            above = ~(difference > 0)
+            mass_above = softmax.row_sum(jnp.where(above, q, 0.0))
+            mass_below = softmax.row_sum(jnp.where(above, 0.0, q))
+            # NaN is on neither side; the value has it, and the gradient is to have it.
+            whole = jnp.where(jnp.isnan(value), value, mass_below)
+            return q * jnp.where(above, whole, -mass_above)
 
-def _total_variation(pair: softmax.Pair) -> Parts:
-    change = softmax.change(pair)
-    value = 0.5 * softmax.row_sum(jnp.abs(change))
-
-    def gradient() -> Float[Array, "*tokens vocab"]:
-        # q (sign - sum q sign) / 2, with the mass on the other side of each entry in
-        # place of a difference that cancels when one side has nearly all of it.
-        q = pair.student.exp / pair.student.total
-        above = ~(change > 0)
-        mass_above = softmax.row_sum(jnp.where(above, q, 0.0))
-        mass_below = softmax.row_sum(jnp.where(above, 0.0, q))
-        # NaN is on neither side; the value has it, and the gradient is to have it too.
-        whole = jnp.where(jnp.isnan(value), value, mass_below)
-        return q * jnp.where(above, whole, -mass_above)
-
-    return softmax.per_token(value), gradient
+        return softmax.per_token(value), gradient

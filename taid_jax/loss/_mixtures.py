@@ -12,22 +12,26 @@ gives the student's likeliest entry next to nothing, for f(x) - f(-inf). Each to
 takes the one that suits it.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._exact import Parts
+from taid_jax.loss._checks import check_static
+from taid_jax.loss._divergences import Divergence
+from taid_jax.loss._objective import STATIC, Parts, register_objective
 
 
 class _Terms(NamedTuple):
     rho: Float[Array, "*tokens vocab"]
-    """`log(q / m)`, plus `offset`."""
-    offset: Float[Array, "*tokens 1"]
+    """`log(q / m)`, plus `constant`."""
+    constant: Float[Array, "*tokens 1"]
     sigma: Float[Array, "*tokens vocab"]
     """`log(p / m)`."""
     tau: Float[Array, "*tokens vocab"]
@@ -38,21 +42,21 @@ def _terms(pair: softmax.Pair, share: float | int) -> _Terms:
     x = pair.difference - pair.constant
     far = pair.top_ratio < -1
 
-    # In exp(-|x|) nothing overflows; for x > 0 the roles of q and p are exchanged.
+    # In exp(-|x|) nothing overflows; for x > 0 the roles of q and p are exgrowthd.
     size = jnp.abs(x)
     decay = jnp.exp(-size)
-    change = jnp.where(size < softmax.NEAR, softmax.expm1_near(-size), decay - 1)
+    growth = jnp.where(size < softmax.NEAR, softmax.expm1_near(-size), decay - 1)
     low = x <= 0
     part = jnp.where(low, share, 1 - share)
     deep = jnp.logical_and(far, x < -1)
     log_rest = math.log1p(-share)
-    log_mixture = jnp.log1p(jnp.where(deep, share / (1 - share) * decay, part * change))
-    offset = jnp.where(far, log_rest, 0.0)
-    mixture = 1 + part * change
-    centred = jnp.where(low, 1.0, -1.0) * (share * (1 - share)) * change
+    log_mixture = jnp.log1p(jnp.where(deep, share / (1 - share) * decay, part * growth))
+    constant = jnp.where(far, log_rest, 0.0)
+    mixture = 1 + part * growth
+    centred = jnp.where(low, 1.0, -1.0) * (share * (1 - share)) * growth
     return _Terms(
-        rho=jnp.where(deep, 0.0, offset) - log_mixture - jnp.maximum(x, 0.0),
-        offset=offset,
+        rho=jnp.where(deep, 0.0, constant) - log_mixture - jnp.maximum(x, 0.0),
+        constant=constant,
         sigma=jnp.minimum(x, 0.0) - log_mixture - jnp.where(deep, log_rest, 0.0),
         tau=jnp.where(far, share * jnp.where(low, decay, 1.0), centred) / mixture,
     )
@@ -69,7 +73,7 @@ def _teacher_share_above_top(
     x = pair.difference - pair.constant + log_odds
     top = pair.top_ratio + log_odds
     here, there = jax.nn.sigmoid(x), jax.nn.sigmoid(top)
-    # Where the teacher is silent there, `difference` has another entry to start from.
+    # Where the teacher is masked there, `difference` has another entry to start from.
     away = jnp.where(pair.top_ratio <= softmax.FLOOR, -softmax.FLOOR, pair.difference)
     near = jnp.abs(away) < softmax.NEAR
     step = there * jax.nn.sigmoid(-x) * softmax.expm1_near(away)
@@ -80,46 +84,134 @@ def _mean(pair: softmax.Pair, values: Array) -> Float[Array, "*tokens 1"]:
     return softmax.row_sum(pair.student.exp * values) / pair.student.total
 
 
-def jensen_shannon(pair: softmax.Pair, teacher_weight: float | int) -> Parts:
-    """Returns `w KL(p, m) + (1 - w) KL(q, m)` for `m = w p + (1 - w) q`."""
-    terms = _terms(pair, teacher_weight)
-    student_weight = 1 - teacher_weight
-    mean = _mean(pair, terms.rho)
-    to_teacher = softmax.row_sum(pair.target.exp * terms.sigma) / pair.teacher.total
-    value = student_weight * (mean - terms.offset) + teacher_weight * to_teacher
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """`w KL(p, m) + (1 - w) KL(q, m)` for the mixture `m = w p + (1 - w) q`.
 
-    def gradient() -> Float[Array, "*tokens vocab"]:
-        q = pair.student.exp / pair.student.total
-        return student_weight * q * (terms.rho - mean)
+    Attributes:
+        teacher_weight: w, strictly between 0 and 1; static.
+        temperature: As in `ForwardKL`.
 
-    return softmax.per_token(value), gradient
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Agarwal et al., GKD, arXiv:2306.13649.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import JensenShannon
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(JensenShannon(teacher_weight=0.1)(student, teacher).round(3))
+        0.086
+    """
+
+    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
+        super().__post_init__()
+
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        weight = self.teacher_weight
+        terms = _terms(pair, weight)
+        mean = _mean(pair, terms.rho)
+        to_teacher = softmax.row_sum(pair.target.exp * terms.sigma) / pair.teacher.total
+        value = (1 - weight) * (mean - terms.constant) + weight * to_teacher
+
+        def gradient() -> Float[Array, "*tokens vocab"]:
+            q = pair.student.exp / pair.student.total
+            return (1 - weight) * q * (terms.rho - mean)
+
+        return softmax.per_token(value), gradient
 
 
-def skew_forward(pair: softmax.Pair, teacher_weight: float | int) -> Parts:
-    """Returns `-sum p log m` for `m = w p + (1 - w) q`."""
-    terms = _terms(pair, teacher_weight)
-    p = pair.teacher
-    surprise = terms.sigma - p.shifted
-    mean = softmax.row_sum(pair.target.exp * surprise) / p.total
-    value = mean + pair.kept * jnp.log(p.total)
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """`-sum p log m` for `m = skew p + (1 - skew) q`, without the teacher's entropy.
 
-    def gradient() -> Float[Array, "*tokens vocab"]:
-        q = pair.student.exp / pair.student.total
-        factor = (1 - teacher_weight) / teacher_weight
-        above = _teacher_share_above_top(pair, teacher_weight)
-        return factor * q * (_mean(pair, above) - above)
+    It is KL(p || m) less the entropy of p, which has no gradient.
 
-    return softmax.per_token(value), gradient
+    Attributes:
+        skew: The teacher's share of the mixture, strictly between 0 and 1; static.
+        temperature: As in `ForwardKL`.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Ko et al., DistiLLM, arXiv:2402.03898.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import SkewForwardKL
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(SkewForwardKL(skew=0.1)(student, teacher).round(3))
+        1.671
+    """
+
+    skew: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_static("skew", self.skew, 1e-6, 1 - 1e-6)
+        super().__post_init__()
+
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        terms = _terms(pair, self.skew)
+        p = pair.teacher
+        surprise = terms.sigma - p.shifted
+        mean = softmax.row_sum(pair.target.exp * surprise) / p.total
+        value = mean + pair.mass * jnp.log(p.total)
+
+        def gradient() -> Float[Array, "*tokens vocab"]:
+            q = pair.student.exp / pair.student.total
+            above = _teacher_share_above_top(pair, self.skew)
+            return (1 - self.skew) / self.skew * q * (_mean(pair, above) - above)
+
+        return softmax.per_token(value), gradient
 
 
-def skew_reverse(pair: softmax.Pair, teacher_weight: float | int) -> Parts:
-    """Returns `sum q (log q - log m)` for `m = (1 - w) p + w q`."""
-    terms = _terms(pair, 1 - teacher_weight)
-    value = _mean(pair, terms.rho) - terms.offset
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(q || m), `sum q (log q - log m)`, for `m = (1 - skew) p + skew q`.
 
-    def gradient() -> Float[Array, "*tokens vocab"]:
-        q = pair.student.exp / pair.student.total
-        slope = terms.rho + terms.tau
-        return q * (slope - _mean(pair, slope))
+    Attributes:
+        skew: The student's share of the mixture, strictly between 0 and 1; static.
+        temperature: As in `ForwardKL`.
 
-    return softmax.per_token(value), gradient
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Ko et al., DistiLLM, arXiv:2402.03898.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import SkewReverseKL
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(SkewReverseKL(skew=0.1)(student, teacher).round(3))
+        0.806
+    """
+
+    skew: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    temperature: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        check_static("skew", self.skew, 1e-6, 1 - 1e-6)
+        super().__post_init__()
+
+    def _divergence(self, pair: softmax.Pair) -> Parts:
+        terms = _terms(pair, 1 - self.skew)
+        value = _mean(pair, terms.rho) - terms.constant
+
+        def gradient() -> Float[Array, "*tokens vocab"]:
+            q = pair.student.exp / pair.student.total
+            slope = terms.rho + terms.tau
+            return q * (slope - _mean(pair, slope))
+
+        return softmax.per_token(value), gradient

@@ -1,20 +1,24 @@
 """What a distillation objective is: a pytree that gives the loss of every token."""
 
 import dataclasses
-from collections.abc import Hashable, Iterable
-from typing import Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.core import Tracer
-from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jax.tree_util import GetAttrKey, keystr, register_pytree_with_keys
+from jaxtyping import Bool, Float, Int
 
-from taid_jax.errors import show
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._checks import as_scalar, check_shapes, need_labels
+from taid_jax.types import IGNORE_INDEX
 
 T = TypeVar("T")
+
+Parts = tuple[Float[Array, "*tokens"], Callable[[], Float[Array, "*tokens vocab"]]]
+"""The loss of every token, and what forms the gradient of each in its own logits when,
+and only when, it is asked for."""
 
 STATIC = {"static": True}
 """Metadata of a dataclass field that is part of the tree's structure, not a leaf."""
@@ -64,206 +68,148 @@ def register_objective(cls: type[T]) -> type[T]:
     run `__init__`: jax puts placeholders into it that no check should see.
     """
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    leaves = tuple(f.name for f in fields if not f.metadata.get("static", False))
-    static = tuple(f.name for f in fields if f.metadata.get("static", False))
+    leaves = [f.name for f in fields if not f.metadata.get("static", False)]
+    static = [f.name for f in fields if f.metadata.get("static", False)]
 
-    def flatten_with_keys(
-        node: T,
-    ) -> tuple[list[tuple[Hashable, object]], tuple[Hashable, ...]]:
-        children = [
-            (jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in leaves
-        ]
+    def flatten(node: T) -> tuple[list[tuple[Hashable, object]], tuple[Hashable, ...]]:
+        children = [(GetAttrKey(name), getattr(node, name)) for name in leaves]
         return children, tuple(getattr(node, name) for name in static)
 
     def unflatten(settings: tuple[Hashable, ...], children: Iterable[object]) -> T:
         node = object.__new__(cls)
-        for name, value in zip(leaves, children, strict=True):
-            object.__setattr__(node, name, value)
-        for name, value in zip(static, settings, strict=True):
+        for name, value in zip(leaves + static, (*children, *settings), strict=True):
             object.__setattr__(node, name, value)
         return node
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    register_pytree_with_keys(cls, flatten, unflatten)
     return cls
 
 
-def _numbers(name: str, value: object) -> np.ndarray | None:
-    """Returns the numbers that a setting holds, float64; None of a traced one.
+class ExactObjective:
+    """An objective that forms its own gradient in the student's logits.
 
-    Raises:
-        TypeError: If it holds no real numbers.
+    A subclass gives `_value_and_gradient`; checks, dtypes, labels and `kl_teacher` are
+    here. The derivative in everything else, leaves included, is exactly zero.
     """
-    if isinstance(value, Tracer):
-        return None
-    if isinstance(value, Array) and not value.is_fully_addressable:
-        return None
-    if isinstance(value, int | float | np.generic | np.ndarray | Array):
-        numbers = np.asarray(jax.device_get(value))
-        # bfloat16 is no kind of number to NumPy.
-        if any(jnp.issubdtype(numbers.dtype, x) for x in (jnp.integer, jnp.floating)):
-            return numbers.astype(np.float64)
-    raise TypeError(f"need a real number for {name}, got {show(value)}")
 
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
 
-def check_between(
-    name: str, value: object, low: float | int, high: float | int
-) -> None:
-    """Checks a number known before tracing; a traced one is left alone.
+    def _value_and_gradient(
+        self, student_logits: Array, teacher_logits: Any, labels: Any
+    ) -> Parts:
+        """Returns both for float32 logits; leaves are float32 scalars here."""
+        raise NotImplementedError
 
-    Raises:
-        TypeError: If `value` is no real number, nor an array of them.
-        ValueError: If it is outside [low, high], or NaN.
-    """
-    numbers = _numbers(name, value)
-    if numbers is not None and not np.all((low <= numbers) & (numbers <= high)):
-        raise ValueError(f"need {low} <= {name} <= {high}, got {name} = {show(value)}")
+    def _losses(
+        self, student_logits: Array, teacher_logits: Any, labels: Any
+    ) -> Float[Array, "*tokens"]:
+        return _exact(self, student_logits, teacher_logits, labels)
 
-
-def check_positive(name: str, value: object) -> None:
-    """Checks a number known before tracing; a traced one is left alone.
-
-    Raises:
-        TypeError: If `value` is no real number, nor an array of them.
-        ValueError: If it is not positive and finite, as a float32.
-    """
-    numbers = _numbers(name, value)
-    if numbers is None:
-        return
-    with np.errstate(over="ignore"):
-        numbers = numbers.astype(np.float32)
-    if not np.all((numbers > 0) & (numbers < np.inf)):
-        raise ValueError(f"need {name} > 0 and finite, got {name} = {show(value)}")
-
-
-def check_static(name: str, value: object, low: float | int, high: float | int) -> None:
-    """Checks a setting that is part of the program.
-
-    Args:
-        name: Of the setting.
-        value: What was given.
-        low: The least value.
-        high: The greatest value.
-
-    Raises:
-        TypeError: If `value` is no Python or NumPy number, such as a traced array.
-        ValueError: If it is out of bounds, or NaN.
-    """
-    if isinstance(value, Array) or np.ndim(value):  # pyright: ignore[reportArgumentType]
-        raise TypeError(
-            f"need a Python number for {name}, which is static, got {show(value)}"
+    def __call__(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "..."] | None = None,
+        labels: Int[Array, "..."] | None = None,
+    ) -> Float[Array, "*tokens"]:
+        """Returns the loss of every token; see `Objective`."""
+        name = type(self).__name__
+        if self.needs_labels:
+            labels = need_labels(name, student_logits, labels)
+        check_shapes(
+            student_logits, teacher_logits, labels, needs_teacher=self.needs_teacher
         )
-    check_between(name, value, low, high)
-
-
-def as_scalar(name: str, value: ArrayLike) -> Float[Array, ""]:
-    """Returns a leaf of an objective as a float32.
-
-    Raises:
-        ValueError: If it is no scalar.
-    """
-    scalar = jnp.asarray(value, jnp.float32)
-    if scalar.ndim:
-        raise ValueError(
-            f"need a scalar {name}, got {name} of shape {scalar.shape}; jax.vmap goes "
-            "over several"
+        scalars = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: as_scalar(keystr(path, simple=True), leaf), self
         )
-    return scalar
+        # None only for an objective that needs no teacher: hence Any.
+        teacher: Any = None
+        if self.needs_teacher and teacher_logits is not None:
+            teacher = teacher_logits.astype(jnp.float32)
+        return scalars._losses(
+            student_logits.astype(jnp.float32),
+            teacher,
+            labels if self.needs_labels else None,
+        )
+
+    def metrics(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "..."] | None = None,
+        labels: Int[Array, "..."] | None = None,
+    ) -> dict[str, Float[Array, "..."]]:
+        """Returns metrics of every token, in nats; see `Objective`.
+
+        `kl_teacher` is KL(teacher || student) at temperature 1, for every objective.
+        """
+        check_shapes(
+            student_logits, teacher_logits, labels, needs_teacher=self.needs_teacher
+        )
+        if teacher_logits is None:
+            return {}
+        return self._metrics(softmax.normalise_pair(student_logits, teacher_logits))
+
+    def _metrics(self, pair: softmax.Pair) -> dict[str, Float[Array, "*tokens"]]:
+        return {"kl_teacher": softmax.kl(pair)}
 
 
-_KINDS = {
-    "labels": ((jnp.signedinteger,), "signed integers"),
-    "mask": ((jnp.bool_, jnp.integer, jnp.floating), "bools or real numbers"),
-}
+@jax.custom_jvp
+def _exact(
+    objective: ExactObjective,
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"] | None,
+    labels: Int[Array, "*tokens"] | None,
+) -> Float[Array, "*tokens"]:
+    """Returns the losses of an objective; their derivative is its own gradient.
 
-
-def check_kinds(**arrays: object) -> None:
-    """Checks that arguments are arrays of the right kind of numbers.
-
-    Args:
-        **arrays: By their names: `labels` and `mask` have kinds of their own, all
-            others hold floats. None is left alone.
-
-    Raises:
-        TypeError: If one is not.
+    Both come out of one call and share their exponentials. Works in forward and reverse
+    mode and to higher order.
     """
-    for name, array in arrays.items():
-        kinds, words = _KINDS.get(name, ((jnp.floating,), "floats"))
-        if array is None:
-            continue
-        if not hasattr(array, "dtype") or not hasattr(array, "shape"):
-            got = show(array)
-        elif any(jnp.issubdtype(array.dtype, kind) for kind in kinds):  # pyright: ignore
-            continue
-        else:
-            got = f"dtype {array.dtype}"  # pyright: ignore
-        raise TypeError(f"need an array of {words} for {name}, got {got}")
+    return _by_label(objective, student_logits, teacher_logits, labels)[0]
 
 
-def check_shapes(
+@_exact.defjvp
+def _exact_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    value, gradient = _by_label(*primals)
+    return value, jnp.sum(gradient() * tangents[1], axis=-1)
+
+
+def _by_label(
+    objective: ExactObjective,
     student_logits: Array,
     teacher_logits: Array | None,
-    labels: Array | None = None,
-    mask: Array | None = None,
-    *,
-    needs_teacher: bool = True,
-) -> None:
-    """Checks the arrays of an objective against one another, before any tracing.
+    labels: Array | None,
+) -> Parts:
+    """Returns the value and gradient of an objective, as the labels allow.
 
-    Args:
-        student_logits: `(*tokens, vocab)`.
-        teacher_logits: Has to have the same shape when given.
-        labels: Has to be `(*tokens,)` when given.
-        mask: Has to be `(*tokens,)` when given.
-        needs_teacher: Whether the teacher's logits have to be given.
-
-    Raises:
-        TypeError: If one is no array, or of the wrong kind of numbers.
-        ValueError: With every shape in the message.
+    A token whose label is `IGNORE_INDEX` has neither loss nor gradient, and one whose
+    label is otherwise outside the vocabulary has NaN for both.
     """
-    arrays = {
-        "student_logits": student_logits,
-        "teacher_logits": teacher_logits,
-        "labels": labels,
-        "mask": mask,
-    }
-    check_kinds(**arrays)
-    if student_logits is None or (teacher_logits is None and needs_teacher):
-        raise ValueError("need student_logits and teacher_logits, got None")
-    got = ", ".join(f"{k} {a.shape}" for k, a in arrays.items() if a is not None)
-    if student_logits.ndim < 1 or student_logits.shape[-1] < 1:
-        raise ValueError(f"need logits of shape (*tokens, vocab), got {got}")
-    if teacher_logits is not None and student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"need student and teacher logits of one shape, got {got}; where the "
-            "vocabularies are padded to different sizes, cut both to the shared entries"
-        )
-    tokens = student_logits.shape[:-1]
-    for name in ("labels", "mask"):
-        array = arrays[name]
-        if array is not None and array.shape != tokens:
-            raise ValueError(f"need {name} of shape {tokens}, one per token, got {got}")
-
-
-def need_labels(name: str, student_logits: Array, labels: Array | None) -> Array:
-    """Returns the labels of an objective that cannot do without them, as int32.
-
-    Raises:
-        TypeError: If they are no integers.
-        ValueError: If they are missing.
-    """
+    value, gradient = objective._value_and_gradient(
+        student_logits, teacher_logits, labels
+    )
     if labels is None:
-        shapes = getattr(student_logits, "shape", (0,))
-        raise ValueError(
-            f"{name} needs labels of shape {shapes[:-1]}, one per token, "
-            f"got labels = None with student_logits {shapes}"
-        )
-    check_kinds(labels=labels)
-    return as_int32(labels)
+        return value, gradient
+    ignored = labels == IGNORE_INDEX
+    known = (labels >= 0) & (labels < student_logits.shape[-1])
+
+    def select(values: Array, ignored: Array, known: Array) -> Array:
+        return jnp.where(ignored, 0.0, jnp.where(known, values, jnp.nan))
+
+    def selected() -> Float[Array, "*tokens vocab"]:
+        columns = jnp.expand_dims(ignored, -1), jnp.expand_dims(known, -1)
+        return select(gradient(), *columns)
+
+    return select(value, ignored, known), selected
 
 
-def as_int32(labels: Int[Array, "*tokens"]) -> Int[Array, "*tokens"]:
-    """Returns labels as int32; those beyond it stay outside every vocabulary."""
-    if labels.dtype.itemsize > 4:
-        labels = labels.clip(-(2**31), 2**31 - 1)
-    # Smaller integers could not count the entries of the vocabulary.
-    return jnp.asarray(labels, jnp.int32)
+def label_entries(
+    labels: Int[Array, "*tokens"], vocab: int
+) -> Bool[Array, "*tokens vocab"]:
+    """Returns which entry is the label; none for a label outside the vocabulary.
+
+    A comparison, not a gather: it stays local when the vocabulary is sharded.
+    """
+    shape = (1,) * labels.ndim + (vocab,)
+    entries = jax.lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
+    return entries == jnp.expand_dims(labels, -1)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from taid_jax.loss._objective import Objective, check_shapes
+from taid_jax.loss._checks import check_shapes
+from taid_jax.loss._objective import Objective
 from taid_jax.types import IGNORE_INDEX
 
 
@@ -56,10 +57,10 @@ def weighted_sum(
 
 
 def weighted_mean(
-    total: Float[Array, ""], weight: Float[Array, ""]
+    total: Float[Array, ""], num_tokens: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Returns `total / weight`, and 0 with gradient 0 when no token counts."""
-    return total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
+    """Returns `total / num_tokens`, and 0 with gradient 0 when no token counts."""
+    return total / jnp.where(num_tokens == 0, jnp.ones_like(num_tokens), num_tokens)
 
 
 def token_metrics(
@@ -103,8 +104,8 @@ def distillation_sums(
             needed.
 
     Returns:
-        The sum, scalar float32, and a dict without gradient: `weight`, the sum of the
-        mask, and the weighted sum of each metric of the objective.
+        The sum, scalar float32, and a dict without gradient: `num_tokens`, the
+        sum of the mask, and the weighted sum of each metric of the objective.
 
     Raises:
         TypeError: If an argument is no array, or of the wrong kind of numbers.
@@ -121,7 +122,7 @@ def distillation_sums(
             teacher_logits = select_tokens(teacher_logits, weights)
     teacher: Any = teacher_logits
     loss_sum = weighted_sum(objective(student_logits, teacher, labels), weights)
-    sums = {"weight": jnp.sum(weights)}
+    sums = {"num_tokens": jnp.sum(weights)}
     for name, values in token_metrics(
         objective, student_logits, teacher_logits, labels
     ).items():
@@ -160,4 +161,4 @@ def distillation_loss(
     loss_sum, sums = distillation_sums(
         objective, student_logits, teacher_logits, mask, labels
     )
-    return weighted_mean(loss_sum, sums["weight"])
+    return weighted_mean(loss_sum, sums["num_tokens"])

@@ -43,29 +43,29 @@ class Pair(NamedTuple):
     Attributes:
         student: The student's row, q.
         teacher: The teacher's row, p, over all of its entries.
-        target: The teacher's row over the entries that the student does not exclude.
-        kept: `(*tokens, 1)`, the teacher's mass on those entries.
-        excluded: `(*tokens, vocab)`, where the student's logit is -inf.
-        silent: `(*tokens, vocab)`, where the teacher's logit is -inf.
+        target: The teacher's row over the entries where the student is not masked.
+        mass: `(*tokens, 1)`, the teacher's mass on those entries.
+        student_masked: `(*tokens, vocab)`, where the student's logit is -inf.
+        teacher_masked: `(*tokens, vocab)`, where the teacher's logit is -inf.
         difference: `(*tokens, vocab)`, `log p - log q` up to a constant of the token: 0
-            at the student's largest entry, large and negative where the teacher is
-            silent, large and positive where an entry is excluded.
+            at the student's largest entry, large and negative where the
+            teacher is masked, large and positive where the student is.
         shift: `(*tokens, 1)`, what the difference of the logits had at that entry.
         constant: `(*tokens, 1)`, `difference - (log p - log q)`.
-        gap: `(*tokens, 1)`, see `log_mass`.
+        offset: `(*tokens, 1)`, see `log_mass`.
         top_ratio: `(*tokens, 1)`, `log p - log q` at the student's largest entry.
     """
 
     student: Row
     teacher: Row
     target: Row
-    kept: Float[Array, "*tokens 1"]
-    excluded: Bool[Array, "*tokens vocab"]
-    silent: Bool[Array, "*tokens vocab"]
+    mass: Float[Array, "*tokens 1"]
+    student_masked: Bool[Array, "*tokens vocab"]
+    teacher_masked: Bool[Array, "*tokens vocab"]
     difference: Float[Array, "*tokens vocab"]
     shift: Float[Array, "*tokens 1"]
     constant: Float[Array, "*tokens 1"]
-    gap: Float[Array, "*tokens 1"]
+    offset: Float[Array, "*tokens 1"]
     top_ratio: Float[Array, "*tokens 1"]
 
 
@@ -226,32 +226,34 @@ def normalise_pair(
         temperature: Positive.
         largest: `checked`, or `filled` for parts of rows, which may be empty.
     """
-    excluded = finite(student_logits) <= FLOOR
-    silent = finite(teacher_logits) <= FLOOR
+    student_logits = student_logits.astype(jnp.float32)
+    teacher_logits = teacher_logits.astype(jnp.float32)
+    student_masked = finite(student_logits) <= FLOOR
+    teacher_masked = finite(teacher_logits) <= FLOOR
     q = normalise(student_logits, temperature, largest(row_max(student_logits)))
     at_student_top, teacher_top = row_maxes(
         at_top(student_logits, q.top, teacher_logits), teacher_logits
     )
     p = normalise(teacher_logits, temperature, largest(teacher_top))
-    silent_top = at_student_top <= FLOOR
-    # Where the teacher is silent there, its own largest logit stands in.
-    anchor = jnp.where(silent_top, p.top, at_student_top)
+    masked_top = at_student_top <= FLOOR
+    # Where the teacher is masked there, its own largest logit stands in.
+    anchor = jnp.where(masked_top, p.top, at_student_top)
     difference = anchored_difference(student_logits, teacher_logits, q.top, anchor)
-    gap = (p.top - anchor) * (1 / temperature)
-    constant = gap + jnp.log(p.total / q.total)
-    shared = jnp.where(excluded, 0.0, p.exp)
+    offset = (p.top - anchor) * (1 / temperature)
+    constant = offset + jnp.log(p.total / q.total)
+    shared = jnp.where(student_masked, 0.0, p.exp)
     return Pair(
         student=q,
         teacher=p,
         target=p._replace(exp=shared, total=total(shared)),
-        kept=row_sum(shared) / p.total,
-        excluded=excluded,
-        silent=silent,
+        mass=row_sum(shared) / p.total,
+        student_masked=student_masked,
+        teacher_masked=teacher_masked,
         difference=difference * (1 / temperature),
         shift=anchor - q.top,
         constant=constant,
-        gap=gap,
-        top_ratio=jnp.where(silent_top, FLOOR, -constant),
+        offset=offset,
+        top_ratio=jnp.where(masked_top, FLOOR, -constant),
     )
 
 
@@ -281,40 +283,27 @@ def step(
     return jnp.where(near, start * expm1_near(log_ratio), end - start)
 
 
-def log_mass(
-    student: Row,
-    target: Row,
-    difference: Float[Array, "*tokens vocab"],
-    gap: Float[Array, "*tokens 1"],
-) -> Float[Array, "*tokens 1"]:
+def log_mass(pair: Pair) -> Float[Array, "*tokens 1"]:
     """Returns `log sum_v q_v exp(difference_v)`, q the student's softmax, if small.
 
-    Here q is the student's softmax. A small result has digits that the logarithms of
-    two sums would lose in their difference. Otherwise the rows differ so much that
-    `step` needs no ratio.
-
-    Args:
-        student: The student's row.
-        target: The row whose `exp` is `student.exp * exp(difference - gap)`.
-        difference: Logits of the target less the student's, less a constant of the
-            token; close to 0 where q has its mass if the two rows agree there.
-        gap: `(*tokens, 1)`, the constant that makes it so.
+    A small result has digits that the logarithms of two sums would lose in their
+    difference. Otherwise the rows differ so much that `step` needs no ratio: inf.
     """
     # Capped against overflow: the sum is then far from small.
-    end = target.exp * jnp.exp(jnp.minimum(gap, 30.0))
-    relative = row_sum(step(student.exp, end, difference)) / student.total
+    end = pair.target.exp * jnp.exp(jnp.minimum(pair.offset, 30.0))
+    grown = step(pair.student.exp, end, pair.difference)
+    relative = row_sum(grown) / pair.student.total
     near = jnp.abs(relative) < NEAR
     return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0.0)), jnp.inf)
 
 
 def exact_constant(pair: Pair) -> Float[Array, "*tokens 1"]:
     """Returns `pair.constant` to all digits where the rows nearly agree, else inf."""
-    mass = log_mass(pair.student, pair.target, pair.difference, pair.gap)
-    return mass - jnp.log(pair.kept)
+    return log_mass(pair) - jnp.log(pair.mass)
 
 
-def change(pair: Pair) -> Float[Array, "*tokens vocab"]:
-    """Returns p - q, 0 at entries that the student excludes."""
+def probability_difference(pair: Pair) -> Float[Array, "*tokens vocab"]:
+    """Returns p - q, 0 where the student is masked."""
     q = pair.student.exp / pair.student.total
     p = pair.target.exp / pair.teacher.total
     return step(q, p, pair.difference - exact_constant(pair))
@@ -324,4 +313,4 @@ def kl(pair: Pair) -> Float[Array, "*tokens"]:
     """Returns KL(teacher || student) of every token, in nats."""
     mean = row_sum(pair.target.exp * pair.difference) / pair.teacher.total
     # Rounding can leave -1e-8 where the two agree.
-    return jnp.maximum(per_token(mean - pair.kept * pair.constant), 0.0)
+    return jnp.maximum(per_token(mean - pair.mass * pair.constant), 0.0)

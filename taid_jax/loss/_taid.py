@@ -1,63 +1,42 @@
 """TAID: cross-entropy of the student to a teacher interpolated from the student."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, Real, Shaped
+from jaxtyping import Float, Real, Shaped
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._cross_entropy import soft_cross_entropy
-from taid_jax.loss._exact import Parts, exact
-from taid_jax.loss._objective import (
-    as_scalar,
-    check_between,
-    check_shapes,
-    register_objective,
-)
+from taid_jax.loss._checks import as_scalar, check_between
+from taid_jax.loss._divergences import forward
+from taid_jax.loss._objective import ExactObjective, Parts, register_objective
 from taid_jax.loss._reduce import distillation_loss
 
 
-class _Rows(NamedTuple):
-    student: softmax.Row
-    target: softmax.Row
-    difference: Float[Array, "*tokens vocab"]
-    gap: Float[Array, "*tokens 1"]
-
-
-def _rows(student_logits: Array, teacher_logits: Array, t: Array) -> _Rows:
-    student_top, teacher_top = map(
-        softmax.checked, softmax.row_maxes(student_logits, teacher_logits)
-    )
-    q = softmax.normalise(student_logits, top=student_top)
+def _interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
+    """Returns the pair of the student and the interpolated teacher."""
     # Mixed after each is shifted to its largest, where the entries that matter are
     # small numbers: a float32 of 100 has an error of 4e-6, as much as its probability.
-    mixture = (1 - t) * q.shifted + t * (softmax.finite(teacher_logits) - teacher_top)
-    excluded = softmax.finite(student_logits) <= softmax.FLOOR
-    mixture = jnp.where(excluded, softmax.FLOOR, mixture)
-    anchor, mixture_top = softmax.row_maxes(
-        softmax.at_top(student_logits, student_top, teacher_logits), mixture
+    mixture = (1 - t) * pair.student.shifted + t * pair.teacher.shifted
+    mixture = jnp.where(pair.student_masked, softmax.FLOOR, mixture)
+    top = softmax.filled(softmax.row_max(mixture))
+    p = softmax.normalise(mixture, top=top)
+    offset = p.top + t * pair.offset
+    return pair._replace(
+        teacher=p,
+        target=p,
+        mass=jnp.ones_like(pair.mass),
+        difference=t * pair.difference,
+        shift=t * pair.shift,
+        constant=offset + jnp.log(p.total / pair.student.total),
+        offset=offset,
     )
-    # Where the teacher is silent there, its own largest logit stands in.
-    anchor = jnp.where(anchor <= softmax.FLOOR, teacher_top, anchor)
-    p = softmax.normalise(mixture, top=softmax.filled(mixture_top))
-    difference = softmax.anchored_difference(
-        student_logits, teacher_logits, student_top, anchor
-    )
-    gap = p.top + t * (teacher_top - anchor)
-    return _Rows(q, p, t * difference, gap)
-
-
-def _rule(student_logits: Array, teacher_logits: Array, t: Array) -> Parts:
-    rows = _rows(student_logits, teacher_logits, t)
-    return soft_cross_entropy(rows.student, rows.target, rows.difference, rows.gap)
 
 
 @register_objective
 @dataclasses.dataclass(frozen=True)
-class TAID:
+class TAID(ExactObjective):
     """Cross-entropy to the interpolated teacher, in nats per token.
 
     The target is `softmax((1 - t) * student + t * teacher)` and carries no gradient.
@@ -69,12 +48,25 @@ class TAID:
         t: Interpolation in [0, 1], scalar, a traced leaf without gradient; 0 is the
             student, 1 the teacher.
 
+    Its metrics are `kl_teacher` and `kl_target`, KL(p_t || student), which is 0 at
+    t = 0.
+
     Raises:
         TypeError: If `t` is no real number.
         ValueError: If `t` is outside [0, 1] or NaN; a traced one cannot be looked at.
 
     References:
         Shing et al., TAID, ICLR 2025 (arXiv:2501.16937), section 3.1.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import TAID
+        >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
+        >>> print(TAID(t=0.5)(student, teacher).round(3))
+        1.408
+        >>> print(jax.grad(TAID(t=0.5))(student, teacher).round(3))
+        [ 0.332 -0.089 -0.243]
     """
 
     t: ArrayLike
@@ -82,38 +74,15 @@ class TAID:
     def __post_init__(self) -> None:
         check_between("t", self.t, 0, 1)
 
-    def __call__(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "..."],
-        labels: Int[Array, "..."] | None = None,
-    ) -> Float[Array, "*tokens"]:
-        """Returns the loss of every token; see `Objective`."""
-        check_shapes(student_logits, teacher_logits, labels)
-        return exact(
-            _rule,
-            student_logits.astype(jnp.float32),
-            teacher_logits.astype(jnp.float32),
-            as_scalar("t", self.t),
-        )
+    def _value_and_gradient(
+        self, student_logits: Array, teacher_logits: Array, labels: Array | None
+    ) -> Parts:
+        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        return forward(_interpolate(pair, jnp.asarray(self.t)))
 
-    def metrics(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "..."],
-        labels: Int[Array, "..."] | None = None,
-    ) -> dict[str, Float[Array, "..."]]:
-        """Returns `kl`, KL(p_t || student) of every token in nats; 0 at t = 0."""
-        check_shapes(student_logits, teacher_logits, labels)
-        q, p, difference, gap = _rows(
-            student_logits.astype(jnp.float32),
-            teacher_logits.astype(jnp.float32),
-            as_scalar("t", self.t),
-        )
-        mean = softmax.row_sum(p.exp * difference) / p.total
-        log_mass = gap + jnp.log(p.total / q.total)
-        # Rounding can leave -1e-8 where the two agree.
-        return {"kl": jnp.maximum(softmax.per_token(mean - log_mass), 0.0)}
+    def _metrics(self, pair: softmax.Pair) -> dict[str, Float[Array, "*tokens"]]:
+        target = _interpolate(pair, as_scalar("t", self.t))
+        return {**super()._metrics(pair), "kl_target": softmax.kl(target)}
 
 
 def taid_loss(
@@ -142,5 +111,14 @@ def taid_loss(
 
     References:
         Shing et al., TAID, ICLR 2025 (arXiv:2501.16937), section 3.1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import taid_loss
+        >>> student = jnp.array([[2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> teacher = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+        >>> mask = jnp.array([True, False])
+        >>> print(taid_loss(student, teacher, mask, t=0.5).round(3))
+        1.408
     """
     return distillation_loss(TAID(t), student_logits, teacher_logits, mask)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from taid_jax.models.files.load import random_init as random_init
     from taid_jax.models.files.tokenizer import load_tokenizer as load_tokenizer
     from taid_jax.models.generation import generate as generate
-    from taid_jax.models.sampling import Sampling as Sampling
+    from taid_jax.models.sampling import SamplingParams as SamplingParams
 
 _NAMES = {
     "adapters": ("linen_functions", "nnx_functions"),
@@ -42,7 +42,7 @@ _NAMES = {
     ),
     "files.tokenizer": ("load_tokenizer",),
     "generation": ("generate",),
-    "sampling": ("Sampling",),
+    "sampling": ("SamplingParams",),
 }
 __getattr__, __all__ = lazy(
     __name__,

@@ -81,21 +81,21 @@ class Pattern(NamedTuple):
 
     Attributes:
         window: `(layers,)`, how far each sees; beyond any sequence if it sees all.
-        turn: `(layers,)`, which of several rotations each takes.
+        rotation: `(layers,)`, which of several rotations each takes.
     """
 
     window: Int[Array, "*layers"] | None
-    turn: Int[Array, "*layers"] | None
+    rotation: Int[Array, "*layers"] | None
 
     def window_of(self, config: DecoderConfig) -> Window:
         """Returns the window of the layer that this is a slice for."""
         return config.windows[0] if self.window is None else self.window
 
-    def turn_of(self, turns: Rotations | None) -> Rotation | None:
+    def rotation_of(self, rotations: Rotations | None) -> Rotation | None:
         """Returns the rotation of the layer that this is a slice for."""
-        if self.turn is None:
-            return turns
-        return jax.tree.map(lambda stacked: stacked[self.turn], turns)
+        if self.rotation is None:
+            return rotations
+        return jax.tree.map(lambda stacked: stacked[self.rotation], rotations)
 
 
 def layer_pattern(
@@ -108,12 +108,12 @@ def layer_pattern(
         config: The architecture.
         length: Tokens that they may see; windows that hold all of them do nothing.
     """
-    turns, index = layer_rotations(positions, config)
+    rotations, index = layer_rotations(positions, config)
     window, sizes = None, set(config.windows)
     if len(sizes) > 1 and any(each and each < length for each in sizes):
         whole = int(np.iinfo(np.int32).max)
         window = jnp.asarray([each or whole for each in config.windows], jnp.int32)
-    return Pattern(window, None if index is None else jnp.asarray(index)), turns
+    return Pattern(window, None if index is None else jnp.asarray(index)), rotations
 
 
 def init_params(
@@ -201,7 +201,7 @@ def hidden_states(
     ids, positions = jnp.asarray(batch["input_ids"]), batch_positions(batch)
     check_length(ids.shape[1], config)
     segments, scoring = batch_segments(batch), scoring_of(config)
-    pattern, turns = layer_pattern(positions, config, ids.shape[1])
+    pattern, rotations = layer_pattern(positions, config, ids.shape[1])
 
     policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
 
@@ -221,7 +221,7 @@ def hidden_states(
             return attended, None
 
         layer = nnx.merge(layer_graph, layer_params)
-        x, kept = layer(x, own.turn_of(turns), attend)
+        x, kept = layer(x, own.rotation_of(rotations), attend)
         return constrain(x, ("batch", "length", None)), kept
 
     x = decoder.stream(ids, positions, dtype)

@@ -1,7 +1,6 @@
 """The parts of a decoder, as Flax NNX modules: what they hold and what they compute."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,61 +52,20 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(zeros, axes=tuple(outputs))
         self.has_bias, self.num_inputs = bias, len(inputs)
         self.outputs = tuple(outputs.values())
-        self.turned = nnx.data(None)
-
-    def turn(self, *others: "Linear") -> None:
-        """Makes the kernel (outputs, inputs), which a CPU reads best for few rows.
-
-        Args:
-            others: Maps of the same input, for `images`: their outputs come after, and
-                they are left without a kernel.
-        """
-        matrices = []
-        for linear in (self, *others):
-            kernel = linear.kernel[...]
-            matrices.append(kernel.reshape(-1, math.prod(linear.outputs)).T)
-            del linear.kernel
-        # Within a larger program the compiler would turn it back, in every step.
-        self.turned = jax.lax.optimization_barrier(jnp.concatenate(matrices))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the image of the last axes, in the dtype of `x`."""
         lead = x.shape[: x.ndim - self.num_inputs]
         # Plain matrices: neither pass then needs a transposed copy on any platform.
         rows = x.reshape(math.prod(lead), -1)
-        if self.turned is None:
-            matrix = self.kernel[...].reshape(rows.shape[1], -1)
-            image = rows @ matrix.astype(x.dtype)
-        else:
-            columns = self.turned.astype(x.dtype) @ rows.T
-            # Kept apart: the product takes a slow path when it turns its result.
-            image = jax.lax.optimization_barrier(columns).T
-        return self._finished(image, lead)
+        matrix = self.kernel[...].reshape(rows.shape[1], -1)
+        return self.finish(rows @ matrix.astype(x.dtype), lead)
 
-    def _finished(self, image: Array, lead: tuple[int, ...]) -> Array:
+    def finish(self, image: Array, lead: tuple[int, ...]) -> Array:
         """Returns the image of rows with its bias, in its own shape."""
         if self.has_bias:
             image += self.bias[...].astype(image.dtype).reshape(1, -1)
         return image.reshape(*lead, *self.outputs)
-
-
-def images(x: Stream, *linears: Linear) -> tuple[Array, ...]:
-    """Returns the image of the same input under each map.
-
-    One product for all where the first was turned together with the others: that many
-    starts of a small product less.
-    """
-    joined = linears[0].turned
-    if joined is None:
-        return tuple(linear(x) for linear in linears)
-    rows = x.reshape(-1, x.shape[-1])
-    columns = jax.lax.optimization_barrier(joined.astype(x.dtype) @ rows.T)
-    ends = itertools.accumulate(math.prod(linear.outputs) for linear in linears)
-    parts = jnp.split(columns, list(ends)[:-1])
-    return tuple(
-        linear._finished(part.T, x.shape[:-1])
-        for linear, part in zip(linears, parts, strict=True)
-    )
 
 
 class Norm(nnx.Module):
@@ -171,15 +129,10 @@ class Attention(nnx.Module):
             self.k_norm = _head_norm(config, keys)
         self.kv_heads = config.num_kv_heads
 
-    def turn(self) -> None:
-        """Lays the kernels out for few rows, those of one input as one."""
-        self.q_proj.turn(self.k_proj, self.v_proj)
-        self.o_proj.turn()
-
-    def __call__(self, x: Stream, turn: Rotation | None, attend: Attend):
+    def __call__(self, x: Stream, rotation: Rotation | None, attend: Attend):
         """Returns the attention's part of the stream, and what `attend` kept."""
         batch, length, _ = x.shape
-        queries, keys, values = images(x, self.q_proj, self.k_proj, self.v_proj)
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.has_norm:
             # What a norm read has to be kept; its result is made again from that.
             queries, keys, values = _kept((queries, keys, values), "projected")
@@ -189,8 +142,8 @@ class Attention(nnx.Module):
         queries = queries.reshape(batch, length, self.kv_heads, -1, head_dim)
         queries = queries.transpose(0, 2, 3, 1, 4)
         keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-        if turn is not None:
-            queries, keys = rotate(queries, turn), rotate(keys, turn)
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if not self.has_norm:
             queries, keys, values = _kept((queries, keys, values), "projected")
         attended, kept = attend(queries, keys, values)
@@ -222,20 +175,12 @@ class MLP(nnx.Module):
         self.down_proj = linear(mlp, embed)
         self.activation = config.activation
 
-    def turn(self) -> None:
-        """Lays the kernels out for few rows, those of one input as one."""
-        if self.gated:
-            self.gate_proj.turn(self.up_proj)
-        else:
-            self.up_proj.turn()
-        self.down_proj.turn()
-
     def __call__(self, x: Stream) -> Stream:
         """Returns the MLP's part of the stream."""
         act = _ACTIVATIONS[self.activation]
         if not self.gated:
             return self.down_proj(act(_kept(self.up_proj(x), "gated")))
-        gate, up = _kept(images(x, self.gate_proj, self.up_proj), "gated")
+        gate, up = _kept((self.gate_proj(x), self.up_proj(x)), "gated")
         return self.down_proj(act(gate) * up)
 
 
@@ -256,10 +201,10 @@ class Layer(nnx.Module):
             self.attention_post_norm = stream_norm(config)
             self.mlp_post_norm = stream_norm(config)
 
-    def __call__(self, x: Stream, turn: Rotation | None, attend: Attend):
+    def __call__(self, x: Stream, rotation: Rotation | None, attend: Attend):
         """Returns the stream after the layer, and what `attend` kept."""
         normed = self.attention_norm(x) if self.before else x
-        part, kept = self.attention(normed, turn, attend)
+        part, kept = self.attention(normed, rotation, attend)
         if self.after:
             part = self.attention_post_norm(_kept(part, "part"))
         if self.residual == "sequential":

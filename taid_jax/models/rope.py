@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of entries of a head turn with the token's position."""
+"""Rotary positions: pairs of entries of a head rotate with the token's position."""
 
 import math
 
@@ -24,7 +24,7 @@ Rotations = tuple[
 def rope_frequencies(
     rope: RopeConfig, head_dim: int, *, long: bool = False
 ) -> Float32[np.ndarray, " pairs"]:
-    """Returns the angle that each pair of a head turns per position, in radians.
+    """Returns the angle that each pair of a head rotates per position, in radians.
 
     Args:
         rope: The settings; of "dynamic", as within the original context.
@@ -53,20 +53,20 @@ def rope_frequencies(
 
 def _kept_in_llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     """Returns 1 for a frequency that stays, 0 for one that is divided whole."""
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    rotations = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     span = rope.high_freq_factor - rope.low_freq_factor
-    return np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
+    return np.clip((rotations - rope.low_freq_factor) / span, 0.0, 1.0)
 
 
 def _kept_in_yarn(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     """Returns the same; between the bounds it falls evenly from pair to pair."""
     pairs = len(frequencies)
 
-    def pair_that_turns(times: float) -> float:
+    def pair_that_rotates(times: float) -> float:
         ratio = rope.original_max_position_embeddings / (2 * math.pi * times)
         return pairs * math.log(ratio) / math.log(rope.theta)
 
-    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    first, last = pair_that_rotates(rope.beta_fast), pair_that_rotates(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     # As transformers bounds them: by the width, not by the number of pairs.
@@ -78,7 +78,7 @@ def _kept_in_yarn(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
 def rotation(
     positions: Int[Array, "rows length"], rope: RopeConfig, head_dim: int
 ) -> Rotation:
-    """Returns the cosine and sine by which `rotate` turns the heads.
+    """Returns the cosine and sine by which `rotate` rotates the heads.
 
     The kinds that depend on a sequence's length take the longest of the batch, as
     transformers does.
@@ -113,9 +113,9 @@ def _dynamic_growth(
 
 
 def longest_short(config: DecoderConfig) -> int | None:
-    """Returns the length beyond which positions that were turned turn otherwise.
+    """Returns the length beyond which positions that were rotated rotate otherwise.
 
-    None when a position turns the same in every sequence within the model's context.
+    None when a position rotates the same in every sequence within the model's context.
     """
     ropes = [rope for rope in config.ropes if rope and rope.kind == "longrope"]
     return min((rope.original_max_position_embeddings for rope in ropes), default=None)
@@ -124,44 +124,44 @@ def longest_short(config: DecoderConfig) -> int | None:
 def layer_rotations(
     positions: Int[Array, "rows length"], config: DecoderConfig
 ) -> tuple[Rotations | None, Int[np.ndarray, " layers"] | None]:
-    """Returns how the layers turn their heads.
+    """Returns how the layers rotate their heads.
 
     Returns:
         The cosine and sine of all layers, and None; or, when layers differ, those of
         every kind of layer on a leading axis, and the index of each layer's kind. None
-        twice when no layer turns.
+        twice when no layer rotates.
     """
     kinds = list(dict.fromkeys(config.ropes))
     if kinds == [None]:
         return None, None
-    turns = [rope and rotation(positions, rope, config.head_dim) for rope in kinds]
-    cos, sin = next(turn for turn in turns if turn is not None)
+    found = [rope and rotation(positions, rope, config.head_dim) for rope in kinds]
+    cos, sin = next(each for each in found if each is not None)
     still = jnp.ones_like(cos), jnp.zeros_like(sin)
-    turns = [still if turn is None else turn for turn in turns]
+    found = [still if each is None else each for each in found]
     if len(kinds) == 1:
-        return turns[0], None
+        return found[0], None
     index = np.array([kinds.index(rope) for rope in config.ropes], np.int32)
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *turns), index
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *found), index
 
 
 def rotate(
-    heads: Float[Array, "batch *groups length head_dim"], turn: Rotation
+    heads: Float[Array, "batch *groups length head_dim"], rotation: Rotation
 ) -> Float[Array, "batch *groups length head_dim"]:
-    """Returns the heads turned by their positions, in float32 inside.
+    """Returns the heads rotated by their positions, in float32 inside.
 
-    Pairs are entry i and entry i + width / 2 of the width that is turned, as in Hugging
-    Face's weights; entries behind it stay as they are.
+    Pairs are entry i and entry i + width / 2 of the width that is rotated, as in
+    Hugging Face's weights; entries behind it stay as they are.
     """
-    rows, length, pairs = turn[0].shape
+    rows, length, pairs = rotation[0].shape
     shape = (rows,) + (1,) * (heads.ndim - 3) + (length, pairs)
     cos, sin = (
         jnp.broadcast_to(part.reshape(shape), (*heads.shape[:-1], pairs))
-        for part in turn
+        for part in rotation
     )
     wide = heads[..., : 2 * pairs].astype(jnp.float32)
     first, second = jnp.split(wide, 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    turned = jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    rotated = jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
     if 2 * pairs == heads.shape[-1]:
-        return turned
-    return jnp.concatenate([turned, heads[..., 2 * pairs :]], axis=-1)
+        return rotated
+    return jnp.concatenate([rotated, heads[..., 2 * pairs :]], axis=-1)

@@ -15,7 +15,7 @@ LEAST_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """From which tokens, and how evenly, the next one is drawn.
 
     Attributes:
@@ -49,12 +49,12 @@ class Sampling:
             raise ModelError("drawing tokens needs " + "; ".join(wrong))
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 """The most probable token, always."""
 
 
 def candidates(
-    logits: Float[Array, "batch vocab"], sampling: Sampling
+    logits: Float[Array, "batch vocab"], sampling: SamplingParams
 ) -> tuple[Float32[Array, "batch some"], Int[Array, "batch some"] | None]:
     """Returns the log-weights of the tokens that may be drawn, and which these are.
 
@@ -86,7 +86,7 @@ def candidates(
 def draw(
     logits: Float[Array, "batch vocab"],
     keys: Key[Array, " batch"],
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> Int[Array, " batch"]:
     """Returns a token for each row, drawn with the row's own key.
 

@@ -68,9 +68,9 @@ def check_memory(settings: Settings, mesh: Mesh) -> None:
     Raises:
         SettingsError: If they need more memory than this machine has.
     """
-    data, samples = settings.data, settings.samples
+    data, samples = settings.data, settings.on_policy
     sizes = {"batch_size": data.batch_size // batch_part(mesh)[1] * _BYTES_OF_TOKEN}
-    if samples.sampler != "none":
+    if samples.on_policy != "none":
         sizes["buffer_capacity"] = samples.buffer_capacity * 5  # Ids, and what counts.
     for name, size in sizes.items():
         needed, memory = size * data.seq_len, host_memory()
@@ -281,7 +281,7 @@ def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
         return tree_shardings(param_axes(config), abstract_params(config), mesh)
 
     def teacher_shardings(config: DecoderConfig) -> Any:
-        rules = TEACHER_RULES[model.teacher_layout]
+        rules = TEACHER_RULES[model.teacher_sharding]
         return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
 
     configs, allow = read_configs(model), model.allow_unknown_keys

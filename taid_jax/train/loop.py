@@ -7,26 +7,31 @@ makes the devices wait.
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from rich.console import Console
 
 from taid_jax.errors import ModelError
-from taid_jax.evaluate import HeldOut, check_finite, cost
 from taid_jax.settings import Settings
 from taid_jax.sharding import place_batch
 from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.evaluate import HeldOut, check_finite, selection_metric
 from taid_jax.train.folder import way_on
-from taid_jax.train.logbook import Logbook, Progress
-from taid_jax.train.samplers import Sampler
-from taid_jax.train.signals import stop_signals
-from taid_jax.train.state import DistillState, not_finite
+from taid_jax.train.metrics import MetricsLogger
+from taid_jax.train.on_policy.buffer import OnPolicyBatches
+from taid_jax.train.report import ConsoleProgress, Progress
+from taid_jax.train.state import DistillState, nonfinite_leaves
 from taid_jax.train.step import Metrics, TrainStep
-from taid_jax.train.utilisation import Meter
+from taid_jax.train.throughput import Throughput
 from taid_jax.types import Params
 
 
@@ -55,6 +60,50 @@ class BatchIterator(Protocol):
         ...
 
 
+class stop_signals:  # noqa: N801 - read as a with-statement
+    """Within it, the first SIGTERM or SIGINT is noted and does nothing else.
+
+    A second one acts as it did before. Of several processes any may get it: JAX tells
+    the others and chooses the step at which all of them stop.
+    """
+
+    def __enter__(self) -> "stop_signals":
+        self._seen: list[str] = []
+        self._before = {}
+        self._several = jax.process_count() > 1
+        # Among several, SIGTERM is JAX's.
+        numbers = (signal.SIGTERM, signal.SIGINT)[self._several :]
+        for number in numbers:
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:
+                break  # Not the main thread: whoever owns it decides.
+        return self
+
+    def asked(self, step: int) -> str | None:
+        """Returns what asked for an end after this step, if anything did.
+
+        To be called once after each step, on every process.
+
+        Args:
+            step: Its number.
+        """
+        if self._several:
+            now = multihost_utils.reached_preemption_sync_point(step)
+            return "a signal to one of the processes" if now else None
+        return self._seen[0] if self._seen else None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._seen.append(signal.Signals(number).name)
+        signal.signal(number, self._before[number])
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 @dataclasses.dataclass
 class Loop:
     """What a run of the loop needs.
@@ -70,8 +119,8 @@ class Loop:
         checkpoints: Where states are saved.
         mesh: Where batches go.
         progress: Who is shown how it goes.
-        meter: Of the time that steps take.
-        sampler: Puts the student's answers in place of batches; None for the data.
+        throughput: Of the steps.
+        on_policy: Puts the student's completions in place of batches.
         models: What identifies teacher and student, saved with every checkpoint.
         evaluations: Rows of the evaluations before; what their file says when None.
     """
@@ -85,9 +134,11 @@ class Loop:
     evaluate: Callable[[DistillState], HeldOut]
     checkpoints: Checkpoints
     mesh: Mesh
-    progress: Progress
-    meter: Meter = dataclasses.field(default_factory=Meter)
-    sampler: Sampler | None = None
+    progress: Progress = dataclasses.field(
+        default_factory=lambda: ConsoleProgress(Console(quiet=True), 1)
+    )
+    throughput: Throughput = dataclasses.field(default_factory=Throughput)
+    on_policy: OnPolicyBatches | None = None
     models: Mapping[str, str] = dataclasses.field(default_factory=dict)
     evaluations: Sequence[Mapping[str, Any]] | None = None
 
@@ -105,19 +156,19 @@ class Loop:
         """
         run = self.settings.run
         start = int(state.step)
-        self._log = Logbook(
+        self._log = MetricsLogger(
             self.folder,
             start=start,
             last=run.steps,
             every=run.log_every,
             progress=self.progress,
-            meter=self.meter,
+            throughput=self.throughput,
             evaluations=self.evaluations,
         )
         rows = self._log.evaluations
-        best_by = self.settings.judge.best_by
+        best_by = self.settings.evaluation.selection_metric
         # The untrained student is never exported, however good it is.
-        trained = (cost(row, best_by) for row in rows if row["step"] > 0)
+        trained = (selection_metric(row, best_by) for row in rows if row["step"] > 0)
         self._best = min(trained, default=math.inf)
         pending: tuple[int, Metrics] | None = None
         try:
@@ -125,16 +176,16 @@ class Loop:
             with stop_signals() as signals, self._saved():
                 if start == 0 and not rows:
                     self._evaluate(0, state)
-                self.meter.start()
+                self.throughput.start()
                 for step in range(start + 1, run.steps + 1):
                     batch = self._next_batch(step, state)
                     tokens = batch["input_ids"].size
-                    with self.meter.measured("dispatch"):
+                    with self.throughput.measured("dispatch"):
                         state, metrics = self.train_step(
                             state, self.teacher_params, batch
                         )
-                    if self.sampler is not None:
-                        metrics |= self.sampler.metrics()
+                    if self.on_policy is not None:
+                        metrics |= self.on_policy.metrics()
                     if pending:
                         self._write(*pending, tokens)
                     pending = (step, metrics)
@@ -168,13 +219,13 @@ class Loop:
             self.checkpoints.wait()
 
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
-        """Returns what a step trains on: a batch of the data, or of answers."""
-        with self.meter.measured("data"):
+        """Returns what a step trains on: a batch of the data, or of completions."""
+        with self.throughput.measured("data"):
             rows = next(self.batches)
-        if self.sampler is not None:
-            with self.meter.measured("sample"):
-                rows = self.sampler.batch(rows, state.params, step)
-        with self.meter.measured("data"):
+        if self.on_policy is not None:
+            with self.throughput.measured("generate"):
+                rows = self.on_policy.batch(rows, state.params, step)
+        with self.throughput.measured("data"):
             return place_batch(rows, self.mesh)
 
     def _pause(
@@ -186,7 +237,7 @@ class Loop:
             found = self._evaluate(step, state)
             saving = saving or found < self._best
             self._best = min(self._best, found)
-        if saving and (wrong := not_finite((state.params, state.opt_state))):
+        if saving and (wrong := nonfinite_leaves((state.params, state.opt_state))):
             self.progress.say(
                 f"step {step}: the student or its optimizer has numbers that are not "
                 f"finite ({wrong[0]}); no checkpoint is made of that"
@@ -195,40 +246,41 @@ class Loop:
             place = {
                 "iterator": self.batches.get_state(),
                 "fingerprint": self.fingerprint,
-                "sampler": self.sampler.get_state() if self.sampler else None,
+                "on_policy": self.on_policy.get_state() if self.on_policy else None,
                 "models": dict(self.models),
                 "evaluations": self._log.evaluations,
             }
-            with self.meter.measured("save"):
-                self.checkpoints.save(step, state, place, self.settings, cost=found)
+            with self.throughput.measured("save"):
+                self.checkpoints.save(step, state, place, self.settings, metric=found)
 
     def _evaluate(self, step: int, state: DistillState) -> float:
         """Returns the figure that decides what is kept; the lowest is the best."""
-        with self.meter.measured("evaluate"):
+        with self.throughput.measured("evaluate"):
             found = self.evaluate(state)
         if step == 0:
             check_finite(found)
-            if wrong := not_finite(state.params):
+            if wrong := nonfinite_leaves(state.params):
                 raise ModelError(
                     f"the student has weights that are not finite: {wrong}"
                 )
-        if self.sampler is not None and found.loss is not None:
-            self.sampler.observe(found.loss)
-        self._log.evaluation(step, found)
-        return cost(found, self.settings.judge.best_by)
+        if self.on_policy is not None and found.loss is not None:
+            self.on_policy.observe(found.loss)
+        self._log.evaluation({"step": step, **found._asdict()})
+        return selection_metric(found, self.settings.evaluation.selection_metric)
 
     def _write(self, step: int, metrics: Metrics, tokens: int) -> None:
         """Writes a step down, and ends the run when too many were not finite."""
         self._log.step(step, metrics, tokens)
         skipped = self._log.skipped_in_row
-        if skipped >= self.settings.run.max_skipped:
+        if skipped >= self.settings.run.max_consecutive_nonfinite:
             self.checkpoints.wait()
             raise TrainingError(
                 f"stopped at step {step}: {skipped} steps in a row "
                 "had a loss, gradient or update that is not finite, the last one its "
                 f"{self._log.not_finite}. A lower --learning-rate or --dtype float32 "
                 "may help, for an update usual values of --b2, --eps and "
-                "--weight-decay; --max-skipped sets the limit. " + way_on(self.folder)
+                "--weight-decay; --max-consecutive-nonfinite sets the limit. "
+                + way_on(self.folder)
             )
 
 

@@ -8,7 +8,10 @@ from jaxtyping import Array
 from taid_jax import loss
 from taid_jax.schedule import TAIDScheduler, TAIDState
 from taid_jax.settings import ObjectiveSettings
-from taid_jax.train.step import MakeObjective, Objective
+
+Objective = Callable[..., Array]
+MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
+"""`(schedule, learned, step) -> objective`: the objective of one step."""
 
 
 def make_scheduler(settings: ObjectiveSettings, steps: int) -> TAIDScheduler:
@@ -25,15 +28,17 @@ def make_scheduler(settings: ObjectiveSettings, steps: int) -> TAIDScheduler:
 
 def _fixed(settings: ObjectiveSettings) -> Objective | None:
     """Returns an objective that is the same at every step, None if it is not."""
-    temperature, weight = settings.temperature, settings.teacher_weight
+    temperature, skew = settings.temperature, settings.skew
     make: dict[str, Callable[[], Objective]] = {
         "sft": loss.CrossEntropy,
         "forward_kl": lambda: loss.ForwardKL(temperature),
         "reverse_kl": lambda: loss.ReverseKL(temperature),
-        "jensen_shannon": lambda: loss.JensenShannon(weight, temperature),
+        "jensen_shannon": lambda: loss.JensenShannon(
+            settings.teacher_weight, temperature
+        ),
         "total_variation": loss.TotalVariation,
-        "skew_forward_kl": lambda: loss.SkewForwardKL(weight, temperature),
-        "skew_reverse_kl": lambda: loss.SkewReverseKL(weight, temperature),
+        "skew_forward_kl": lambda: loss.SkewForwardKL(skew, temperature),
+        "skew_reverse_kl": lambda: loss.SkewReverseKL(skew, temperature),
         "adaptive_kl": lambda: loss.AdaptiveKL(settings.head_threshold, temperature),
         "dkd": lambda: loss.DKD(settings.dkd_alpha, settings.dkd_beta, temperature),
     }
@@ -50,7 +55,8 @@ def make_objective(
 
     Returns:
         `(schedule, learned, step) -> objective`, and the learned values before the
-        first step: an empty dict for all but CTKD, whose `temperature` starts at 1.
+        first step: an empty dict for all but CTKD, whose temperature is made from
+        `raw_temperature`, which starts at 1.
     """
     fixed = _fixed(settings)
     # At 1 the mixture is the objective; sft has nothing to be mixed with.
@@ -61,10 +67,12 @@ def make_objective(
             objective = fixed
         elif settings.objective == "ctkd":
             strength = loss.ctkd_strength(step, settings.ctkd_ramp_steps)
-            objective = loss.CTKD(learned["temperature"], strength)
+            objective = loss.CTKD(
+                loss.ctkd_temperature(learned["raw_temperature"]), strength
+            )
         else:
             objective = loss.TAID(schedule.t)
         return loss.Mix(objective, settings.distil_ratio) if mixed else objective
 
     learns = settings.objective == "ctkd"
-    return make, {"temperature": jnp.ones((), jnp.float32)} if learns else {}
+    return make, {"raw_temperature": jnp.ones((), jnp.float32)} if learns else {}

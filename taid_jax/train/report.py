@@ -1,17 +1,21 @@
-"""What a run leaves behind: lines of metrics, a report, a picture."""
+"""What a run shows and leaves behind: progress, lines of metrics, report, picture."""
 
+import datetime
 import io
 import json
 import math
 import pathlib
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import matplotlib
 import matplotlib.figure
+import rich.progress
+from rich.console import Console
 
 from taid_jax.errors import InputError, explain, parsing
 from taid_jax.files import write_whole
@@ -202,7 +206,9 @@ def draw_curves(
     figure.suptitle(title)
     curve(loss, "loss", "training loss", "tab:blue")
     loss.set_ylabel("nats per token")
-    curve(divergence, "kl", "training KL to the target", "tab:blue")
+    curve(divergence, "kl_teacher", "training KL(teacher || student)", "tab:blue")
+    if any("kl_target" in row for row in metrics):
+        curve(divergence, "kl_target", "training KL to the target", "tab:cyan")
     divergence.plot(
         [row["step"] for row in evaluations],
         [drawn(row["kl"]) for row in evaluations],
@@ -221,3 +227,95 @@ def draw_curves(
         axes.grid(alpha=0.3)
         axes.legend(loc="best", frameon=False)
     save_picture(path, figure)
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Somebody who is shown how it goes."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Shows a logged step."""
+        ...
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Shows a held-out evaluation."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Shows a line of text."""
+        ...
+
+
+class ConsoleProgress:
+    """Shows loss, KL, t, tokens per second, MFU where it is known, and the time left.
+
+    On a terminal a bar with the last step's numbers is kept up to date; elsewhere about
+    twenty lines are printed over the whole run.
+
+    Args:
+        console: Where to.
+        steps: Optimizer steps of the whole run.
+        start: Steps done before, when resumed.
+    """
+
+    def __init__(self, console: Console, steps: int, start: int = 0):
+        self._console, self._steps, self._start = console, steps, start
+        self._began: float | None = None
+        self._every = max(1, steps // 20)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=start, numbers="")
+
+    def __enter__(self) -> "ConsoleProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def _left(self, step: int) -> str:
+        """Returns the time left, from the mean of the steps so far."""
+        now = time.monotonic()
+        if self._began is None:
+            # The first step is mostly compilation: counted from its end.
+            self._began, self._start = now, step
+            return "-:--:--"
+        seconds = (now - self._began) / max(step - self._start, 1)
+        return str(datetime.timedelta(seconds=round(seconds * (self._steps - step))))
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Shows a logged step."""
+        step, mfu = row["step"], row.get("mfu")
+        busy = "" if mfu is None else f"  MFU {mfu:.1%}"
+        numbers = (
+            f"loss {number(row['loss'])}  kl {number(row['kl_teacher'])}  "
+            f"t {number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s{busy}  "
+            f"{self._left(step)} left"
+        )
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif step % self._every == 0 or step in (1, self._steps):
+            self._console.print(f"step {step}/{self._steps}  {numbers}", soft_wrap=True)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Shows a held-out evaluation."""
+        text = (
+            f"held out at step {row['step']}: KL {number(row['kl'])} nats, perplexity "
+            f"of the student {number(row['student_perplexity'], 2)}, of the teacher "
+            f"{number(row['teacher_perplexity'], 2)}"
+        )
+        if row["rouge_l"] is not None:
+            text += (
+                f"; answers: ROUGE-L {number(row['rouge_l'])}, exact match "
+                f"{number(row['exact_match'])}"
+            )
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.console.print(text, soft_wrap=True, highlight=False)

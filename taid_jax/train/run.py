@@ -2,40 +2,41 @@
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import socket
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from taid_jax import distributed
-from taid_jax.data import Dataset
+from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.errors import ModelError, explain
-from taid_jax.evaluate import HeldOut, cost
 from taid_jax.models.files.load import export_model
+from taid_jax.models.files.tokenizer import Tokenizer
+from taid_jax.models.generation import generate
 from taid_jax.settings import (
     Settings,
     SettingsError,
     changed,
     to_dict,
-    with_date,
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
-from taid_jax.train.answers import export_generation, find_questions
-from taid_jax.train.assemble import assemble
+from taid_jax.train.build import build_loop
 from taid_jax.train.checkpoint import (
     Checkpoints,
-    checkpoint_place,
-    checkpoint_settings,
     choose_checkpoint,
     find_fault,
+    read_run,
     set_aside_others,
 )
+from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
 from taid_jax.train.folder import (
     CHECKPOINTS,
     SETTINGS,
@@ -54,14 +55,20 @@ from taid_jax.train.inputs import (
     refuse_other_data,
     refuse_other_models,
 )
-from taid_jax.train.judge import make_judge
 from taid_jax.train.loop import Loop, TrainingError
-from taid_jax.train.progress import ConsoleProgress
+from taid_jax.train.on_policy.buffer import make_on_policy
+from taid_jax.train.on_policy.generation import (
+    decode,
+    export_generation,
+    training_ends,
+)
+from taid_jax.train.on_policy.prompts import find_eval_prompts
 from taid_jax.train.report import (
     CURVES,
     EVALUATIONS,
     METRICS,
     REPORT,
+    ConsoleProgress,
     Lines,
     draw_curves,
     find_rows,
@@ -69,10 +76,7 @@ from taid_jax.train.report import (
     read_lines,
     write_json,
 )
-from taid_jax.train.samplers import make_sampler
-from taid_jax.train.samples import show_samples
-from taid_jax.train.state import DistillState, not_finite
-from taid_jax.train.utilisation import summarize
+from taid_jax.train.state import DistillState, nonfinite_leaves
 from taid_jax.types import Params
 
 _PROBLEMS = 5
@@ -132,17 +136,17 @@ def _distil(
     step = distributed.broadcast(lambda: look(output, settings))
     saved, place = None, {}
     if step is not None:
-        saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
-        place = checkpoint_place(folder / CHECKPOINTS / str(step))
+        saved, place = read_run(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
-    date = distributed.broadcast(lambda: with_date(settings, saved).data.template_date)
+    given = settings.data.template_date or (saved and saved.data.template_date)
+    date = distributed.broadcast(lambda: given or datetime.date.today().isoformat())
     data = dataclasses.replace(settings.data, template_date=date)
     settings = dataclasses.replace(settings, data=data)
     tokenizer = check_models(settings.model, settings.data.seq_len)
     dataset = read_data(settings, tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
-    questions = find_questions(dataset.held_out, settings.judge.answer_examples)
+    prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     if saved is not None and step is not None:
         refuse_contradictions(saved, settings)
         refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
@@ -163,12 +167,20 @@ def _distil(
         Checkpoints(folder / CHECKPOINTS, keep=settings.run.keep)
     )
 
-    judge = make_judge(
-        settings, pair, dataset, mesh, tokenizer=tokenizer, questions=questions
+    evaluator = make_evaluator(
+        settings, pair, dataset, mesh, tokenizer=tokenizer, prompts=prompts
     )
-    sampler = make_sampler(settings, pair, dataset, tokenizer, mesh)
-    loop, state = assemble(
-        settings, folder, pair, dataset, checkpoints, mesh, judge, sampler, step, models
+    loop, state = build_loop(
+        settings,
+        folder,
+        pair,
+        dataset,
+        checkpoints,
+        mesh,
+        evaluator,
+        make_on_policy(settings, pair, dataset, tokenizer, mesh),
+        step,
+        models,
     )
     with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
         loop.progress = progress
@@ -190,11 +202,13 @@ def _distil(
         )
         evaluations = read_lines(folder / EVALUATIONS)
         metrics = read_lines(folder / METRICS)
+        utilisation = loop.throughput.summary(metrics)
+        rate = utilisation["tokens_per_second"]
         report = {
             **summary(evaluations, found),
             "seconds": round(time.perf_counter() - began, 1),
-            "tokens_per_second": median_rate(metrics),
-            "utilisation": summarize(loop.meter, metrics),
+            "tokens_per_second": rate and round(rate, 1),
+            "utilisation": utilisation,
             "peak_memory_bytes": peak_memory(),
             "held_out_tokens": evaluations[0]["tokens"],
             "notes": list(pair.notes),
@@ -215,7 +229,7 @@ def _distil(
         report = distributed.broadcast(publish)
     except ModelError as error:  # Of the student's folder; what was read is good.
         raise WriteError(str(error)) from error
-    show_samples(settings, pair, state.params, dataset, tokenizer, console)
+    show_completions(settings, pair, state.params, dataset, tokenizer, console)
     return report
 
 
@@ -339,7 +353,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     Raises:
         TrainingError: If no evaluation, or not its state, is finite.
     """
-    best_by = loop.settings.judge.best_by
+    best_by = loop.settings.evaluation.selection_metric
     here = int(state.step)
     kept = {here, *loop.checkpoints.steps()}
     rows = distributed.broadcast(lambda: read_lines(loop.folder / EVALUATIONS))
@@ -354,16 +368,17 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     # Of equals the last: exact match is often 0 throughout.
     ranked = sorted(
         (row for row in rows if row["step"] > 0 and row["step"] in kept),
-        key=lambda row: (cost(row, best_by), -row["step"]),
+        key=lambda row: (selection_metric(row, best_by), -row["step"]),
     )
     best = next(row for row in ranked if row["step"] == here or sound(row["step"]))
     if best["step"] != here:
-        state = loop.checkpoints.restore(state, best["step"]).state
-    if math.isinf(cost(best, best_by)) or not_finite(state.params):
+        state = loop.checkpoints.restore(state, best["step"])
+    if math.isinf(selection_metric(best, best_by)) or nonfinite_leaves(state.params):
         raise TrainingError(
-            f"nothing was exported: no state that was evaluated has a finite {best_by} "
-            f"and finite weights. The last checkpoint is {max(kept)} in "
-            f"{loop.checkpoints.folder}; its figures are in {EVALUATIONS}"
+            "nothing was exported: no state that was evaluated has a finite "
+            f"{best_by} and finite weights. The last checkpoint is "
+            f"{max(kept)} in {loop.checkpoints.folder}; its figures are in "
+            f"{EVALUATIONS}"
         )
     values: dict[str, Any] = {key: best.get(key) for key in HeldOut._fields}
     return state, HeldOut(**values)
@@ -388,7 +403,51 @@ def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]
     }
 
 
-def median_rate(rows: list[dict[str, Any]]) -> float | None:
-    """Returns the median of the logged tokens per second."""
-    rates = [rate for row in rows if (rate := row.get("tokens_per_second"))]
-    return round(float(np.median(rates)), 1) if rates else None
+_SHOWN, _SHOWN_TOKENS = 3, 40
+"""So many prompts are completed at the end, by so many tokens; as many of a prompt are
+shown at most: its last."""
+
+
+def show_completions(
+    settings: Settings,
+    pair: Pair,
+    params: Params,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> None:
+    """Prints how teacher and student go on with a few held-out prompts."""
+    try:
+        prompts = find_eval_prompts(dataset.held_out, _SHOWN)
+    except DataError:  # No answer was found in any of them; the run is as good.
+        return
+    ends = training_ends(tokenizer, pair.generation, dataset)
+    configs = pair.teacher.config, pair.student_config
+    room = min(config.max_position_embeddings for config in configs) - _SHOWN_TOKENS
+    if room < 1:
+        return
+    chosen = [each.prompt[-room:] for each in prompts]
+    ids, mask = pad_left(chosen)
+    completions = {}
+    for name, weights, config in (
+        ("teacher", pair.teacher.params, pair.teacher.config),
+        ("student", params, pair.student_config),
+    ):
+        tokens = generate(
+            weights,
+            config,
+            jnp.asarray(ids),
+            jnp.asarray(mask),
+            max_new_tokens=_SHOWN_TOKENS,
+            eos_token_ids=ends,
+            pad_token_id=0,
+            dtype=jnp.dtype(settings.model.dtype),
+        ).tokens
+        completions[name] = [decode(tokenizer, row, ends) for row in np.asarray(tokens)]
+    for index, prompt in enumerate(chosen):
+        console.rule(f"sample {index + 1}")
+        text = str(tokenizer.decode(prompt[-_SHOWN_TOKENS:]))
+        console.print(text, markup=False, highlight=False)
+        for name, texts in completions.items():
+            console.print(f"[bold]{name}:[/bold]", end=" ")
+            console.print(texts[index], markup=False, highlight=False)

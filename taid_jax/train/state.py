@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int32, PyTree, UInt32
+from jaxtyping import Array, Bool, Int32, PyTree
 
 from taid_jax.schedule import TAIDState
 from taid_jax.types import Params
@@ -21,7 +21,6 @@ class DistillState(NamedTuple):
         schedule: TAID's t and what its controller remembers.
         learned: What the objective itself learns, such as CTKD's temperature; an empty
             dict for most.
-        rng: Key data, `(2,)` uint32.
     """
 
     step: Int32[Array, ""]
@@ -29,7 +28,6 @@ class DistillState(NamedTuple):
     opt_state: PyTree
     schedule: TAIDState
     learned: dict[str, Array]
-    rng: UInt32[Array, "2"]
 
 
 def init_state(
@@ -38,7 +36,6 @@ def init_state(
     optimizer: optax.GradientTransformation,
     schedule: TAIDState,
     learned: dict[str, Array] | None = None,
-    seed: int = 0,
 ) -> DistillState:
     """Returns the state before the first step.
 
@@ -47,7 +44,6 @@ def init_state(
         optimizer: Any optax optimizer; it sees the pair `(params, learned)`.
         schedule: `TAIDScheduler.init()`.
         learned: What the objective itself learns.
-        seed: Of the random key.
     """
     learned = {} if learned is None else learned
     return DistillState(
@@ -56,7 +52,6 @@ def init_state(
         opt_state=optimizer.init((params, learned)),
         schedule=schedule,
         learned=learned,
-        rng=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
     )
 
 
@@ -159,7 +154,7 @@ def _finite_leaves(tree: PyTree) -> dict[str, Array]:
     return {name: jnp.all(jnp.isfinite(x)) for name, x in _floats(tree).items()}
 
 
-def not_finite(tree: PyTree) -> list[str]:
+def nonfinite_leaves(tree: PyTree) -> list[str]:
     """Returns the names of the arrays that have NaN or inf in them."""
     found = jax.device_get(_finite_leaves(tree))
     return [name for name, finite in found.items() if not finite]

@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions of the state, jitted."""
+"""The train step: a pure function of the state, jitted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
 from taid_jax.loss import distillation_sums, fused_loss
-from taid_jax.schedule import TAIDState
 from taid_jax.sharding import activations_on
+from taid_jax.train.objective import MakeObjective, Objective
 from taid_jax.train.state import DistillState, all_finite, updates_applied
 from taid_jax.types import IGNORE_INDEX, Batch, ModelFunctions, Params
 
-Objective = Callable[..., Array]
-MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
-"""`(schedule, learned, step) -> objective`: the objective of one step."""
-
 Metrics = dict[str, Array]
 TrainStep = Callable[[DistillState, Params, Batch], tuple[DistillState, Metrics]]
-EvalStep = Callable[[Params, Params, Batch], Metrics]
 
 
 def next_token_labels(batch: Batch) -> Int[Array, "batch length"]:
@@ -58,11 +53,11 @@ def batch_loss(
     *,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    logits_loss: bool = False,
+    fused: bool = True,
 ) -> tuple[Float32[Array, ""], Metrics]:
     """Returns the loss summed over the counted tokens of a batch, and its sums.
 
-    The fused head is used when both models offer hidden states, unless `logits_loss`.
+    The fused head is used when both models offer hidden states, unless not `fused`.
 
     Args:
         objective: Loss of a token.
@@ -73,10 +68,10 @@ def batch_loss(
         batch: Arrays of shape `(batch, length)`.
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
-        logits_loss: Build the logits of the whole batch.
+        fused: Use the fused head where both models offer hidden states and head.
 
     Returns:
-        The sum in nats, and `{"weight": counted tokens, metric: sum, ...}`.
+        The sum in nats, and `{"num_tokens": counted tokens, metric: sum, ...}`.
 
     Raises:
         ValueError: If a model offers neither hidden states and head, nor logits.
@@ -84,7 +79,7 @@ def batch_loss(
     labels = next_token_labels(batch)
     mask = labels != IGNORE_INDEX
     both = (student, params), (teacher, teacher_params)
-    fused = all(model.hidden and model.head for model, _ in both) and not logits_loss
+    fused = fused and all(model.hidden and model.head for model, _ in both)
 
     def output(model: ModelFunctions, weights: Params) -> tuple[Array, Any]:
         if model.hidden and model.head:
@@ -148,7 +143,7 @@ def make_train_step(
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
     shardings: DistillState | None = None,
-    logits_loss: bool = False,
+    fused: bool = True,
 ) -> TrainStep:
     """Returns the jitted step `(state, teacher_params, batch) -> (state, metrics)`.
 
@@ -172,12 +167,13 @@ def make_train_step(
         chunk_size: Tokens of a chunk of the fused head; chosen when None.
         mesh: Where the batch lives, when on several devices.
         shardings: Where the new state lives; as XLA likes when None.
-        logits_loss: Build the logits instead of the fused head.
+        fused: Use the fused head where both models offer hidden states and head.
 
     Returns:
         A function whose metrics are float32 scalars: `loss`, `distil_loss`, the
-        objective's own (`kl`, `lm_loss`, ...) in nats per counted token, `t` as used,
-        `delta_t`, `grad_norm` before clipping, `learning_rate`, `tokens`, `skipped`.
+        objective's own (`kl_teacher`, `lm_loss`, ...) in nats per counted token,
+        `t` as used, `delta_t`, `grad_norm` before clipping, `learning_rate`, `tokens`,
+        `skipped`.
     """
 
     def micro_loss(trainable, state, teacher_params, batch):
@@ -191,7 +187,7 @@ def make_train_step(
             batch,
             chunk_size=chunk_size,
             mesh=mesh,
-            logits_loss=logits_loss,
+            fused=fused,
         )
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
@@ -220,10 +216,11 @@ def make_train_step(
         (loss_sum, sums), gradients = whole_gradient(
             trainable, state, teacher_params, batch
         )
-        weight = jnp.where(sums["weight"] == 0, 1.0, sums["weight"])
-        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-        means = {key: value / weight for key, value in sums.items() if key != "weight"}
-        loss = loss_sum / weight
+        num_tokens = sums.pop("num_tokens")
+        divisor = jnp.where(num_tokens == 0, 1.0, num_tokens)
+        gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
+        means = {key: value / divisor for key, value in sums.items()}
+        loss = loss_sum / divisor
         grad_norm = optax.tree_utils.tree_norm(gradients[0])
         # optax counts in int32 and is not written for strict promotion.
         with jax.numpy_dtype_promotion("standard"):
@@ -248,7 +245,7 @@ def make_train_step(
             "t": state.schedule.t,
             "delta_t": schedule.t - state.schedule.t,
             "grad_norm": grad_norm,
-            "tokens": sums["weight"],
+            "tokens": num_tokens,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
         if learning_rate is not None:
@@ -261,50 +258,9 @@ def make_train_step(
             opt_state=keep(opt_state, state.opt_state),
             schedule=schedule,
             learned=learned,
-            rng=state.rng,
         )
         return state, metrics
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
-
-
-def make_eval_step(
-    student: ModelFunctions,
-    teacher: ModelFunctions,
-    objective: Objective,
-    *,
-    chunk_size: int | None = None,
-    mesh: Mesh | None = None,
-    logits_loss: bool = False,
-) -> EvalStep:
-    """Returns the jitted `(params, teacher_params, batch) -> sums`, without gradients.
-
-    Args:
-        student: Functions of the student.
-        teacher: Functions of the teacher.
-        objective: Loss and metrics of a token.
-        chunk_size: Tokens of a chunk of the fused head; chosen when None.
-        mesh: Where the batch lives, when on several devices.
-        logits_loss: Build the logits instead of the fused head.
-
-    Returns:
-        A function whose result has `loss`, `weight` and one sum per metric.
-    """
-
-    def step(params: Params, teacher_params: Params, batch: Batch) -> Metrics:
-        loss_sum, sums = batch_loss(
-            objective,
-            student,
-            params,
-            teacher,
-            teacher_params,
-            batch,
-            chunk_size=chunk_size,
-            mesh=mesh,
-            logits_loss=logits_loss,
-        )
-        return {"loss": loss_sum, **sums}
-
-    return jax.jit(step)

@@ -110,11 +110,9 @@ class Oracle:
         gradient = self._gradient(q, (1 - w) * rho, seen)
         return temperature**2 * value, temperature * gradient
 
-    def skew_forward_kl(
-        self, s, u, labels=None, teacher_weight=0.1, temperature=1.0
-    ) -> Pair:
+    def skew_forward_kl(self, s, u, labels=None, skew=0.1, temperature=1.0) -> Pair:
         lq, lp, q, p, seen, heard = self._start(s, u, temperature)
-        w = teacher_weight
+        w = skew
         lm, _ = self._mixture(lq, lp, w)
         with np.errstate(all="ignore"):
             value = -np.where(seen & heard, p * lm, 0).sum(-1)
@@ -122,11 +120,9 @@ class Oracle:
         gradient = self._gradient(q, slope, seen)
         return temperature**2 * value, temperature * gradient
 
-    def skew_reverse_kl(
-        self, s, u, labels=None, teacher_weight=0.1, temperature=1.0
-    ) -> Pair:
+    def skew_reverse_kl(self, s, u, labels=None, skew=0.1, temperature=1.0) -> Pair:
         lq, lp, q, _p, seen, _ = self._start(s, u, temperature)
-        w = teacher_weight
+        w = skew
         lm, _ = self._mixture(lq, lp, 1 - w)
         with np.errstate(all="ignore"):
             rho = np.where(seen, lq - lm, 0)
@@ -161,10 +157,10 @@ class Oracle:
         return value, np.where(known & counted[..., None], q - onehot, 0.0)
 
     def ctkd(self, s, u, labels=None, temperature=1.0) -> Pair:
-        return self.forward_kl(s, u, temperature=1 + 20 / (1 + np.exp(-temperature)))
+        return self.forward_kl(s, u, temperature=temperature)
 
     def ctkd_slope(self, s, u, temperature=1.0, step=1e-5) -> np.ndarray:
-        """Slope of the loss in the raw temperature, not reversed, by differences."""
+        """Slope of the loss in the temperature, not reversed, by differences."""
         high, _ = self.ctkd(s, u, temperature=temperature + step)
         low, _ = self.ctkd(s, u, temperature=temperature - step)
         return (high - low) / (2 * step)
@@ -234,7 +230,7 @@ def _cases() -> dict[str, Case]:
         Case("skew_forward_kl", loss.SkewForwardKL, o.skew_forward_kl),
         Case("skew_reverse_kl", loss.SkewReverseKL, o.skew_reverse_kl, {}, True),
         Case("adaptive_kl", loss.AdaptiveKL, o.adaptive_kl),
-        Case("ctkd", loss.CTKD, o.ctkd),
+        Case("ctkd", lambda: loss.CTKD(4.0), o.ctkd, {"temperature": 4.0}),
         Case("dkd", loss.DKD, o.dkd, {}, True),
         Case(
             "dkd_warm",

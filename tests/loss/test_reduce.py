@@ -126,7 +126,7 @@ def test_distillation_sums_of_parts_add_up_to_the_whole(kind, make_inputs):
         np.testing.assert_allclose(added, value, rtol=1e-6)
     both = np.concatenate([p[2] for p in parts])
     np.testing.assert_allclose(both, gradient, rtol=1e-6, atol=1e-12)
-    assert sums["weight"] == 5
+    assert sums["num_tokens"] == 5
 
 
 def test_distillation_sums_gives_metrics_without_gradient(make_inputs):
@@ -235,6 +235,6 @@ def test_distillation_sums_do_not_hide_nan_in_a_metric(make_inputs, side):
     arrays = map(jnp.asarray, (inputs.student, inputs.teacher, MASK, inputs.labels))
     loss_sum, sums = distillation_sums(Mix(ForwardKL(), 0.5), *arrays)
     assert np.isnan(loss_sum)
-    assert np.isnan(sums["kl"])
+    assert np.isnan(sums["kl_teacher"])
     assert np.isnan(sums["distil_loss"])
-    assert sums["weight"] == int(MASK.sum())
+    assert sums["num_tokens"] == int(MASK.sum())

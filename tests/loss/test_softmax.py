@@ -7,6 +7,8 @@ import pytest
 
 from taid_jax.loss._softmax import row_max, row_maxes
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture
 def rows():

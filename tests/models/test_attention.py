@@ -10,6 +10,8 @@ from taid_jax.models.attention import (
     causal_attention,
 )
 
+pytestmark = pytest.mark.optimised
+
 
 def reference(queries, keys, values, segments=None):
     """The definition, written with whole squares."""

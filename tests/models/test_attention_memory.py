@@ -7,6 +7,8 @@ import pytest
 
 from taid_jax.models import attention as at
 
+pytestmark = pytest.mark.optimised
+
 
 def _arrays(length, *, head_dim=8, dtype=np.float32):
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files import export
-from taid_jax.models.files.export import plan_shards, stored_tensors, write_folder
+from taid_jax.models.files.export import plan_shards, stored_tensors
 from taid_jax.models.files.hf import INDEX, WEIGHTS
 from taid_jax.models.files.load import export_model, load_model
 
@@ -59,12 +59,12 @@ def params(random_params):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 2000], ids=["one", "shards"])
-def test_write_folder_is_read_back_bit_for_bit(
+def test_export_model_is_read_back_bit_for_bit(
     tmp_path, random_params, name, max_shard_bytes
 ):
     config = variant(name)
     before = random_params(config)
-    write_folder(tmp_path / "m", config, before, max_shard_bytes=max_shard_bytes)
+    export_model(tmp_path / "m", config, before, max_shard_bytes=max_shard_bytes)
     after = load_model(tmp_path / "m")
     assert after.config == config
     same(after.params, before)
@@ -72,14 +72,14 @@ def test_write_folder_is_read_back_bit_for_bit(
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 2000], ids=["one", "shards"])
-def test_write_folder_is_loaded_by_transformers_without_a_word(
+def test_export_model_is_loaded_by_transformers_without_a_word(
     tmp_path, random_params, caplog, name, max_shard_bytes
 ):
     pytest.importorskip("torch", reason="transformers needs PyTorch to load a model")
     transformers = pytest.importorskip("transformers")
     config = variant(name)
     params = random_params(config)
-    write_folder(tmp_path / "m", config, params, max_shard_bytes=max_shard_bytes)
+    export_model(tmp_path / "m", config, params, max_shard_bytes=max_shard_bytes)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
@@ -100,13 +100,13 @@ def test_write_folder_is_loaded_by_transformers_without_a_word(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_write_folder_gives_transformers_the_same_logits(tmp_path, random_params, name):
+def test_export_model_gives_transformers_the_same_logits(tmp_path, random_params, name):
     torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
     transformers = pytest.importorskip("transformers")
     config = variant(name)
     # Small enough that the residual stream stays of the order of one.
     params = jax.tree.map(lambda leaf: 0.6 * leaf, random_params(config))
-    write_folder(tmp_path / "m", config, params)
+    export_model(tmp_path / "m", config, params)
     # Beyond the original context of the llama3 scaling, which is 16.
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     functions = decoder_functions(config)
@@ -129,27 +129,27 @@ def test_stored_tensors_go_layer_by_layer(params):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_write_folder_stores_the_dtype_asked_for(tmp_path, params, dtype):
-    write_folder(tmp_path / "m", CONFIG, params, dtype=dtype)
+def test_export_model_stores_the_dtype_asked_for(tmp_path, params, dtype):
+    export_model(tmp_path / "m", CONFIG, params, dtype=dtype)
     expected = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), params)
     same(load_model(tmp_path / "m").params, expected)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == dtype
 
 
-def test_write_folder_marks_its_files_as_transformers_4_needs_them(tmp_path, params):
-    write_folder(tmp_path / "m", CONFIG, params)
+def test_export_model_marks_its_files_as_transformers_4_needs_them(tmp_path, params):
+    export_model(tmp_path / "m", CONFIG, params)
     with safe_open(tmp_path / "m" / WEIGHTS, framework="np") as file:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_write_folder_refuses_another_dtype(tmp_path, params):
+def test_export_model_refuses_another_dtype(tmp_path, params):
     with pytest.raises(ModelError, match=r"written as one of .* got int8"):
-        write_folder(tmp_path / "m", CONFIG, params, dtype="int8")
+        export_model(tmp_path / "m", CONFIG, params, dtype="int8")
 
 
-def test_write_folder_writes_an_index_that_covers_every_tensor(tmp_path, params):
-    write_folder(tmp_path / "m", CONFIG, params, max_shard_bytes=2000)
+def test_export_model_writes_an_index_that_covers_every_tensor(tmp_path, params):
+    export_model(tmp_path / "m", CONFIG, params, max_shard_bytes=2000)
     index = json.loads((tmp_path / "m" / INDEX).read_text())
     files = {path.name for path in (tmp_path / "m").glob("model-*.safetensors")}
     assert set(index["weight_map"].values()) == files
@@ -170,7 +170,7 @@ def test_plan_shards_keeps_order_and_limit(sizes, limit):
         assert len(shard) == 1 or sum(sizes[index] for index in shard) <= limit
 
 
-def test_write_folder_writes_generation_settings(tmp_path, params):
+def test_export_model_writes_generation_settings(tmp_path, params):
     generation = {"eos_token_id": [3, 4], "temperature": 0.5, "do_sample": True}
     export_model(tmp_path / "m", CONFIG, params, generation=generation)
     loaded = load_model(tmp_path / "m")
@@ -182,7 +182,7 @@ def test_write_folder_writes_generation_settings(tmp_path, params):
 
 
 @pytest.mark.parametrize("pad", [17, -1, "x", [1]])
-def test_write_folder_names_no_padding_that_the_folder_lacks(tmp_path, params, pad):
+def test_export_model_names_no_padding_that_the_folder_lacks(tmp_path, params, pad):
     config = dataclasses.replace(CONFIG, vocab_size=15)
     generation = {"pad_token_id": pad, "eos_token_id": 3}
     export_model(tmp_path / "m", config, params, generation=generation)
@@ -194,10 +194,10 @@ def test_write_folder_names_no_padding_that_the_folder_lacks(tmp_path, params, p
         assert (values["pad_token_id"], values["eos_token_id"]) == (None, 3)
 
 
-def test_write_folder_lets_others_read_as_the_user_wants(tmp_path, params):
+def test_export_model_lets_others_read_as_the_user_wants(tmp_path, params):
     old = os.umask(0o022)
     try:
-        write_folder(tmp_path / "m", CONFIG, params)
+        export_model(tmp_path / "m", CONFIG, params)
     finally:
         os.umask(old)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").iterdir()}
@@ -205,46 +205,46 @@ def test_write_folder_lets_others_read_as_the_user_wants(tmp_path, params):
     assert stat.S_IMODE((tmp_path / "m").stat().st_mode) == 0o755
 
 
-def test_write_folder_takes_an_empty_folder(tmp_path, params):
+def test_export_model_takes_an_empty_folder(tmp_path, params):
     (tmp_path / "m").mkdir()
-    write_folder(tmp_path / "m", CONFIG, params)
+    export_model(tmp_path / "m", CONFIG, params)
     same(load_model(tmp_path / "m").params, params)
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_write_folder_never_overwrites_what_a_user_has(tmp_path, params, replace):
+def test_export_model_never_overwrites_what_a_user_has(tmp_path, params, replace):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.tex").write_text("years of work")
     with pytest.raises(ModelError, match=r"not empty \(it has thesis\.tex\)"):
-        write_folder(tmp_path / "m", CONFIG, params, replace=replace)
+        export_model(tmp_path / "m", CONFIG, params, replace=replace)
     assert [path.name for path in tmp_path.rglob("*")] == ["m", "thesis.tex"]
 
 
-def test_write_folder_never_overwrites_a_file(tmp_path, params):
+def test_export_model_never_overwrites_a_file(tmp_path, params):
     (tmp_path / "m").write_text("precious")
     with pytest.raises(ModelError, match="is there and no folder"):
-        write_folder(tmp_path / "m", CONFIG, params, replace=True)
+        export_model(tmp_path / "m", CONFIG, params, replace=True)
     assert (tmp_path / "m").read_text() == "precious"
 
 
-def test_write_folder_replaces_an_older_export_only_when_asked(tmp_path, random_params):
+def test_export_model_replaces_an_older_export_only_when_asked(tmp_path, random_params):
     first, second = random_params(CONFIG, seed=1), random_params(CONFIG, seed=2)
-    write_folder(tmp_path / "m", CONFIG, first, max_shard_bytes=2000)
+    export_model(tmp_path / "m", CONFIG, first, max_shard_bytes=2000)
     with pytest.raises(ModelError, match="not empty"):
-        write_folder(tmp_path / "m", CONFIG, second)
+        export_model(tmp_path / "m", CONFIG, second)
     same(load_model(tmp_path / "m").params, first)
-    write_folder(tmp_path / "m", CONFIG, second, replace=True)
+    export_model(tmp_path / "m", CONFIG, second, replace=True)
     same(load_model(tmp_path / "m").params, second)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize("there_before", [False, True])
-def test_write_folder_leaves_nothing_behind_when_it_fails(
+def test_export_model_leaves_nothing_behind_when_it_fails(
     tmp_path, random_params, monkeypatch, there_before
 ):
     first = random_params(CONFIG, seed=1)
     if there_before:
-        write_folder(tmp_path / "m", CONFIG, first)
+        export_model(tmp_path / "m", CONFIG, first)
     written = []
 
     def full_disk(tensors, path, **options):
@@ -255,7 +255,7 @@ def test_write_folder_leaves_nothing_behind_when_it_fails(
 
     monkeypatch.setattr(export, "save_file", full_disk)
     with pytest.raises(ModelError, match="No space left on device"):
-        write_folder(
+        export_model(
             tmp_path / "m", CONFIG, first, max_shard_bytes=2000, replace=there_before
         )
     assert written
@@ -265,11 +265,11 @@ def test_write_folder_leaves_nothing_behind_when_it_fails(
         same(load_model(tmp_path / "m").params, first)
 
 
-def test_write_folder_brings_the_older_export_back_when_renaming_fails(
+def test_export_model_brings_the_older_export_back_when_renaming_fails(
     tmp_path, random_params, monkeypatch
 ):
     first = random_params(CONFIG, seed=1)
-    write_folder(tmp_path / "m", CONFIG, first)
+    export_model(tmp_path / "m", CONFIG, first)
     rename = type(tmp_path).rename
 
     def broken(path, target):
@@ -279,13 +279,13 @@ def test_write_folder_brings_the_older_export_back_when_renaming_fails(
 
     monkeypatch.setattr(type(tmp_path), "rename", broken)
     with pytest.raises(ModelError, match="Input/output error"):
-        write_folder(tmp_path / "m", CONFIG, first, replace=True)
+        export_model(tmp_path / "m", CONFIG, first, replace=True)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     same(load_model(tmp_path / "m").params, first)
 
 
-def test_write_folder_is_not_there_before_it_is_whole(tmp_path, params, monkeypatch):
+def test_export_model_is_not_there_before_it_is_whole(tmp_path, params, monkeypatch):
     seen = []
 
     def watch(tensors, path, **options):
@@ -294,18 +294,18 @@ def test_write_folder_is_not_there_before_it_is_whole(tmp_path, params, monkeypa
 
     save_file = export.save_file
     monkeypatch.setattr(export, "save_file", watch)
-    write_folder(tmp_path / "m", CONFIG, params, max_shard_bytes=2000)
+    export_model(tmp_path / "m", CONFIG, params, max_shard_bytes=2000)
     assert len(seen) > 2
     assert not any(seen)
 
 
-def test_write_folder_names_parameters_that_do_not_fit(tmp_path, params):
+def test_export_model_names_parameters_that_do_not_fit(tmp_path, params):
     wrong = {**params, "final_norm": {"scale": np.ones(9, np.float32)}}
     with pytest.raises(ModelError, match=r"final_norm\.scale has shape \(9,\)"):
-        write_folder(tmp_path / "m", CONFIG, wrong)
+        export_model(tmp_path / "m", CONFIG, wrong)
     del wrong["final_norm"]
     with pytest.raises(ModelError, match=r"final_norm\.scale is missing"):
-        write_folder(tmp_path / "m", CONFIG, wrong)
+        export_model(tmp_path / "m", CONFIG, wrong)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,24 +313,24 @@ def test_write_folder_names_parameters_that_do_not_fit(tmp_path, params):
     ("value", "dtype"),
     [(np.nan, None), (np.inf, "bfloat16"), (7e4, "float16"), (3.4e38, "bfloat16")],
 )
-def test_write_folder_writes_no_number_that_is_none(tmp_path, params, value, dtype):
+def test_export_model_writes_no_number_that_is_none(tmp_path, params, value, dtype):
     head = params["lm_head"]["kernel"].at[3, 4].set(value)
     broken = {**params, "lm_head": {"kernel": head}}
     with pytest.raises(
         ModelError, match=r"lm_head\.weight has numbers that are not fi"
     ):
-        write_folder(tmp_path / "m", CONFIG, broken, dtype=dtype)
+        export_model(tmp_path / "m", CONFIG, broken, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 300])
-def test_write_folder_refuses_names_that_no_file_can_have(tmp_path, params, name):
+def test_export_model_refuses_names_that_no_file_can_have(tmp_path, params, name):
     with pytest.raises(ModelError, match="cannot be written") as caught:
-        write_folder(tmp_path / name, CONFIG, params)
+        export_model(tmp_path / name, CONFIG, params)
     str(caught.value).encode()  # A console can print it.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_folder_takes_names_as_long_as_they_can_be(tmp_path, params):
-    write_folder(tmp_path / ("x" * 255), CONFIG, params)
+def test_export_model_takes_names_as_long_as_they_can_be(tmp_path, params):
+    export_model(tmp_path / ("x" * 255), CONFIG, params)
     same(load_model(tmp_path / ("x" * 255)).params, params)

@@ -9,7 +9,7 @@ import pytest
 
 from taid_jax.models.decoder import abstract_params, decoder_functions
 from taid_jax.models.families import FAMILIES, read_config
-from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.export import export_model
 from taid_jax.models.files.load import load_model
 
 USUAL = {
@@ -156,13 +156,13 @@ def test_write_folder_is_read_back_bit_for_bit(tmp_path, family, index):
     config = config_of(family, index)
     dtype = ("float32", "bfloat16")[index % 2]
     before = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(config))
-    write_folder(tmp_path / "m", config, before, max_shard_bytes=4000)
+    export_model(tmp_path / "m", config, before, max_shard_bytes=4000)
     after = load_model(tmp_path / "m", dtype=dtype)
     assert after.config == config
     assert jax.tree.structure(after.params) == jax.tree.structure(before)
     same(after.params, before)
     # And out once more: the same bytes.
-    write_folder(tmp_path / "n", after.config, after.params, max_shard_bytes=4000)
+    export_model(tmp_path / "n", after.config, after.params, max_shard_bytes=4000)
     for path in (tmp_path / "m").iterdir():
         assert path.read_bytes() == (tmp_path / "n" / path.name).read_bytes()
 
@@ -175,7 +175,7 @@ def test_write_folder_gives_transformers_the_same_model(
     transformers = pytest.importorskip("transformers")
     config = config_of(family, index)
     params = random_params(config)
-    write_folder(tmp_path / "m", config, params)
+    export_model(tmp_path / "m", config, params)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:

@@ -18,7 +18,7 @@ from taid_jax.models.families import (
     read_config,
     write_config,
 )
-from taid_jax.models.files.entries import axis_sizes, entries
+from taid_jax.models.files.weights import axis_sizes, entries
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -14,11 +14,10 @@ from safetensors.numpy import load_file, save_file
 from taid_jax.errors import ModelError
 from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.families import family_named, read_config
-from taid_jax.models.files.entries import axis_sizes, entries
-from taid_jax.models.files.export import stored_tensors, write_folder
+from taid_jax.models.files.export import export_model, stored_tensors
 from taid_jax.models.files.hf import WEIGHTS, open_folder
 from taid_jax.models.files.load import load_model
-from taid_jax.models.files.weights import load_params
+from taid_jax.models.files.weights import axis_sizes, entries, load_params
 from taid_jax.models.rope import rope_frequencies
 from taid_jax.sharding import make_mesh, tree_shardings
 
@@ -69,7 +68,7 @@ def write(tmp_path, random_params):
     def make(name):
         config = config_of(name)
         params = random_params(config)
-        write_folder(tmp_path / name, config, params)
+        export_model(tmp_path / name, config, params)
         return tmp_path / name, config, params
 
     return make
@@ -264,7 +263,7 @@ def test_load_model_survives_any_damage(tmp_path_factory, random_params, name, d
     folder = tmp_path_factory.getbasetemp() / f"victim-{name}"
     if not folder.exists():
         config = config_of(name)
-        write_folder(folder, config, random_params(config))
+        export_model(folder, config, random_params(config))
     sound = (folder / WEIGHTS).read_bytes()
     at = data.draw(st.integers(0, 2500))
     value = data.draw(st.integers(1, 255))

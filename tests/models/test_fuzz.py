@@ -24,7 +24,7 @@ from taid_jax.models.families import (
     read_config,
     write_config,
 )
-from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.export import export_model
 from taid_jax.models.files.gguf import open_gguf
 from taid_jax.models.files.gguf_config import read_gguf_config
 from taid_jax.models.files.hf import INDEX, WEIGHTS, open_folder
@@ -250,8 +250,8 @@ def readers(tmp_path_factory, random_params, write_gguf):
     params = random_params(llama)
 
     folder, sharded = root / "folder", root / "sharded"
-    write_folder(folder, llama, params)
-    write_folder(sharded, llama, params, max_shard_bytes=1000)
+    export_model(folder, llama, params)
+    export_model(sharded, llama, params, max_shard_bytes=1000)
     weights = (folder / WEIGHTS).read_bytes()
     index = json.loads((sharded / INDEX).read_text())
     path = root / "model.gguf"
@@ -280,12 +280,12 @@ def readers(tmp_path_factory, random_params, write_gguf):
         (folder / WEIGHTS).write_bytes(damage(rng, weights))
         tensors = open_folder(folder, family)
         read_all(tensors)
-        config = own_head(tied, "hf", tensors)
-        check_tensors(config, "hf", tensors, rng.choice([None, []]))
+        config = own_head(tied, tensors)
+        check_tensors(config, tensors, rng.choice([None, []]))
 
     def read_index(rng):
         (sharded / INDEX).write_bytes(as_json(rng, index))
-        check_tensors(llama, "hf", open_folder(sharded, family))
+        check_tensors(llama, open_folder(sharded, family))
 
     def read_gguf(rng):
         path.write_bytes(damage(rng, model))
@@ -295,7 +295,7 @@ def readers(tmp_path_factory, random_params, write_gguf):
             tokenizer("ab 1")
         check_config(config := read_gguf_config(file, rng.choice([None, []])))
         if config.num_layers == 1:
-            check_tensors(config, "gguf", file)
+            check_tensors(config, file)
 
     def read_config_file(rng):
         (root / "config.json").write_bytes(as_json(rng, rng.choice(configs)))

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from taid_jax.errors import ModelError
 from taid_jax.models.config import RopeConfig
 from taid_jax.models.families import read_config, write_config
-from taid_jax.models.files.entries import axis_sizes, entries
 from taid_jax.models.files.load import load_config, load_model
+from taid_jax.models.files.weights import axis_sizes, entries
 
 SIZES = {
     "vocab_size": 40,
@@ -176,7 +176,7 @@ def write_model(path, config, state, kind, extra=()):
     writer.close()
 
 
-def write_folder(folder, config, state):
+def export_model(folder, config, state):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(write_config(config)))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -188,7 +188,7 @@ def test_load_model_reads_gguf_as_the_folder_of_the_same_weights(tmp_path, name)
     kind = gguf.GGMLQuantizationType.Q8_0
     state = random_state(config, kind)
     write_model(tmp_path / "m.gguf", config, state, kind)
-    write_folder(tmp_path / "folder", config, state)
+    export_model(tmp_path / "folder", config, state)
     found, expected = load_model(tmp_path / "m.gguf"), load_model(tmp_path / "folder")
     assert found.config == expected.config == config
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)

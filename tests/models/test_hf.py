@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import decoder_functions
-from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.export import export_model
 from taid_jax.models.files.hf import INDEX, WEIGHTS, open_folder
 from taid_jax.models.files.load import load_config, load_model
 from taid_jax.models.rope import rope_frequencies
@@ -35,7 +35,7 @@ SMALL = DecoderConfig(
 @pytest.fixture
 def folder(tmp_path, random_params):
     """A folder with one file of weights."""
-    write_folder(tmp_path / "model", SMALL, random_params(SMALL))
+    export_model(tmp_path / "model", SMALL, random_params(SMALL))
     return tmp_path / "model"
 
 
@@ -43,7 +43,7 @@ def folder(tmp_path, random_params):
 def sharded(tmp_path, random_params):
     """The same in several files."""
     params = random_params(SMALL)
-    write_folder(tmp_path / "sharded", SMALL, params, max_shard_bytes=1000)
+    export_model(tmp_path / "sharded", SMALL, params, max_shard_bytes=1000)
     return tmp_path / "sharded"
 
 
@@ -237,7 +237,7 @@ def test_load_model_untied_by_its_files_is_what_transformers_loads(folder, tmp_p
     transformers = pytest.importorskip("transformers")
     tie(folder)
     loaded = load_model(folder)
-    write_folder(tmp_path / "again", loaded.config, loaded.params)
+    export_model(tmp_path / "again", loaded.config, loaded.params)
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     ids = np.random.default_rng(0).integers(0, 12, (2, 9))
@@ -464,8 +464,8 @@ def victims(tmp_path_factory, random_params):
     """Two folders that are damaged and mended again, with their sound content."""
     root = tmp_path_factory.mktemp("victims")
     params = random_params(SMALL)
-    write_folder(root / "whole", SMALL, params)
-    write_folder(root / "sharded", SMALL, params, max_shard_bytes=1000)
+    export_model(root / "whole", SMALL, params)
+    export_model(root / "sharded", SMALL, params, max_shard_bytes=1000)
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     return [(path, path.read_bytes()) for path in paths]
 

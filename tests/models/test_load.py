@@ -22,7 +22,6 @@ from taid_jax.models.decoder import (
     decoder_functions,
     param_axes,
 )
-from taid_jax.models.files.entries import entries
 from taid_jax.models.files.hf import open_folder
 from taid_jax.models.files.hub import DEFAULT_TEACHER
 from taid_jax.models.files.load import (
@@ -32,7 +31,7 @@ from taid_jax.models.files.load import (
     random_init,
 )
 from taid_jax.models.files.tokenizer import load_tokenizer
-from taid_jax.models.files.weights import load_params
+from taid_jax.models.files.weights import entries, load_params
 from taid_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = DecoderConfig(
@@ -143,6 +142,8 @@ def test_load_params_reads_each_part_once_and_no_more(folder):
     class Watched:
         """Tensors that write down what is read of them."""
 
+        file_format = "hf"
+
         def __init__(self, inner):
             self.origin, self.shapes, self.inner = inner.origin, inner.shapes, inner
 
@@ -154,7 +155,7 @@ def test_load_params_reads_each_part_once_and_no_more(folder):
     tensors = Watched(open_folder(folder))
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     make = sharded_like_training(mesh)
-    load_params(CONFIG, "hf", tensors, dtype="float32", shardings=make)
+    load_params(CONFIG, tensors, dtype="float32", shardings=make)
     read = {}
     for name, size in asked:
         read.setdefault(name, []).append(size)

@@ -13,7 +13,7 @@ from taid_jax.models import memory
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.families import write_config
-from taid_jax.models.files.export import write_folder
+from taid_jax.models.files.export import export_model
 from taid_jax.models.files.load import load_model, random_init
 from taid_jax.models.memory import check_fits, params_need
 from taid_jax.sharding import make_mesh, tree_shardings
@@ -84,7 +84,7 @@ def test_random_init_refuses_the_largest_sizes_that_a_config_can_have(tmp_path):
 def test_load_model_refuses_files_that_are_larger_than_memory(
     tmp_path, monkeypatch, random_params
 ):
-    write_folder(tmp_path / "m", SMALL, random_params(SMALL))
+    export_model(tmp_path / "m", SMALL, random_params(SMALL))
     monkeypatch.setattr(memory, "host_memory", lambda: 4 * size(SMALL) - 1)
     with pytest.raises(ModelError, match="not enough memory"):
         load_model(tmp_path / "m")

@@ -5,7 +5,7 @@ import pytest
 
 from taid_jax.errors import ModelError
 from taid_jax.models.sampling import (
-    Sampling,
+    SamplingParams,
     candidates,
     draw,
     first_greatest,
@@ -60,7 +60,7 @@ SETTINGS = [
 @pytest.mark.parametrize("kind", ["random", "ties", "padded"])
 def test_candidates_are_those_of_the_definition(kind, temperature, top_k, top_p):
     rng = np.random.default_rng(0)
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = SamplingParams(temperature, top_k, top_p)
     for _ in range(20):
         # float32, as the definition has to see the very numbers.
         logits = rng.normal(scale=3, size=37).astype(np.float32).astype(np.float64)
@@ -77,7 +77,7 @@ def test_candidates_are_those_of_the_definition(kind, temperature, top_k, top_p)
 
 def test_candidates_of_a_tiny_temperature_is_the_greatest():
     logits = jnp.array([[3.0, 1e3, 999.0, -jnp.inf]])
-    weights, _ = candidates(logits, Sampling(1e-6))
+    weights, _ = candidates(logits, SamplingParams(1e-6))
     np.testing.assert_array_equal(jax.nn.softmax(weights, axis=-1), [[0, 1, 0, 0]])
 
 
@@ -92,7 +92,9 @@ def test_draw_has_the_probabilities_of_the_definition(settings):
     expected = written_out(logits.astype(np.float64), *settings)
     keys = row_keys(jax.random.key(3), draws)
     rows = jnp.broadcast_to(jnp.asarray(logits)[None], (draws, len(logits)))
-    found = np.bincount(draw(rows, keys, Sampling(*settings)), minlength=len(logits))
+    found = np.bincount(
+        draw(rows, keys, SamplingParams(*settings)), minlength=len(logits)
+    )
     possible = expected > 0
     assert found[~possible].sum() == 0
     wanted = draws * expected[possible]
@@ -111,7 +113,7 @@ def test_draw_of_a_row_depends_on_its_key_alone():
     rng = np.random.default_rng(2)
     logits = jnp.asarray(rng.normal(size=(6, 50)), jnp.float32)
     keys = row_keys(jax.random.key(0), 6)
-    for sampling in (Sampling(1.0), Sampling(1.0, top_k=9)):
+    for sampling in (SamplingParams(1.0), SamplingParams(1.0, top_k=9)):
         whole = draw(logits, keys, sampling)
         np.testing.assert_array_equal(
             draw(logits[2:4], keys[2:4], sampling), whole[2:4]
@@ -153,4 +155,4 @@ def test_row_keys_do_not_depend_on_the_number_of_rows():
 )
 def test_sampling_refuses_what_cannot_be(values, text):
     with pytest.raises(ModelError, match=text):
-        Sampling(**values)
+        SamplingParams(**values)

@@ -20,12 +20,12 @@ import json, pathlib, sys
 from taid_jax import distributed
 from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.files.load import load_model
-from taid_jax.settings import HostSettings
+from taid_jax.settings import DistributedSettings
 from taid_jax.sharding import make_mesh, tree_shardings
 import jax
 
 small, large, where, count, number = sys.argv[1:]
-distributed.initialize(HostSettings(coordinator=where, num_processes=int(count),
+distributed.initialize(DistributedSettings(coordinator=where, num_processes=int(count),
                         process_id=int(number), join_timeout=120))
 mesh = make_mesh("fsdp=4,tensor=2")
 

@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.optimised
+
 
 def test_plan_step_counts_the_bytes_of_its_arguments(planned, tiny):
     from taid_jax.models.decoder import abstract_params

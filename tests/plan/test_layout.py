@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.optimised
+
 ROOT = pathlib.Path(__file__).parents[2]
 LENGTH = 40
 

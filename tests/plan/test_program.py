@@ -1,7 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec
+
+pytestmark = pytest.mark.optimised
 
 
 def test_count_collectives_multiplies_by_the_trips_of_nested_loops():

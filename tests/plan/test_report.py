@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.optimised
+
 PROMISED = {
     "chips",
     "hbm_limit_bytes",

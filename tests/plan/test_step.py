@@ -9,6 +9,8 @@ from taid_jax.models.decoder import abstract_params, decoder_functions, init_par
 from taid_jax.plan.step import abstract_step
 from taid_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture
 def one_device():
@@ -93,7 +95,7 @@ def test_teacher_layout_changes_where_it_lies_and_no_number(tiny, make_settings)
     ids = np.random.default_rng(0).integers(1, 96, (8, 16)).astype(np.int32)
     for layout in ("same", "replicated", "all_devices"):
         settings = make_settings(
-            batch_size=8, seq_len=16, remat="none", teacher_layout=layout
+            batch_size=8, seq_len=16, remat="none", teacher_sharding=layout
         )
         mesh = make_mesh("data=2,fsdp=2,tensor=2")
         step, (state, teacher, batch) = abstract_step(settings, *tiny, mesh)

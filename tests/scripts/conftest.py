@@ -1,16 +1,13 @@
 """A tiny teacher in a Hugging Face folder, a little text, and the script's `main`."""
 
-import importlib.util
+import importlib
 import json
 import pathlib
-import sys
 
 import jax
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 SENTENCES = [
     f"The {animal} {verb} the {thing} and then it {other} {number} times."
@@ -23,24 +20,19 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def load_script():
-    """`load_script(name)`: a script as a module."""
+    """`load_script(name)`: the module of a command, by its name or its script's."""
+    names = {"train_tpu": "train", "prepare_data": "prepare"}
 
     def load(name):
-        home = "benchmarks" if name == "plan_loss" else "scripts"
-        path = ROOT / home / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"script_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
+        return importlib.import_module(f"taid_jax.cli.{names.get(name, name)}")
 
     return load
 
 
 @pytest.fixture(scope="session")
 def train_tpu(load_script):
-    """The script as a module."""
-    return load_script("train_tpu")
+    """The command `train` as a module."""
+    return load_script("train")
 
 
 @pytest.fixture(autouse=True, scope="session")

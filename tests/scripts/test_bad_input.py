@@ -25,8 +25,8 @@ FIRST = {
         "--max-new-tokens=4",
     ],
     "compare": ["--config=good.yaml", "--output=cells", "--methods", "taid"],
+    "plan": [],
     "prepare_data": ["--data={text}", "--tokenizer={teacher}", "--output=shards"],
-    "plan_loss": [],
 }
 LINES = [
     ("train_tpu", ["--b2=0.99999999"], "0 <= b2 < 1 in float32"),
@@ -42,8 +42,8 @@ LINES = [
         "train_tpu",
         [
             "--no-pack",
-            "--sampler=mixed",
-            "--sample-tokens=8",
+            "--on-policy=mixed",
+            "--completion-tokens=8",
             "--buffer-capacity=2000000000",
         ],
         "buffer_capacity: so many sequences",
@@ -110,8 +110,8 @@ LINES = [
     ("prepare_data", ["--max-record-bytes=" + "9" * 30], "max_record_bytes: need <="),
     ("prepare_data", ["--data=~/x"], "written out in place of ~"),
     ("prepare_data", ["--preset=other"], "other"),
-    ("plan_loss", ["v9:1x1"], "no machine is called 'v9:1x1'"),
-    ("plan_loss", ["local:1", "--mesh=data=1,data=1"], "data is given twice"),
+    ("plan", ["v9:1x1"], "no machine is called 'v9:1x1'"),
+    ("plan", ["local:1", "--mesh=data=1,data=1"], "data is given twice"),
 ]
 
 

@@ -1,11 +1,12 @@
 import json
+import pathlib
 import subprocess
 
 import numpy as np
 import pytest
 import yaml
 
-from taid_jax.comparison import METHODS
+from taid_jax.cli.compare import METHODS
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +28,9 @@ def shared(teacher, questions, tmp_path):
         "eval_every": 2,
         "save_every": 0,
         "learning_rate": 0.01,
-        "answer_examples": 4,
-        "answer_tokens": 6,
-        "sample_tokens": 6,
+        "eval_prompts": 4,
+        "eval_tokens": 6,
+        "completion_tokens": 6,
         "buffer_capacity": 16,
     }
     path = tmp_path / "shared.yaml"
@@ -48,8 +49,8 @@ def started(compare, train_tpu, monkeypatch):
     calls = []
 
     def run(command, **options):
-        calls.append(command[2:])
-        status = train_tpu.main(command[2:])
+        calls.append(command[4:])
+        status = train_tpu.main(command[4:])
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(compare.subprocess, "run", run)
@@ -101,7 +102,7 @@ def test_compare_goes_on_with_a_cell_that_was_stopped(
     from taid_jax.train import run
 
     def stopped(*arguments, **options):
-        raise KeyboardInterrupt
+        raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "best_state", stopped)
@@ -159,7 +160,7 @@ def test_every_method_trains_exports_and_reloads(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     flags, _ = shared
-    recipes = load_script("compare").TRAIN.parent / "recipes"
+    recipes = pathlib.Path(__file__).parents[2] / "scripts" / "recipes"
     path = tmp_path / "run.yaml"
     base = [flags[0].removeprefix("--config="), str(recipes / f"methods/{method}.yaml")]
     values = {"base": base, "output": str(tmp_path / "run")}

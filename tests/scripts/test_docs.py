@@ -6,11 +6,12 @@ tiny models and data in place of what they name.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import pathlib
 import re
 import shlex
+import sys
 import tomllib
 
 import pytest
@@ -81,9 +82,16 @@ def parse(load_script, monkeypatch, tmp_path):
             main = importlib.import_module(f"{words[1]}.__main__").main
             words = words[2:]
         else:
-            assert (ROOT / words[0]).is_file()
-            main = load_script(pathlib.Path(words[0]).stem).main
-            words = words[1:]
+            path, *words = words
+            assert (ROOT / path).is_file()
+            if path.startswith("scripts/"):
+                main = load_script(pathlib.Path(path).stem).main
+            else:
+                spec = importlib.util.spec_from_file_location("benchmark", ROOT / path)
+                module = importlib.util.module_from_spec(spec)
+                monkeypatch.setitem(sys.modules, "benchmark", module)
+                spec.loader.exec_module(module)
+                main = module.main
         main([word.replace("RUN/", f"{settings.parent}/") for word in words])
 
     return run
@@ -220,7 +228,7 @@ def test_documented_command_line_runs_on_tiny_models(
             accumulated = "--grad-accum" in flags
             small += ["--seq-len=64", f"--batch-size={32 if accumulated else 4}"]
         if "--config" in flags:  # a recipe
-            small += ["--epochs=None", "--answer-examples=2", "--answer-tokens=4"]
+            small += ["--epochs=None", "--eval-prompts=2", "--eval-tokens=4"]
     if script == "evaluate":
         settings = tmp_path / "settings.json"
         values = {"teacher": str(teacher), "data": {"data": str(chats)}, "seq_len": 64}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from taid_jax.scores import score_answers
+from taid_jax.train.completions import score
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +32,9 @@ def judged(train_tpu, teacher, questions, tmp_path_factory):
             "--save-every=0",
             "--held-out-fraction=0.3",
             "--learning-rate=0.01",
-            "--answer-examples=10",
-            "--answer-tokens=6",
-            "--best-by=rouge_l",
+            "--eval-prompts=10",
+            "--eval-tokens=6",
+            "--selection-metric=rouge_l",
         ]
     )
     assert status == 0
@@ -110,8 +110,8 @@ def test_evaluate_teacher_as_the_student_is_at_no_distance(
         (["--student={teacher}", "--config=/nowhere.yaml"], ["/nowhere.yaml"]),
         (["--student={teacher}", "--batch-size=6"], ["6 sequences", "8 devices"]),
         (
-            ["--student={teacher}", "--answer-examples=4", "--answer-tokens=64"],
-            ["answer_tokens", "context of 64"],
+            ["--student={teacher}", "--eval-prompts=4", "--eval-tokens=64"],
+            ["eval_tokens", "context of 64"],
         ),
     ],
 )
@@ -148,7 +148,7 @@ def test_evaluate_of_a_model_that_is_not_finite_is_an_error(
     flags = [f"--{name}={folder}" for name, folder in models.items()]
     flags += [f"--data={questions}", "--batch-size=8", "--seq-len=40", f"--json={path}"]
     # A student without numbers has no answers to be scored.
-    flags += ["--answer-examples=4", "--answer-tokens=4"]
+    flags += ["--eval-prompts=4", "--eval-tokens=4"]
     assert evaluate.main(flags) == 2
     out, err = capsys.readouterr()
     assert f"error: {broken if side == 'student' else 'the teacher'}: not finite" in err
@@ -178,7 +178,7 @@ def test_train_tpu_refuses_a_student_that_is_not_finite(
 def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(
     train_tpu, judged, tmp_path, monkeypatch
 ):
-    from taid_jax.train import judge
+    from taid_jax.train import evaluate
 
     settings = json.loads((judged / "settings.json").read_text())
     settings["run"]["output"] = str(tmp_path / "run")
@@ -194,10 +194,10 @@ def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(
         calls.append(1)
         if len(calls) == 3:  # at step 4, with the checkpoint of step 2
             raise KilledError
-        return score_answers(*arguments)
+        return score(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "score_answers", killed)
+        patch.setattr(evaluate, "score", killed)
         with pytest.raises(KilledError):
             train_tpu.main([f"--config={path}"])
     assert not (tmp_path / "run" / "report.json").exists()
@@ -211,14 +211,14 @@ def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(
         np.testing.assert_array_equal(array, second[key], err_msg=key)
 
 
-def test_judge_leaves_state_iterator_and_rng_as_they_are(teacher, questions, tmp_path):
+def test_evaluator_leaves_state_and_iterator_as_they_are(teacher, questions, tmp_path):
     from taid_jax.settings import from_dict
     from taid_jax.sharding import make_mesh
-    from taid_jax.train.answers import find_questions
-    from taid_jax.train.assemble import assemble
+    from taid_jax.train.build import build_loop
     from taid_jax.train.checkpoint import Checkpoints
+    from taid_jax.train.evaluate import make_evaluator
     from taid_jax.train.inputs import check_models, load_pair, read_data
-    from taid_jax.train.judge import make_judge
+    from taid_jax.train.on_policy.prompts import find_eval_prompts
 
     settings = from_dict(
         {
@@ -228,28 +228,30 @@ def test_judge_leaves_state_iterator_and_rng_as_they_are(teacher, questions, tmp
             "batch_size": 8,
             "seq_len": 40,
             "pack": False,
-            "answer_examples": 4,
-            "answer_tokens": 4,
+            "eval_prompts": 4,
+            "eval_tokens": 4,
         }
     )
     mesh = make_mesh(settings.run.mesh)
     tokenizer = check_models(settings.model, 40)
     dataset = read_data(settings, tokenizer)
     pair = load_pair(settings, mesh)
-    judge = make_judge(
+    evaluator = make_evaluator(
         settings,
         pair,
         dataset,
         mesh,
         tokenizer=tokenizer,
-        questions=find_questions(dataset.held_out, 4),
+        prompts=find_eval_prompts(dataset.held_out, 4),
     )
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    loop, state = assemble(settings, tmp_path, pair, dataset, checkpoints, mesh, judge)
+    loop, state = build_loop(
+        settings, tmp_path, pair, dataset, checkpoints, mesh, evaluator
+    )
     next(loop.batches)
     place = loop.batches.get_state()
     before = jax.tree.map(np.array, state)
-    first, again = judge(state), judge(state)
+    first, again = evaluator(state), evaluator(state)
     assert first == again
     assert first.rouge_l is not None
     assert loop.batches.get_state() == place

@@ -116,7 +116,6 @@ def test_generate_overwrites_nothing_without_being_told(
         ),
         (PROMPTS, ("--max-new-tokens=63",), "no prompt leaves room"),
         (PROMPTS, ("--batch-size=3",), "cannot be shared out"),
-        (PROMPTS, ("--top-k=3",), "temperature > 0"),
         (PROMPTS, ("--model=nowhere/at-all.gguf",), "nowhere/at-all.gguf"),
     ],
 )
@@ -183,7 +182,7 @@ def test_encode_prompts_gives_the_ids_that_training_has_before_the_answer(talker
     from taid_jax.data.chat import ChatRenderer
     from taid_jax.data.tokens import Encoder
     from taid_jax.models.files.tokenizer import load_tokenizer
-    from taid_jax.train.prompts import Prompt, encode_prompts
+    from taid_jax.train.on_policy.prompts import Prompt, encode_prompts
 
     tokenizer = load_tokenizer(str(talker))
     record = {"messages": [{"role": "user", "content": "The bird likes"}]}

@@ -45,7 +45,7 @@ def test_launch_flags_are_those_of_the_script(train_tpu):
                 assert field == "plan" or _is_setting(field), f"{path.name}: {flag}"
     for cluster in ("slurm", "gcetpu", "gketpu"):
         settings = train_tpu.parse([f"--cluster={cluster}"]).settings
-        assert settings.hosts.cluster == cluster
+        assert settings.distributed.cluster == cluster
 
 
 def _is_setting(name):
@@ -69,7 +69,7 @@ def test_launch_gke_is_one_pod_per_host_with_flags_that_parse(train_tpu):
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"]["job-name"] == job["metadata"]["name"]
     settings = train_tpu.parse(container["args"]).settings
-    assert settings.hosts.cluster == "gketpu"
+    assert settings.distributed.cluster == "gketpu"
     assert settings.data.batch_size % (rows * columns) == 0
     claims = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == claims

@@ -118,7 +118,7 @@ def _rows(folder):
     return [json.loads(line) for line in lines]
 
 
-def _expect_same(found, wanted, keys=("loss", "kl", "t", "grad_norm")):
+def _expect_same(found, wanted, keys=("loss", "kl_teacher", "t", "grad_norm")):
     found, wanted = _rows(found), _rows(wanted)
     assert [row["step"] for row in found] == [row["step"] for row in wanted]
     for row, other in zip(found, wanted, strict=True):

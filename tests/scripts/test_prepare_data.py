@@ -1,6 +1,5 @@
 """The script: from raw conversations to a trained student; bad input by name."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -22,13 +21,8 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def prepare_data():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def prepare_data(load_script):
+    return load_script("prepare")
 
 
 @pytest.fixture(scope="session")

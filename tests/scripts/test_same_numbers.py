@@ -35,10 +35,10 @@ def curve(twin, text, tmp_path):
     """A function: loss, KL, t and gradient norm of every step of a run."""
     from taid_jax.settings import from_dict
     from taid_jax.sharding import make_mesh, place_batch
-    from taid_jax.train.assemble import assemble
+    from taid_jax.train.build import build_loop
     from taid_jax.train.checkpoint import Checkpoints
+    from taid_jax.train.evaluate import make_evaluator
     from taid_jax.train.inputs import check_models, load_pair, read_data
-    from taid_jax.train.judge import make_judge
 
     def run(mesh_text, parts):
         settings = from_dict(
@@ -60,16 +60,18 @@ def curve(twin, text, tmp_path):
         tokenizer = check_models(settings.model, settings.data.seq_len)
         dataset = read_data(settings, tokenizer)
         pair = load_pair(settings, mesh)
-        judge = make_judge(settings, pair, dataset, mesh, tokenizer=tokenizer)
+        evaluator = make_evaluator(settings, pair, dataset, mesh, tokenizer=tokenizer)
         checkpoints = Checkpoints(tmp_path / "checkpoints")
-        loop, state = assemble(
-            settings, tmp_path, pair, dataset, checkpoints, mesh, judge
+        loop, state = build_loop(
+            settings, tmp_path, pair, dataset, checkpoints, mesh, evaluator
         )
         rows = []
         for _ in range(STEPS):
             batch = place_batch(next(loop.batches), mesh)
             state, metrics = loop.train_step(state, loop.teacher_params, batch)
-            rows.append([metrics[key] for key in ("loss", "kl", "t", "grad_norm")])
+            rows.append(
+                [metrics[key] for key in ("loss", "kl_teacher", "t", "grad_norm")]
+            )
         checkpoints.close()
         return np.array(jax.device_get(rows))
 

@@ -23,8 +23,8 @@ def test_train_tpu_trains_on_the_students_own_answers(
 ):
     flags = [
         "--no-pack",
-        f"--sampler={sampler}",
-        "--sample-tokens=6",
+        f"--on-policy={sampler}",
+        "--completion-tokens=6",
         "--buffer-capacity=16",
         "--adaptive-step=1.0",
         "--eval-every=2",
@@ -33,19 +33,22 @@ def test_train_tpu_trains_on_the_students_own_answers(
     assert train_tpu.main([*arguments, *flags]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert sum(row["student_samples"] for row in rows) > 0
-    assert rows[-1]["replay_buffer"] > 0
+    assert sum(row["on_policy"] for row in rows) > 0
+    assert rows[-1]["buffer_size"] > 0
     if sampler == "mixed":
-        assert sum(row["student_samples"] for row in rows) < len(rows)
-        assert rows[-1]["sample_threshold"] == 0
+        assert sum(row["on_policy"] for row in rows) < len(rows)
+        assert rows[-1]["on_policy_threshold"] == 0
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sampler=mixed"], "--no-pack"),
-        (["--sampler=mixed", "--no-pack"], "sample_tokens: need fewer than seq_len"),
+        (["--on-policy=mixed"], "--no-pack"),
+        (
+            ["--on-policy=mixed", "--no-pack"],
+            "completion_tokens: need fewer than seq_len",
+        ),
     ],
 )
 def test_train_tpu_refuses_samples_that_cannot_be(
@@ -62,8 +65,8 @@ def test_train_tpu_two_processes_take_the_samples_of_one(
     flags = [
         *arguments,
         "--no-pack",
-        "--sampler=mixed",
-        "--sample-tokens=6",
+        "--on-policy=mixed",
+        "--completion-tokens=6",
         "--buffer-capacity=16",
         "--steps=6",
         "--eval-every=0",
@@ -101,9 +104,9 @@ def test_train_tpu_two_processes_take_the_samples_of_one(
             process.kill()
     assert train_tpu.main([*flags, f"--output={tmp_path / 'whole'}"]) == 0
     shared, whole = _rows(tmp_path / "shared"), _rows(tmp_path / "whole")
-    assert 0 < sum(row["student_samples"] for row in whole) < len(whole)
+    assert 0 < sum(row["on_policy"] for row in whole) < len(whole)
     for row, other in zip(shared, whole, strict=True):
-        for key in ("student_samples", "replay_buffer"):
+        for key in ("on_policy", "buffer_size"):
             assert row[key] == other[key]
         # Float32 sums in another order.
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)

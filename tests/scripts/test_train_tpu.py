@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _rows(folder):
-    from taid_jax.train.utilisation import MEASURED
+    from taid_jax.train.throughput import MEASURED
 
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -82,7 +82,15 @@ def test_train_tpu_leaves_what_it_promises(finished):
     assert busy["flops_per_second_per_chip"] > 0
     assert report["kl_after"] < report["kl_before"]
     assert report["settings"]["run"]["steps"] == 12
-    logged = {"step", "loss", "kl", "t", "delta_t", "learning_rate", "grad_norm"}
+    logged = {
+        "step",
+        "loss",
+        "kl_teacher",
+        "t",
+        "delta_t",
+        "learning_rate",
+        "grad_norm",
+    }
     rows = _rows(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(logged <= row.keys() for row in rows)
@@ -261,7 +269,7 @@ def test_train_tpu_resumed_on_another_day_goes_on_with_the_first(
             return datetime.date.fromisoformat(cls.said)
 
     clock = types.SimpleNamespace(date=Day)
-    monkeypatch.setattr("taid_jax.settings.epochs.datetime", clock)
+    monkeypatch.setattr("taid_jax.train.run.datetime", clock)
     assert train_tpu.main(flags) == 0
     told = capsys.readouterr().out
     assert "keys not used: source (12 records)" in told
@@ -494,7 +502,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         "jax",
         "tyro",
         pytest.param("load_pair", marks=pytest.mark.slow),
-        pytest.param("write_folder", marks=pytest.mark.slow),
+        pytest.param("export_model", marks=pytest.mark.slow),
     ],
 )
 def test_train_tpu_ctrl_c_is_one_line_at_any_moment(arguments, at):
@@ -510,7 +518,7 @@ def test_train_tpu_ctrl_c_is_one_line_at_any_moment(arguments, at):
     (line,) = found.stderr.split("\n", 1)[1].splitlines()
     assert line.startswith("stopped by Ctrl-C. ")
     assert "with --resume" in line
-    assert ("checkpoint is 12" in line) == (at == "write_folder")
+    assert ("checkpoint is 12" in line) == (at == "export_model")
 
 
 def test_train_tpu_config_file_and_flags_over_it(train_tpu, tmp_path):

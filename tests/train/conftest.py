@@ -45,8 +45,8 @@ class Told:
     def step(self, row):
         self.rows.append(row)
 
-    def evaluation(self, step, found):
-        self.evaluations.append(step)
+    def evaluation(self, row):
+        self.evaluations.append(row["step"])
 
     def say(self, text):
         self.lines.append(text)
@@ -82,6 +82,25 @@ def make_batch():
     return make
 
 
+@functools.cache
+def _taid_step(steps):
+    """The default step, compiled once for all tests of this folder."""
+    from taid_jax import loss
+    from taid_jax.schedule import TAIDScheduler
+    from taid_jax.train.state import learning_rate_schedule, make_optimizer
+    from taid_jax.train.step import make_train_step
+
+    rate = learning_rate_schedule(1e-2, steps)
+    return make_train_step(
+        _functions(),
+        _functions(),
+        make_objective=lambda schedule, learned, step: loss.TAID(schedule.t),
+        scheduler=TAIDScheduler(steps, alpha=5e-3, beta=0.9),
+        optimizer=make_optimizer(rate),
+        learning_rate=rate,
+    )
+
+
 @pytest.fixture
 def make_trainer(functions, make_params):
     """A step and its first state for an objective, by default TAID.
@@ -103,6 +122,7 @@ def make_trainer(functions, make_params):
         optimizer=None,
         **options,
     ):
+        shared = not (make_objective or optimizer or options or rate != 1e-2)
         if make_objective is None:
             make_objective = lambda schedule, learned, step: loss.TAID(schedule.t)  # noqa: E731
         schedule = learning_rate_schedule(rate, steps)
@@ -116,6 +136,8 @@ def make_trainer(functions, make_params):
             learned=learned,
         )
         state = make_state(jax.tree.map(jnp.array, make_params(seed)))
+        if shared:
+            return _taid_step(steps), state
         step = make_train_step(
             functions,
             functions,

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from taid_jax.errors import ModelError
-from taid_jax.evaluate import HeldOut
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import loop as lp
-from taid_jax.train.checkpoint import Checkpoints
-from taid_jax.train.logbook import LOGGED
+from taid_jax.train.checkpoint import Checkpoints, read_run
+from taid_jax.train.evaluate import HeldOut
+from taid_jax.train.metrics import LOGGED
 from taid_jax.train.report import read_lines
 from taid_jax.train.run import best_state
-from taid_jax.train.utilisation import MEASURED
+from taid_jax.train.throughput import MEASURED
 
 
 class Batches:
@@ -62,9 +62,10 @@ def make_loop(tmp_path, make_trainer, make_params, make_batch, told):
             progress=told(),
         )
         if resume:
-            found = loop.checkpoints.restore(state)
-            state = found.state
-            loop.batches.set_state(found.data_state["iterator"])
+            step = loop.checkpoints.latest_step()
+            state = loop.checkpoints.restore(state, step)
+            place = read_run(loop.checkpoints.folder / str(step)).place
+            loop.batches.set_state(place["iterator"])
         return loop, state
 
     return make
@@ -84,7 +85,7 @@ def test_loop_logs_evaluates_and_saves(make_loop):
     assert [row["step"] for row in rows] == list(range(1, 13))
     wanted = {*LOGGED, "step", "tokens_per_second"}
     assert all(wanted <= row.keys() for row in rows)
-    assert all(isinstance(row["kl"], float) for row in rows)
+    assert all(isinstance(row["kl_teacher"], float) for row in rows)
     evaluated = read_lines(loop.folder / "evaluations.jsonl")
     assert [row["step"] for row in evaluated] == [0, 4, 8, 12]
     assert loop.checkpoints.latest_step() == 12
@@ -153,7 +154,7 @@ def test_loop_signal_saves_and_can_go_on(make_loop, number):
 
 def test_loop_stops_after_too_many_steps_that_are_not_finite(make_loop, make_params):
     teacher = jax.tree.map(lambda leaf: leaf * np.nan, make_params(2))
-    loop, state = make_loop(teacher=teacher, max_skipped=3, eval_every=0)
+    loop, state = make_loop(teacher=teacher, max_consecutive_nonfinite=3, eval_every=0)
     with pytest.raises(lp.TrainingError, match=r"step 3: 3 steps in a row"):
         loop.run(state)
     assert len(loop.progress.lines) == 3
@@ -203,14 +204,14 @@ def test_loop_perplexity_beyond_a_float_is_no_fault(make_loop):
     assert best_state(loop, state)[1] == HeldOut(1.0, math.inf, math.inf, 4, 1.0)
 
 
-@pytest.mark.parametrize("best_by", ["kl", "rouge_l"])
-def test_best_state_that_is_not_finite_is_an_error(make_loop, best_by):
+@pytest.mark.parametrize("selection_metric", ["kl", "rouge_l"])
+def test_best_state_that_is_not_finite_is_an_error(make_loop, selection_metric):
     """What is not finite is never the best, whatever its answers score."""
     figures = iter([1.0, math.nan, math.inf, math.nan])
     loop, state = make_loop(
         evaluate=lambda state: HeldOut(next(figures), 2.0, 3.0, 4, 1.0, 0.5, 0.5),
-        best_by=best_by,
-        answer_examples=1,
+        selection_metric=selection_metric,
+        eval_prompts=1,
     )
     state = loop.run(state)
     with pytest.raises(lp.TrainingError, match=r"nothing was exported.*checkpoint is"):
@@ -226,7 +227,7 @@ def test_best_state_with_weights_that_are_not_finite_is_an_error(make_loop):
 
 
 def test_loop_stops_when_no_update_is_finite(make_loop):
-    loop, state = make_loop(max_skipped=3, eval_every=0)
+    loop, state = make_loop(max_consecutive_nonfinite=3, eval_every=0)
     step = loop.train_step
 
     def skipping(*arguments):
@@ -241,7 +242,7 @@ def test_loop_stops_when_no_update_is_finite(make_loop):
 
 
 def test_loop_state_that_is_not_finite_is_no_checkpoint(make_loop):
-    loop, state = make_loop(max_skipped=6, eval_every=0)
+    loop, state = make_loop(max_consecutive_nonfinite=6, eval_every=0)
     real = loop.train_step
 
     def step(state, teacher, batch):
@@ -262,7 +263,7 @@ def test_loop_checkpoint_holds_evaluations_and_models(make_loop):
     loop, state = make_loop()
     loop.models = {"the teacher's weights": "abc"}
     state = loop.run(state)
-    place = loop.checkpoints.restore(state).data_state
+    place = read_run(loop.checkpoints.folder / "12").place
     assert place["evaluations"] == read_lines(loop.folder / "evaluations.jsonl")
     assert place["models"] == loop.models
 
@@ -297,7 +298,7 @@ def _judged(field, values):
 
 
 @pytest.mark.parametrize(
-    ("best_by", "values", "best"),
+    ("selection_metric", "values", "best"),
     [
         # Step 0, which is not trained, has the best figure of all.
         ("kl", [0.5, 3.0, 1.0, 2.0], 8),
@@ -310,11 +311,13 @@ def _judged(field, values):
         ("kl", [0.5, float("nan"), 1.0, float("inf")], 8),
     ],
 )
-def test_best_state_is_the_best_by_the_asked_figure(make_loop, best_by, values, best):
+def test_best_state_is_the_best_by_the_asked_figure(
+    make_loop, selection_metric, values, best
+):
     loop, state = make_loop(
-        evaluate=_judged(best_by, values),
-        best_by=best_by,
-        answer_examples=1,
+        evaluate=_judged(selection_metric, values),
+        selection_metric=selection_metric,
+        eval_prompts=1,
         keep=1,
         save_every=0,
     )
@@ -322,7 +325,7 @@ def test_best_state_is_the_best_by_the_asked_figure(make_loop, best_by, values, 
     weights = jax.tree.map(np.array, state.params)
     state, found = best_state(loop, state)
     assert int(state.step) == best
-    assert getattr(found, best_by) == values[best // 4]
+    assert getattr(found, selection_metric) == values[best // 4]
     changed = [
         not np.array_equal(a, b)
         for a, b in zip(
@@ -330,3 +333,52 @@ def test_best_state_is_the_best_by_the_asked_figure(make_loop, best_by, values, 
         )
     ]
     assert any(changed) == (best != 12)
+
+
+def test_loop_reads_metrics_after_the_next_step_was_handed_over(make_loop, monkeypatch):
+    events = []
+    loop, state = make_loop(eval_every=0, save_every=0)
+    step, read = loop.train_step, jax.device_get
+
+    def noted(*arguments):
+        events.append("handed over")
+        return step(*arguments)
+
+    def device_get(values):
+        events.append("read")
+        return read(values)
+
+    loop.train_step = noted
+    monkeypatch.setattr(jax, "device_get", device_get)
+    loop.run(state)
+    # What is read before the first step is the start's evaluation.
+    first = events.index("handed over")
+    wanted = ["handed over", "handed over", "read", "handed over"]
+    assert events[first : first + 4] == wanted
+    assert events.count("handed over") == 12
+
+
+def test_loop_seconds_of_saving_are_told(make_loop):
+    loop, state = make_loop(eval_every=0, save_every=5)
+    loop.run(state)
+    rows = read_lines(loop.folder / "metrics.jsonl")
+    # In the line after the save.
+    assert [row["step"] for row in rows if row["save_seconds"] > 0] == [6, 11]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signals_notes_the_first_and_lets_the_second_through(number):
+    came = []
+    before = signal.signal(number, lambda *_: came.append("before"))
+    try:
+        with lp.stop_signals() as signals:
+            assert signals.asked(1) is None
+            os.kill(os.getpid(), number)
+            assert signals.asked(2) == signal.Signals(number).name
+            assert not came
+            os.kill(os.getpid(), number)
+            assert came == ["before"]
+        os.kill(os.getpid(), number)
+        assert came == ["before", "before"]
+    finally:
+        signal.signal(number, before)

@@ -124,8 +124,15 @@ def test_number_prints_what_is_there(value, text):
 
 def test_draw_curves_makes_a_picture(tmp_path):
     path = tmp_path / "curves.png"
-    rows = [{"step": i, "loss": 1 / i, "kl": 1 / i, "t": 0.1 * i} for i in range(1, 9)]
-    rows[3]["kl"], rows[4]["loss"], rows[5]["kl"] = None, math.nan, math.inf
+    rows = [
+        {"step": i, "loss": 1 / i, "kl_teacher": 1 / i, "t": 0.1 * i}
+        for i in range(1, 9)
+    ]
+    rows[3]["kl_teacher"], rows[4]["loss"], rows[5]["kl_teacher"] = (
+        None,
+        math.nan,
+        math.inf,
+    )
     judged = [{"step": 0, "kl": 2.0}, {"step": 4, "kl": None}, {"step": 8, "kl": 0.2}]
     report.draw_curves(path, rows, judged, title="a run")
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -134,6 +141,7 @@ def test_draw_curves_makes_a_picture(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_draw_curves_of_nothing_finite_makes_a_picture(tmp_path, value):
     path = tmp_path / "curves.png"
-    rows = [{"step": i, "loss": value, "kl": value, "t": value} for i in range(3)]
+    names = ("loss", "kl", "kl_teacher", "t")
+    rows = [{"step": i, **dict.fromkeys(names, value)} for i in range(3)]
     report.draw_curves(path, rows, rows, title="a run")
     assert path.read_bytes().startswith(b"\x89PNG")

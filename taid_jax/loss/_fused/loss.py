@@ -14,16 +14,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Shaped
 
 from taid_jax.errors import show
+from taid_jax.loss._checks import as_int32, check_kinds, check_positive
 from taid_jax.loss._fused.chunks import Gradients
 from taid_jax.loss._fused.mesh import find_partition
 from taid_jax.loss._fused.rows import Wanted, is_smooth
 from taid_jax.loss._fused.shards import Fixed, Moving, Static, run
-from taid_jax.loss._objective import (
-    Objective,
-    as_int32,
-    check_kinds,
-    check_positive,
-)
+from taid_jax.loss._objective import Objective
 from taid_jax.loss._reduce import token_metrics
 from taid_jax.types import Head
 
@@ -88,8 +84,8 @@ def fused_loss(
             `shard_map` the sums are those of the device.
 
     Returns:
-        The sum, scalar float32, and a dict without gradient: `weight`, the sum of the
-        mask, and the weighted sum of each metric of the objective.
+        The sum, scalar float32, and a dict without gradient: `num_tokens`, the
+        sum of the mask, and the weighted sum of each metric of the objective.
 
     Raises:
         TypeError: If an argument is no array, or of the wrong kind of numbers, or a
@@ -123,7 +119,7 @@ def fused_loss(
     )
     if student_hidden.size == 0:
         # Nothing to differentiate either: the gradient of a constant is 0.
-        return jnp.float32(0), {name: jnp.float32(0) for name in ("weight", *names)}
+        return jnp.float32(0), {name: jnp.float32(0) for name in ("num_tokens", *names)}
     partition, platform = find_partition(mesh, student_hidden.shape[0])
     bias = student_head.bias
     bias_dtype = jnp.dtype(jnp.float32) if bias is None else bias.dtype

@@ -224,5 +224,5 @@ def _run_local(static: Static, wanted: Wanted, moving: Moving, fixed: Fixed) -> 
         in_kernel = jnp.pad(in_kernel, [rest if i == vocab else (0, 0) for i in (0, 1)])
     if in_bias is not None and entries > width:
         in_bias = jnp.pad(in_bias, rest)
-    metrics = {"weight": jnp.sum(weight), **metrics}
+    metrics = {"num_tokens": jnp.sum(weight), **metrics}
     return Outcome(loss, metrics, Gradients(in_leaves, in_hidden, in_kernel, in_bias))

@@ -15,8 +15,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+
+FileFormat = Literal["hf", "gguf"]
+"""Whose names and layouts: Hugging Face's safetensors, or llama.cpp's GGUF."""
 
 Sizes = Mapping[str, int]
 """The size of each axis letter."""

@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 from taid_jax.errors import ModelError, explain, parsing, show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.families import write_config
-from taid_jax.models.files.entries import Entry, axis_sizes, entries
 from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from taid_jax.models.files.tokenizer import (
     NO_SPECIAL_IDS,
@@ -31,6 +30,7 @@ from taid_jax.models.files.tokenizer import (
     special_ids,
 )
 from taid_jax.models.files.vocabulary import resize_vocabulary
+from taid_jax.models.files.weights import Entry, axis_sizes, entries
 
 MAX_SHARD_BYTES = 4 << 30
 """A model above this size is written in several files."""
@@ -44,8 +44,8 @@ _OURS = re.compile(
 )
 
 
-def write_folder(
-    folder: pathlib.Path,
+def export_model(
+    folder: str | os.PathLike[str],
     config: DecoderConfig,
     params: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
@@ -82,7 +82,7 @@ def write_folder(
             not those of the config, or a number is not finite as it would be stored.
     """
     with parsing(f"the model cannot be written to {show(str(folder))}", ModelError):
-        folder = folder.absolute()
+        folder = pathlib.Path(folder).expanduser().absolute()
         _refuse_to_overwrite(folder, replace=replace)
     if config.vocab_size < config.padded_vocab_size:
         params = resize_vocabulary(params, config.vocab_size)

@@ -4,13 +4,14 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
+from typing import ClassVar
 
 import gguf
 import numpy as np
 
 from taid_jax.errors import ModelError, parsing
 from taid_jax.models.families.fields import shown_name
-from taid_jax.models.families.layout import Index
+from taid_jax.models.families.layout import FileFormat, Index
 from taid_jax.models.files.gguf_header import Header, Value, read_header
 
 _MOST_NAMED = 10
@@ -25,6 +26,7 @@ class GgufFile:
         header: Its metadata and the places of its tensors.
     """
 
+    file_format: ClassVar[FileFormat] = "gguf"
     path: pathlib.Path
     header: Header
 

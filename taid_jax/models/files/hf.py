@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import numpy as np
 from safetensors import safe_open
@@ -13,12 +14,13 @@ from taid_jax.errors import ModelError, parsing, show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.families import Family, buffer_kind, read_config
 from taid_jax.models.families.fields import read_json, shown_name
-from taid_jax.models.families.layout import Index
+from taid_jax.models.families.layout import FileFormat, Index
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 _MOST_LINES = 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -43,6 +45,7 @@ class FolderTensors:
         notes: What was made of the names, a line each.
     """
 
+    file_format: ClassVar[FileFormat] = "hf"
     origin: str
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, pathlib.Path]
@@ -250,7 +253,7 @@ def _no_weights(folder: pathlib.Path) -> ModelError:
             ".save_pretrained(other_folder)` in transformers with PyTorch, and give "
             "the other folder"
         )
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         return ModelError(
             f"{folder} holds an adapter, not a model; merge it into its base model "
             "first (`merge_and_unload` in peft) and save that"

@@ -47,6 +47,11 @@ class Source:
     path: pathlib.Path
     kind: Literal["folder", "gguf", "config"]
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder that it is, or lies in."""
+        return self.path if self.kind == "folder" else self.path.parent
+
 
 def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Source:
     """Returns where a model lies, after fetching it if that is needed.

@@ -1,11 +1,13 @@
-"""The front door: a source of any kind to a model, and a model to a folder."""
+"""A source of any kind to a model, and a model to a folder.
+
+`open_model` reads everything but the weights; what it gives is handed on.
+"""
 
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,12 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
 from taid_jax.models.families import family_named, read_config
 from taid_jax.models.families.fields import read_json
-from taid_jax.models.files.entries import FileFormat
-from taid_jax.models.files.export import MAX_SHARD_BYTES, write_folder
+from taid_jax.models.files.export import export_model as export_model
 from taid_jax.models.files.gguf import GgufFile, open_gguf
 from taid_jax.models.files.gguf_config import read_gguf_config
 from taid_jax.models.files.gguf_tokenizer import read_generation
 from taid_jax.models.files.hf import (
+    ADAPTER,
     CONFIG,
     GENERATION_CONFIG,
     has_weights,
@@ -66,6 +68,139 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A model of which everything was read but the weights.
+
+    Attributes:
+        source: Where it lies.
+        config: The architecture, as the files of the weights have it where they are on
+            this machine: a head that differs from the embedding is one though the
+            config ties them.
+        tensors: The weights; None where they are not on this machine.
+        notes: What a user should know of how it was read, a line each.
+        unknown: The settings that were passed over; None where they are refused.
+    """
+
+    source: Source
+    config: DecoderConfig
+    tensors: Tensors | None
+    notes: tuple[str, ...]
+    unknown: tuple[str, ...] | None
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None when it has none."""
+        if isinstance(self.tensors, GgufFile):
+            return gguf_tokenizer(self.tensors.metadata, self.tensors.origin)
+        return find_tokenizer(self.source)
+
+    @functools.cached_property
+    def generation(self) -> Mapping[str, object]:
+        """What the model says of generation, as transformers takes it."""
+        if isinstance(self.tensors, GgufFile):
+            return read_generation(self.tensors.metadata)
+        folder = self.source.folder
+        if os.path.lexists(folder / GENERATION_CONFIG):
+            return read_json(folder / GENERATION_CONFIG)
+        # Older folders have what ends an answer in config.json.
+        has_config = os.path.lexists(folder / CONFIG)
+        ends = read_json(folder / CONFIG).get("eos_token_id") if has_config else None
+        return {} if ends is None else {"eos_token_id": ends}
+
+    def load(
+        self, *, dtype: DTypeLike = jnp.float32, shardings: Shardings | None = None
+    ) -> LoadedModel:
+        """Returns the model with its weights; see `load_model`."""
+        if self.tensors is None:
+            allow = self.unknown is not None
+            found = open_model(self.source.name, weights=True, allow_unknown_keys=allow)
+            return found.load(dtype=dtype, shardings=shardings)
+        unknown = None if self.unknown is None else list(self.unknown)
+        params = load_params(
+            self.config, self.tensors, dtype=dtype, shardings=shardings, unknown=unknown
+        )
+        return self._loaded(params, unknown)
+
+    def random_init(
+        self,
+        rng: Array,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        shardings: Shardings | None = None,
+    ) -> LoadedModel:
+        """Returns the model with random weights; see the function `random_init`."""
+        where = shardings_for(self.config, shardings)
+        check_fits(params_need(self.source.name, self.config, dtype, where))
+        init = functools.partial(init_params, self.config, dtype=dtype)
+        return self._loaded(jax.jit(init, out_shardings=where)(rng), self.unknown)
+
+    def _loaded(self, params: dict[str, Any], unknown: Any) -> LoadedModel:
+        config, tokenizer, notes = self.config, self.tokenizer, self.notes
+        # A tokenizer with more ids than embeddings is the business of whoever uses it.
+        if tokenizer and count_tokens(tokenizer) <= config.padded_vocab_size:
+            config = with_tokenizer(config, tokenizer)
+        if unknown:
+            more = ", ..." * (len(unknown) > _MOST_NAMED)
+            named = ", ".join(unknown[:_MOST_NAMED]) + more
+            left_out = f"{len(unknown)} unknown settings or tensors left out: {named}"
+            notes = (*notes, left_out)
+        name, generation = self.source.name, self.generation
+        return LoadedModel(config, params, tokenizer, name, generation, notes)
+
+
+def open_model(
+    source: str | os.PathLike[str],
+    *,
+    weights: bool | None = None,
+    allow_unknown_keys: bool = False,
+) -> OpenModel:
+    """Returns a model after reading everything but its weights.
+
+    Args:
+        source: See `hub.resolve`.
+        weights: They have to be there (and are fetched from the Hub); or are not looked
+            at when False; or are opened where they are on this machine when None.
+        allow_unknown_keys: As in `load_model`.
+
+    Raises:
+        ModelError: If there is no such model, or the decoder cannot be it.
+    """
+    found = resolve(source, weights=weights or False)
+    unknown = [] if allow_unknown_keys else None
+    notes: list[str] = []
+    tensors: Tensors | None = None
+    if found.kind == "gguf":
+        tensors = file = open_gguf(found.path)
+        config = read_gguf_config(file, unknown)
+    else:
+        if found.kind == "config":
+            config = read_config(
+                read_json(found.path), str(found.path), unknown=unknown
+            )
+        else:
+            config = read_folder_config(found.path, unknown)
+        if weights or (weights is None and has_weights(found.folder)):
+            tensors = files = open_folder(found.folder, family_named(config.family))
+            followed = own_head(config, files)
+            notes += files.notes
+            if followed != config:
+                notes.append(
+                    "tie_word_embeddings is true, and the files have a head that "
+                    "differs from the embedding: the model is taken as untied, as "
+                    "transformers does"
+                )
+            config = followed
+            if os.path.isfile(found.folder / ADAPTER):
+                notes.append(
+                    f"{found.folder} has an adapter beside the weights, which is left "
+                    "out: merge it first (`merge_and_unload` in peft) if it belongs "
+                    "to the model"
+                )
+    passed = None if unknown is None else tuple(unknown)
+    return OpenModel(found, config, tensors, tuple(notes), passed)
+
+
 def load_config(
     source: str | os.PathLike[str],
     *,
@@ -75,7 +210,7 @@ def load_config(
     """Returns the architecture of a model, without its weights.
 
     Args:
-        source: See `source.resolve`.
+        source: See `hub.resolve`.
         weights: Follow the files of the weights, where they are on this machine: a
             head that differs from the embedding is one though the config ties them.
         allow_unknown_keys: As in `load_model`.
@@ -83,11 +218,9 @@ def load_config(
     Raises:
         ModelError: If there is no such model, or the decoder cannot be it.
     """
-    found = resolve(source, weights=False)
-    unknown = [] if allow_unknown_keys else None
-    if weights and (found.kind == "gguf" or has_weights(_folder(found))):
-        return _open(found, unknown).config
-    return _read_config(found, unknown)
+    look = None if weights else False
+    found = open_model(source, weights=look, allow_unknown_keys=allow_unknown_keys)
+    return found.config
 
 
 def load_model(
@@ -103,7 +236,7 @@ def load_model(
     have two that differ, the model is untied, as in transformers.
 
     Args:
-        source: See `source.resolve`.
+        source: See `hub.resolve`.
         dtype: Of the parameters, whatever the files have.
         shardings: Where the parameters go: one `jax.sharding.Sharding` for all, a tree
             like the parameters, or a function from the config to that tree. Each
@@ -115,23 +248,8 @@ def load_model(
         ModelError: If there is no such model, it is damaged, the decoder cannot be it,
             its tensors are not those of its config, or they do not fit in memory.
     """
-    found = resolve(source)
-    unknown = [] if allow_unknown_keys else None
-    config, file_format, tensors, notes = _open(found, unknown)
-    params = load_params(
-        config,
-        file_format,
-        tensors,
-        dtype=dtype,
-        shardings=shardings,
-        unknown=unknown,
-    )
-    notes = [*notes, *_passed_over(unknown)]
-    if isinstance(tensors, GgufFile):
-        tokenizer = gguf_tokenizer(tensors.metadata, tensors.origin)
-        said = read_generation(tensors.metadata)
-        return _loaded(found, config, params, tokenizer, notes, said)
-    return _loaded(found, config, params, find_tokenizer(found), notes)
+    found = open_model(source, weights=True, allow_unknown_keys=allow_unknown_keys)
+    return found.load(dtype=dtype, shardings=shardings)
 
 
 def random_init(
@@ -147,7 +265,7 @@ def random_init(
     The only way to a model without weights: `load_model` never makes them up.
 
     Args:
-        source: See `source.resolve`; a folder or a config.json without weights will do.
+        source: See `hub.resolve`; a folder or a config.json without weights will do.
         rng: A key of `jax.random`.
         dtype: Of the parameters.
         shardings: As in `load_model`; the parameters are created where they belong.
@@ -157,110 +275,5 @@ def random_init(
         ModelError: If there is no such config, the decoder cannot be it, or it does not
             fit in memory.
     """
-    found = resolve(source, weights=False)
-    unknown = [] if allow_unknown_keys else None
-    config = _read_config(found, unknown)
-    where = shardings_for(config, shardings)
-    check_fits(params_need(found.name, config, dtype, where))
-    init = jax.jit(
-        functools.partial(init_params, config, dtype=dtype), out_shardings=where
-    )
-    tokenizer, notes = find_tokenizer(found), _passed_over(unknown)
-    return _loaded(found, config, init(rng), tokenizer, notes)
-
-
-def export_model(
-    folder: str | os.PathLike[str],
-    config: DecoderConfig,
-    params: Mapping[str, Any],
-    tokenizer: Tokenizer | None = None,
-    *,
-    generation: Mapping[str, object] | None = None,
-    dtype: DTypeLike | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    replace: bool = False,
-) -> None:
-    """Writes a model as a Hugging Face folder; see `export.write_folder`."""
-    write_folder(
-        pathlib.Path(folder).expanduser(),
-        config,
-        params,
-        tokenizer,
-        generation=generation,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        replace=replace,
-    )
-
-
-def _folder(found: Source) -> pathlib.Path:
-    return found.path.parent if found.kind == "config" else found.path
-
-
-def _read_config(found: Source, unknown: list[str] | None) -> DecoderConfig:
-    if found.kind == "gguf":
-        return read_gguf_config(open_gguf(found.path), unknown)
-    if found.kind == "config":
-        return read_config(read_json(found.path), str(found.path), unknown=unknown)
-    return read_folder_config(found.path, unknown)
-
-
-class _Opened(NamedTuple):
-    """A model whose settings were read, and its tensors, of which none was read."""
-
-    config: DecoderConfig
-    file_format: FileFormat
-    tensors: Tensors
-    notes: list[str]
-
-
-def _open(found: Source, unknown: list[str] | None) -> _Opened:
-    if found.kind == "gguf":
-        file = open_gguf(found.path)
-        return _Opened(read_gguf_config(file, unknown), "gguf", file, [])
-    config = _read_config(found, unknown)
-    tensors = open_folder(_folder(found), family_named(config.family))
-    followed, notes = own_head(config, "hf", tensors), list(tensors.notes)
-    if followed != config:
-        notes.append(
-            "tie_word_embeddings is true, and the files have a head that differs from "
-            "the embedding: the model is taken as untied, as transformers does"
-        )
-    return _Opened(followed, "hf", tensors, notes)
-
-
-def _passed_over(unknown: list[str] | None) -> list[str]:
-    """Returns the line that names what nobody knows, if there is anything."""
-    if not unknown:
-        return []
-    named = ", ".join(unknown[:_MOST_NAMED]) + ", ..." * (len(unknown) > _MOST_NAMED)
-    return [f"{len(unknown)} unknown settings or tensors left out: {named}"]
-
-
-def _read_generation(folder: pathlib.Path) -> dict[str, object]:
-    """Returns a folder's settings of generation, as transformers takes them.
-
-    Older folders have what ends an answer in config.json.
-    """
-    if os.path.lexists(folder / GENERATION_CONFIG):
-        return read_json(folder / GENERATION_CONFIG)
-    if not os.path.lexists(folder / CONFIG):
-        return {}
-    ends = read_json(folder / CONFIG).get("eos_token_id")
-    return {} if ends is None else {"eos_token_id": ends}
-
-
-def _loaded(
-    found: Source,
-    config: DecoderConfig,
-    params: dict[str, Any],
-    tokenizer: Tokenizer | None,
-    notes: list[str],
-    generation: Mapping[str, object] | None = None,
-) -> LoadedModel:
-    if generation is None:
-        generation = _read_generation(_folder(found))
-    # A tokenizer with more ids than embeddings is the business of whoever uses it.
-    if tokenizer is not None and count_tokens(tokenizer) <= config.padded_vocab_size:
-        config = with_tokenizer(config, tokenizer)
-    return LoadedModel(config, params, tokenizer, found.name, generation, tuple(notes))
+    found = open_model(source, weights=False, allow_unknown_keys=allow_unknown_keys)
+    return found.random_init(rng, dtype=dtype, shardings=shardings)

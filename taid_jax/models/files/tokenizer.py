@@ -86,9 +86,8 @@ def find_tokenizer(found: Source) -> Tokenizer | None:
     if found.kind == "gguf":
         file = open_gguf(found.path)
         return gguf_tokenizer(file.metadata, file.origin)
-    folder = found.path.parent if found.kind == "config" else found.path
-    if any((folder / name).is_file() for name in _FILES):
-        return read_folder_tokenizer(folder)
+    if any((found.folder / name).is_file() for name in _FILES):
+        return read_folder_tokenizer(found.folder)
     return None
 
 

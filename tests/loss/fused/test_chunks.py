@@ -84,5 +84,5 @@ def test_fused_loss_of_no_tokens_is_zero(arrays, fused, both):
     a, objective = arrays(tokens=(0,)), loss.TAID(jnp.float32(0.4))
     value, sums, grads = both(fused, a, objective)
     assert value == 0
-    assert sums["weight"] == 0
+    assert sums["num_tokens"] == 0
     assert not np.any(grads[1])

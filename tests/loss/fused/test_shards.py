@@ -10,6 +10,8 @@ from taid_jax import loss
 from taid_jax.sharding import make_mesh
 from taid_jax.types import Head
 
+pytestmark = pytest.mark.optimised
+
 STUDENT, TEACHER = 16, 24
 """As `arrays` makes them."""
 

@@ -51,13 +51,13 @@ def test_student_of_some_layers_is_the_same_in_transformers(
     name, layers, make_case, batch, tmp_path
 ):
     from taid_jax.models.decoder import decoder_functions, select_layers
-    from taid_jax.models.files.export import write_folder
+    from taid_jax.models.files.load import export_model
 
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     case = make_case(name)
     params, config = select_layers(case.params, case.config, layers)
-    write_folder(tmp_path / "student", config, params)
+    export_model(tmp_path / "student", config, params)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "student", output_loading_info=True, attn_implementation="eager"
     )

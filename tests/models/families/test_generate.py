@@ -37,7 +37,7 @@ def check_words(case, prompts, new, unroll=True):
         max_new_tokens=new,
         eos_token_ids=(),
         pad_token_id=0,
-    )
+    ).tokens
     np.testing.assert_array_equal(got, expected.numpy())
     # Answers that wander, so that a mistake would lead elsewhere.
     assert len(np.unique(got)) > 5

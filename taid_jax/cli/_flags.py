@@ -1,0 +1,75 @@
+"""What the commands have in common: settings as flags, and where programs are kept."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from taid_jax.settings import Settings, make_room, read_settings
+
+EXIT_STATUS = "\n\nExit status: 0 done, 2 bad input, 1 anything else."
+"""The end of what every command says of itself."""
+
+Command = TypeVar("Command")
+
+
+def first_flags(arguments: Sequence[str], *names: str) -> argparse.Namespace:
+    """Returns a few flags that have to be known before the others are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    return parser.parse_known_args(arguments)[0]
+
+
+def read_config(path: str | None, base: Settings | None = None) -> Settings:
+    """Returns the settings of `--config`, laid over `base`, or `base` without it.
+
+    Raises:
+        SettingsError: If the file cannot be used.
+    """
+    return (base or Settings()) if path is None else read_settings(path, base)
+
+
+def parse(
+    kind: type[Command],
+    arguments: Sequence[str],
+    description: str | None,
+    settings: Settings | None = None,
+    **defaults: Any,
+) -> Command:
+    """Returns the flags as a `kind`.
+
+    Args:
+        kind: A dataclass.
+        arguments: The words of the command line.
+        description: Of the command.
+        settings: What its field `settings` is laid over, when it has one.
+        **defaults: Of other fields.
+
+    Raises:
+        SystemExit: If they are no flags of it, or ask for help.
+        SettingsError: If a setting cannot be used.
+    """
+    options: dict[str, Any] = {}
+    if settings is not None:
+        given = [word.split("=")[0][2:].replace("-", "_") for word in arguments]
+        made: Any = kind
+        options["default"] = made(settings=make_room(settings, given), **defaults)
+    return tyro.cli(
+        kind,
+        args=arguments,
+        description=f"{description}{EXIT_STATUS}",
+        config=(tyro.conf.OmitArgPrefixes,),
+        **options,
+    )
+
+
+def keep_compiled() -> None:
+    """A second start finds what the first one compiled."""
+    import jax
+
+    from taid_jax.models.files.hub import cache_folder
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))

@@ -1,0 +1,156 @@
+"""Trains several methods from the same start, on the same batches, and compares them.
+
+    taid-jax compare --config scripts/recipes/smoke.yaml --seeds 0 1 2
+
+A cell is one method with one seed, in a process of its own. A cell that is finished is
+not run again, and one that was stopped goes on from its last checkpoint: the same
+command goes on where the last one ended. The output folder gets comparison.md (a table
+of means and standard deviations over the seeds), comparison.json and comparison.png.
+"""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from taid_jax.cli import _flags
+from taid_jax.errors import InputError, parsing, refuse, show
+from taid_jax.settings import SettingsError, check_text, parse_yaml
+
+if TYPE_CHECKING:
+    from taid_jax.comparison import Cell
+
+METHODS = (
+    "sft",
+    "fkl",
+    "rkl",
+    "tvd",
+    "adaptive_kl",
+    "gkd",
+    "distillm",
+    "ctkd",
+    "dkd",
+    "taid_linear",
+    "taid",
+)
+"""The methods of the published comparison, as the recipes call them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The flags.
+
+    Attributes:
+        config: Settings that all cells share.
+        output: Gets a folder per cell, the table and the picture.
+        methods: Files in the folder `methods` beside the config, or paths to such.
+        seeds: Of data order and random weights.
+        set: Settings over those of all cells, such as `steps=20 seq_len=64`.
+        only_table: Run nothing; make the table of what is finished.
+    """
+
+    config: pathlib.Path
+    output: pathlib.Path = pathlib.Path("runs/comparison")
+    methods: tuple[str, ...] = METHODS
+    seeds: tuple[int, ...] = (0,)
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    only_table: bool = False
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
+    """Returns the settings of `name=value` texts; values are read as YAML.
+
+    Raises:
+        SettingsError: If a text is no such pair.
+    """
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise SettingsError(f"set: need NAME=VALUE, got {show(text)}")
+        if name in values:
+            raise SettingsError(f"set: {name} is given twice")
+        if name in ("seed", "output"):
+            raise SettingsError(f"set: {name} has a flag of its own here")
+        with parsing(f"set: cannot read {show(text)}", SettingsError):
+            values[name] = parse_yaml(value)
+    return values
+
+
+def run_cell(cell: "Cell", console: Console) -> int:
+    """Runs a cell in a process of its own and returns its exit status."""
+    log = cell.folder / "log.txt"
+    flags = cell.prepare()
+    with log.open("a", encoding="utf-8") as file:
+        status = subprocess.run(
+            [sys.executable, "-m", "taid_jax.cli", "train", *flags],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    if status:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
+        console.print(
+            f"{cell.folder.name}: exit status {status}, see {log}\n" + "\n".join(last),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return status
+
+
+def write_results(cells: "Sequence[Cell]", output: pathlib.Path) -> str:
+    """Writes table, figures and picture, and returns the table."""
+    from taid_jax.comparison import collect, draw, make_table
+    from taid_jax.train.report import write_json
+
+    rows = collect(cells)
+    table = make_table(rows)
+    (output / "comparison.md").write_text(table, encoding="utf-8")
+    write_json(output / "comparison.json", rows)
+    draw(cells, output / "comparison.png")
+    return table
+
+
+def compare(command: Command, console: Console, errors: Console) -> int:
+    """Runs the cells that wait, writes the table and returns the exit status.
+
+    Raises:
+        SettingsError: If the cells cannot be what is asked for.
+    """
+    from taid_jax.comparison import plan_cells
+
+    for name in ("output", "config"):
+        check_text(name, str(getattr(command, name)))
+    for method in command.methods:
+        check_text("methods", method)
+    if command.output.exists() and not command.output.is_dir():
+        raise SettingsError(f"output: {command.output} is not a folder")
+    overrides = parse_overrides(command.set)
+    cells = plan_cells(
+        command.config, command.methods, command.seeds, command.output, overrides
+    )
+    waiting = [cell for cell in cells if cell.report() is None]
+    statuses = []
+    for number, cell in enumerate([] if command.only_table else waiting, start=1):
+        console.print(f"cell {number} of {len(waiting)}: {cell.folder.name}")
+        statuses.append(run_cell(cell, errors))
+        if statuses[-1] == 2:  # The same input would be as bad for the next one.
+            return 2
+    if any(cell.report() for cell in cells):
+        print(write_results(cells, command.output))
+    return 1 if any(statuses) else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    try:
+        command = _flags.parse(Command, arguments, __doc__)
+        return compare(command, Console(), Console(stderr=True))
+    except InputError as error:
+        return refuse(error)

@@ -1,0 +1,122 @@
+"""Scores a student the way a run does: KL, perplexities, loss, answers.
+
+The settings are those of training; a run's own are in its settings.json:
+
+    taid-jax evaluate --config RUN/settings.json --student RUN/student
+
+scores the exported student on the held-out side of that run's data. Held-out prompts
+are answered, for ROUGE-L and exact match, when --eval-prompts is above 0.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from taid_jax.cli import _flags
+from taid_jax.errors import InputError, refuse
+from taid_jax.settings import Settings, SettingsError, check_file, to_dict, with_steps
+
+if TYPE_CHECKING:
+    from taid_jax.train.evaluate import HeldOut
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The flags.
+
+    Attributes:
+        settings: As in training; --student is what is scored.
+        config: A YAML or JSON file with settings; flags go over it, and the student
+            that it names is left out.
+        json: Write the scores into this file too.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    config: pathlib.Path | None = None
+    json: pathlib.Path | None = None
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Returns the flags, laid over the settings of `--config`.
+
+    Raises:
+        SettingsError: If the file cannot be used, or no student is named.
+    """
+    config = _flags.first_flags(arguments, "config").config
+    base = _flags.read_config(config)
+    no_student = dataclasses.replace(
+        base.model, student=None, student_layers=None, student_config=None
+    )
+    base = dataclasses.replace(base, model=no_student)
+    path = None if config is None else pathlib.Path(config)
+    command = _flags.parse(Command, arguments, __doc__, base, config=path)
+    if command.settings.model.student is None:
+        raise SettingsError("student: need the folder of the student to be scored")
+    if command.json is not None:
+        check_file("json", command.json)
+    return command
+
+
+def score(settings: Settings) -> "HeldOut":
+    """Returns what is found of the student that the settings name.
+
+    Raises:
+        SettingsError: If settings contradict each other or the machine.
+        ModelError: If a model cannot be used, or its figures are not finite.
+        DataError: If the data cannot be used, or have no prompts that are asked for.
+    """
+    from taid_jax.sharding import check_batch, make_mesh
+    from taid_jax.train.evaluate import check_finite, finished_state, make_evaluator
+    from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
+    from taid_jax.train.on_policy.prompts import find_eval_prompts
+
+    mesh = make_mesh(settings.run.mesh)
+    check_batch(settings.data.batch_size, mesh)
+    check_memory(settings, mesh)
+    tokenizer = check_models(settings.model, settings.data.seq_len)
+    dataset = read_data(settings, tokenizer)
+    settings = with_steps(settings, len(dataset.train))
+    prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
+    pair = load_pair(settings, mesh, copies=2)
+    for note in pair.notes:
+        Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
+    evaluator = make_evaluator(
+        settings, pair, dataset, mesh, tokenizer=tokenizer, prompts=prompts
+    )
+    found = evaluator(finished_state(settings, pair.student_params))
+    check_finite(found, str(settings.model.student))
+    return found
+
+
+def show(found: "HeldOut", console: Console) -> None:
+    """Prints the scores as a table."""
+    from taid_jax.train.report import number
+
+    table = Table("held out", "value", title_justify="left")
+    for name, value in found._asdict().items():
+        if value is not None:
+            text = f"{value:,}" if isinstance(value, int) else number(value)
+            table.add_row(name.replace("_", " "), text)
+    console.print(table)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    try:
+        command = parse(arguments)
+        _flags.keep_compiled()
+        found = score(command.settings)
+    except InputError as error:
+        return refuse(error)
+    show(found, Console())
+    if command.json is not None:
+        from taid_jax.train.report import write_json
+
+        values = {**found._asdict(), "settings": to_dict(command.settings)}
+        write_json(command.json, values)
+    return 0

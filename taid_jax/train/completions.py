@@ -1,0 +1,153 @@
+"""Completions of held-out prompts, and their scores: ROUGE-L and exact match."""
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from taid_jax.data import pad_left
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.files.tokenizer import Tokenizer
+from taid_jax.settings import SettingsError
+from taid_jax.sharding import batch_part
+from taid_jax.train.on_policy.generation import (
+    decode,
+    end_ids,
+    make_complete,
+)
+from taid_jax.train.on_policy.prompts import EvalPrompt
+from taid_jax.types import Params
+
+_WIDTH = 32
+"""Prompts are padded to a multiple of this."""
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class EvalCompletions:
+    """The student's greedy completions of those prompts that leave room for one.
+
+    Args:
+        prompts: From `find_eval_prompts`.
+        tokenizer: Of the student.
+        config: Of the student.
+        generation: Settings of the student's generation, see `Pair`.
+        max_new_tokens: Tokens of a completion at most.
+        batch_size: Prompts at once, over all processes.
+        dtype: Of the computation.
+        mesh: Where the prompts go.
+        shardings: Of the student's parameters.
+
+    Attributes:
+        prompts: Those that leave room.
+        references: What is wanted, as text.
+
+    Raises:
+        SettingsError: If no prompt leaves room for a completion.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[EvalPrompt],
+        tokenizer: Tokenizer,
+        config: DecoderConfig,
+        generation: Mapping[str, object],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        dtype: str,
+        mesh: Mesh,
+        shardings: Any,
+    ):
+        room = config.max_position_embeddings - max_new_tokens
+        self.prompts = [each for each in prompts if len(each.prompt) <= room]
+        if not self.prompts:
+            shortest = min(len(each.prompt) for each in prompts)
+            raise SettingsError(
+                f"eval_tokens: {max_new_tokens} tokens after a prompt (the shortest "
+                f"has {shortest}) do not fit the student's context of "
+                f"{config.max_position_embeddings}"
+            )
+        longest = max(len(each.prompt) for each in self.prompts)
+        self._width = min(-(-longest // _WIDTH) * _WIDTH, room)
+        self._tokenizer, self._mesh = tokenizer, mesh
+        self._batch_size = batch_size
+        self._ends = end_ids(tokenizer, generation, self.prompts)
+        self.references = [self._decode(each.reference) for each in self.prompts]
+        self._complete = make_complete(
+            config,
+            mesh,
+            shardings=shardings,
+            ends=self._ends,
+            max_new_tokens=max_new_tokens,
+            dtype=jnp.dtype(dtype),
+        )
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return decode(self._tokenizer, ids, self._ends)
+
+    def __call__(self, params: Params) -> list[str]:
+        """Returns the completion of each prompt, without its end token."""
+        part, parts = batch_part(self._mesh)
+        size, count = self._batch_size // parts, len(self.prompts)
+        completions: list[str] = []
+        for start in range(part * size, count + part * size, self._batch_size):
+            # Each process gives its own part, and hears the completions of all. The
+            # last batch repeats the first, so that all have one shape.
+            rows = [self.prompts[(start + row) % count].prompt for row in range(size)]
+            ids, mask = pad_left(rows, self._width)
+            batch = {"prompt_ids": ids, "prompt_mask": mask}
+            found = self._complete(params, batch, 0)["tokens"]
+            completions += map(self._decode, found)
+        return completions[:count]
+
+
+class Scores(NamedTuple):
+    """Means over completions, each between 0 and 1.
+
+    Attributes:
+        rouge_l: F-measure of the longest common subsequence of stemmed words.
+        exact_match: Share of the completions that say what the reference says.
+    """
+
+    rouge_l: float
+    exact_match: float
+
+
+def normalise(text: str) -> str:
+    """Returns the text in lower case, without punctuation, single spaces between words.
+
+    Punctuation is that of ASCII, as in the published evaluation of question answering.
+    """
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
+
+
+def score(completions: Sequence[str], references: Sequence[str]) -> Scores:
+    """Returns ROUGE-L and exact match of completions, averaged.
+
+    ROUGE-L is the F-measure of the `rouge-score` package with its stemmer; its words
+    are those of ASCII letters and digits, so that an answer in another script scores 0.
+
+    Raises:
+        ValueError: If there are none, or the two differ in number.
+
+    References:
+        Lin, ROUGE (ACL workshop 2004), section 3; Shing et al., TAID, ICLR 2025
+        (arXiv:2501.16937), appendix on training details.
+    """
+    if not completions or len(completions) != len(references):
+        raise ValueError(
+            "need as many answers as references and at least one, got "
+            f"{len(completions)} and {len(references)}"
+        )
+    # Imported here: its stemmer brings NLTK, which most runs do not need.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = list(zip(completions, references, strict=True))
+    rouge = [scorer.score(want, got)["rougeL"].fmeasure for got, want in pairs]
+    exact = [normalise(got) == normalise(want) for got, want in pairs]
+    return Scores(sum(rouge) / len(pairs), sum(exact) / len(pairs))

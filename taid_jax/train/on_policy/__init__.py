@@ -1,0 +1,1 @@
+"""Training on completions that a model writes: prompts, generation, buffer."""
