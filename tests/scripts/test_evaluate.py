@@ -139,7 +139,9 @@ def broken(teacher, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "side", ["student", pytest.param("teacher", marks=pytest.mark.slow)]
+)
 def test_evaluate_of_a_model_that_is_not_finite_is_an_error(
     evaluate, teacher, broken, questions, tmp_path, capsys, side
 ):
@@ -158,6 +160,7 @@ def test_evaluate_of_a_model_that_is_not_finite_is_an_error(
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_train_tpu_refuses_a_student_that_is_not_finite(
     train_tpu, teacher, broken, questions, tmp_path, capsys
 ):
@@ -175,6 +178,7 @@ def test_train_tpu_refuses_a_student_that_is_not_finite(
     assert not (tmp_path / "run" / "student").exists()
 
 
+@pytest.mark.slow
 def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(
     train_tpu, judged, tmp_path, monkeypatch
 ):
