@@ -4,7 +4,6 @@ Each process runs the same program. One that dies is noticed by JAX, which then 
 others; the last whole checkpoint is intact, and all are started again with `--resume`.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -108,20 +107,21 @@ def several_expected(environment: Mapping[str, str], platforms: str | None) -> b
         text = environment.get(name, "")
         return int(text) if text.isdecimal() else 0
 
-    started_by_slurm = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys()
-    if started_by_slurm and number("SLURM_NTASKS") > 1:
-        return True
-    if number("OMPI_COMM_WORLD_SIZE") > 1:
-        return True
+    slurm = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys()
     # An indexed job; without an index JAX could not number the processes either.
-    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
+    kubernetes = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}
+    if (
+        (slurm and number("SLURM_NTASKS") > 1)
+        or number("OMPI_COMM_WORLD_SIZE") > 1
+        or kubernetes <= environment.keys()
+    ):
         return True
     if (platforms or "tpu").split(",")[0] != "tpu":
         return False
-    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    )
-    if "," in workers or number("MEGASCALE_NUM_SLICES") > 1:
+    workers = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    if number("MEGASCALE_NUM_SLICES") > 1 or any(
+        "," in environment.get(name, "") for name in workers
+    ):
         return True
     # A TPU virtual machine: its metadata say whether it is one of several. JAX sets
     # this variable when it is imported where there is no TPU.
@@ -156,22 +156,13 @@ def broadcast(make: Callable[[], Value]) -> Value:
         except Exception as error:
             failure, bad_input = error, isinstance(error, InputError)
             said = {"error": explain(error), "input": bad_input}
-    said = json.loads(_broadcast_bytes(json.dumps(said).encode()))
+    said = json.loads(_gather_bytes(json.dumps(said).encode())[0])
     if failure is not None:
         raise failure
     if "error" in said:
         kind = DistributedError if said["input"] else PeerError
         raise kind(f"process 0: {said['error']}")
     return said["value"]
-
-
-def _broadcast_bytes(text: bytes) -> bytes:
-    """Returns on every process the text of process 0."""
-    size = multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32))
-    buffer = np.zeros(int(size), np.uint8)
-    if is_main_process():
-        buffer[:] = np.frombuffer(text, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
 
 
 def _gather_bytes(text: bytes) -> list[bytes]:
@@ -196,14 +187,13 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    text = json.dumps(dict(facts), sort_keys=True, default=str)
-    digests = _gather_bytes(hashlib.sha256(text.encode()).digest())
-    others = [n for n, digest in enumerate(digests) if digest != digests[0]]
-    if not others:
-        return
     mine = json.dumps([socket.gethostname(), dict(facts)], default=str)
     cards = [json.loads(card) for card in _gather_bytes(mine.encode())]
-    (host, first), (other_host, other) = cards[0], cards[others[0]]
+    host, first = cards[0]
+    others = [n for n, (_, found) in enumerate(cards) if found != first]
+    if not others:
+        return
+    other_host, other = cards[others[0]]
     lines = [
         f"{name}: {show(first.get(name))} and {show(other.get(name))}"
         for name in sorted(first.keys() | other.keys())
@@ -227,11 +217,10 @@ def agree_on_settings(settings: Settings) -> None:
     Raises:
         DistributedError: On every process, with what differs and where.
     """
-    facts = {k: v for k, v in flatten(settings).items() if not k.startswith("hosts.")}
-    versions = {
-        f"version of {name}": importlib.metadata.version(name) for name in _VERSIONS
-    }
-    agree("settings", facts | versions | {"Python": platform.python_version()})
+    facts = flatten(settings).items()
+    facts = {k: v for k, v in facts if not k.startswith("distributed.")}
+    facts |= {f"version of {n}": importlib.metadata.version(n) for n in _VERSIONS}
+    agree("settings", facts | {"Python": platform.python_version()})
 
 
 def gather(tree: Any) -> Any:

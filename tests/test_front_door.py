@@ -6,6 +6,8 @@ import sys
 import pytest
 
 import taid_jax
+import taid_jax.models
+import taid_jax.train
 
 
 def modules_after(statement: str) -> set[str]:
@@ -26,6 +28,13 @@ def test_loss_is_reached_without_importing_it():
     found = modules_after("import taid_jax; taid_jax.loss.TAID")
     assert "taid_jax.loss" in found
     assert not {"flax", "optax", "transformers", "orbax"} & found
+
+
+@pytest.mark.parametrize("package", [taid_jax.models, taid_jax.train])
+def test_packages_show_public_names_alone_and_each_is_there(package):
+    assert dir(package) == package.__all__
+    for name in dir(package):
+        assert getattr(package, name) is not None
 
 
 def test_dir_shows_public_names_alone_and_each_is_there():

@@ -9,10 +9,14 @@ import jax
 import numpy as np
 
 from taid_jax.loss import TAID, Head
-from taid_jax.models.adapters import linen_functions
 from taid_jax.schedule import TAIDScheduler
-from taid_jax.train.state import init_state, learning_rate_schedule, make_optimizer
-from taid_jax.train.step import make_train_step
+from taid_jax.train import (
+    init_state,
+    learning_rate_schedule,
+    linen_functions,
+    make_optimizer,
+    make_train_step,
+)
 
 VOCAB, STEPS = 64, 200
 

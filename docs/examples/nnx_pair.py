@@ -9,10 +9,13 @@ import numpy as np
 from flax import nnx
 
 from taid_jax.loss import ForwardKL
-from taid_jax.models.adapters import nnx_functions
 from taid_jax.schedule import TAIDScheduler
-from taid_jax.train.state import init_state, make_optimizer
-from taid_jax.train.step import make_train_step
+from taid_jax.train import (
+    init_state,
+    make_optimizer,
+    make_train_step,
+    nnx_functions,
+)
 
 VOCAB, STEPS = 64, 200
 

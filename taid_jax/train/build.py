@@ -14,7 +14,7 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
 from taid_jax.settings import Settings
 from taid_jax.sharding import batch_part, replicated, tree_shardings
-from taid_jax.train.checkpoint import CheckpointError, Checkpoints
+from taid_jax.train.checkpoint import CheckpointError, Checkpoints, read_run
 from taid_jax.train.evaluate import HeldOut
 from taid_jax.train.inputs import Pair
 from taid_jax.train.loop import Loop
@@ -158,8 +158,8 @@ def build_loop(
     if step is None:
         state = built.init(pair.student_params)
     else:
-        restored = checkpoints.restore(built.state, step)
-        state, place = restored.state, restored.data_state
+        state = checkpoints.restore(built.state, step)
+        place = read_run(checkpoints.folder / str(step)).place
         with parsing(f"the place in the data of checkpoint {step}", CheckpointError):
             batches.set_state(place["iterator"])
             if on_policy is not None:

@@ -37,25 +37,23 @@ UNVERIFIED = f"has no {DIGESTS}, so that nothing tells whether it is sound"
 _ORBAX = "_CHECKPOINT_METADATA"
 # Written once more after the digests, when Orbax gives the checkpoint its name.
 _LATER = (DIGESTS, _ORBAX, "commit_success.txt")
-_ITEMS = {"state", "data", "settings"}
+_ITEMS = {"state", "run"}
 
 
 class CheckpointError(InputError):
     """There is no checkpoint to go on from, or it is another run's."""
 
 
-class Restored(NamedTuple):
-    """What a checkpoint gives back.
+class SavedRun(NamedTuple):
+    """What a checkpoint says of its run, beside the state.
 
     Attributes:
-        state: The state, each array where the template's was.
-        data_state: Where the data iterator stood.
-        step: Steps that the state has seen.
+        settings: Those that it was made with.
+        place: Where the iterators stood, and which data and models.
     """
 
-    state: DistillState
-    data_state: dict[str, Any]
-    step: int
+    settings: Settings
+    place: dict[str, Any]
 
 
 def write_digests(folder: pathlib.Path, step: int) -> None:
@@ -195,30 +193,15 @@ def set_aside_others(folder: RunFolder, step: int) -> None:
         folder.notes.append(f"going on from checkpoint {step}")
 
 
-def checkpoint_settings(folder: pathlib.Path) -> Settings:
-    """Returns the settings that a checkpoint was made with.
-
-    Args:
-        folder: Of one checkpoint.
-
-    Raises:
-        CheckpointError: If they cannot be read.
-    """
-    with parsing(str(folder / "settings"), CheckpointError):
-        return from_dict(_read_json(folder / "settings" / "metadata"))
-
-
-def checkpoint_place(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the place in the data of a checkpoint, and which data and models.
-
-    Args:
-        folder: Of one checkpoint.
+def read_run(folder: pathlib.Path) -> SavedRun:
+    """Returns what the folder of one checkpoint says of its run.
 
     Raises:
         CheckpointError: If it cannot be read.
     """
-    with parsing(str(folder / "data"), CheckpointError):
-        return dict(_read_json(folder / "data" / "metadata"))
+    with parsing(str(folder / "run"), CheckpointError):
+        found = _read_json(folder / "run" / "metadata")
+        return SavedRun(from_dict(found["settings"]), dict(found["place"]))
 
 
 def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | None]:
@@ -240,8 +223,8 @@ def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | N
     for place in step_folders(folder / CHECKPOINTS).values():
         with contextlib.suppress(InputError), parsing(str(place)):
             files = _read_json(place / DIGESTS)["files"]
-            if not _compare(place / "settings/metadata", files["settings/metadata"]):
-                saved = checkpoint_settings(place)
+            if not _compare(place / "run/metadata", files["run/metadata"]):
+                saved = read_run(place).settings
                 break
     if path.exists() or saved:
         try:
@@ -339,8 +322,7 @@ class Checkpoints:
                 options=options,
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
-                    "data": ocp.JsonCheckpointHandler(),
-                    "settings": ocp.JsonCheckpointHandler(),
+                    "run": ocp.JsonCheckpointHandler(),
                 },
             )
 
@@ -389,7 +371,7 @@ class Checkpoints:
         self,
         step: int,
         state: DistillState,
-        data_state: dict[str, Any],
+        place: dict[str, Any],
         settings: Settings,
         *,
         metric: float | None = None,
@@ -399,7 +381,7 @@ class Checkpoints:
         Args:
             step: Steps that the state has seen.
             state: What is saved; the teacher is not.
-            data_state: Of the data iterator; JSON.
+            place: Where the iterators stand, and which data and models; JSON.
             settings: Of the run.
             metric: The selection metric where it was evaluated; lower is better.
         """
@@ -410,8 +392,9 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state._asdict()),
-                    data=ocp.args.JsonSave(data_state),
-                    settings=ocp.args.JsonSave(to_dict(settings)),
+                    run=ocp.args.JsonSave(
+                        {"settings": to_dict(settings), "place": place}
+                    ),
                 ),
                 # Orbax wants a figure of each.
                 metrics={"selection": metric if _known(metric) else math.inf},
@@ -464,27 +447,19 @@ class Checkpoints:
                 "optimizer:\n  " + "\n  ".join(differences)
             )
 
-    def restore(self, template: DistillState, step: int | None = None) -> Restored:
-        """Returns a checkpoint, the last one when `step` is None.
+    def restore(self, template: DistillState, step: int) -> DistillState:
+        """Returns the state of a checkpoint.
 
         Args:
             template: A state, or its shapes with shardings: where each array goes.
             step: Which checkpoint.
 
         Raises:
-            CheckpointError: If there is none, or its arrays are not the template's; all
-                differences are listed.
+            CheckpointError: If it cannot be read, or its arrays are not the template's;
+                all differences are listed.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"{self.folder} has no checkpoint to go on from")
         with parsing(f"checkpoint {step} in {self.folder}", CheckpointError):
             self._check_shapes(template, step)
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(template._asdict()),
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
-        return Restored(DistillState(**found["state"]), found["data"], step)
+            state = ocp.args.StandardRestore(template._asdict())
+            found = self._manager.restore(step, args=ocp.args.Composite(state=state))
+        return DistillState(**found["state"])

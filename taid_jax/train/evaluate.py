@@ -106,7 +106,7 @@ def selection_metric(
     value = row.get(name)
     if value is None or not math.isfinite(value) or nonfinite_figures(row):
         return math.inf
-    return -value if selection_metric in ("rouge_l", "exact_match") else value
+    return -value if name in ("rouge_l", "exact_match") else value
 
 
 def nonfinite_figures(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -31,10 +31,9 @@ from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.build import build_loop
 from taid_jax.train.checkpoint import (
     Checkpoints,
-    checkpoint_place,
-    checkpoint_settings,
     choose_checkpoint,
     find_fault,
+    read_run,
     set_aside_others,
 )
 from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
@@ -137,14 +136,14 @@ def _distil(
     step = distributed.broadcast(lambda: look(output, settings))
     saved, place = None, {}
     if step is not None:
-        saved = checkpoint_settings(folder / CHECKPOINTS / str(step))
-        place = checkpoint_place(folder / CHECKPOINTS / str(step))
+        saved, place = read_run(folder / CHECKPOINTS / str(step))
     # Process 0's: another may begin after midnight.
     given = settings.data.template_date or (saved and saved.data.template_date)
     date = distributed.broadcast(lambda: given or datetime.date.today().isoformat())
     data = dataclasses.replace(settings.data, template_date=date)
     settings = dataclasses.replace(settings, data=data)
-    tokenizer = check_models(settings.model, settings.data.seq_len)
+    opened = check_models(settings.model, settings.data.seq_len)
+    tokenizer = opened.tokenizer
     dataset = read_data(settings, tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
@@ -153,8 +152,8 @@ def _distil(
         refuse_contradictions(saved, settings)
         refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
         output.notes += compare_length(saved, settings, step)
-    pair = load_pair(settings, mesh)
-    models = distributed.broadcast(lambda: identify_models(settings.model, pair))
+    pair = load_pair(settings, mesh, opened)
+    models = distributed.broadcast(lambda: identify_models(pair))
     refuse_other_models(place.get("models", {}), models)
     describe(settings, pair, dataset, mesh, console)
     notes = distributed.broadcast(lambda: make_ready(output, settings, step))
@@ -204,11 +203,13 @@ def _distil(
         )
         evaluations = read_lines(folder / EVALUATIONS)
         metrics = read_lines(folder / METRICS)
+        utilisation = loop.throughput.summary(metrics)
+        rate = utilisation["tokens_per_second"]
         report = {
             **summary(evaluations, found),
             "seconds": round(time.perf_counter() - began, 1),
-            "tokens_per_second": median_rate(metrics),
-            "utilisation": loop.throughput.summary(metrics),
+            "tokens_per_second": rate and round(rate, 1),
+            "utilisation": utilisation,
             "peak_memory_bytes": peak_memory(),
             "held_out_tokens": evaluations[0]["tokens"],
             "notes": list(pair.notes),
@@ -372,7 +373,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     )
     best = next(row for row in ranked if row["step"] == here or sound(row["step"]))
     if best["step"] != here:
-        state = loop.checkpoints.restore(state, best["step"]).state
+        state = loop.checkpoints.restore(state, best["step"])
     if math.isinf(selection_metric(best, best_by)) or nonfinite_leaves(state.params):
         raise TrainingError(
             "nothing was exported: no state that was evaluated has a finite "
@@ -401,12 +402,6 @@ def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]
         "kl_after": found.kl,
         **others,
     }
-
-
-def median_rate(rows: list[dict[str, Any]]) -> float | None:
-    """Returns the median of the logged tokens per second."""
-    rates = [rate for row in rows if (rate := row.get("tokens_per_second"))]
-    return round(float(np.median(rates)), 1) if rates else None
 
 
 _SHOWN, _SHOWN_TOKENS = 3, 40

@@ -216,11 +216,13 @@ def test_train_tpu_killed_in_an_evaluation_is_the_uninterrupted_run(
 
 
 def test_evaluator_leaves_state_and_iterator_as_they_are(teacher, questions, tmp_path):
-
     from taid_jax.settings import from_dict
     from taid_jax.sharding import make_mesh
+    from taid_jax.train.build import build_loop
     from taid_jax.train.checkpoint import Checkpoints
+    from taid_jax.train.evaluate import make_evaluator
     from taid_jax.train.inputs import check_models, load_pair, read_data
+    from taid_jax.train.on_policy.prompts import find_eval_prompts
 
     settings = from_dict(
         {
@@ -235,7 +237,7 @@ def test_evaluator_leaves_state_and_iterator_as_they_are(teacher, questions, tmp
         }
     )
     mesh = make_mesh(settings.run.mesh)
-    tokenizer = check_models(settings.model, 40)
+    tokenizer = check_models(settings.model, 40).tokenizer
     dataset = read_data(settings, tokenizer)
     pair = load_pair(settings, mesh)
     evaluator = make_evaluator(

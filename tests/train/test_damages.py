@@ -6,6 +6,7 @@ import pathlib
 import random
 import re
 import shutil
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -61,17 +62,23 @@ def _resume(folder, state, step=None):
             return None, output.notes
         c.set_aside_others(output, step)
         with c.Checkpoints(folder / CHECKPOINTS) as store:
-            found = store.restore(state, step)
-        saved = c.checkpoint_settings(folder / CHECKPOINTS / str(step))
+            restored = store.restore(state, step)
+        saved, place = c.read_run(folder / CHECKPOINTS / str(step))
         assert saved.run.seed == 4
-        return found, output.notes
+        return Found(restored, place, step), output.notes
     finally:
         output.close()
 
 
+class Found(typing.NamedTuple):
+    state: typing.Any
+    place: dict
+    step: int
+
+
 def _is_right(found, state):
     """Every bit is that of the step it says."""
-    assert found.data_state == {"place": found.step}
+    assert found.place == {"place": found.step}
     right = _at(state, found.step)
     for a, b in zip(jax.tree.leaves(found.state), jax.tree.leaves(right), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -150,8 +157,8 @@ def test_find_fault_sees_files_that_were_swapped(saved, tmp_path):
     older = folder / CHECKPOINTS / "6" / "state" / "_METADATA"
     shutil.rmtree(place)
     shutil.copytree(folder / CHECKPOINTS / "9", place)
-    shutil.copy(folder / CHECKPOINTS / "6" / "data" / "metadata", place / "data")
-    assert "data/metadata" in (c.find_fault(place) or "")
+    shutil.copy(folder / CHECKPOINTS / "6" / "run" / "metadata", place / "run")
+    assert "run/metadata" in (c.find_fault(place) or "")
     assert older.exists()
 
 
@@ -232,7 +239,7 @@ def _replace_folder(path):
         (_put(str(1 << 70)), 9, "is no folder"),
         (_step("9", shutil.rmtree), 6, ""),
         (_step("9", _replace_folder), 6, "9 is no folder"),
-        (_step("9/settings", shutil.rmtree), 6, "settings/.* is missing"),
+        (_step("9/run", shutil.rmtree), 6, "run/.* is missing"),
         (_step("9/state", _replace_folder), 6, "state/"),
         (_step("9/digests.json", pathlib.Path.unlink), 6, "9 has no digests.json"),
         (_step("9/_CHECKPOINT_METADATA", _binary), 6, "_CHECKPOINT_METADATA"),

@@ -183,11 +183,8 @@ def batches():
 @pytest.mark.parametrize(
     ("settings", "learned"),
     [
-        ({"objective": "taid"}, {}),
         ({"objective": "taid", "distil_ratio": 0.4}, {}),
         ({"objective": "ctkd"}, {"raw_temperature": 1.5}),
-        ({"objective": "reverse_kl"}, {}),
-        ({"objective": "sft"}, {}),
     ],
 )
 def test_evaluate_loss_is_the_mean_of_the_objective_as_the_state_has_it(

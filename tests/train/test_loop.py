@@ -12,7 +12,7 @@ from taid_jax.errors import ModelError
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train import loop as lp
-from taid_jax.train.checkpoint import Checkpoints
+from taid_jax.train.checkpoint import Checkpoints, read_run
 from taid_jax.train.evaluate import HeldOut
 from taid_jax.train.metrics import LOGGED
 from taid_jax.train.report import read_lines
@@ -62,9 +62,10 @@ def make_loop(tmp_path, make_trainer, make_params, make_batch, told):
             progress=told(),
         )
         if resume:
-            found = loop.checkpoints.restore(state)
-            state = found.state
-            loop.batches.set_state(found.data_state["iterator"])
+            step = loop.checkpoints.latest_step()
+            state = loop.checkpoints.restore(state, step)
+            place = read_run(loop.checkpoints.folder / str(step)).place
+            loop.batches.set_state(place["iterator"])
         return loop, state
 
     return make
@@ -262,7 +263,7 @@ def test_loop_checkpoint_holds_evaluations_and_models(make_loop):
     loop, state = make_loop()
     loop.models = {"the teacher's weights": "abc"}
     state = loop.run(state)
-    place = loop.checkpoints.restore(state).data_state
+    place = read_run(loop.checkpoints.folder / "12").place
     assert place["evaluations"] == read_lines(loop.folder / "evaluations.jsonl")
     assert place["models"] == loop.models
 

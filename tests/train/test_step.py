@@ -60,9 +60,8 @@ def test_batch_loss_is_the_shifted_cross_entropy(functions, make_params, make_ba
     assert sums["num_tokens"] == count
 
 
-@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
-def test_batch_loss_fused_equals_plain(functions, make_params, make_batch, t):
-    batch, objective = make_batch(0), loss.TAID(jnp.float32(t))
+def test_batch_loss_fused_equals_plain(functions, make_params, make_batch):
+    batch, objective = make_batch(0), loss.TAID(jnp.float32(0.4))
     fused, fused_sums = _batch_loss(functions, make_params, batch, objective)
     plain, plain_sums = _batch_loss(
         functions, make_params, batch, objective, fused=False
@@ -118,17 +117,14 @@ def test_train_step_learns_the_teacher(
     assert state.step == 60
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_train_step_accumulation_changes_nothing(
-    make_trainer, make_params, make_batch, parts
-):
+def test_train_step_accumulation_changes_nothing(make_trainer, make_params, make_batch):
     batch = make_batch(0)
     # Very unequal token counts: a mean of means would be far off.
     batch["labels"][::2, 2:] = -100
     teacher = make_params(TEACHER_SEED)
     whole, state = make_trainer()
     state, metrics = whole(state, teacher, batch)
-    split, other = make_trainer(grad_accum=parts)
+    split, other = make_trainer(grad_accum=4)
     other, found = split(other, teacher, batch)
     for key in metrics:
         # Another order of some tens of float32 terms.
@@ -160,10 +156,11 @@ def test_train_step_schedule_advances_on_the_distillation_part(
 
 def test_train_step_compiles_once(make_trainer, make_params, make_batch):
     step, state = make_trainer()
-    teacher = make_params(TEACHER_SEED)
+    teacher, before = make_params(TEACHER_SEED), step._cache_size()
     for index in range(4):
         state, _ = step(state, teacher, make_batch(index))
-    assert step._cache_size() == 1
+    # Compiled for this placement at most once, by this test or one before.
+    assert step._cache_size() - before <= 1
 
 
 def test_train_step_donates_the_state_and_not_the_teacher(
@@ -206,13 +203,11 @@ def _nan_of_learned(updates, _):
     [
         # 1 - b2 is 0 in float32, and so is the mean of a weight that is not used.
         {"b2": 1 - 1e-8},
-        {"eps": 1e-50},
-        {"weight_decay": np.inf},
         # A mean of squares that float32 does not hold, with an update of 0.
         optax.chain(optax.scale(1e25), optax.adam(1e-2)),
         optax.chain(optax.stateless(_nan_of_learned), optax.sgd(1e-2)),
     ],
-    ids=["b2", "eps", "decay", "moments", "learned"],
+    ids=["b2", "moments", "learned"],
 )
 def test_train_step_update_that_is_not_finite_is_skipped(
     make_trainer, make_params, make_batch, optimizer
@@ -275,9 +270,9 @@ def test_train_step_without_counted_tokens_changes_no_weight_by_gradient(
 @pytest.mark.parametrize(
     ("mesh_text", "parts"),
     [
-        ("data=8", 1),
-        ("fsdp=8", 1),
-        ("data=2,tensor=4", 4),
+        pytest.param("data=8", 1, marks=pytest.mark.slow),
+        pytest.param("fsdp=8", 1, marks=pytest.mark.slow),
+        pytest.param("data=2,tensor=4", 4, marks=pytest.mark.slow),
         ("data=2,fsdp=2,tensor=2", 2),
     ],
 )
