@@ -81,6 +81,7 @@ def test_evaluate_finds_what_the_run_found(evaluate, judged, tmp_path, capsys):
     assert found["settings"]["model"]["student"] == str(judged / "student")
 
 
+@pytest.mark.optimised
 def test_evaluate_teacher_as_the_student_is_at_no_distance(
     evaluate, teacher, questions, tmp_path
 ):
