@@ -78,11 +78,12 @@ def score(settings: Settings) -> "HeldOut":
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
     check_memory(settings, mesh)
-    tokenizer = check_models(settings.model, settings.data.seq_len)
+    opened = check_models(settings.model, settings.data.seq_len)
+    tokenizer = opened.tokenizer
     dataset = read_data(settings, tokenizer)
     settings = with_steps(settings, len(dataset.train))
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
-    pair = load_pair(settings, mesh, copies=2)
+    pair = load_pair(settings, mesh, opened, copies=2)
     for note in pair.notes:
         Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
     evaluator = make_evaluator(

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,11 @@ from taid_jax.data.template import set_chat_template
 from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, param_axes, select_layers
-from taid_jax.models.files.hub import resolve
-from taid_jax.models.files.load import LoadedModel, load_config, load_model, random_init
+from taid_jax.models.files.load import LoadedModel, OpenModel, open_model
 from taid_jax.models.files.tokenizer import (
     Tokenizer,
-    find_tokenizer,
-    load_tokenizer,
     own_tokenizer,
+    require_tokenizer,
     same_tokenizer,
     translate_ids,
 )
@@ -45,6 +44,7 @@ class Pair:
         student_config: The student's architecture.
         student_params: Its float32 master weights.
         shardings: Where the student's weights live.
+        teacher_path: The teacher's folder or file.
         generation: Settings of generation, as in generation_config.json: the student's
             own, and of the teacher's what these lack.
         notes: What a user should know of how the models were read, a line each.
@@ -54,6 +54,7 @@ class Pair:
     student_config: DecoderConfig
     student_params: Params
     shardings: Any
+    teacher_path: pathlib.Path
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -82,27 +83,44 @@ def check_memory(settings: Settings, mesh: Mesh) -> None:
             )
 
 
-def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
-    """Returns the tokenizer after reading configs and tokenizers, before any weights.
+class OpenPair(NamedTuple):
+    """Teacher and student of which everything was read but the weights.
 
-    It is the student's own, with what that lacks from the teacher's, and the teacher's
-    where the student is made of its layers, of a config, or for its tokenizer
-    (`resize_embeddings`; without a chat template that gets the student's).
+    Attributes:
+        teacher: Opened.
+        student: The same; None where it is made of the teacher's layers.
+        student_config: Its architecture.
+        tokenizer: Of the run: the student's own, with what that lacks from the
+            teacher's, and the teacher's where the student is made of its layers, of a
+            config, or for its tokenizer (`resize_embeddings`; without a chat template
+            that gets the student's).
+    """
+
+    teacher: OpenModel
+    student: OpenModel | None
+    student_config: DecoderConfig
+    tokenizer: Tokenizer
+
+
+def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
+    """Returns the models after reading all but the weights, and comparing them.
 
     Raises:
         ModelError: If a model cannot be used, or the tokenizers differ.
         SettingsError: If the sequences are longer than a model's context.
     """
-    tokenizer = load_tokenizer(settings.teacher)
-    if settings.student is not None and settings.resize_embeddings:
-        own = find_tokenizer(resolve(settings.student, weights=False))
-        if own is not None and not tokenizer.chat_template:
-            tokenizer.chat_template = own.chat_template
-    elif settings.student is not None:
-        own = load_tokenizer(settings.student)
-        same_tokenizer(tokenizer, own)
-        tokenizer = own_tokenizer(own, tokenizer)
-    configs = read_configs(settings)
+    models = open_pair(settings)
+    tokenizer, student = models.tokenizer, models.student
+    if student is not None and settings.student is not None:
+        if settings.resize_embeddings:
+            own = student.tokenizer
+            if own is not None and not tokenizer.chat_template:
+                tokenizer.chat_template = own.chat_template
+        else:
+            own = require_tokenizer(student.tokenizer, student.source)
+            same_tokenizer(tokenizer, own)
+            tokenizer = own_tokenizer(own, tokenizer)
+    configs = {"teacher": models.teacher.config, "student": models.student_config}
     for name, config in configs.items():
         if seq_len > config.max_position_embeddings:
             raise SettingsError(
@@ -111,34 +129,36 @@ def check_models(settings: ModelSettings, seq_len: int) -> Tokenizer:
             )
         if not settings.resize_embeddings:
             with_tokenizer(config, tokenizer)
-    return tokenizer
+    return models._replace(tokenizer=tokenizer)
 
 
-def read_configs(settings: ModelSettings) -> dict[str, DecoderConfig]:
-    """Returns the architectures of "teacher" and "student".
+def open_pair(settings: ModelSettings) -> OpenPair:
+    """Returns the models after reading all but the weights; not compared yet.
 
     Raises:
         ModelError: If a model cannot be used.
         SettingsError: If the teacher has not the layers that the student is to have.
     """
     allow = settings.allow_unknown_keys
-    teacher = load_config(settings.teacher, allow_unknown_keys=allow)
+    teacher = open_model(settings.teacher, allow_unknown_keys=allow)
+    tokenizer = require_tokenizer(teacher.tokenizer, teacher.source)
     if settings.student is not None:
-        student = load_config(settings.student, allow_unknown_keys=allow)
+        student = open_model(settings.student, allow_unknown_keys=allow)
     elif settings.student_config is not None:
-        student = load_config(
+        student = open_model(
             settings.student_config, weights=False, allow_unknown_keys=allow
         )
     else:
         layers = settings.layers_of_teacher
-        if layers > teacher.num_layers:
+        if layers > teacher.config.num_layers:
             raise SettingsError(
-                f"student_layers: the teacher has {teacher.num_layers} layers, "
+                f"student_layers: the teacher has {teacher.config.num_layers} layers, "
                 f"got {layers}"
             )
         # Only the choice of layers says what the student's are.
-        _, student = select_layers({"layers": {}}, teacher, layers)
-    return {"teacher": teacher, "student": student}
+        _, config = select_layers({"layers": {}}, teacher.config, layers)
+        return OpenPair(teacher, None, config, tokenizer)
+    return OpenPair(teacher, student, student.config, tokenizer)
 
 
 def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
@@ -194,21 +214,20 @@ def refuse_contradictions(saved: Settings, asked: Settings) -> None:
 _BLOCKS, _BLOCK = 64, 1 << 20
 
 
-def identify_models(settings: ModelSettings, pair: Pair) -> dict[str, str]:
+def identify_models(pair: Pair) -> dict[str, str]:
     """Returns what tells whether a resumed run has the models that it began with.
 
     It is the content, wherever the files lie. Of weights, size, beginning and end of
     each file and 64 blocks of 1 MiB between are read: whoever trains on changes all.
 
     Args:
-        settings: They name the teacher.
         pair: The models, read.
 
     Returns:
         Settings of both, and a sha256 of the teacher's weights.
     """
     weights = hashlib.sha256()
-    path = resolve(settings.teacher).path
+    path = pair.teacher_path
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         weights.update(f"{file.name if path.is_dir() else ''}:{size}\n".encode())
@@ -263,12 +282,19 @@ def refuse_other_models(saved: Mapping[str, str], given: Mapping[str, str]) -> N
         )
 
 
-def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
+def load_pair(
+    settings: Settings,
+    mesh: Mesh,
+    models: OpenPair | None = None,
+    *,
+    copies: int = 3,
+) -> Pair:
     """Returns teacher and student on their devices.
 
     Args:
         settings: Of the run.
         mesh: The devices.
+        models: What `check_models` has opened; opened here when None.
         copies: Arrays like each of the student's weights that there will be: the two
             moments of the optimizer with them, or two while they are loaded.
 
@@ -284,42 +310,28 @@ def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
         rules = TEACHER_RULES[model.teacher_sharding]
         return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
 
-    configs, allow = read_configs(model), model.allow_unknown_keys
-    known, learner = configs["teacher"], configs["student"]
+    models = models or open_pair(model)
+    known, learner = models.teacher.config, models.student_config
     check_fits(
         params_need("the teacher", known, model.dtype, teacher_shardings(known)),
         params_need(
             "the student", learner, "float32", shardings(learner), copies=copies
         ),
     )
-    teacher = load_model(
-        model.teacher,
-        dtype=model.dtype,
-        shardings=teacher_shardings,
-        allow_unknown_keys=allow,
-    )
+    teacher = models.teacher.load(dtype=model.dtype, shardings=teacher_shardings)
     notes = [f"teacher: {note}" for note in teacher.notes]
     generation = teacher.generation
-    if model.student is not None:
-        student = load_model(
-            model.student,
-            dtype="float32",
-            shardings=shardings,
-            allow_unknown_keys=allow,
-        )
+    if models.student is not None and model.student is not None:
+        student = models.student.load(shardings=shardings)
         own_settings = student.generation
         if model.resize_embeddings and teacher.tokenizer is not None:
             own_settings = translate_ids(
                 own_settings, student.tokenizer, teacher.tokenizer
             )
         generation = {**generation, **own_settings}
-    elif model.student_config is not None:
-        student = random_init(
-            model.student_config,
-            jax.random.key(settings.run.seed),
-            shardings=shardings,
-            allow_unknown_keys=allow,
-        )
+    elif models.student is not None:
+        key = jax.random.key(settings.run.seed)
+        student = models.student.random_init(key, shardings=shardings)
     else:
         student = None
     if student is not None:
@@ -356,4 +368,5 @@ def load_pair(settings: Settings, mesh: Mesh, *, copies: int = 3) -> Pair:
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), resized(params))
 
     own_params = jax.jit(own, out_shardings=where)(params)
-    return Pair(teacher, config, own_params, where, generation, tuple(notes))
+    path = models.teacher.source.path
+    return Pair(teacher, config, own_params, where, path, generation, tuple(notes))

@@ -183,6 +183,7 @@ def training(teacher, prepared, template, tmp_path):
     return flags
 
 
+@pytest.mark.slow
 def test_train_tpu_trains_on_shards_in_buckets_and_resumes_mid_epoch(
     train_tpu, training, tmp_path
 ):
@@ -215,6 +216,7 @@ def test_train_tpu_refuses_shards_without_their_template(train_tpu, training, ca
     expect(train_tpu.main, capsys, flags, "the chat template (none here")
 
 
+@pytest.mark.slow
 def test_train_tpu_counts_bad_lines_and_goes_on(train_tpu, training, tmp_path, capsys):
     source = tmp_path / "chats.jsonl"
     write_chats(source, 20)

@@ -57,7 +57,7 @@ def curve(twin, text, tmp_path):
             }
         )
         mesh = make_mesh(mesh_text, jax.devices()[: MESHES[mesh_text]])
-        tokenizer = check_models(settings.model, settings.data.seq_len)
+        tokenizer = check_models(settings.model, settings.data.seq_len).tokenizer
         dataset = read_data(settings, tokenizer)
         pair = load_pair(settings, mesh)
         evaluator = make_evaluator(settings, pair, dataset, mesh, tokenizer=tokenizer)

@@ -116,7 +116,7 @@ def test_check_models_refuses_ids_without_an_embedding(teacher, make_folder):
 @pytest.mark.multidevice
 def test_load_pair_resizes_both_models_to_the_teachers_tokenizer(teacher, stranger):
     chosen = settings(teacher=teacher, student=stranger, resize_embeddings=True)
-    assert len(check_models(chosen.model, 8)) == 40
+    assert len(check_models(chosen.model, 8).tokenizer) == 40
     pair = load_pair(chosen, make_mesh("data=1,fsdp=4,tensor=2"))
     for config in (pair.teacher.config, pair.student_config):
         assert config.vocab_size == config.padded_vocab_size == 40
@@ -185,7 +185,7 @@ def instruct(make_folder):
 
 def test_the_settings_of_an_instruct_student_are_its_own(base, instruct):
     chosen = settings(teacher=base, student=instruct)
-    tokenizer = check_models(chosen.model, 8)
+    tokenizer = check_models(chosen.model, 8).tokenizer
     assert (tokenizer.eos_token, tokenizer.pad_token) == (TOKENS[3], TOKENS[7])
     assert (tokenizer.chat_template, tokenizer.padding_side) == (TEMPLATE, "left")
     pair = load_pair(chosen, make_mesh("data=8"))
@@ -197,7 +197,7 @@ def test_the_settings_of_an_instruct_student_are_its_own(base, instruct):
 
 def test_the_settings_that_a_student_lacks_are_the_teachers(base, instruct):
     chosen = settings(teacher=instruct, student=base)
-    tokenizer = check_models(chosen.model, 8)
+    tokenizer = check_models(chosen.model, 8).tokenizer
     assert (tokenizer.eos_token, tokenizer.chat_template) == (TOKENS[0], TEMPLATE)
     pair = load_pair(chosen, make_mesh("data=8"))
     assert {**pair.generation} | BASE | {"do_sample": True} == {**pair.generation}
@@ -219,7 +219,7 @@ def test_the_settings_of_a_student_with_the_teachers_tokenizer(
         generation={"eos_token_id": [9, 29], "top_k": 4},
     )
     chosen = settings(teacher=base, student=student, resize_embeddings=True)
-    tokenizer = check_models(chosen.model, 8)
+    tokenizer = check_models(chosen.model, 8).tokenizer
     assert tokenizer.get_vocab() == make_tokenizer(TOKENS).get_vocab()
     assert tokenizer.chat_template == TEMPLATE
     generation = load_pair(chosen, make_mesh("data=8")).generation
@@ -233,7 +233,7 @@ def test_load_pair_refuses_what_does_not_fit_together(teacher, tmp_path, monkeyp
     (tmp_path / "config.json").write_text(json.dumps(values))
     huge = settings(teacher=teacher, student_config=str(tmp_path))
     # Before any weights are read.
-    monkeypatch.setattr("taid_jax.train.inputs.load_model", None)
+    monkeypatch.setattr("taid_jax.models.files.load.load_params", None)
     with pytest.raises(ModelError, match=r"for the teacher, .* for the student; this"):
         load_pair(huge, make_mesh("data=1,fsdp=8,tensor=1"))
 
@@ -275,7 +275,7 @@ def test_identify_models_is_by_content_wherever_the_files_lie(teacher, tmp_path)
 
     def identify(folder, layers=1):
         chosen = settings(teacher=str(folder), student_layers=layers)
-        return identify_models(chosen.model, load_pair(chosen, mesh))
+        return identify_models(load_pair(chosen, mesh))
 
     known = identify(teacher)
     moved = tmp_path / "moved"

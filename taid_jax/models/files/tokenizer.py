@@ -61,13 +61,21 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     it was read is shown as a warning.
 
     Args:
-        source: See `source.resolve`.
+        source: See `hub.resolve`.
 
     Raises:
         ModelError: If there is none, or it cannot be read.
     """
     found = resolve(source, weights=False)
-    tokenizer = find_tokenizer(found)
+    return require_tokenizer(find_tokenizer(found), found)
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, found: Source) -> Tokenizer:
+    """Returns a tokenizer that has to be there, after warning of what was noticed.
+
+    Raises:
+        ModelError: If there is none.
+    """
     if tokenizer is None:
         raise ModelError(
             f"{found.path} has no tokenizer (need {_FILES[0]}, or the vocabulary files "
