@@ -16,8 +16,8 @@ from rich.table import Table
 
 from taid_jax.cli import _flags
 from taid_jax.data.errors import FILTERS, REASONS
-from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
+from taid_jax.data.shards import MANIFEST, SIDES, Manifest
 from taid_jax.errors import InputError, refuse
 from taid_jax.settings import ModelSettings, check_number, check_text
 
@@ -99,8 +99,6 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     try:
         command = parse(arguments)
-        from rich.progress import Progress
-
         from taid_jax.data import Tokenizer
         from taid_jax.data.template import set_chat_template
         from taid_jax.models.files.tokenizer import load_tokenizer
@@ -108,18 +106,8 @@ def main(arguments: Sequence[str]) -> int:
         tokenizer = load_tokenizer(command.tokenizer)
         if command.chat_template is not None:
             set_chat_template(cast(Tokenizer, tokenizer), command.chat_template)
-        with Progress(console=console) as bars:
-            tasks = {}
-
-            def progress(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done)
-
-            # transformers declares some of these methods on its subclasses alone.
-            manifest = prepare(
-                command.options, cast(Tokenizer, tokenizer), progress=progress
-            )
+        # transformers declares some of these methods on its subclasses alone.
+        manifest = prepare(command.options, cast(Tokenizer, tokenizer))
     except InputError as error:
         return refuse(error)
     show(manifest, console)

@@ -10,8 +10,8 @@ import pytest
 
 from taid_jax.data.batches import ExampleSet, held_out_batches, train_iterator
 from taid_jax.data.errors import DataError
-from taid_jax.data.packing import pack_rows
-from taid_jax.data.tokens import Example, make_table
+from taid_jax.data.packing import make_table, pack_rows
+from taid_jax.data.tokens import Example
 from taid_jax.types import IGNORE_INDEX
 
 SEQ_LEN = 8

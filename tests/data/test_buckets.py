@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taid_jax.data.batches import ExampleSet, held_out_batches, train_iterator
-from taid_jax.data.buckets import EMPTY, BucketBatches, bucket_of, check_buckets
 from taid_jax.data.errors import DataError
-from taid_jax.data.tokens import Example, make_table
+from taid_jax.data.packing import (
+    EMPTY,
+    BucketBatches,
+    bucket_of,
+    check_buckets,
+    make_table,
+)
+from taid_jax.data.tokens import Example
 
 BUCKETS = (4, 8, 16)
 LENGTHS = [3, 4, 5, 16, 2, 8, 9, 4, 3, 7, 12, 2, 6, 15, 4]

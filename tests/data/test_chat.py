@@ -5,9 +5,9 @@ import pytest
 
 from taid_jax.data.chat import ChatRenderer, MissingTemplateError
 from taid_jax.data.documents import Chat, Completion, Message, parse_record
-from taid_jax.data.encoding import Encoder, Rendered
 from taid_jax.data.errors import DataError, RecordError
-from taid_jax.data.template import ChatTemplate, Cut
+from taid_jax.data.template import ChatTemplate, Conversation, Cut
+from taid_jax.data.tokens import Encoder, Rendered
 
 QUESTION = Message("user", "Whether?")
 ANSWER = Message("assistant", "that is all.")
@@ -370,14 +370,6 @@ ENDINGS = {
         "One. <|over|>",
         "Two<|over|>",
     ),
-    # The last turn of all ends by another token than those before it.
-    "other_at_the_end": (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '</s>' if loop.last "
-        "and m.role == 'assistant' else '<s>' }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}",
-        "One. <s>",
-        "Two</s>",
-    ),
 }
 
 
@@ -400,6 +392,10 @@ def test_chat_counts_whatever_ends_an_answer(tokenizers, monkeypatch, case):
         "{% for m in messages %}{{ '\n\n' + m.role }}: {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n\n' }}assistant: {% else %}</s>"
         "{% endif %}",
+        # The last turn of all ends by another token than those before it.
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '</s>' if loop.last "
+        "and m.role == 'assistant' else '<s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
         # Headers are tokens, and no ends.
         "{% for m in messages %}{{ '<s>' + m.role }}: {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<s>' }}assistant: {% endif %}",
@@ -506,21 +502,19 @@ def test_chat_leaves_out_calls_that_the_template_does_not_write(
     assert caught.value.reason == "tool_calls_not_written"
 
 
-def test_chat_counts_the_keys_that_the_template_does_not_use(tokenizer, monkeypatch):
+def test_chat_names_the_keys_that_the_template_does_not_use(tokenizer, monkeypatch):
     named = CHATML.replace("{{ m.role }}", "{{ m.name or m.role }}")
     monkeypatch.setattr(tokenizer, "chat_template", named)
     renderer = ChatRenderer(tokenizer)
-    renderer.chat(chat_of(("user", "Q", {"name": "Ann"}), ("assistant", "A")))
-    assert not renderer.unused
+    chat = chat_of(("user", "Q", {"name": "Ann"}), ("assistant", "A"))
+    assert renderer.chat(chat).unused_keys == ()
     others = {"reasoning_content": "hm", "mood": "good"}
-    renderer.chat(chat_of(("user", "Q"), ("assistant", "A", others), tools=TOOLS))
-    assert dict(renderer.unused) == {"reasoning_content": 1, "mood": 1, "tools": 1}
+    chat = chat_of(("user", "Q"), ("assistant", "A", others), tools=TOOLS)
+    assert renderer.chat(chat).unused_keys == ("reasoning_content", "mood", "tools")
     # It changes what an answer is asked by, and so what counts of it.
     monkeypatch.setattr(tokenizer, "chat_template", REASONING)
-    renderer = ChatRenderer(tokenizer)
     silent = {"chat_template_kwargs": {"enable_thinking": False}}
-    renderer.chat(chat_of(*TWO, **silent))
-    assert not renderer.unused
+    assert renderer.chat(chat_of(*TWO, **silent)).unused_keys == ()
 
 
 @pytest.mark.parametrize("train_on_prompts", [False, True])
@@ -595,7 +589,8 @@ def test_template_renders_as_transformers_does(tokenizer, monkeypatch, template)
         {"role": "user", "content": "\ue000"},
     ]
     cuts = [Cut(), Cut(1, True), Cut(2), Cut(3, True)]
-    ours = ChatTemplate(tokenizer).render(messages, cuts, {"tools": TOOLS})
+    given = [Conversation(messages, {"tools": TOOLS})]
+    ours = ChatTemplate(tokenizer).render(given, cuts)
     theirs = [
         tokenizer.apply_chat_template(
             messages[: cut.stop],
@@ -612,6 +607,7 @@ def test_template_for_tools_is_taken_where_there_are_tools(tokenizer, monkeypatc
     several = {"default": CHATML, "tool_use": TOOLED}
     monkeypatch.setattr(tokenizer, "chat_template", several)
     renderer = ChatRenderer(tokenizer)
-    assert renderer.chat(chat_of(*TWO, tools=TOOLS)).text.startswith('[{"type"')
+    tooled = renderer.chat(chat_of(*TWO, tools=TOOLS))
+    assert tooled.text.startswith('[{"type"')
+    assert tooled.unused_keys == ()
     assert renderer.chat(chat_of(*TWO)).text.startswith("<|im_start|>user")
-    assert not renderer.unused

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from taid_jax.data import DataError, load_dataset, train_iterator
-from taid_jax.data.identity import differences, identify
-from taid_jax.data.manifest import MANIFEST, read_manifest
 from taid_jax.data.prepare import PrepareOptions, prepare
+from taid_jax.data.shards import MANIFEST, differences, identify, read_manifest
 
 
 @pytest.fixture
@@ -147,7 +146,7 @@ def test_identify_sees_no_difference_in_an_exported_tokenizer(
 
 
 def test_differences_names_each():
-    from taid_jax.data.identity import TokenizerIdentity
+    from taid_jax.data.shards import TokenizerIdentity
 
     here = TokenizerIdentity(3, "v", "r", {"eos_token_id": 2}, "t")
     assert differences(here, here, chats=True) == []
@@ -184,7 +183,7 @@ def test_shards_that_are_not_whole_are_refused(shards, tokenizer, damage, messag
     ("change", "message"),
     [
         (lambda text: text[:100], "not a whole manifest"),
-        (lambda text: text.replace("data 2", "data 9"), "need the format .*data 2"),
+        (lambda text: text.replace("data 3", "data 9"), "need the format .*data 3"),
         (lambda text: text.replace('"files"', '"filed"'), "not a whole manifest"),
         (lambda text: "[]", "not a whole manifest"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from taid_jax.data import DataError, load_dataset
 from taid_jax.data import template as te
-from taid_jax.data.template import ChatTemplate, set_chat_template
+from taid_jax.data.template import ChatTemplate, Conversation, Cut, set_chat_template
 
 TURNS = [
     {"role": "user", "content": "Why?"},
@@ -130,7 +130,7 @@ def test_template_that_a_user_stops_is_not_the_answer_to_the_next(
     tokenizer, monkeypatch
 ):
     template = ChatTemplate(tokenizer)
-    [wanted] = template.render(TURNS)
+    [wanted] = template.render([Conversation(TURNS)], [Cut()])
     process = te._Renderer.process
     assert process is not None
 
@@ -140,15 +140,17 @@ def test_template_that_a_user_stops_is_not_the_answer_to_the_next(
 
     monkeypatch.setattr(process, "stdout", type("Pipe", (), {"readline": stop}))
     with pytest.raises(KeyboardInterrupt):
-        template.render([{"role": "user", "content": "Another."}])
-    assert template.render(TURNS) == [wanted]
+        template.render([Conversation(TURNS[:1])], [Cut()])
+    assert template.render([Conversation(TURNS)], [Cut()]) == [wanted]
 
 
 def test_template_is_rendered_in_any_thread(tokenizer):
     found = []
     template = ChatTemplate(tokenizer)
     threads = [
-        threading.Thread(target=lambda: found.extend(template.render(TURNS)))
+        threading.Thread(
+            target=lambda: found.extend(template.render([Conversation(TURNS)], [Cut()]))
+        )
         for _ in range(4)
     ]
     for thread in threads:

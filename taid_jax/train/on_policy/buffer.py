@@ -20,7 +20,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from taid_jax.data import Dataset, ExampleSet, pad_left
-from taid_jax.data.tokens import Example, make_table
+from taid_jax.data.packing import make_table
+from taid_jax.data.tokens import Example
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import OnPolicySettings, Settings, SettingsError

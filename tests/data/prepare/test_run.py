@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from taid_jax.data import DataError, load_dataset
-from taid_jax.data.manifest import read_manifest
+from taid_jax.data import prepare as module
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
-from taid_jax.data.prepare import run as module
+from taid_jax.data.shards import read_manifest
 
 
 def contents(output):
@@ -74,7 +74,7 @@ def test_prepare_shuffles(folder, tmp_path, tokenizer, ask, conversations, rende
 def test_prepare_gives_the_same_bytes_however_it_is_shared_out(
     folder, tmp_path, tokenizer, ask
 ):
-    options = {"piece_bytes": 4000, "shard_tokens": 2000}
+    options = {"shard_tokens": 2000}
     prepare(ask(folder, tmp_path / "one", **options), tokenizer)
     prepare(ask(folder, tmp_path / "two", **options, jobs=2), tokenizer)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
@@ -92,7 +92,7 @@ def test_prepare_gives_the_same_examples_in_any_shards(
     """The order of the shuffle does not hang on pieces and shards either."""
     orders = []
     for name, options in [
-        ("small", {"piece_bytes": 3000, "shard_tokens": 1500}),
+        ("small", {"shard_tokens": 1500}),
         ("large", {}),
     ]:
         prepare(ask(folder, tmp_path / name, **options), tokenizer)
@@ -106,30 +106,42 @@ class Killed(BaseException):
     """As if the process had gone."""
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_prepare_goes_on_after_being_killed(
     folder, tmp_path, tokenizer, monkeypatch, seed, ask
 ):
     """Killed at some writes, whole or with half a file left behind."""
-    options = {"piece_bytes": 6000, "shard_tokens": 3000}
+    options = {"shard_tokens": 3000}
     prepare(ask(folder, tmp_path / "whole", **options), tokenizer)
     draw = random.Random(seed)
-    replace = pathlib.Path.replace
+    replace, rows_of = pathlib.Path.replace, module._rows_of
     left = 0
 
-    def dies(path, target):
+    def count():
         nonlocal left
         left -= 1
         if left < 0:
-            path.write_bytes(path.read_bytes()[: draw.randint(0, 50)])
             raise Killed
+
+    def dies_encoding(*arguments):
+        count()
+        return rows_of(*arguments)
+
+    def dies_writing(path, target):
+        try:
+            count()
+        except Killed:
+            path.write_bytes(path.read_bytes()[: draw.randint(0, 50)])
+            raise
         return replace(path, target)
 
     killed = 0
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "replace", dies)
+        patch.setattr(module, "_PIECE", 30)
+        patch.setattr(pathlib.Path, "replace", dies_writing)
+        patch.setattr(module, "_rows_of", dies_encoding)
         for _ in range(100):
-            left = draw.randint(1, 9)
+            left = draw.randint(1, 50)
             try:
                 prepare(ask(folder, tmp_path / "killed", **options), tokenizer)
                 break
@@ -144,12 +156,12 @@ def test_prepare_goes_on_after_being_killed(
 def test_prepare_does_not_encode_finished_pieces_again(
     folder, tmp_path, tokenizer, monkeypatch, ask
 ):
-    options = ask(folder, tmp_path / "out", piece_bytes=4000)
-    monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
+    options = ask(folder, tmp_path / "out")
+    monkeypatch.setattr(module, "_choose", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(options, tokenizer)
     monkeypatch.undo()
-    monkeypatch.setattr(module.PartWriter, "write", None)  # not to be called
+    monkeypatch.setattr(module._Encode, "__call__", None)  # not to be called
     assert prepare(options, tokenizer).records == 120
 
 
@@ -157,7 +169,7 @@ def test_prepare_is_done_when_it_is_done(folder, tmp_path, tokenizer, monkeypatc
     options = ask(folder, tmp_path / "out")
     manifest = prepare(options, tokenizer)
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(module, "list_sources", None)  # not to be called
+    monkeypatch.setattr(module, "find_source", None)  # not to be called
     assert prepare(options, tokenizer) == manifest
     assert contents(tmp_path / "out") == before
 
@@ -181,7 +193,7 @@ def test_prepare_refuses_to_go_on_with_something_else(
     folder, tmp_path, tokenizer, monkeypatch, ask
 ):
     options = ask(folder, tmp_path / "out")
-    monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(module, "_choose", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(options, tokenizer)
     with pytest.raises(DataError, match=r"begun otherwise.*seed was 0, now 1"):

@@ -97,7 +97,7 @@ def test_prepare_drops_copies_and_keeps_other_answers_to_a_prompt(
     leaked = {**records[7], "prompt_id": "leaked", "messages": first["messages"]}
     records = [*records, records[2], changed, records[2], leaked]
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
-    manifest = prepare(ask(folder, tmp_path / "out", piece_bytes=3000), tokenizer)
+    manifest = prepare(ask(folder, tmp_path / "out"), tokenizer)
     assert manifest.left_out == {"copy": 2}
     assert manifest.noted == {"same_name": 1, "prompt_on_both_sides": 1}
     train = load_dataset(tmp_path / "out", tokenizer, seq_len=2048).info.train
@@ -148,7 +148,7 @@ def test_prepare_counts_bad_records_by_line_and_goes_on(
     for number, line in enumerate(bad.values()):
         lines.insert(1 + 3 * number, line)
     path.write_bytes(b"\n".join([*lines, good[0][:50]]))
-    manifest = prepare(ask(folder, tmp_path / "out", piece_bytes=5000), tokenizer)
+    manifest = prepare(ask(folder, tmp_path / "out"), tokenizer)
     wanted = dict.fromkeys(bad, 1) | {"not_json": 2}
     assert manifest.left_out == wanted
     assert set(wanted) < set(REASONS)

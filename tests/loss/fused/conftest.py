@@ -132,18 +132,12 @@ def products(read_program):
 
 
 @pytest.fixture
-def nested(monkeypatch):
-    """Sizes as for a large vocabulary: rows in blocks in chunks, strips of the head."""
-    from taid_jax.loss._fused import plan, strips
+def small_chunks(monkeypatch):
+    """Chunks of 128 tokens and groups of 16, as a large vocabulary has them."""
+    from taid_jax.loss import _fused
 
-    sizes = [VOCAB * rows for rows in (4, 128, 512)]
-    monkeypatch.setitem(plan._ENTRIES, "cpu", sizes)
-    monkeypatch.setattr(strips, "STRIP", 8)
-    found = plan.make_plan(700, VOCAB, "cpu", None)
-    assert 1 < found.groups < found.rows < found.block < found.chunk < 700
-    # Two digits, and a rest of the vocabulary.
-    assert found.chunk // found.block == 3
-    assert VOCAB % (VOCAB // 5) > 1
+    monkeypatch.setitem(_fused._ENTRIES, "cpu", 128 * VOCAB)
+    monkeypatch.setattr(_fused, "_CPU_ROWS", 16 * VOCAB)
 
 
 @dataclasses.dataclass(frozen=True)

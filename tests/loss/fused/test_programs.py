@@ -65,7 +65,7 @@ def test_fused_loss_under_checkpoint_and_vmap_repeats_no_product(
 
 
 def test_fused_loss_with_a_mask_for_every_example_repeats_no_product(
-    arrays, fused, nested, products
+    arrays, fused, small_chunks, products
 ):
     a, objective = arrays(tokens=(2, 512)), loss.TAID(jnp.float32(0.4))
 
@@ -86,8 +86,8 @@ def test_fused_loss_with_a_mask_for_every_example_repeats_no_product(
             assert np.linalg.norm(x - y) <= 1e-6 * np.linalg.norm(y)
 
 
-def test_fused_loss_in_blocks_and_strips_forms_no_product_twice(
-    arrays, fused, both, nested, products
+def test_fused_loss_of_many_chunks_forms_no_product_twice(
+    arrays, fused, both, small_chunks, products
 ):
     a, objective = arrays(tokens=(1024,)), loss.TAID(jnp.float32(0.4))
 

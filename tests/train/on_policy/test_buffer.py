@@ -9,7 +9,8 @@ import pytest
 
 from taid_jax import loss
 from taid_jax.data.batches import ExampleSet, train_iterator
-from taid_jax.data.tokens import Example, make_table
+from taid_jax.data.packing import make_table
+from taid_jax.data.tokens import Example
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
     abstract_params,
