@@ -47,7 +47,7 @@ def total(models, side, batches=None):
             value, sums = batch_loss(
                 loss.TAID(0.4), functions, params, functions, teacher, batch
             )
-            return value, sums["weight"]
+            return value, sums["num_tokens"]
 
         return jax.value_and_grad(scalar, has_aux=True)(params)
 
