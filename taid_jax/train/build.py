@@ -50,14 +50,7 @@ class BuiltStep(NamedTuple):
 def build_step(
     settings: Settings, student: DecoderConfig, teacher: DecoderConfig, mesh: Mesh
 ) -> BuiltStep:
-    """Returns the train step that settings ask for, without making an array.
-
-    Args:
-        settings: Of the run.
-        student: Its architecture; float32 weights.
-        teacher: Its architecture; weights in the compute dtype.
-        mesh: Where the arrays lie.
-    """
+    """Returns the train step that settings ask for, without making an array."""
     run, opt, dtype = settings.run, settings.optimizer, settings.model.dtype
     rate = learning_rate_schedule(opt.learning_rate, run.steps, opt.warmup_steps)
     optimizer = make_optimizer(
@@ -128,18 +121,6 @@ def build_loop(
     models: Mapping[str, str] | None = None,
 ) -> tuple[Loop, DistillState]:
     """Returns the loop and the state that it starts from, new or restored.
-
-    Args:
-        settings: Of the run.
-        folder: Of the run.
-        pair: Teacher and student.
-        dataset: The data.
-        checkpoints: Of the run.
-        mesh: Where arrays lie.
-        evaluate: From `make_evaluator`.
-        on_policy: Puts the student's completions in place of batches.
-        step: The checkpoint to go on from; None for a new run.
-        models: From `identify_models`, saved with every checkpoint.
 
     Raises:
         CheckpointError: If the checkpoint does not fit, or cannot be read.

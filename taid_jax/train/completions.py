@@ -30,17 +30,6 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 class EvalCompletions:
     """The student's greedy completions of those prompts that leave room for one.
 
-    Args:
-        prompts: From `find_eval_prompts`.
-        tokenizer: Of the student.
-        config: Of the student.
-        generation: Settings of the student's generation, see `Pair`.
-        max_new_tokens: Tokens of a completion at most.
-        batch_size: Prompts at once, over all processes.
-        dtype: Of the computation.
-        mesh: Where the prompts go.
-        shardings: Of the student's parameters.
-
     Attributes:
         prompts: Those that leave room.
         references: What is wanted, as text.

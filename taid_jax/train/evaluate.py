@@ -231,14 +231,6 @@ def make_evaluator(
     It depends on the state and the held-out data alone and changes neither, so that one
     that is cut off and begun again gives the same.
 
-    Args:
-        settings: Of the run.
-        pair: Teacher and student.
-        dataset: With the held-out side.
-        mesh: Where batches go.
-        tokenizer: Of both models.
-        prompts: From `find_eval_prompts`; completions are not scored without any.
-
     Raises:
         SettingsError: If no prompt leaves room for a completion.
     """

@@ -96,7 +96,8 @@ def test_evaluate_teacher_as_the_student_is_at_no_distance(
     ]
     assert evaluate.main(flags) == 0
     found = json.loads(path.read_text())
-    assert found["kl"] == 0
+    # Each side's log-sum is rounded on its own.
+    assert abs(found["kl"]) < 1e-8
     assert found["student_perplexity"] == found["teacher_perplexity"]
     assert found["rouge_l"] is None
 

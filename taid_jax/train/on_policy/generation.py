@@ -274,11 +274,6 @@ def export_generation(
     token, no id can say so. `stop_strings` could, but with them in the settings
     `generate` of transformers fails unless it is given the tokenizer: a warning names
     them instead.
-
-    Args:
-        generation: See `Pair`.
-        tokenizer: That the student is exported with.
-        dataset: That it was trained on.
     """
     ends = list(training_ends(tokenizer, generation, dataset))
     end = template_end(tokenizer)
