@@ -371,6 +371,7 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
             state = loop.checkpoints.restore(state, step)
             place = read_run(loop.checkpoints.folder / str(step)).place
             loop.batches.set_state(place["iterator"])
+            loop.evaluations = place["evaluations"]
             loop.on_policy.set_state(place["on_policy"])
         return loop, state
 
