@@ -8,7 +8,7 @@ again; manifest.json and left_out.jsonl tell what became of every record.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -16,10 +16,12 @@ from rich.table import Table
 
 from taid_jax.cli import _flags
 from taid_jax.data.errors import FILTERS, REASONS
-from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
-from taid_jax.data.shards import MANIFEST, SIDES, Manifest
+from taid_jax.data.options import PRESETS, PrepareOptions
 from taid_jax.errors import InputError, refuse
 from taid_jax.settings import ModelSettings, check_number, check_text
+
+if TYPE_CHECKING:
+    from taid_jax.data.shards import Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,10 @@ def parse(arguments: Sequence[str]) -> Command:
     return command
 
 
-def show(manifest: Manifest, console: Console) -> None:
+def show(manifest: "Manifest", console: Console) -> None:
     """Prints what was prepared and what was left out."""
+    from taid_jax.data.shards import SIDES
+
     kept = Table("side", "examples", "tokens", "shards")
     for side in SIDES:
         files = [file for file in manifest.files if file.side == side]
@@ -100,6 +104,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         command = parse(arguments)
         from taid_jax.data import Tokenizer
+        from taid_jax.data.prepare import REPORT, prepare
+        from taid_jax.data.shards import MANIFEST
         from taid_jax.data.template import set_chat_template
         from taid_jax.models.files.tokenizer import load_tokenizer
 

@@ -534,7 +534,7 @@ def _merged(content: Chat) -> Chat | None:
 
 def _free(text: str, count: int) -> list[str]:
     """Returns characters that a text does not have."""
-    used = set(text)
+    used = set() if text.isascii() else set(text)
     free = [
         chr(code) for code in _PRIVATE[: count + len(used)] if chr(code) not in used
     ]

@@ -17,13 +17,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from taid_jax.data.documents import ID_KEYS, RECORD_KEYS
 from taid_jax.data.errors import DataError, RecordError
+from taid_jax.data.options import MAX_RECORD_BYTES
 
 if TYPE_CHECKING:
     import pyarrow
-
-MAX_RECORD_BYTES = 4_000_000
-"""A record above it is no conversation that a model could be trained on, and would hold
-up the tokenizer: 4 MB are about a million tokens."""
 
 _WHOLE_BYTES = 2**30
 """The most bytes of a file that is read whole: text and JSON that is no line a record.

@@ -13,8 +13,8 @@ from taid_jax.data.corpus import (
     pydoc_sections,
 )
 from taid_jax.data.errors import DataError
+from taid_jax.data.options import MAX_RECORD_BYTES
 from taid_jax.data.records import (
-    MAX_RECORD_BYTES,
     SUPPORTED,
     Records,
     kind_of,

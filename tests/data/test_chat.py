@@ -7,7 +7,7 @@ from taid_jax.data.chat import ChatRenderer, MissingTemplateError
 from taid_jax.data.documents import Chat, Completion, Message, parse_record
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Conversation, Cut
-from taid_jax.data.tokens import Encoder, Rendered
+from taid_jax.data.tokens import Encoder
 
 QUESTION = Message("user", "Whether?")
 ANSWER = Message("assistant", "that is all.")
@@ -40,7 +40,7 @@ def counted_texts(tokenizer, example):
 def test_chat_counts_exactly_the_answers(
     style, styled_tokenizer, turn_end, make_conversations
 ):
-    conversations = make_conversations(200)
+    conversations = make_conversations(80)
     for messages in conversations:
         chat = parse_record({"messages": messages})
         example = encode(styled_tokenizer, chat)
@@ -56,36 +56,12 @@ def test_chat_counts_exactly_the_answers(
 
 
 @pytest.mark.parametrize("train_on_prompts", [False, True])
-def test_chat_prompt_is_all_that_comes_before_the_last_answer(
-    styled_tokenizer, make_conversations, train_on_prompts
-):
-    # White space at an answer's start may share a token with the prompt's end.
-    for messages in make_conversations(50, edges=("",)):
-        chat = parse_record({"messages": messages})
-        example = encode(styled_tokenizer, chat, train_on_prompts=train_on_prompts)
-        asked = styled_tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
-        )
-        found = styled_tokenizer.decode(
-            example.ids[: example.prompt].tolist(), clean_up_tokenization_spaces=False
-        )
-        assert found.rstrip(" ") == asked.rstrip(" ")
-
-
-@pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_completion_prompt_of_a_base_model_is_the_prompt(
     base_tokenizer, train_on_prompts
 ):
     content = Completion("Whether?", " that is all.")
     example = encode(base_tokenizer, content, train_on_prompts=train_on_prompts)
     assert base_tokenizer.decode(example.ids[: example.prompt]) == "Whether?"
-
-
-def test_chat_keeps_the_ids_of_the_whole_text(styled_tokenizer, make_conversations):
-    for messages in make_conversations(50, edges=[""]):
-        example = encode(styled_tokenizer, parse_record({"messages": messages}))
-        whole = styled_tokenizer.apply_chat_template(messages, return_dict=False)
-        assert example.ids.tolist() == whole
 
 
 def test_chat_cuts_a_token_that_crosses_into_an_answer(tokenizer):
@@ -100,12 +76,6 @@ def test_chat_cuts_a_token_that_crosses_into_an_answer(tokenizer):
     assert whole[: len(prompt)] != prompt
     assert example.ids[: len(prompt)].tolist() == prompt
     assert counted_texts(tokenizer, example) == ["\n\nmoves<|im_end|>"]
-
-
-def test_chat_tells_answers_apart_from_equal_prompts(tokenizer):
-    echo = Message("user", ANSWER.content)
-    example = encode(tokenizer, Chat((echo, ANSWER, echo, ANSWER)))
-    assert counted_texts(tokenizer, example) == ["that is all.<|im_end|>"] * 2
 
 
 def test_chat_counts_everything_but_the_first_token_on_request(styled_tokenizer):
@@ -155,7 +125,7 @@ def test_chat_counts_exactly_what_the_template_marks(
     """The masks of transformers alone count a token of which one character is."""
     template = marked_template(style, turn_end)
     monkeypatch.setattr(styled_tokenizer, "chat_template", template)
-    for messages in make_conversations(200):
+    for messages in make_conversations(80):
         example = encode(styled_tokenizer, parse_record({"messages": messages}))
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         if style in ("llama2", "llama3"):
@@ -264,7 +234,7 @@ def test_chat_knows_where_the_last_answer_is(
     style, styled_tokenizer, make_conversations, train_on_prompts
 ):
     """The prompt is what generation is given, the answer what it should write."""
-    for messages in make_conversations(40, edges=[""]):
+    for messages in make_conversations(20, edges=[""]):
         content = parse_record({"messages": messages})
         example = encode(styled_tokenizer, content, train_on_prompts=train_on_prompts)
         asked = styled_tokenizer.apply_chat_template(
@@ -321,15 +291,6 @@ def test_completion_that_shares_a_token_with_its_prompt_is_cut_there(base_tokeni
     example = encode(base_tokenizer, Completion("the tea", "cher"))
     assert example.ids[: len(prompt)].tolist() == prompt
     assert counted_texts(base_tokenizer, example) == ["cher<|im_end|>"]
-
-
-def test_rendered_text_is_what_the_template_writes(tokenizer):
-    item = ChatRenderer(tokenizer, train_on_prompts=False).chat(
-        Chat((QUESTION, ANSWER))
-    )
-    assert isinstance(item, Rendered)
-    start, stop = item.answers[0]
-    assert item.text[start:stop] == "that is all.<|im_end|>"
 
 
 def chat_of(*turns, **record):

@@ -59,7 +59,7 @@ def test_set_chat_template_says_what_is_wrong(
 
 
 FOREVER = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}X{% endfor %}{% endfor %}"
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 )
 
 
@@ -67,16 +67,12 @@ FOREVER = (
     ("template", "message"),
     [
         ("{{ 1 / 0 }}", "cannot be used: .*ZeroDivisionError"),
-        ("{{ messages.nothing.at_all }}", "cannot be used: .*UndefinedError"),
         ("{% for m in messages %}", "cannot be used: .*TemplateSyntaxError"),
-        ("{{ range(10**9) | list }}", "cannot be used: .*OverflowError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be used: .*Recurs"),
         ("{{ ''.__class__.__mro__ }}", "cannot be used: .*SecurityError"),
-        (FOREVER.replace("X", "{{ a }}"), "(computing|memory)"),
-        (FOREVER.replace("X", ""), r"stopped after [\d.]+ seconds of computing"),
+        (FOREVER, r"stopped after [\d.]+ seconds of computing"),
         ("{{ 10 ** (10 ** 9) }}", r"stopped after [\d.]+ seconds of computing"),
         ("{{ 'a' * 10 ** 10 }}", "asks for too much memory"),
-        ("{{ '%1000000000d' % 1 }}", "asks for too much memory"),
         (
             "{{ ('a' * 10 ** 8) | length }}{{ 'a' * 33000000 }}",
             "writes 33,000,009 char",
@@ -88,7 +84,7 @@ def test_template_that_breaks_or_takes_too_much_is_one_message(
     tokenizer, monkeypatch, write_jsonl, template, message
 ):
     # Enough for what ends by itself, on a slow machine too.
-    monkeypatch.setattr(te, "SECONDS", 1.5)
+    monkeypatch.setattr(te, "SECONDS", 1.0)
     sound = tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", template)
     source = write_jsonl([{"messages": TURNS}] * 3)

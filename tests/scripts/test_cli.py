@@ -47,8 +47,7 @@ def test_main_hands_on_arguments_and_status(monkeypatch):
     assert cli.main(["evaluate", "--a", "--b", "--c"]) == 3
 
 
-# `prepare` imports what reads data.
-@pytest.mark.parametrize("name", sorted({*cli.COMMANDS} - {"prepare"}))
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_imports_nothing_that_takes_time(name):
     found = subprocess.run(
         [sys.executable, "-c", HELP, name], capture_output=True, text=True, check=True
