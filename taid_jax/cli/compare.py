@@ -23,7 +23,7 @@ from taid_jax.errors import InputError, parsing, refuse, show
 from taid_jax.settings import SettingsError, check_text, parse_yaml
 
 if TYPE_CHECKING:
-    from taid_jax.comparison import Cell
+    from taid_jax.cli._comparison import Cell
 
 METHODS = (
     "sft",
@@ -106,7 +106,7 @@ def run_cell(cell: "Cell", console: Console) -> int:
 
 def write_results(cells: "Sequence[Cell]", output: pathlib.Path) -> str:
     """Writes table, figures and picture, and returns the table."""
-    from taid_jax.comparison import collect, draw, make_table
+    from taid_jax.cli._comparison import collect, draw, make_table
     from taid_jax.train.report import write_json
 
     rows = collect(cells)
@@ -123,7 +123,7 @@ def compare(command: Command, console: Console, errors: Console) -> int:
     Raises:
         SettingsError: If the cells cannot be what is asked for.
     """
-    from taid_jax.comparison import plan_cells
+    from taid_jax.cli._comparison import plan_cells
 
     for name in ("output", "config"):
         check_text(name, str(getattr(command, name)))

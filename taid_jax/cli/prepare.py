@@ -8,7 +8,7 @@ again; manifest.json and left_out.jsonl tell what became of every record.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -16,10 +16,12 @@ from rich.table import Table
 
 from taid_jax.cli import _flags
 from taid_jax.data.errors import FILTERS, REASONS
-from taid_jax.data.manifest import MANIFEST, SIDES, Manifest
-from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
+from taid_jax.data.options import PRESETS, PrepareOptions
 from taid_jax.errors import InputError, refuse
 from taid_jax.settings import ModelSettings, check_number, check_text
+
+if TYPE_CHECKING:
+    from taid_jax.data.shards import Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,10 @@ def parse(arguments: Sequence[str]) -> Command:
     return command
 
 
-def show(manifest: Manifest, console: Console) -> None:
+def show(manifest: "Manifest", console: Console) -> None:
     """Prints what was prepared and what was left out."""
+    from taid_jax.data.shards import SIDES
+
     kept = Table("side", "examples", "tokens", "shards")
     for side in SIDES:
         files = [file for file in manifest.files if file.side == side]
@@ -99,27 +103,17 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     try:
         command = parse(arguments)
-        from rich.progress import Progress
-
         from taid_jax.data import Tokenizer
+        from taid_jax.data.prepare import REPORT, prepare
+        from taid_jax.data.shards import MANIFEST
         from taid_jax.data.template import set_chat_template
         from taid_jax.models.files.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(command.tokenizer)
         if command.chat_template is not None:
             set_chat_template(cast(Tokenizer, tokenizer), command.chat_template)
-        with Progress(console=console) as bars:
-            tasks = {}
-
-            def progress(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done)
-
-            # transformers declares some of these methods on its subclasses alone.
-            manifest = prepare(
-                command.options, cast(Tokenizer, tokenizer), progress=progress
-            )
+        # transformers declares some of these methods on its subclasses alone.
+        manifest = prepare(command.options, cast(Tokenizer, tokenizer))
     except InputError as error:
         return refuse(error)
     show(manifest, console)

@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> Command:
     given = _flags.first_flags(arguments, "config", "output")
     base = _flags.read_config(given.config)
     if base.run.resume if given.resume is None else given.resume:
-        from taid_jax.train.checkpoint import saved_settings
+        from taid_jax.train.resume import saved_settings
 
         output = given.output or base.run.output
         saved, fault = saved_settings(output)

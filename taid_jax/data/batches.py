@@ -7,10 +7,8 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from taid_jax.data.buckets import EMPTY, BucketBatches, bucket_of
 from taid_jax.data.errors import DataError
-from taid_jax.data.packing import Rows
-from taid_jax.data.tokens import TokenTable
+from taid_jax.data.packing import EMPTY, BucketBatches, Rows, TokenTable, bucket_of
 from taid_jax.types import IGNORE_INDEX
 
 NumpyBatch = dict[str, Int32[np.ndarray, "batch *length"]]

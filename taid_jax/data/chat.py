@@ -1,10 +1,10 @@
 """Conversations to text, with the characters of every answer."""
 
 import dataclasses
+import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from taid_jax.data.documents import (
     ANSWER_ROLE,
@@ -13,10 +13,10 @@ from taid_jax.data.documents import (
     Completion,
     Message,
 )
-from taid_jax.data.encoding import Rendered, Span, Tokenizer, is_rendered
 from taid_jax.data.errors import DataError, RecordError
-from taid_jax.data.template import ChatTemplate, Cut
+from taid_jax.data.template import ChatTemplate, Conversation, Cut
 from taid_jax.data.template_process import common
+from taid_jax.data.tokens import Rendered, Span, Tokenizer, is_rendered
 from taid_jax.errors import shorten
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
@@ -60,9 +60,6 @@ class ChatRenderer:
         merge_system: Put a system turn that the template refuses before the first turn
             of the user.
         date: What templates take for today, `YYYY-MM-DD`; today when None.
-
-    Attributes:
-        unused: How many conversations had each key that the template does not use.
     """
 
     def __init__(
@@ -78,7 +75,6 @@ class ChatRenderer:
         self._train_on_prompts = train_on_prompts
         self._merge_system = merge_system
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.unused: Counter[str] = Counter()
         # The longest first, so that no token is taken for a shorter one it begins with.
         ends = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._token = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
@@ -114,10 +110,12 @@ class ChatRenderer:
             if not self.has_template or is_rendered(self._tokenizer, content.prompt):
                 return Rendered(content.prompt, framed=True)
             content = Chat((Message("user", content.prompt),))
-        cuts = [Cut(generation=True)]
-        content, texts = self._rendered(content, cuts)
-        self._count_unused(content, cuts, texts)
-        return Rendered(texts[0])
+
+        def rendered(content: Chat) -> Rendered:
+            texts = self._render(content, [Cut(generation=True)], [])
+            return Rendered(texts.plain[0], unused_keys=texts.unused_keys)
+
+        return self._merging(content, rendered)
 
     def chat(self, content: Chat) -> Rendered:
         """Returns a conversation as text, with the characters of its answers.
@@ -130,177 +128,218 @@ class ChatRenderer:
             RecordError: If the template refuses the conversation or leaves a turn out,
                 or the answers are not found in what it renders, or nothing ends them.
         """
-        turns = _answer_turns(content)
-        silent = [turn for turn in turns if not content.messages[turn].trained]
+        return self._merging(content, self._chat)
+
+    def _merging(self, content: Chat, render: Callable[[Chat], Rendered]) -> Rendered:
+        """Renders a conversation, its system turn put elsewhere if that is asked."""
+        if not self.has_template:
+            raise MissingTemplateError()
+        try:
+            return render(content)
+        except RecordError as error:
+            merged = _merged(content)
+            refused = error.reason in ("template_refuses", "unknown_role")
+            if merged is None or not refused:
+                raise
+            if self._merge_system:
+                return render(merged)
+            raise RecordError(
+                error.reason,
+                f"{error}; --merge-system puts a system turn before the first turn of "
+                "the user",
+            ) from error
+
+    def _chat(self, content: Chat) -> Rendered:
+        every = [n for n, m in enumerate(content.messages) if m.role == ANSWER_ROLE]
+        untrained = [turn for turn in every if not content.messages[turn].trained]
+        turns = every
         if self._train_on_prompts:
             # Where they are matters for the last, and for those that do not count.
-            last = [turn for turn in turns if turn not in silent][-1:]
-            turns = sorted([*silent, *last])
-        numbers = [n for n, turn in enumerate(turns) if turn in silent]
+            last = [turn for turn in every if turn not in untrained][-1:]
+            turns = sorted([*untrained, *last])
         cuts = [Cut(), *(Cut(turn, generation=True) for turn in turns)]
-        before = len(content.messages)
-        content, texts = self._rendered(content, cuts)
-        moved = before - len(content.messages)
-        turns = [turn - moved for turn in turns]
-        whole = texts[0]
-        # Some keys change only how an answer is asked for.
-        looked_at = [Cut(), *(Cut(turn, generation=True) for turn in turns[-1:])]
-        self._count_unused(content, looked_at, [whole, *texts[1:][-1:]])
-        marked = self._template.text(dict(content.options)) or ""
+        texts = self._render(content, cuts, turns)
+        whole = texts.plain[0]
         try:
-            if _MARK.search(marked):
-                spans = self._marked_answers(whole, content, marked)
-                every = _answer_turns(content)
-                if silent and len(spans) != len(every):
+            if texts.by_marks:
+                spans, turns = _marked_answers(texts), every
+                if untrained and len(spans) != len(every):
                     raise RecordError(
                         "answer_not_found",
                         "the chat template marks other answers than those that have a "
                         "weight",
                     )
-                numbers = [n for n, turn in enumerate(every) if turn + moved in silent]
-            elif turns:
-                finder = _Answers(self._template, content, turns, whole, self._token)
-                spans = finder.find(texts[1:])
             else:
-                spans = ()
+                spans = _Answers(content, turns, texts, self._token, self._again).find()
         except RecordError as error:
-            if not self._train_on_prompts or silent or error.reason == "no_end":
+            if not self._train_on_prompts or untrained or error.reason == "no_end":
                 raise
-            return Rendered(whole, counts_all=True)
-        trained = tuple(span for n, span in enumerate(spans) if n not in numbers)
+            return Rendered(whole, counts_all=True, unused_keys=texts.unused_keys)
+        masked = [n for n, turn in enumerate(turns) if turn in untrained]
+        trained = tuple(span for n, span in enumerate(spans) if n not in masked)
         if not self._train_on_prompts:
-            return Rendered(whole, trained)
-        left_out = tuple(spans[n] for n in numbers)
-        return Rendered(whole, trained[-1:], counts_all=True, not_counted=left_out)
+            return Rendered(whole, trained, unused_keys=texts.unused_keys)
+        return Rendered(
+            whole,
+            trained[-1:],
+            counts_all=True,
+            not_counted=tuple(spans[n] for n in masked),
+            unused_keys=texts.unused_keys,
+        )
 
-    def _rendered(self, content: Chat, cuts: Sequence[Cut]) -> tuple[Chat, list[str]]:
-        """Returns the conversation as it can be rendered, and the text of each cut."""
-        if not self.has_template:
-            raise MissingTemplateError()
-        try:
-            return content, self._strictly(content, cuts)
-        except RecordError as error:
-            merged = _merged(content)
-            if merged is None:
-                raise
-            if self._merge_system:
-                moved = len(content.messages) - len(merged.messages)
-                cuts = [
-                    cut._replace(stop=cut.stop and cut.stop - moved) for cut in cuts
-                ]
-                return merged, self._strictly(merged, cuts)
-            try:
-                self._strictly(merged, cuts[:1])
-            except RecordError:
-                raise error from None
+    def _render(
+        self, content: Chat, cuts: Sequence[Cut], turns: Sequence[int]
+    ) -> "_Texts":
+        """Renders all that is asked of a conversation, in one request.
+
+        Args:
+            content: The conversation.
+            cuts: Of it as it stands; the first is the whole, or what is asked.
+            turns: The answers that are to be found.
+
+        Raises:
+            RecordError: If the template refuses the conversation, or does not write a
+                turn or the calls of tools.
+        """
+        messages = [message.for_template() for message in content.messages]
+        options = dict(content.options)
+        template = self._template.text(options) or ""
+        by_marks = bool(turns and _MARK.search(template))
+        given = json.dumps([messages, options], ensure_ascii=False, default=str)
+        marks = _free(template + given, max(2, len(turns)))
+        variants, marked_cuts = [Conversation(messages, options)], []
+        if by_marks:
+            shown = _show_marks(template, marks)
+            variants.append(Conversation(messages, options, shown))
+            marked_cuts = [Cut(of=1)]
+        elif turns:
+            marked = [*messages, {"role": "user", "content": "."}]
+            for mark, turn in zip(marks, turns, strict=False):
+                marked[turn] = _marked(marked[turn], mark)
+            variants.append(Conversation(marked, options))
+            ends = (len(messages), None, *(turn + 1 for turn in turns))
+            marked_cuts = [Cut(stop, of=1) for stop in ends]
+        # A template uses what it writes otherwise without.
+        keys = dict.fromkeys(key for turn in content.messages for key, _ in turn.others)
+        keys = [*keys, *options]
+        if len(keys) > _MOST_KEYS:
             raise RecordError(
-                error.reason,
-                f"{error}; --merge-system puts the system turn before the first turn "
-                "of the user",
-            ) from error
-
-    def _strictly(self, content: Chat, cuts: Sequence[Cut]) -> list[str]:
-        messages = content.messages
-        found = self._template.render(_dicts(messages), cuts, dict(content.options))
-        texts = []
-        for each in found:
-            if isinstance(each, RecordError):
-                raise each
-            if not each.isascii() and re.search("[\ud800-\udfff]", each):
-                raise RecordError(
-                    "not_utf8", "the chat template writes half of a surrogate pair"
-                )
-            texts.append(each)
-        for turn, message in enumerate(messages, start=1):
+                "wrong_shape",
+                f"{len(keys)} keys beside `role` and `content`; at most {_MOST_KEYS} "
+                "can be looked at",
+            )
+        # Some keys change only how an answer is asked for.
+        looked_at = [0, len(cuts) - 1] if len(cuts) > 1 else [0]
+        key_cuts = []
+        for key in keys:
+            key_cuts += [cuts[n]._replace(of=len(variants)) for n in looked_at]
+            less = [{k: v for k, v in turn.items() if k != key} for turn in messages]
+            left = {k: v for k, v in options.items() if k != key}
+            # Which template is used may depend on whether there are tools.
+            variants.append(Conversation(less, left, template))
+        found = self._template.render(variants, [*cuts, *marked_cuts, *key_cuts])
+        plain = [_sound(text) for text in found[: len(cuts)]]
+        for turn, message in enumerate(content.messages, start=1):
             # Every template knows these two; others it may silently leave out.
             known = message.role in ("user", ANSWER_ROLE)
-            if not known and (message.content or "").strip() not in texts[0]:
+            if not known and (message.content or "").strip() not in plain[0]:
                 raise RecordError(
                     "unknown_role",
                     f"the chat template does not write turn {turn} ({message.role}); "
                     "take the turn out, or give another template by --chat-template",
                 )
-        return texts
-
-    def _count_unused(
-        self, content: Chat, cuts: Sequence[Cut], texts: Sequence[str]
-    ) -> None:
-        """Counts what the template does not use: it writes the same without it.
-
-        Raises:
-            RecordError: If calls of tools are among it: an answer without its calls is
-                another answer.
-        """
-        options = dict(content.options)
-        keys = dict.fromkeys(key for turn in content.messages for key, _ in turn.others)
-        if len(keys) + len(options) > _MOST_KEYS:
+        without = iter(found[len(cuts) + len(marked_cuts) :])
+        same = [plain[n] for n in looked_at]
+        unused = [key for key in keys if [next(without) for _ in looked_at] == same]
+        if "tool_calls" in unused:
+            # An answer without its calls is another answer.
             raise RecordError(
-                "wrong_shape",
-                f"{len(keys) + len(options)} keys beside `role` and `content`; at most "
-                f"{_MOST_KEYS} can be looked at",
+                "tool_calls_not_written",
+                "the chat template does not write the calls of tools; give another by "
+                "--chat-template, or take them out",
             )
-        for key in (*keys, *options):
-            less = [
-                {name: value for name, value in turn.items() if name != key}
-                for turn in _dicts(content.messages)
-            ]
-            left = {name: value for name, value in options.items() if name != key}
-            without = self._template.render(
-                less,
-                cuts,
-                left,
-                # Which one is used may depend on whether there are tools.
-                template=self._template.text(options),
-            )
-            if without != texts:
-                continue
-            if key == "tool_calls":
-                raise RecordError(
-                    "tool_calls_not_written",
-                    "the chat template does not write the calls of tools; give another "
-                    "by --chat-template, or take them out",
-                )
-            self.unused[shorten(key, 80)] += 1
-
-    def _marked_answers(
-        self, whole: str, content: Chat, template: str
-    ) -> tuple[Span, ...]:
-        """Returns the characters that the template marks as the assistant's.
-
-        Each mark is replaced by a character that the conversation does not have. Which
-        tokens they are is left to the encoder and its proof: the masks that
-        `transformers` makes count a token of which one character is an answer's.
-        """
-        start, stop = _free(whole, 2)
-
-        def show(mark: re.Match[str]) -> str:
-            # A block, as the mark is, so that white space round it is treated alike.
-            left, end, right = mark.groups()
-            character = stop if end else start
-            return f"{{%{left} if true %}}{character}{{% endif {right}%}}"
-
-        [shown] = self._template.render(
-            _dicts(content.messages),
-            options=dict(content.options),
-            template=_MARK.sub(show, template),
+        return _Texts(
+            plain,
+            found[len(cuts) : len(cuts) + len(marked_cuts)],
+            marks,
+            by_marks,
+            tuple(shorten(key, 80) for key in unused),
         )
-        if isinstance(shown, RecordError):
-            raise shown
-        spans: list[Span] = []
-        place = 0
-        for piece in re.split(f"([{start}{stop}])", shown):
-            if piece == start:
-                spans.append(Span(place, place))
-            elif piece == stop:
-                spans[-1] = spans[-1]._replace(stop=place)
-            else:
-                place += len(piece)
-        if re.sub(f"[{start}{stop}]", "", shown) != whole:
-            raise RecordError(
-                "answer_not_found",
-                "the chat template marks answers in a way that changes what it renders",
-            )
-        return tuple(span for span in spans if span.start < span.stop)
+
+    def _again(
+        self, messages: Sequence[Message], options: Mapping[str, Any], mark: str
+    ) -> list[str | RecordError]:
+        """Renders messages, and the same with an answer that is a mark alone."""
+        plain = [message.for_template() for message in messages]
+        asked = [*plain, {"role": ANSWER_ROLE, "content": mark}]
+        variants = [Conversation(plain, options), Conversation(asked, options)]
+        return self._template.render(variants, [Cut(), Cut(of=1)])
+
+
+class _Texts(NamedTuple):
+    """What a template makes of a conversation.
+
+    Attributes:
+        plain: The text of every cut.
+        marked: With a character behind every answer that is looked for: of all turns,
+            with one more of the user, and up to each of those answers. Or, by the marks
+            of the template, with a character at the beginning and the end of each.
+        marks: Those characters, which the conversation does not have.
+        by_marks: Whether the template has marks.
+        unused_keys: Of messages and options, which the template does not use.
+    """
+
+    plain: list[str]
+    marked: list[str | RecordError]
+    marks: list[str]
+    by_marks: bool
+    unused_keys: tuple[str, ...]
+
+
+def _sound(text: str | RecordError) -> str:
+    if isinstance(text, RecordError):
+        raise text
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise RecordError(
+            "not_utf8", "the chat template writes half of a surrogate pair"
+        )
+    return text
+
+
+def _show_marks(template: str, marks: Sequence[str]) -> str:
+    """Returns a template that writes characters in place of its marks."""
+
+    def show(mark: re.Match[str]) -> str:
+        # A block, as the mark is, so that white space round it is treated alike.
+        left, end, right = mark.groups()
+        return f"{{%{left} if true %}}{marks[bool(end)]}{{% endif {right}%}}"
+
+    return _MARK.sub(show, template)
+
+
+def _marked_answers(texts: _Texts) -> list[Span]:
+    """Returns the characters that the template marks as the assistant's.
+
+    Which tokens they are is left to the encoder and its proof: the masks that
+    `transformers` makes count a token of which one character is an answer's.
+    """
+    start, stop = texts.marks[:2]
+    shown = _sound(texts.marked[0])
+    spans: list[Span] = []
+    place = 0
+    for piece in re.split(f"([{start}{stop}])", shown):
+        if piece == start:
+            spans.append(Span(place, place))
+        elif piece == stop:
+            spans[-1] = spans[-1]._replace(stop=place)
+        else:
+            place += len(piece)
+    if re.sub(f"[{start}{stop}]", "", shown) != texts.plain[0]:
+        raise RecordError(
+            "answer_not_found",
+            "the chat template marks answers in a way that changes what it renders",
+        )
+    return [span for span in spans if span.start < span.stop]
 
 
 class _Answers:
@@ -310,79 +349,56 @@ class _Answers:
     does not have: what follows that character is the template's.
 
     Args:
-        template: Renders the conversation.
         content: The conversation.
         turns: The places of the answers that are looked for.
-        whole: What the template writes.
+        texts: What the template makes of it.
         token: Finds tokens that are not learned from text.
+        again: Renders messages, and the same with an answer that is a mark alone.
     """
 
     def __init__(
         self,
-        template: ChatTemplate,
         content: Chat,
         turns: Sequence[int],
-        whole: str,
+        texts: _Texts,
         token: re.Pattern[str],
+        again: Callable[..., list[str | RecordError]],
     ):
-        self._template = template
-        self._options = dict(content.options)
-        self._messages = content.messages
+        self._content = content
         self._turns = turns
-        self._whole = whole
-        self._token = token
-        self._marks = _free(whole, len(turns))
-        self._marked = _dicts(content.messages)
-        for mark, turn in zip(self._marks, turns, strict=True):
-            self._marked[turn] = _marked(self._marked[turn], mark)
+        self._whole, *self._prompts = texts.plain
+        self._marked = texts.marked
+        self._marks = texts.marks[: len(turns)]
+        self._token, self._again = token, again
 
-    def find(self, prompts: Sequence[str]) -> list[Span]:
+    def find(self) -> list[Span]:
         """Returns the answers.
-
-        Args:
-            prompts: What each answer is asked by.
 
         Raises:
             RecordError: If one is not found, or nothing ends it.
         """
-        follower = {"role": "user", "content": "."}
-        last = len(self._messages) == self._turns[-1] + 1
-        shown, alone, on = self._template.render(
-            [*self._marked, follower],
-            [Cut(len(self._messages)), Cut(self._turns[-1] + 1), Cut()],
-            self._options,
-        )
-        if isinstance(shown, RecordError) or isinstance(alone, RecordError):
-            raise self._problem(0)
+        if not self._turns:
+            return []
+        shown, on, *ended = self._marked
         stops = self._align(shown)
-        starts = []
-        for number, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
-            starts.append(self._start(number, prompt))
-            self._check(number, self._whole[starts[-1] : stop], prompt)
-        ends: list[str] = []
-        for number in reversed(range(len(self._turns))):
-            turn, mark = self._turns[number], self._marks[number]
-            goes_on = shown.partition(mark)[2]
-            calls = self._calls(number)
-            if not ends:
-                after = alone.partition(mark)[2]
-                more = on.partition(mark)[2] if isinstance(on, str) else None
-                end = self._end_of(after, more if last else goes_on, calls=calls)
-                if last and not end.strip():
-                    # Only the end of the text is written down.
-                    end = self._end_of(after, None, calls=calls)
-            elif not calls and ends[0].strip() and goes_on.startswith(ends[0]):
-                end = ends[0]  # As the last one ends, as nearly all do.
+        spans = []
+        for number, turn in enumerate(self._turns):
+            start = self._start(number)
+            self._check(number, start, stops[number])
+            # What stands behind the answer where it is the last, and where it is not.
+            last = turn + 1 == len(self._content.messages)
+            after, follows = ended[number], on if last else shown
+            if isinstance(after, RecordError):
+                raise self._problem(number)
+            after = after.partition(self._marks[number])[2]
+            if isinstance(follows, str):
+                follows = follows.partition(self._marks[number])[2]
             else:
-                [ended] = self._template.render(
-                    self._marked, [Cut(turn + 1)], self._options
-                )
-                if isinstance(ended, RecordError):
-                    raise self._problem(number)
-                end = self._end_of(ended.partition(mark)[2], goes_on, calls=calls)
-                if not end.strip():
-                    # Some end the last answer of all by another token.
-                    end = self._other_end(goes_on)
+                follows = None
+            end = self._end_of(number, after, follows)
+            if last and not end.strip():
+                # Only the end of the text is written down.
+                end = self._end_of(number, after, None)
             if not end.strip():
                 raise RecordError(
                     "no_end",
@@ -390,54 +406,45 @@ class _Answers:
                     f"{turn + 1}, so that a student would never stop; give another by "
                     "--chat-template",
                 )
-            ends.append(end)
-        return [
-            Span(start, stop + len(end))
-            for start, stop, end in zip(starts, stops, ends[::-1], strict=True)
-        ]
+            spans.append(Span(start, stops[number] + len(end)))
+        return spans
 
-    def _end_of(self, after: str, follows: str | None, *, calls: bool) -> str:
-        """Returns what ends an answer, from what stands between it and the next turn.
+    def _end_of(self, number: int, after: str, follows: str | None) -> str:
+        """Returns what ends an answer.
 
         Args:
+            number: Of the answer.
             after: What follows the answer where the conversation ends with it.
             follows: The same where it goes on, None if it cannot.
-            calls: Whether calls of tools stand there too.
         """
         end = after
         if follows is not None and not follows.startswith(after):
             same = common(after, follows)
             # Both may go on by like characters, of which no token is one.
             end = _WHOLE_WORD.match(after[:same])[0]  # pyright: ignore
-        token = None if calls else self._token.search(end)
+        token = None if self._calls(number) else self._token.search(end)
         return end[: token.end()] if token else end.rstrip()
 
-    def _other_end(self, goes_on: str) -> str:
-        """Returns the token behind an answer, if none that begins a turn is it."""
-        found = re.match(rf"\s*(?:{self._token.pattern})", goes_on)
-        first = [{"role": "user", "content": self._marks[0]}]
-        [begins] = self._template.render(first, options=self._options)
-        if not found or isinstance(begins, RecordError):
-            return ""
-        header = begins.partition(self._marks[0])[0]
-        return "" if found[0].strip() in header else found[0]
-
     def _calls(self, number: int) -> bool:
-        return "tool_calls" in dict(self._messages[self._turns[number]].others)
+        message = self._content.messages[self._turns[number]]
+        return "tool_calls" in dict(message.others)
 
-    def _align(self, shown: str) -> list[int]:
+    def _said(self, number: int) -> str:
+        return self._content.messages[self._turns[number]].content or ""
+
+    def _align(self, shown: str | RecordError) -> list[int]:
         """Returns where in the whole each mark would stand.
 
         White space at the end of an answer is before its mark, where it is kept.
         """
-        pieces = re.split(f"[{''.join(self._marks)}]", shown)
-        if len(pieces) != len(self._marks) + 1:
+        if isinstance(shown, RecordError):
             raise self._problem(0)
-        place, stops = len(pieces[0]), []
-        if not self._whole.startswith(pieces[0]):
+        first, *pieces = re.split(f"[{''.join(self._marks)}]", shown)
+        if len(pieces) != len(self._marks) or not self._whole.startswith(first):
             raise self._problem(0)
-        for number, piece in enumerate(pieces[1:]):
-            said = self._messages[self._turns[number]].content or ""
+        place, stops = len(first), []
+        for number, piece in enumerate(pieces):
+            said = self._said(number)
             space = "" if self._calls(number) else said[len(said.rstrip()) :]
             if not self._whole.startswith(space + piece, place):
                 space = ""
@@ -449,37 +456,35 @@ class _Answers:
             raise self._problem(len(stops) - 1)
         return stops
 
-    def _start(self, number: int, prompt: str) -> int:
+    def _start(self, number: int) -> int:
         """Returns where an answer begins: behind what it is asked by.
 
         A template may ask by more than it writes when the answer is there, such as the
         tag that opens a block of thoughts: then where the two part, if it is behind
         the beginning of what asks.
         """
+        prompt = self._prompts[number]
         if self._whole.startswith(prompt):
             return len(prompt)
-        turn = self._turns[number]
-        [plain] = self._template.render(
-            _dicts(self._messages), [Cut(turn)], self._options
-        )
+        plain, bare = self._before(number)
         same = common(prompt, self._whole)
-        if isinstance(plain, RecordError) or same <= common(plain, prompt):
+        if not isinstance(bare, str) or same <= common(plain, prompt):
             raise self._problem(number)
         # The answer may begin as the rest of the prompt does.
-        [bare] = self._template.render(
-            [
-                *_dicts(self._messages[:turn]),
-                {"role": ANSWER_ROLE, "content": self._marks[number]},
-            ],
-            options=self._options,
-        )
-        if isinstance(bare, RecordError):
-            raise self._problem(number)
         return min(same, common(prompt, bare))
 
-    def _check(self, number: int, region: str, prompt: str) -> None:
+    def _before(self, number: int) -> tuple[str, str | RecordError]:
+        """Returns all before an answer, with nothing that asks and with a mark."""
+        messages = self._content.messages[: self._turns[number]]
+        options = dict(self._content.options)
+        plain, bare = self._again(messages, options, self._marks[number])
+        if not isinstance(plain, str):
+            raise self._problem(number)
+        return plain, bare
+
+    def _check(self, number: int, start: int, stop: int) -> None:
         """Raises RecordError if that is not what is said in a turn."""
-        said = (self._messages[self._turns[number]].content or "").strip()
+        region, said = self._whole[start:stop], self._said(number).strip()
         if said not in region:
             # The answer alone may be left of one that says its thoughts first.
             closed = _CLOSED.match(said)
@@ -489,10 +494,7 @@ class _Answers:
         if self._calls(number) or region.lstrip().startswith(said):
             return
         # Where nothing asks, what stands before an answer may be the turn's header.
-        [plain] = self._template.render(
-            _dicts(self._messages), [Cut(self._turns[number])], self._options
-        )
-        if plain == prompt:
+        if self._before(number)[0] == self._prompts[number]:
             raise self._problem(number)
 
     def _problem(self, number: int) -> RecordError:
@@ -502,14 +504,6 @@ class _Answers:
             "template asks for it; mark answers in the template with {% generation %} "
             "... {% endgeneration %}, or train on prompts too",
         )
-
-
-def _answer_turns(content: Chat) -> list[int]:
-    return [n for n, turn in enumerate(content.messages) if turn.role == ANSWER_ROLE]
-
-
-def _dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [message.for_template() for message in messages]
 
 
 def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
@@ -540,7 +534,7 @@ def _merged(content: Chat) -> Chat | None:
 
 def _free(text: str, count: int) -> list[str]:
     """Returns characters that a text does not have."""
-    used = set(text)
+    used = set() if text.isascii() else set(text)
     free = [
         chr(code) for code in _PRIVATE[: count + len(used)] if chr(code) not in used
     ]

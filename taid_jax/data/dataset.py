@@ -2,25 +2,25 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Sequence
+import types
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from taid_jax.data.batches import ExampleSet
-from taid_jax.data.buckets import check_buckets
-from taid_jax.data.encoding import Encoder, Tokenizer
-from taid_jax.data.errors import BadRecordPolicy, BadRecords, DataError
-from taid_jax.data.intake import Intake, Limits
-from taid_jax.data.manifest import Manifest, read_manifest
-from taid_jax.data.packing import pack_rows
-from taid_jax.data.shards import read_prepared
-from taid_jax.data.sources import Source, describe_source, read_documents
+from taid_jax.data.errors import BadRecordPolicy, DataError, LeftOut, nothing_left
+from taid_jax.data.intake import Intake, Limits, read_documents
+from taid_jax.data.packing import TokenTable, check_buckets, make_table, pack_rows
+from taid_jax.data.shards import read_manifest, read_shards
+from taid_jax.data.sources import Names, find_source, read_source
 from taid_jax.data.split import cut_only_text, hold_out
-from taid_jax.data.tokens import TokenTable, make_table
+from taid_jax.data.tokens import Encoder, Tokenizer
 
 _NAMED = 20
 """So many files that are passed over, and keys that are not used, are named."""
@@ -86,7 +86,7 @@ class Dataset:
 
 
 def load_dataset(
-    source: Source,
+    source: Names,
     tokenizer: Tokenizer,
     *,
     seq_len: int,
@@ -142,27 +142,30 @@ def load_dataset(
     lengths = check_buckets(buckets, seq_len) if buckets else ()
     if pack and lengths:
         raise DataError("buckets are for rows that are not packed; give --no-pack too")
-    bad = BadRecords(bad_records)
     encoder = Encoder(tokenizer)
-    prepared = _find_prepared(source)
-    if prepared is None:
-        encoded = _read_and_encode(
-            source,
-            encoder,
-            seq_len=seq_len,
-            held_out_fraction=held_out_fraction,
-            split_seed=split_seed,
+    left_out = LeftOut(bad_records)
+    manifest = read_manifest(source) if isinstance(source, str | os.PathLike) else None
+    if manifest is not None:
+        folder = pathlib.Path(source)  # pyright: ignore
+        table, held_out = read_shards(
+            folder,
+            manifest,
+            tokenizer,
+            seq_len,
             train_on_prompts=train_on_prompts,
-            bad=bad,
-            merge_system=merge_system,
-            template_date=template_date,
-        )
-    else:
-        table, held_out = read_prepared(
-            *prepared, tokenizer, seq_len, train_on_prompts=train_on_prompts, bad=bad
+            left_out=left_out,
         )
         # Shuffled when they were made.
         encoded = _Encoded(table, held_out, np.flatnonzero(held_out))
+    else:
+        intake = Intake(
+            encoder,
+            Limits(seq_len),
+            train_on_prompts=train_on_prompts,
+            merge_system=merge_system,
+            template_date=template_date,
+        )
+        encoded = _encode(source, intake, held_out_fraction, split_seed, left_out)
     table = encoded.table
     sides = []
     for examples in (np.flatnonzero(~encoded.held_out), encoded.held_out_order):
@@ -176,76 +179,75 @@ def load_dataset(
     info = DatasetInfo(
         train=_describe(train),
         held_out=_describe(held),
-        dropped=dict(bad.reasons),
-        problems=tuple(bad.messages),
-        unused_keys=dict(bad.unused_keys.most_common(_NAMED)),
-        num_skipped_files=len(bad.skipped_files),
-        skipped_files=tuple(bad.skipped_files[:_NAMED]),
-        notes=tuple(bad.notes[:_NAMED]),
+        dropped=dict(left_out.reasons),
+        problems=tuple(f"{each.origin}: {each.message}" for each in left_out.problems),
+        unused_keys=dict(Counter(encoded.unused_keys).most_common(_NAMED)),
+        num_skipped_files=len(encoded.skipped_files),
+        skipped_files=tuple(encoded.skipped_files[:_NAMED]),
+        notes=tuple(encoded.notes[:_NAMED]),
         fingerprint=_fingerprint(table, train, held),
     )
     return Dataset(train, held, info)
 
 
 class _Encoded(NamedTuple):
-    """Examples, which are held out, and the order of those that are."""
+    """Examples, which are held out, the order of those that are, and what is noted."""
 
     table: TokenTable
     held_out: Bool[np.ndarray, " examples"]
     held_out_order: Int[np.ndarray, " held_out"]
+    unused_keys: Mapping[str, int] = types.MappingProxyType({})
+    skipped_files: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
-def _find_prepared(source: Source) -> tuple[pathlib.Path, Manifest] | None:
-    """Returns the folder and the manifest of prepared data, None of other data."""
-    if not isinstance(source, str | os.PathLike):
-        return None
-    manifest = read_manifest(source)
-    return None if manifest is None else (pathlib.Path(source), manifest)
-
-
-def _read_and_encode(
-    source: Source,
-    encoder: Encoder,
-    *,
-    seq_len: int,
+def _encode(
+    names: Names,
+    intake: Intake,
     held_out_fraction: float,
     split_seed: int,
-    train_on_prompts: bool,
-    bad: BadRecords,
-    merge_system: bool,
-    template_date: str | None,
+    left_out: LeftOut,
 ) -> _Encoded:
-    documents = list(read_documents(source, seed=split_seed, bad=bad))
+    source = find_source(names)
+    documents = read_documents(read_source(source), split_seed)
+    first = list(itertools.islice(documents, 2))
     if held_out_fraction:
-        documents = cut_only_text(documents, held_out_fraction)
-    intake = Intake(
-        encoder,
-        Limits(seq_len),
-        train_on_prompts=train_on_prompts,
-        bad=bad,
-        merge_system=merge_system,
-        template_date=template_date,
+        first = cut_only_text(first, held_out_fraction)
+    pairs, ranks, too_long = [], [], []
+    unused_keys: Counter[str] = Counter()
+    for outcome in intake.outcomes(itertools.chain(first, documents)):
+        unused_keys.update(outcome.unused_keys)
+        if outcome.error is None:
+            pairs += [(len(ranks), example) for example in outcome.examples]
+            ranks.append(outcome.document.rank)  # pyright: ignore
+            continue
+        left_out.add(outcome.origin, outcome.error)
+        if outcome.error.reason == "too_long":
+            too_long.append(outcome.tokens)
+    if not pairs:
+        message = nothing_left(source.shown, left_out.reasons)
+        if too_long:
+            message += (
+                f"; the shortest conversation has {min(too_long)} tokens: raise "
+                "seq_len, or shorten the conversations"
+            )
+        elif left_out.reasons["nothing_counted"]:
+            message += (
+                "; every token is masked: check the answers, or train on prompts too"
+            )
+        for problem in left_out.problems[:1]:
+            message += f"; the first problem: {problem.origin}: {problem.message}"
+        raise DataError(message)
+    table = make_table(pairs)
+    rank = np.array(ranks)[table.documents]
+    held_out = hold_out(rank, table.lengths, held_out_fraction, source.shown)
+    # By rank, so that the first few are a fair sample: the order of files would put one
+    # file's documents first. The windows of a document stay together.
+    order = np.flatnonzero(held_out)
+    order = order[np.argsort(rank[order], kind="stable")]
+    return _Encoded(
+        table, held_out, order, unused_keys, source.skipped_files, source.notes
     )
-    table = make_table(
-        (number, example) for number, _, example in intake.examples(documents)
-    )
-    if not len(table):
-        raise DataError(_nothing_left(source, seq_len, intake, bad))
-    ranks = np.array([documents[number].rank for number in table.documents])
-    held_out = hold_out(
-        ranks, table.lengths, held_out_fraction, describe_source(source)
-    )
-    return _Encoded(table, held_out, _fair_order(held_out, ranks))
-
-
-def _fair_order(held_out: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Returns the held-out examples by rank, so that the first few are a fair sample.
-
-    The order of files would put one file's documents first. It is a stable sort: the
-    windows of a document stay together.
-    """
-    examples = np.flatnonzero(held_out)
-    return examples[np.argsort(ranks[examples], kind="stable")]
 
 
 def _describe(side: ExampleSet) -> SideInfo:
@@ -274,24 +276,3 @@ def _fingerprint(table: TokenTable, *sides: ExampleSet) -> str:
     rows = [side.rows for side in sides]
     digest = hashlib.blake2b(f"{table.digest()} {rows}".encode(), digest_size=8)
     return digest.hexdigest()
-
-
-def _nothing_left(
-    source: Source,
-    seq_len: int,
-    intake: Intake,
-    bad: BadRecords,
-) -> str:
-    name = describe_source(source)
-    counts = ", ".join(f"{reason}: {count}" for reason, count in bad.reasons.items())
-    message = f"{name}: no example is left to train on ({counts or 'no records'})"
-    if intake.shortest_too_long is not None:
-        message += (
-            f"; the shortest conversation has {intake.shortest_too_long} tokens and "
-            f"seq_len is {seq_len}: raise seq_len or shorten the conversations"
-        )
-    elif bad.reasons["nothing_counted"]:
-        message += "; every token is masked: check the answers, or train on prompts too"
-    if bad.messages:
-        message += f"; the first problem: {bad.messages[0]}"
-    return message

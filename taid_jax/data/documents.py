@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from taid_jax.data.errors import RecordError
 from taid_jax.errors import shorten, show
@@ -13,26 +13,25 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 OPENING_ROLES = ("system", "developer")
 ANSWER_ROLE = "assistant"
 
-CHAT_KEYS = ("messages", "conversations")
-PAIR_KEYS = (
+_CHAT_KEYS = ("messages", "conversations")
+_PAIR_KEYS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
 )
 """What is asked and what should follow, as data sets call them."""
-OPTION_KEYS = ("tools", "documents", "chat_template_kwargs")
+_OPTION_KEYS = ("tools", "documents", "chat_template_kwargs")
 """What a record has for the chat template beside its messages."""
-_PAIR_OPTIONS = ("input", "system", "history", *OPTION_KEYS)
+_BESIDE = ("system", *_OPTION_KEYS)
 RECORD_KEYS = (
-    *CHAT_KEYS,
-    *dict.fromkeys(key for pair in PAIR_KEYS for key in pair),
-    *_PAIR_OPTIONS,
+    *_CHAT_KEYS,
+    *dict.fromkeys(key for pair in _PAIR_KEYS for key in pair),
+    *("input", "history", *_BESIDE),
     "text",
 )
 ID_KEYS = ("prompt_id", "id")
 """UltraChat calls its conversations by their prompts."""
-EXPECTED_KEYS = "`text`, or `prompt` and `completion`, or `messages`"
-OTHER_FORMATS = "docs/data.md lists other formats"
+_EXPECTED = "`text`, or `prompt` and `completion`, or `messages`"
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -100,201 +99,165 @@ class Document(NamedTuple):
     """What is kept together when train and held-out data are told apart.
 
     Attributes:
-        origin: Where it stands, such as `chat.jsonl, line 3`.
         content: What it says.
         rank: Its place between 0 and 1, from a hash: low ranks are held out.
         name: What the record is called, from the first of `ID_KEYS` that it has.
+        unused_keys: Those of the record that change nothing.
     """
 
-    origin: str
     content: Content
     rank: float
     name: str | None = None
+    unused_keys: tuple[str, ...] = ()
 
 
-def make_document(
-    origin: str, content: Content, seed: int, name: str | None = None
-) -> Document:
-    """Returns the document with its rank.
+def make_document(record: object, seed: int) -> Document:
+    """Returns what a record of any of the formats of docs/data.md says.
 
-    The rank comes from what the document says, never from its place: it stays the same
-    when files are renamed or put in another order, and copies share it. Case and the
-    amount of white space do not change it. A completion and a chat are ranked by their
-    prompt (all that is said before the first answer), so that no prompt is trained on
-    with one answer, or one set of tools, and evaluated with another.
+    The rank comes from what it says, never from its place: it stays the same when files
+    are renamed or put in another order, and copies share it. Case and the amount of
+    white space do not change it. A completion and a chat are ranked by their prompt
+    (all that is said before the first answer), so that no prompt is trained on with one
+    answer, or one set of tools, and evaluated with another.
 
     Args:
-        origin: Where it stands, for messages.
-        content: What it says.
+        record: Of a file.
         seed: A different seed gives different ranks; 0 <= seed < 2**63.
-        name: What the record is called, if it is.
+
+    Raises:
+        RecordError: As `parse_record`.
     """
+    content, used = _parse(record)
     if isinstance(content, Text):
         parts = [content.text]
     elif isinstance(content, Completion):
         parts = ["user", content.prompt]
     else:
         roles = [message.role for message in content.messages]
+        _check_order(roles)
         opening = content.messages[: roles.index(ANSWER_ROLE)]
-        parts = [
-            part for message in opening for part in (message.role, message.content)
-        ]
+        parts = [part for turn in opening for part in (turn.role, turn.content)]
     key = "\0".join(" ".join((part or "").split()).casefold() for part in parts)
-    digest = hashlib.blake2b(
-        key.encode(), digest_size=8, salt=seed.to_bytes(8, "little")
-    ).digest()
-    return Document(origin, content, int.from_bytes(digest, "little") / 2**64, name)
-
-
-def record_name(record: Mapping[str, object]) -> str | None:
-    """Returns what a record is called, None if it has no name."""
-    names = (record.get(key) for key in ID_KEYS)
-    return next((str(name) for name in names if isinstance(name, str | int)), None)
+    salt = seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(key.encode(), digest_size=8, salt=salt).digest()
+    rank = int.from_bytes(digest, "little") / 2**64
+    given: Mapping[Any, Any] = record  # pyright: ignore
+    names = (given.get(key) for key in ID_KEYS)
+    name = next((str(name) for name in names if isinstance(name, str | int)), None)
+    unused = tuple(
+        shorten(str(key), 80)
+        for key, value in given.items()
+        if value not in (None, "", []) and key not in (*used, *ID_KEYS)
+    )
+    return Document(content, rank, name, unused)
 
 
 def parse_record(record: object) -> Content:
-    """Returns what a record of any of the formats of docs/data.md says.
+    """Returns what a record says, for training.
 
-    Keys that hold None count as absent, other keys are ignored (`unused_keys` names
-    them). A conversation comes first, then a prompt and what follows it, then text.
+    Keys that hold None count as absent. A conversation comes first, then a prompt and
+    what follows it, then text.
 
     Raises:
         RecordError: If it is not a record, has other keys, values of another type, or a
             conversation that cannot be used. The place is not in the message.
     """
-    content = _parse(record)
-    if isinstance(content, Chat):
-        _check_order([message.role for message in content.messages])
-    return content
+    return make_document(record, 0).content
 
 
 def parse_prompt(record: object) -> Completion | Chat:
     """Returns what a record asks: with an empty completion, or up to its last answer.
 
-    It is read as for training, with an answer put in where it has none.
+    Of a conversation that ends with a question all of it is asked.
 
     Raises:
         RecordError: As `parse_record`, or if nothing is asked.
     """
-    if isinstance(record, Mapping):
-        said = {k: v for k, v in record.items() if v is not None and str(v).strip()}
-        chat = next((key for key in CHAT_KEYS if key in said), None)
-        pairs = [pair for pair in PAIR_KEYS if pair[0] in said]
-        if chat is not None:
-            turns = _list(chat, said[chat])
-            roles = [message.role for message in _messages(chat, turns)]
-            if ANSWER_ROLE not in roles or roles[-1] in ("user", "tool"):
-                said[chat] = [*turns, {"role": ANSWER_ROLE, "content": "-"}]
-        elif pairs:
-            said[max(pairs, key=lambda pair: pair[1] in said)[1]] = "-"
-        else:
-            raise _wrong_keys("`prompt` or `messages` with text", record)
-        record = said
-    content = cast(Completion | Chat, _parse(record))
+    content, _ = _parse(record, asked=True)
+    if isinstance(content, Text):
+        raise _wrong_keys("`prompt` or `messages` with text", record)
     if isinstance(content, Completion):
-        return dataclasses.replace(content, completion="")
-    messages = content.messages
-    while messages[-1].role != ANSWER_ROLE:
-        messages = messages[:-1]
-    messages = messages[:-1]
-    if not messages or messages[-1].role == ANSWER_ROLE:
+        return content
+    roles = [message.role for message in content.messages]
+    end = len(roles)
+    if ANSWER_ROLE in roles and roles[-1] not in ("user", "tool"):
+        end -= 1 + roles[::-1].index(ANSWER_ROLE)
+    if not end or roles[end - 1] == ANSWER_ROLE:
         raise RecordError("wrong_shape", "the conversation asks nothing before its end")
-    return dataclasses.replace(content, messages=messages)
+    return dataclasses.replace(content, messages=content.messages[:end])
 
 
-def _parse(record: object) -> Content:
-    """Returns what a record says, in whatever order the turns of its chat are."""
+def _parse(record: object, *, asked: bool = False) -> tuple[Content, tuple[str, ...]]:
+    """Returns what a record says, and the keys that say it.
+
+    Args:
+        record: Of a file.
+        asked: Whether only the prompt of a pair is needed.
+    """
     if not isinstance(record, Mapping):
         raise RecordError(
-            "wrong_shape",
-            f"need an object with {EXPECTED_KEYS}, got {_type_name(record)}",
+            "wrong_shape", f"need an object with {_EXPECTED}, got {_type_name(record)}"
         )
-    keys = used_keys(record)
-    options = _options(record, keys)
-    if keys and keys[0] in CHAT_KEYS:
-        opening = _opening(record, keys, ())
-        turns = [*opening, *_messages(keys[0], record[keys[0]])]
-        return Chat(tuple(turns), options)
-    if "text" in keys:
-        return Text(_string("text", record["text"]))
-    if keys:
-        return _pair(record, keys, options)
-    raise _wrong_keys(f"the keys {EXPECTED_KEYS}", record)
+    there = {key for key in RECORD_KEYS if record.get(key) is not None}
+    if key := next((key for key in _CHAT_KEYS if key in there), None):
+        turns = (*_opening(record, ()), *_messages(key, record[key]))
+        return Chat(turns, _options(record)), (key, *_BESIDE)
+    needed = [pair[:1] if asked else pair for pair in _PAIR_KEYS]
+    if pair := next((pair for pair in needed if there.issuperset(pair)), None):
+        used = (*pair, "input", "history", *_BESIDE)
+        return _pair(record, pair), used
+    if "text" in there:
+        return Text(_string("text", record["text"])), ("text",)
+    raise _wrong_keys(f"the keys {_EXPECTED}", record)
 
 
-def _wrong_keys(needed: str, record: Mapping[Any, Any]) -> RecordError:
-    found = ", ".join(
+def _wrong_keys(needed: str, record: Any) -> RecordError:
+    found = [
         f"`{key}`" + (" (null)" if record[key] is None else "")
         for key in list(record)[:20]
-    )
-    found = found or "none"
-    return RecordError("wrong_shape", f"need {needed}; found {found} ({OTHER_FORMATS})")
-
-
-def used_keys(record: Mapping[str, object]) -> tuple[str, ...]:
-    """Returns the keys that say what a record says, the deciding one first."""
-    present = {key for key in RECORD_KEYS if record.get(key) is not None}
-    options = tuple(key for key in OPTION_KEYS if key in present)
-    system = ("system",) if record.get("system") else ()
-    for key in CHAT_KEYS:
-        if key in present:
-            return (key, *system, *options)
-    for pair in PAIR_KEYS:
-        if present.issuperset(pair):
-            more = [key for key in ("input", "history") if key in present]
-            return (*pair, *more, *system, *options)
-    return ("text",) if "text" in present else ()
-
-
-def unused_keys(record: Mapping[str, object]) -> list[str]:
-    """Returns the keys of a record that change nothing, names and nulls left aside."""
-    used = {*used_keys(record), *ID_KEYS}
-    return [
-        shorten(str(key), 80)
-        for key, value in record.items()
-        if value not in (None, "", []) and key not in used
     ]
+    return RecordError(
+        "wrong_shape",
+        f"need {needed}; found {', '.join(found) or 'none'} (docs/data.md lists other "
+        "formats)",
+    )
 
 
-def _pair(
-    record: Mapping[str, Any],
-    keys: Sequence[str],
-    options: tuple[tuple[str, Any], ...],
-) -> Completion | Chat:
+def _pair(record: Mapping[str, Any], keys: Sequence[str]) -> Completion | Chat:
     """Returns what is asked and what should follow, as a chat where it needs one."""
-    asked, answered = (record[key] for key in keys[:2])
-    opening = _opening(record, keys, record.get("history") or ())
-    if _is_turns(asked) or _is_turns(answered):
+    options = _options(record)
+    opening = _opening(record, record.get("history") or ())
+    asked, *answered = (record[key] for key in keys)
+    if any(map(_is_turns, (asked, *answered))):
         # What a data set has in the prompt is context, and not to be learned.
         before = [
             each._replace(trained=each.role != ANSWER_ROLE)
             for each in _turns(keys[0], asked, "user")
         ]
-        after = _turns(keys[1], answered, ANSWER_ROLE)
+        after = [
+            turn for value in answered for turn in _turns(keys[1], value, ANSWER_ROLE)
+        ]
         return Chat((*opening, *before, *after), options)
-    asked, answered = (_string(key, record[key]) for key in keys[:2])
-    more = _string("input", record["input"]) if "input" in keys else ""
-    if more.strip():
-        asked = f"{asked}\n\n{more}"
-    for name, value in zip(keys, (asked, answered), strict=False):
-        if not value.strip():
+    texts = [_string(key, record[key]) for key in keys]
+    if (more := _string("input", record.get("input") or "")).strip():
+        texts[0] = f"{texts[0]}\n\n{more}"
+    for key, text in zip(keys, texts, strict=True):
+        if not text.strip():
             raise RecordError(
                 "empty_turn",
-                f"`{name}` is empty; a record without a prompt belongs under `text`",
+                f"`{key}` is empty; a record without a prompt belongs under `text`",
             )
     if opening or options:
-        turns = Message("user", asked), Message(ANSWER_ROLE, answered)
+        turns = map(Message, ("user", ANSWER_ROLE), texts)
         return Chat((*opening, *turns), options)
-    return Completion(asked, answered)
+    return Completion(texts[0], "".join(texts[1:]))
 
 
-def _opening(
-    record: Mapping[str, Any], keys: Sequence[str], history: object
-) -> list[Message]:
+def _opening(record: Mapping[str, Any], history: object) -> tuple[Message, ...]:
     """Returns the turns that a record has before its own: `system` and `history`."""
     opening = []
-    if "system" in keys and str(record["system"]).strip():
-        opening.append(Message("system", _string("system", record["system"])))
+    if (system := _string("system", record.get("system") or "")).strip():
+        opening.append(Message("system", system))
     for number, pair in enumerate(_list("history", history), start=1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RecordError(
@@ -302,7 +265,7 @@ def _opening(
             )
         for role, said in zip(("user", ANSWER_ROLE), pair, strict=True):
             opening.append(Message(role, _string(f"history {number}", said)))
-    return opening
+    return tuple(opening)
 
 
 def _is_turns(value: object) -> bool:
@@ -312,27 +275,24 @@ def _is_turns(value: object) -> bool:
 def _turns(key: str, value: object, role: str) -> list[Message]:
     if _is_turns(value):
         return _messages(key, value)
-    return [_parse_message(1, {"role": role, "content": _string(key, value)})]
+    return [_message(1, {"role": role, "content": _string(key, value)})]
 
 
-def _options(
-    record: Mapping[str, Any], keys: Sequence[str]
-) -> tuple[tuple[str, Any], ...]:
+def _options(record: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Returns what the chat template gets beside the messages."""
     found: dict[str, Any] = {}
-    for key in OPTION_KEYS:
-        value = record.get(key) if key in keys else None
-        if key == "chat_template_kwargs":
-            if value is not None and not isinstance(value, Mapping):
-                raise RecordError(
-                    "wrong_shape", f"`{key}` must be an object, got {_type_name(value)}"
-                )
-            found |= _plain(key, value or {})
-        elif value is not None and (given := _list(key, value)):
-            if not all(isinstance(each, Mapping) for each in given):
-                raise RecordError("wrong_shape", f"`{key}` must be a list of objects")
+    for key in ("tools", "documents"):
+        given = _list(key, record.get(key) or ())
+        if not all(isinstance(each, Mapping) for each in given):
+            raise RecordError("wrong_shape", f"`{key}` must be a list of objects")
+        if given:
             found[key] = _plain(key, given)
-    return tuple(found.items())
+    more = record.get(key := "chat_template_kwargs") or {}
+    if not isinstance(more, Mapping):
+        raise RecordError(
+            "wrong_shape", f"`{key}` must be an object, got {_type_name(more)}"
+        )
+    return tuple((found | _plain(key, more)).items())
 
 
 def _list(name: str, value: object) -> Sequence[Any]:
@@ -346,7 +306,7 @@ def _list(name: str, value: object) -> Sequence[Any]:
         raise RecordError(
             "wrong_shape",
             f"`{name}` must be a list of objects"
-            + (" with `role` and `content`" if name in CHAT_KEYS else "")
+            + (" with `role` and `content`" if name in _CHAT_KEYS else "")
             + f", got {_type_name(value)}",
         )
     return value
@@ -354,7 +314,7 @@ def _list(name: str, value: object) -> Sequence[Any]:
 
 def _messages(key: str, value: object) -> list[Message]:
     turns = enumerate(_list(key, value), start=1)
-    return [_parse_message(number, message) for number, message in turns]
+    return [_message(number, message) for number, message in turns]
 
 
 def _check_order(roles: Sequence[str]) -> None:
@@ -374,22 +334,19 @@ def _check_order(roles: Sequence[str]) -> None:
         )
 
 
-def _parse_message(number: int, value: object) -> Message:
-    names = ("role", "content")
-    if isinstance(value, Mapping) and {"from", "value"} <= value.keys():
-        names = ("from", "value")
-    if not isinstance(value, Mapping) or not (
-        names[0] in value and (names[1] in value or value.get("tool_calls"))
-    ):
-        if isinstance(value, Mapping):
-            found = ", ".join(f"`{key}`" for key in list(value)[:20]) or "no keys"
-        else:
-            found = _type_name(value)
+def _message(number: int, value: object) -> Message:
+    if not isinstance(value, Mapping):
+        value, found = {}, _type_name(value)
+    else:
+        found = ", ".join(f"`{key}`" for key in list(value)[:20]) or "no keys"
+    by_from = {"from", "value"} <= value.keys()
+    names = ("from", "value") if by_from else ("role", "content")
+    if names[0] not in value or not (names[1] in value or value.get("tool_calls")):
         raise RecordError(
             "wrong_shape", f"turn {number} needs `role` and `content`, found {found}"
         )
     said = _string(f"role of turn {number}", value[names[0]])
-    role = _SHAREGPT_ROLES.get(said, said) if names[0] == "from" else said
+    role = _SHAREGPT_ROLES.get(said, said) if by_from else said
     if role not in ROLES:
         raise RecordError(
             "unknown_role",
@@ -408,28 +365,26 @@ def _parse_message(number: int, value: object) -> Message:
         content = None
     calls = role == ANSWER_ROLE and "tool_calls" in others
     if content is not None or not calls:
-        content = _said(f"content of turn {number}", content)
+        content = _text_of(f"content of turn {number}", content)
         if not content.strip() and not calls:
             raise RecordError("empty_turn", f"turn {number} ({role}) is empty")
     return Message(role, content, tuple(others.items()), trained)
 
 
-def _said(name: str, value: object) -> str:
+def _text_of(name: str, value: object) -> str:
     """Returns a content, whose parts of text are joined."""
     if not isinstance(value, list):
         return _string(name, value)
     texts = []
     for part in value:
-        given = part.items() if isinstance(part, Mapping) else ()
-        held = {key: other for key, other in given if other is not None}
-        if isinstance(part, str):
-            held = {"text": part}
-        if held.get("type", "text") != "text" or "text" not in held:
-            kind = held.get("type", _type_name(part))
+        held = {"text": part} if isinstance(part, str) else part
+        kind = held.get("type") or "text" if isinstance(held, Mapping) else ""
+        if kind != "text" or held.get("text") is None:
             raise RecordError(
                 "wrong_shape",
-                f"the {name} has a part that is not text ({show(kind)}); only parts "
-                'such as {"type": "text", "text": ...} can be read',
+                f"the {name} has a part that is not text "
+                f"({show(kind or _type_name(part))}); only parts such as "
+                '{"type": "text", "text": ...} can be read',
             )
         texts.append(_string(name, held["text"]))
     return "".join(texts)
@@ -437,16 +392,14 @@ def _said(name: str, value: object) -> str:
 
 def _weight(number: int, others: dict[str, Any]) -> bool:
     """Returns whether an answer is trained on, and takes out what says so."""
-    trained = True
-    for key in ("weight", "train"):
-        value = others.pop(key, None)
+    values = {key: others.pop(key, None) for key in ("weight", "train")}
+    for key, value in values.items():
         if value not in (None, 0, 1):
             raise RecordError(
                 "wrong_shape",
                 f"`{key}` of turn {number} must be 0 or 1, got {show(value)}",
             )
-        trained = trained and value != 0
-    return trained
+    return 0 not in values.values()
 
 
 def _call(number: int, value: object) -> dict[str, Any]:
@@ -472,7 +425,7 @@ def _plain(name: str, value: Any) -> Any:
         return {
             _string(name, str(key)): _plain(name, other) for key, other in value.items()
         }
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(name, other) for other in value]
     return value
 

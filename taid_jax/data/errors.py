@@ -36,7 +36,7 @@ FILTERS: Mapping[str, str] = {
 }
 """Why a sound record is left out."""
 
-_KEPT_MESSAGES = 20
+_NAMED = 20
 """So many problems are kept word for word; the rest are only counted."""
 
 
@@ -45,10 +45,10 @@ class DataError(InputError):
 
 
 class RecordError(DataError):
-    """One record that cannot be used; the others can.
+    """One record that is left out; the others are not.
 
     Args:
-        reason: A key of `REASONS`.
+        reason: A key of `REASONS` or `FILTERS`.
         message: What was needed, what came and the way out, without the place.
     """
 
@@ -58,89 +58,46 @@ class RecordError(DataError):
 
 
 class Problem(NamedTuple):
-    """A record that is left out.
-
-    Attributes:
-        origin: Where it stands, such as `chat.jsonl, line 3`.
-        reason: A key of `REASONS` or `FILTERS`.
-        message: What was needed, what came and the way out.
-    """
+    """A record that is left out: where it stands, the key of its reason, and why."""
 
     origin: str
     reason: str
     message: str
 
 
-class BadRecords:
-    """Ends the run at the first bad record, or counts it and lets the rest go on.
+class LeftOut:
+    """Counts what is left out, by reason; or ends the run at the first bad record.
 
     Sound records that a filter leaves out are counted under either policy.
 
     Args:
         policy: `raise` or `count`.
-        kept: How many are kept in `problems`; all when None.
-        filtered: Whether those that a filter leaves out are among them.
 
     Attributes:
-        policy: `raise` or `count`.
         reasons: How many records were left out, by reason.
-        problems: The first of them, in order.
-        unused_keys: How many records had each key that changed nothing.
-        skipped_files: The files of a folder that were passed over.
-        notes: What else is to be said of the source, such as which split was taken.
+        problems: The first of them that could not be used, in order.
     """
 
-    def __init__(
-        self,
-        policy: BadRecordPolicy = "raise",
-        *,
-        kept: int | None = _KEPT_MESSAGES,
-        filtered: bool = False,
-    ):
-        self.policy: BadRecordPolicy = policy
+    def __init__(self, policy: BadRecordPolicy = "raise"):
+        self._policy: BadRecordPolicy = policy
         self.reasons: Counter[str] = Counter()
         self.problems: list[Problem] = []
-        self.unused_keys: Counter[str] = Counter()
-        self.skipped_files: list[str] = []
-        self.notes: list[str] = []
-        self._kept = kept
-        self._filtered = filtered
 
-    @property
-    def count(self) -> int:
-        """How many records could not be used, filters left aside."""
-        return sum(n for reason, n in self.reasons.items() if reason in REASONS)
-
-    @property
-    def messages(self) -> list[str]:
-        """The first problems, each with its file and line."""
-        return [f"{problem.origin}: {problem.message}" for problem in self.problems]
-
-    def report(self, origin: str, error: RecordError) -> None:
-        """Takes note of a record that cannot be used.
-
-        Args:
-            origin: Where it stands, such as `chat.jsonl, line 3`.
-            error: What is wrong with it.
+    def add(self, origin: str, error: RecordError) -> None:
+        """Takes note of a record that is left out.
 
         Raises:
-            DataError: Under the policy `raise`.
+            DataError: If it cannot be used, under the policy `raise`.
         """
-        if self.policy == "raise":
+        unusable = error.reason in REASONS
+        if unusable and self._policy == "raise":
             raise DataError(f"{origin}: {error}") from error
-        self._note(Problem(origin, error.reason, str(error)))
+        self.reasons[error.reason] += 1
+        if unusable and len(self.problems) < _NAMED:
+            self.problems.append(Problem(origin, error.reason, str(error)))
 
-    def leave_out(self, origin: str, reason: str, detail: str) -> None:
-        """Takes note of a sound record that is left out.
 
-        Args:
-            origin: Where it stands.
-            reason: A key of `FILTERS`.
-            detail: What kept it out.
-        """
-        self._note(Problem(origin, reason, detail), keep=self._filtered)
-
-    def _note(self, problem: Problem, *, keep: bool = True) -> None:
-        self.reasons[problem.reason] += 1
-        if keep and (self._kept is None or len(self.problems) < self._kept):
-            self.problems.append(problem)
+def nothing_left(source: str, reasons: Mapping[str, int]) -> str:
+    """Returns the beginning of a message about a source without a usable record."""
+    counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    return f"{source}: no example is left to train on ({counts or 'no records'})"

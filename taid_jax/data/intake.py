@@ -1,13 +1,13 @@
-"""Documents to examples that fit, with a note of every one that is left out."""
+"""Records to examples that fit, each of the others with what is wrong with it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from taid_jax.data.chat import ChatRenderer, MissingTemplateError
-from taid_jax.data.documents import Chat, Completion, Content, Document, Text
-from taid_jax.data.encoding import Encoder, Rendered, cut_windows
-from taid_jax.data.errors import BadRecords, RecordError
-from taid_jax.data.tokens import Example
+from taid_jax.data.chat import ChatRenderer
+from taid_jax.data.documents import Chat, Completion, Document, Text, make_document
+from taid_jax.data.errors import RecordError
+from taid_jax.data.records import Record
+from taid_jax.data.tokens import Encoder, Example, Rendered, cut_windows
 
 _GROUP_DOCUMENTS = 512
 _GROUP_CHARACTERS = 4_000_000
@@ -29,6 +29,44 @@ class Limits(NamedTuple):
     answer: int | None = None
 
 
+class Outcome(NamedTuple):
+    """What became of a record.
+
+    Attributes:
+        origin: Where it stands, such as `chat.jsonl, line 3`.
+        document: What it says, or why that cannot be known.
+        examples: What is trained on; several windows of a text.
+        error: Why there are none.
+        tokens: Of all of it, if it could be encoded.
+        unused_keys: Those of the record and its messages that change nothing.
+    """
+
+    origin: str
+    document: Document | RecordError
+    examples: Sequence[Example] = ()
+    error: RecordError | None = None
+    tokens: int = 0
+    unused_keys: tuple[str, ...] = ()
+
+
+def read_documents(
+    records: Iterable[tuple[str, Record]], seed: int
+) -> Iterator[tuple[str, Document | RecordError]]:
+    """Yields where each record stands and what it says, or why that cannot be known.
+
+    Args:
+        records: With their places.
+        seed: Of the documents' ranks.
+    """
+    for origin, record in records:
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            yield origin, make_document(record, seed)
+        except RecordError as error:
+            yield origin, error
+
+
 class Intake:
     """Renders and encodes documents and leaves out what does not fit.
 
@@ -37,12 +75,8 @@ class Intake:
         limits: A conversation beyond them is left out: half of one would teach answers
             to unseen questions. Text is cut into windows of `limits.tokens`.
         train_on_prompts: Count every token, not only the assistant's.
-        bad: Told of what cannot be used and what is left out.
         merge_system: As `ChatRenderer` has it.
         template_date: As `ChatRenderer` has it.
-
-    Attributes:
-        shortest_too_long: Tokens of the shortest conversation that was too long.
     """
 
     def __init__(
@@ -51,7 +85,6 @@ class Intake:
         limits: Limits,
         *,
         train_on_prompts: bool,
-        bad: BadRecords,
         merge_system: bool = False,
         template_date: str | None = None,
     ):
@@ -63,97 +96,85 @@ class Intake:
             date=template_date,
         )
         self._limits = limits
-        self._bad = bad
-        self.shortest_too_long: int | None = None
 
-    def examples(
-        self, documents: Iterable[Document]
-    ) -> Iterator[tuple[int, Document, Example]]:
-        """Yields examples with their document and its number, in order.
+    def outcomes(
+        self, documents: Iterable[tuple[str, Document | RecordError]]
+    ) -> Iterator[Outcome]:
+        """Yields what became of every document, in order.
 
         Raises:
-            DataError: If there are conversations and no chat template, or, under the
-                policy `raise`, at the first document that cannot be used.
+            DataError: If there are conversations and no chat template.
         """
-        group: list[tuple[int, Document, Rendered]] = []
-        characters = 0
-        for number, document in enumerate(documents):
-            if isinstance(document.content, Text) and not document.content.text.strip():
-                self._bad.leave_out(document.origin, "empty", "white space only")
-                continue
-            try:
-                rendered = self._render(document.content)
-            except MissingTemplateError:
-                raise
-            except RecordError as error:
-                self._bad.report(document.origin, error)
-                continue
-            group.append((number, document, rendered))
-            characters += len(rendered.text)
+        group, characters = [], 0
+        for origin, document in documents:
+            rendered = self._render(document)
+            group.append((origin, document, rendered))
+            if isinstance(rendered, Rendered):
+                characters += len(rendered.text)
             if len(group) >= _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
                 yield from self._encode(group)
                 group, characters = [], 0
         yield from self._encode(group)
-        self._bad.unused_keys.update(self._renderer.unused)
-        self._renderer.unused.clear()
 
-    def _render(self, content: Content) -> Rendered:
-        match content:
-            case Text():
-                return Rendered(
-                    content.text, counts_all=True, framed=True, windowed=True
-                )
-            case Completion():
-                return self._renderer.completion(content)
-            case Chat():
-                return self._renderer.chat(content)
+    def _render(self, document: Document | RecordError) -> Rendered | RecordError:
+        try:
+            match document:
+                case RecordError():
+                    return document
+                case Document(Chat() as content):
+                    return self._renderer.chat(content)
+                case Document(Completion() as content):
+                    return self._renderer.completion(content)
+                case Document(Text(text)) if text.strip():
+                    return Rendered(text, counts_all=True, framed=True)
+            return RecordError("empty", "white space only")
+        except RecordError as error:
+            return error
 
     def _encode(
-        self, group: Sequence[tuple[int, Document, Rendered]]
-    ) -> Iterator[tuple[int, Document, Example]]:
-        encoded = self._encoder.examples([item for *_, item in group])
-        for (number, document, item), example in zip(group, encoded, strict=True):
-            if isinstance(example, RecordError):
-                self._bad.report(document.origin, example)
-                continue
-            if item.windowed:
-                windows = cut_windows(example, self._limits.tokens)
+        self,
+        group: Sequence[tuple[str, Document | RecordError, Rendered | RecordError]],
+    ) -> Iterator[Outcome]:
+        rendered = [item for *_, item in group if isinstance(item, Rendered)]
+        encoded = iter(self._encoder.examples(rendered))
+        for origin, document, item in group:
+            outcome = Outcome(origin, document)
+            if isinstance(document, Document):
+                outcome = outcome._replace(unused_keys=document.unused_keys)
+            found = item
+            if isinstance(item, Rendered):
+                keys = (*outcome.unused_keys, *item.unused_keys)
+                outcome, found = outcome._replace(unused_keys=keys), next(encoded)
+            if isinstance(found, Example):
+                yield self._fit(outcome, found)
             else:
-                windows = iter([example])
-            for window in windows:
-                if self._keep(document, window):
-                    yield number, document, window
+                yield outcome._replace(error=found)
 
-    def _keep(self, document: Document, example: Example) -> bool:
+    def _fit(self, outcome: Outcome, example: Example) -> Outcome:
+        """Returns the outcome with the example, its windows, or why it does not fit."""
         length, limits = len(example.ids), self._limits
-        if isinstance(document.content, Text):
+        outcome = outcome._replace(tokens=length)
+        if isinstance(outcome.document.content, Text):  # pyright: ignore
             if length < 2:
-                self._bad.leave_out(document.origin, "empty", "a single token")
-            return length >= 2
-        answer = example.answer_end - example.prompt
+                return outcome._replace(error=RecordError("empty", "a single token"))
+            windows = tuple(cut_windows(example, limits.tokens))
+            return outcome._replace(examples=windows)
         sizes = {
             "too_long": (length, limits.tokens),
             "prompt_too_long": (example.prompt, limits.prompt),
-            "answer_too_long": (answer, limits.answer),
+            "answer_too_long": (example.answer_end - example.prompt, limits.answer),
         }
         for reason, (size, limit) in sizes.items():
             if limit is not None and size > limit:
-                if reason == "too_long":
-                    shortest = self.shortest_too_long
-                    self.shortest_too_long = min(size, shortest or size)
-                detail = f"{size} tokens, the limit is {limit}"
-                self._bad.leave_out(document.origin, reason, detail)
-                return False
+                message = f"{size} tokens, the limit is {limit}"
+                return outcome._replace(error=RecordError(reason, message))
+        error = None
         if not example.counted.any():
-            detail = "no token of an answer"
-            self._bad.leave_out(document.origin, "nothing_counted", detail)
-            return False
-        if not example.answer_end and (limits.prompt or limits.answer):
+            error = RecordError("nothing_counted", "no token of an answer")
+        elif not example.answer_end and (limits.prompt or limits.answer):
             error = RecordError(
                 "answer_not_found",
                 "the last answer is not found in what the chat template renders, so "
                 "that its length and the prompt's cannot be limited",
             )
-            self._bad.report(document.origin, error)
-            return False
-        return True
+        return outcome._replace(error=error, examples=() if error else (example,))

@@ -1,206 +1,122 @@
-"""Records of JSON, CSV, Parquet and Arrow files, and files cut into pieces."""
+"""Files to records, each with the place where it stands; bad ones with what is wrong.
+
+The readers hand bad records on as a `RecordError` in the record's place, so that the
+others of a file are read, and whoever asked decides what becomes of them.
+"""
 
 import contextlib
 import csv
 import gzip
 import io
 import json
-import mmap
 import pathlib
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from taid_jax.data.documents import (
-    EXPECTED_KEYS,
-    ID_KEYS,
-    OTHER_FORMATS,
-    RECORD_KEYS,
-    used_keys,
-)
-from taid_jax.data.errors import BadRecords, DataError, RecordError
+from taid_jax.data.documents import ID_KEYS, RECORD_KEYS
+from taid_jax.data.errors import DataError, RecordError
+from taid_jax.data.options import MAX_RECORD_BYTES
 
 if TYPE_CHECKING:
     import pyarrow
 
-MAX_RECORD_BYTES = 4_000_000
-"""A record above it is no conversation that a model could be trained on, and would hold
-up the tokenizer: 4 MB are about a million tokens."""
+_WHOLE_BYTES = 2**30
+"""The most bytes of a file that is read whole: text and JSON that is no line a record.
+"""
 
-_ROWS = 1024
-"""Rows read at a time: enough to hide the cost of a read."""
-
-_ROW_BYTES = 32_000_000
-"""Fewer of them where they are larger than this together."""
-
-_CODED_BYTES, _MANY_ROWS = 256_000_000, 10_000
-"""The same where there are many rows and columns that hold each value once."""
-
-_UNPACKED_BYTES = 2**30
-"""The most that a packed file which is read whole may have in it."""
-
-_VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]]', re.DOTALL)
-"""What tells where a value of JSON ends: brackets, but for those of strings."""
-
-Records = Iterator[tuple[str, object]]
-"""Where each record stands, and what it holds."""
-
+_ROWS, _ROW_BYTES, _CODED_BYTES = 1024, 32_000_000, 256_000_000
+"""Rows of a table that are read at a time: so many, or fewer where they are large. A
+column that holds each value once is small in the file and may be large in memory."""
 
 _BLOCK = 1 << 20
-"""Bytes read at a time where only lines are looked for."""
+
+Record = object | RecordError
+Records = Iterator[tuple[str, Record]]
+"""Where each record stands, and what it holds or what is wrong with it."""
+
+_Numbered = Iterator[tuple[int, Record]]
+"""The same with the numbers of lines, rows or values, from 1."""
 
 
-class Piece(NamedTuple):
-    """A file, or a part of one that can be read alone.
+def kind_of(path: pathlib.Path) -> str | None:
+    """Returns the ending that says how a file is read, None if none can read it."""
+    *_, inner, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if last == ".gz":
+        return inner if inner in KINDS and inner not in _TABLES else None
+    return last if last in KINDS else None
 
-    Attributes:
-        path: The file.
-        start: First byte of JSON lines, first row group of Parquet.
-        stop: The one after the last; the end of the file when None.
-        first: Number of its first line or row, from 1.
-        shown: What the file is called in messages; its path when empty.
+
+def read_file(path: pathlib.Path, max_record_bytes: int = MAX_RECORD_BYTES) -> Records:
+    """Yields the records of a file; a text is one record.
+
+    Args:
+        path: Its ending is one of `KINDS`.
+        max_record_bytes: Records above it are handed on as errors, unread.
+
+    Raises:
+        DataError: If the file is empty or cannot be read.
     """
-
-    path: str
-    start: int = 0
-    stop: int | None = None
-    first: int = 1
-    shown: str = ""
-
-    @property
-    def name(self) -> str:
-        """What the file is called in messages."""
-        return self.shown or self.path
-
-
-def cut_jsonl(path: pathlib.Path, size: int) -> list[Piece]:
-    """Returns pieces of about `size` bytes that end with a line.
-
-    The same file gives the same pieces. It is read once, to count lines.
-    """
-    end = path.stat().st_size
-    pieces, start, first = [], 0, 1
-    with path.open("rb") as file:
-        while start < end:
-            file.seek(min(start + size, end) - 1)
-            _pass_line(file)
-            stop = file.tell()
-            pieces.append(Piece(str(path), start, stop, first))
-            file.seek(start)
-            left = stop - start
-            while block := file.read(min(_BLOCK, left)):
-                first += block.count(b"\n")
-                left -= len(block)
-            start = stop
-    # The reader says that it is empty.
-    return pieces or [Piece(str(path))]
-
-
-def cut_parquet(path: pathlib.Path, size: int) -> list[Piece]:
-    """Returns pieces of row groups of about `size` bytes, at least one group each.
-
-    A file that cannot be read is one piece, whose reader says what is wrong.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
+    kind = kind_of(path) or ""
+    found = False
     try:
-        metadata = pyarrow.parquet.read_metadata(path)
-    except pyarrow.ArrowException:
-        return [Piece(str(path))]
-    pieces, start, first, rows, bytes_ = [], 0, 1, 0, 0
-    for group in range(metadata.num_row_groups):
-        rows += metadata.row_group(group).num_rows
-        bytes_ += metadata.row_group(group).total_byte_size
-        if bytes_ >= size or group == metadata.num_row_groups - 1:
-            pieces.append(Piece(str(path), start, group + 1, first))
-            start, first, rows, bytes_ = group + 1, first + rows, 0, 0
-    return pieces or [Piece(str(path))]
-
-
-def is_packed(path: pathlib.Path) -> bool:
-    """Returns whether a file is one of gzip."""
-    return path.suffix.lower() == ".gz"
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes)")
+        if kind == ".txt":
+            yield str(path), {"text": _read_text(path)}
+            return
+        unit, reader = _READERS[kind]
+        for number, record in reader(path, max_record_bytes):
+            found = True
+            yield f"{path}, {unit} {number}", record
+    except RecordError as error:
+        yield str(path), error
+        return
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        damage = f"no intact gzip file: {error}"
+        yield str(path), RecordError("damaged_file", damage)
+        return
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path} cannot be read: {reason}") from error
+    if not found:
+        raise DataError(f"{path} is empty (0 {unit}s)")
 
 
 @contextlib.contextmanager
-def unpacked(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Opens a file, unpacked if it is packed.
-
-    Raises:
-        RecordError: If it is packed and damaged.
-    """
-    try:
-        with gzip.open(path) if is_packed(path) else path.open("rb") as file:
-            yield cast(IO[bytes], file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise RecordError("damaged_file", f"no intact gzip file: {error}") from error
+def _unpacked(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    packed = path.suffix.lower() == ".gz"
+    with gzip.open(path) if packed else path.open("rb") as file:
+        yield cast(IO[bytes], file)
 
 
-def read_whole(path: pathlib.Path) -> bytes:
-    """Returns all of a file, unpacked.
-
-    Raises:
-        RecordError: If it is damaged, or has more in it than any text would.
-    """
-    if not is_packed(path):
-        return path.read_bytes()
-    with unpacked(path) as file:
-        data = file.read(_UNPACKED_BYTES + 1)
-    if len(data) > _UNPACKED_BYTES:
+def _read_whole(path: pathlib.Path) -> bytes:
+    with _unpacked(path) as file:
+        data = file.read(_WHOLE_BYTES + 1)
+    if len(data) > _WHOLE_BYTES:
         raise RecordError(
             "too_large",
-            f"unpacks to more than {_UNPACKED_BYTES:,} bytes; give it unpacked",
+            f"more than {_WHOLE_BYTES:,} bytes; give it as several files, or as .jsonl",
         )
     return data
 
 
-def read_jsonl(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
-    """Yields the records of a file of JSON lines, or of a part of it.
-
-    Raises:
-        DataError: If the whole file has only blank lines.
-        RecordError: If the file is damaged.
-    """
-    empty = piece.start == 0 and piece.stop is None
-    # Bytes, so that one line that is not UTF-8 has a number and spoils no other.
-    with unpacked(pathlib.Path(piece.path)) as file:
-        file.seek(piece.start)
-        number = piece.first - 1
-        while piece.stop is None or file.tell() < piece.stop:
-            line = file.readline(max_record_bytes + 1)
-            if not line:
-                break
-            number += 1
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            empty = False
-            origin = f"{piece.name}, line {number}"
-            try:
-                if len(line) > max_record_bytes and not line.endswith(b"\n"):
-                    raise _too_large(len(line) + _pass_line(file), max_record_bytes)
-                record = _parse_json(
-                    line, "line; a .jsonl file has one JSON object per line"
-                )
-            except RecordError as error:
-                bad.report(origin, error)
-                continue
-            yield origin, record
-    if empty:
-        raise DataError(f"{piece.name} is empty (blank lines only)")
-
-
-def _pass_line(file: IO[bytes]) -> int:
-    """Goes on to the next line and returns the bytes that it passed over."""
-    passed = 0
-    while block := file.readline(_BLOCK):
-        passed += len(block)
-        if block.endswith(b"\n"):
-            break
-    return passed
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        data = _read_whole(path)
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1  # pyright: ignore
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x} "
+            f"at offset {error.start}); save the file as UTF-8"
+        ) from error
+    except RecordError as error:
+        raise DataError(f"{path}: {error}") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty (white space only)")
+    return text.replace("\r\n", "\n")
 
 
 def _too_large(size: int, limit: int) -> RecordError:
@@ -210,317 +126,215 @@ def _too_large(size: int, limit: int) -> RecordError:
     )
 
 
-def _parse_json(data: bytes, what: str) -> object:
-    """Returns a value of JSON.
-
-    Args:
-        data: Its bytes.
-        what: What they are, and what they should have been, for the message.
-    """
-    noun, _, wanted = what.partition(";")
-    try:
-        return json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        raise RecordError(
-            "not_utf8",
-            f"not UTF-8 (byte 0x{data[error.start]:02x} at byte {error.start} of the "
-            f"{noun}); save the file as UTF-8",
-        ) from error
-    except json.JSONDecodeError as error:
-        raise RecordError(
-            "not_json", f"not JSON ({error.msg}, column {error.colno});{wanted}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError("not_json", f"not JSON that can be read ({error})") from error
-
-
-def read_json(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
-    """Yields the records of a .json file: those of its list, or one after the other.
-
-    Raises:
-        DataError: If the file has none.
-        RecordError: If the file is damaged.
-    """
-    path = pathlib.Path(piece.path)
-    with contextlib.ExitStack() as stack:
-        if is_packed(path):
-            data: Any = read_whole(path)
-        else:
-            file = stack.enter_context(path.open("rb"))
-            data = stack.enter_context(
-                contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            )
+def _read_jsonl(path: pathlib.Path, limit: int) -> _Numbered:
+    # Bytes, so that one line that is not UTF-8 has a number and spoils no other.
+    with _unpacked(path) as file:
         number = 0
-        for start, stop in _values(data):
+        while line := file.readline(limit + 1):
             number += 1
-            origin = f"{piece.name}, record {number}"
-            try:
-                if stop - start > max_record_bytes:
-                    raise _too_large(stop - start, max_record_bytes)
-                record = _parse_json(
-                    data[start:stop], "record; a .json file has a list of objects"
-                )
-            except RecordError as error:
-                bad.report(origin, error)
-                continue
-            yield origin, record
-        if not number:
-            raise DataError(f"{piece.name} is empty (no record in it)")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if len(line) > limit and not line.endswith(b"\n"):
+                size = len(line)
+                while block := file.readline(_BLOCK):
+                    size += len(block)
+                    if block.endswith(b"\n"):
+                        break
+                yield number, _too_large(size, limit)
+            elif line.strip():
+                yield number, _parse_line(line)
 
 
-def _values(data: bytes | mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Yields where each value of a list lies, or each of those without a list.
+def _parse_line(line: bytes) -> Record:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return RecordError(
+            "not_utf8",
+            f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start} of the "
+            "line); save the file as UTF-8",
+        )
+    except (ValueError, RecursionError) as error:
+        return RecordError(
+            "not_json", f"not JSON ({error}); a .jsonl file has one object a line"
+        )
 
-    What stands between them and is no bracket, comma or white space is given too: it is
-    something else than a record, and whoever parses it says so.
+
+def _read_json(path: pathlib.Path, limit: int) -> _Numbered:
+    """Yields the values of a list, or those that follow one another.
+
+    What stands behind one that is no JSON cannot be told apart, and is left out.
     """
-    place = 3 if data[:3] == b"\xef\xbb\xbf" else 0
-    head = re.compile(rb"\s*\[").match(data, place)
-    level = 1 if head else 0
-    place, depth = head.end() if head else place, level
-    between = re.compile(rb"[\s,]*+")
-    begun = place
-    for found in _VALUE.finditer(data, place):
-        if found[0] in (b"{", b"["):
-            if depth == level:
-                begun = between.match(data, place).end()  # pyright: ignore
-                if begun < found.start():
-                    yield begun, found.start()
-                begun = found.start()
-            depth += 1
-        elif found[0] in (b"}", b"]"):
-            depth -= 1
-            if depth == level:
-                yield begun, found.end()
-                place = found.end()
-            elif depth < level:
-                break
-    # What a list does not close, or what stands behind it.
-    if depth < level:
-        begun = between.match(data, place).end()  # pyright: ignore
-        if begun < found.start():  # pyright: ignore
-            yield begun, found.start()  # pyright: ignore
-        place = found.end()  # pyright: ignore
-    rest = between.match(data, place).end()  # pyright: ignore
-    if rest < len(data):
-        yield rest, len(data)
+    # What is no UTF-8 becomes half of a surrogate pair, which its record names.
+    text = _read_whole(path).decode("utf-8-sig", "surrogateescape")
+    between = re.compile(r"[\s,]*")
+    head = re.match(r"\s*\[", text)
+    end = len(text.rstrip()) - (1 if head and text.rstrip().endswith("]") else 0)
+    place = between.match(text, head.end() if head else 0).end()  # pyright: ignore
+    decoder, number = json.JSONDecoder(), 0
+    while place < end:
+        number += 1
+        try:
+            record, stop = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            message = f"not JSON from here on ({error}); a .json file has a list"
+            yield number, RecordError("not_json", message)
+            return
+        size = stop - place
+        yield number, _too_large(size, limit) if size > limit else record
+        place = between.match(text, stop).end()  # pyright: ignore
 
 
-def read_csv(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
-    """Yields the records of a .csv or .tsv file, whose first row names the columns.
-
-    Raises:
-        DataError: If the file has no rows, or none of the columns.
-        RecordError: If the file is damaged.
-    """
-    path = pathlib.Path(piece.path)
+def _read_csv(path: pathlib.Path, limit: int) -> _Numbered:
     name = path.name.lower().removesuffix(".gz")
     csv.field_size_limit(2**30)
-    with unpacked(path) as file:
-        # What is no UTF-8 becomes half of a surrogate pair, which its record names.
+    with _unpacked(path) as file:
         text = io.TextIOWrapper(
             cast(Any, file), "utf-8-sig", errors="surrogateescape", newline=""
         )
         rows = csv.reader(text, delimiter="\t" if name.endswith(".tsv") else ",")
         try:
             columns = next(rows, [])
-            _check_columns(piece.name, columns)
             if len({*columns}) < len(columns):
-                raise DataError(f"{piece.name}: two columns have the same name")
-            number = 0
+                raise DataError(f"{path}: two columns have the same name")
             for number, row in enumerate(filter(None, rows), start=1):
-                origin = f"{piece.name}, row {number}"
-                size = sum(map(len, row))
-                try:
-                    if size > max_record_bytes:
-                        raise _too_large(size, max_record_bytes)
-                    if len(row) != len(columns):
-                        raise RecordError(
-                            "wrong_shape",
-                            f"{len(row)} fields, and {len(columns)} columns have names",
-                        )
-                except RecordError as error:
-                    bad.report(origin, error)
-                    continue
-                yield origin, dict(zip(columns, row, strict=True))
-            if not number:
-                raise DataError(f"{piece.name} is empty (0 rows)")
+                if (size := sum(map(len, row))) > limit:
+                    yield number, _too_large(size, limit)
+                elif len(row) != len(columns):
+                    fields = f"{len(row)} fields, and {len(columns)} columns have names"
+                    yield number, RecordError("wrong_shape", fields)
+                else:
+                    yield number, dict(zip(columns, row, strict=True))
         except csv.Error as error:
             raise RecordError("damaged_file", f"no intact CSV file: {error}") from error
 
 
-def _check_columns(name: str, columns: Sequence[str]) -> None:
-    """Raises DataError if the columns are not those of any format."""
-    if not used_keys(dict.fromkeys(columns, "-")):
-        found = ", ".join(f"`{column}`" for column in columns[:20]) or "none"
-        raise DataError(
-            f"{name}: need the columns {EXPECTED_KEYS}; found {found} ({OTHER_FORMATS})"
-        )
-
-
-def read_parquet(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
-    """Yields the records of a Parquet file, or of some of its row groups.
-
-    Raises:
-        DataError: If the file has no rows, or none of the columns.
-        RecordError: If the file is damaged.
-    """
+def _read_parquet(path: pathlib.Path, limit: int) -> _Numbered:
     # Imported here: most runs read no Parquet.
     import pyarrow.parquet
 
-    def batches() -> Iterator["pyarrow.RecordBatch | tuple[int, RecordError]"]:
+    def batches() -> Iterator["pyarrow.RecordBatch | int"]:
         # Read as it is used: whole columns of large rows would not fit.
         with pyarrow.parquet.ParquetFile(
-            piece.path, buffer_size=_BLOCK, pre_buffer=False
+            path, buffer_size=_BLOCK, pre_buffer=False
         ) as file:
-            columns = known_columns(
-                piece.name, file.schema_arrow.names, bad if piece.start == 0 else None
-            )
-            if file.metadata.num_rows == 0:
-                raise DataError(f"{piece.name} is empty (0 rows)")
-            stop = file.num_row_groups if piece.stop is None else piece.stop
-            for group in range(piece.start, stop):
-                held = file.metadata.row_group(group)
-                size, count = _measure(held, columns)
-                each = size // max(1, held.num_rows)
-                if each > max_record_bytes and size > _ROW_BYTES:
+            columns = known_columns(file.schema_arrow.names)
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                chunks = [group.column(n) for n in range(group.num_columns)]
+                chunks = [
+                    c for c in chunks if c.path_in_schema.partition(".")[0] in columns
+                ]
+                size = sum(chunk.total_uncompressed_size for chunk in chunks)
+                if size > max(_ROW_BYTES, limit * group.num_rows):
                     # They would be in memory together, for nothing.
-                    error = _too_large(each, max_record_bytes)
-                    yield held.num_rows, error
+                    yield from [size // group.num_rows] * group.num_rows
                     continue
-                yield from file.iter_batches(count, row_groups=[group], columns=columns)
+                coded = [
+                    c.total_uncompressed_size for c in chunks if c.has_dictionary_page
+                ]
+                count = min(
+                    _ROWS,
+                    _ROW_BYTES * group.num_rows // max(1, size),
+                    _CODED_BYTES // max(coded, default=1),
+                )
+                yield from file.iter_batches(
+                    max(1, count), row_groups=[number], columns=columns
+                )
 
-    return arrow_records(piece, batches(), bad, max_record_bytes)
+    with _intact("Parquet"):
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+        yield from table_records(batches(), names, limit)
 
 
-def _measure(group: Any, columns: Sequence[str]) -> tuple[int, int]:
-    """Returns the bytes of a Parquet row group, and how many rows are read together."""
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    chunks = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
-    size = sum(chunk.total_uncompressed_size for chunk in chunks)
-    count = _ROW_BYTES // max(1, size // max(1, group.num_rows))
-    # A dictionary has each value once, which may be that of every row. A few short
-    # rows at a time are slow to read, and there are many of them.
-    coded = [c.total_uncompressed_size for c in chunks if c.has_dictionary_page]
-    room = _CODED_BYTES if group.num_rows > _MANY_ROWS else _ROW_BYTES
-    count = min(count, room // max(coded, default=1))
-    return size, max(1, min(_ROWS, count))
-
-
-def read_arrow(piece: Piece, bad: BadRecords, max_record_bytes: int) -> Records:
-    """Yields the records of an Arrow file, in either of its two forms.
-
-    Raises:
-        DataError: If the file has no rows, or none of the columns.
-        RecordError: If the file is damaged.
-    """
+def _read_arrow(path: pathlib.Path, limit: int) -> _Numbered:
     import pyarrow
 
-    def batches() -> Iterator["pyarrow.RecordBatch"]:
-        with pyarrow.memory_map(piece.path) as source:
-            if source.read(6) == b"ARROW1":
-                source.seek(0)
-                file = pyarrow.ipc.open_file(source)
-                found = map(file.get_batch, range(file.num_record_batches))
-            else:
-                source.seek(0)
-                file = found = pyarrow.ipc.open_stream(source)
-            columns = known_columns(piece.name, file.schema.names, bad)
-            rows = 0
-            for batch in found:
-                rows += batch.num_rows
-                yield batch.select(columns)
-            if not rows:
-                raise DataError(f"{piece.name} is empty (0 rows)")
-
-    return arrow_records(piece, batches(), bad, max_record_bytes)
+    with _intact("Arrow"), pyarrow.memory_map(str(path)) as source:
+        whole = source.read(6) == b"ARROW1"  # Else a stream.
+        source.seek(0)
+        if whole:
+            file = pyarrow.ipc.open_file(source)
+            found = map(file.get_batch, range(file.num_record_batches))
+        else:
+            file = found = pyarrow.ipc.open_stream(source)
+        columns = known_columns(file.schema.names)
+        batches = (batch.select(columns) for batch in found)
+        yield from table_records(batches, file.schema.names, limit)
 
 
-def known_columns(
-    name: str, found: Sequence[str], bad: BadRecords | None = None
-) -> list[str]:
-    """Returns the columns that are read, and tells `bad` of the others.
-
-    Raises:
-        DataError: If none of the formats has such columns.
-    """
-    _check_columns(name, found)
-    known = [column for column in found if column in (*RECORD_KEYS, *ID_KEYS)]
-    others = [column for column in found if column not in known]
-    if others and bad is not None:
-        bad.notes.append(f"{name}: columns not used: {', '.join(others[:20])}")
-    return known
-
-
-def arrow_records(
-    piece: Piece,
-    batches: Iterable["pyarrow.RecordBatch | tuple[int, RecordError]"],
-    bad: BadRecords,
-    max_record_bytes: int,
-) -> Records:
-    """Yields the rows of tables as records.
-
-    Args:
-        piece: Where they come from.
-        batches: The tables; how many rows are left out unread, and why, is one too.
-        bad: Told of records that cannot be used.
-        max_record_bytes: Rows above it are such records.
-
-    Raises:
-        RecordError: If they come from a file that is damaged.
-    """
+@contextlib.contextmanager
+def _intact(kind: str) -> Iterator[None]:
     import pyarrow
 
-    row = piece.first - 1
     try:
-        for batch in batches:
-            if isinstance(batch, tuple):
-                for number in range(row + 1, row + batch[0] + 1):
-                    bad.report(f"{piece.name}, row {number}", batch[1])
-                row += batch[0]
-                continue
-            for index in range(batch.num_rows):
-                row += 1
-                origin = f"{piece.name}, row {row}"
-                one = batch.slice(index, 1)
-                try:
-                    if one.nbytes > max_record_bytes:
-                        raise _too_large(one.nbytes, max_record_bytes)
-                    record = _row(one)
-                except RecordError as error:
-                    bad.report(origin, error)
-                    continue
-                yield origin, record
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         # What pyarrow says of damaged pages; what the system says has a number.
         if getattr(error, "errno", None):
             raise
-        raise RecordError(
-            "damaged_file",
-            f"no intact {'Arrow' if piece.path.endswith('.arrow') else 'Parquet'} file "
-            f"(after row {row}): {error}",
-        ) from error
+        damage = f"no intact {kind} file: {error}"
+        raise RecordError("damaged_file", damage) from error
 
 
-def _row(batch: "pyarrow.RecordBatch") -> object:
-    """Returns the only row of a batch."""
-    try:
-        row = batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        raise RecordError(
-            "not_utf8", f"not UTF-8 ({error.reason} at byte {error.start} of a string)"
-        ) from error
-    return {key: _without_nulls(value) for key, value in row.items()}
+def known_columns(names: Sequence[str]) -> list[str]:
+    """Returns the columns that records are made of; all where there are none."""
+    return [name for name in names if name in (*RECORD_KEYS, *ID_KEYS)] or [*names]
 
 
-def _without_nulls(value: Any) -> Any:
-    """Returns a value without the keys that a table has in every row, being null."""
+def table_records(
+    batches: Iterable["pyarrow.RecordBatch | int"], names: Sequence[str], limit: int
+) -> _Numbered:
+    """Yields the rows of tables as records.
+
+    Args:
+        batches: The tables; in place of a row that is not read, its bytes.
+        names: Of all columns; rows have the others as keys that say nothing.
+        limit: Rows of more bytes are handed on as errors.
+    """
+    row = 0
+    for batch in batches:
+        if isinstance(batch, int):
+            row += 1
+            yield row, _too_large(batch, limit)
+            continue
+        others = dict.fromkeys(set(names) - {*batch.schema.names}, "not read")
+        for index in range(batch.num_rows):
+            row += 1
+            one = batch.slice(index, 1)
+            if one.nbytes > limit:
+                yield row, _too_large(one.nbytes, limit)
+                continue
+            try:
+                yield row, others | _without_nulls(one.to_pylist()[0])
+            except UnicodeDecodeError as error:
+                where = f"{error.reason} at byte {error.start} of a string"
+                yield row, RecordError("not_utf8", f"not UTF-8 ({where})")
+
+
+def _without_nulls(value: Any, *, inner: bool = False) -> Any:
+    """Returns a row without the inner nulls that a table has for absent keys."""
     if isinstance(value, Mapping):
         return {
-            key: _without_nulls(inner)
-            for key, inner in value.items()
-            if inner is not None
+            key: _without_nulls(each, inner=True)
+            for key, each in value.items()
+            if each is not None or not inner
         }
     if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
+        return [_without_nulls(each, inner=True) for each in value]
     return value
+
+
+_READERS: dict[str, tuple[str, Callable[[pathlib.Path, int], _Numbered]]] = {
+    ".jsonl": ("line", _read_jsonl),
+    ".parquet": ("row", _read_parquet),
+    ".json": ("record", _read_json),
+    ".csv": ("row", _read_csv),
+    ".tsv": ("row", _read_csv),
+    ".arrow": ("row", _read_arrow),
+}
+_TABLES = (".parquet", ".arrow")
+KINDS = (".txt", *_READERS)
+"""Endings of files that can be read; those of text also packed, with .gz."""
+SUPPORTED = f"{', '.join(KINDS)} (all but .parquet and .arrow also as .gz)"

@@ -1,89 +1,221 @@
-"""Examples in Parquet files: written by the preparation, read by training."""
+"""Prepared data: shards of token ids, and the manifest of what they were made from."""
 
 import dataclasses
-import io
+import hashlib
+import itertools
+import json
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 from jaxtyping import Bool
 
-from taid_jax.data.encoding import Tokenizer, cut_windows
-from taid_jax.data.errors import BadRecords, DataError
-from taid_jax.data.identity import differences, identify
-from taid_jax.data.manifest import (
-    SIDES,
-    TRAIN,
-    Manifest,
-    read_shard_file,
+from taid_jax.data.errors import DataError, LeftOut, RecordError
+from taid_jax.data.packing import TokenTable, make_table
+from taid_jax.data.tokens import Encoder, Example, Tokenizer, cut_windows
+from taid_jax.files import write_whole
+from taid_jax.probes import TEXTS, vocabulary_texts
+
+SHARD_SCHEMA = pyarrow.schema(
+    [
+        ("input_ids", pyarrow.list_(pyarrow.int32())),
+        ("loss_mask", pyarrow.list_(pyarrow.bool_())),
+        # Tokens before the last answer, and the token after its last.
+        ("prompt", pyarrow.int32()),
+        ("answer_end", pyarrow.int32()),
+        # Running text, which may be cut into shorter windows.
+        ("text", pyarrow.bool_()),
+    ]
 )
-from taid_jax.data.tokens import Example, TokenTable, make_table
-
-_IDS = pyarrow.list_(pyarrow.field("element", pyarrow.int32(), nullable=False))
-
-EXAMPLE_FIELDS = (
-    pyarrow.field("input_ids", _IDS, nullable=False),
-    # First token of every run of counted tokens, and the one after its last.
-    pyarrow.field("counted", _IDS, nullable=False),
-    pyarrow.field("prompt", pyarrow.int32(), nullable=False),
-    pyarrow.field("answer_end", pyarrow.int32(), nullable=False),
-    # Text, which may be cut into shorter windows.
-    pyarrow.field("text", pyarrow.bool_(), nullable=False),
-)
-SHARD_SCHEMA = pyarrow.schema(EXAMPLE_FIELDS)
-
-_ROW_GROUP = 4096
 
 
-def example_columns(
-    examples: Sequence[Example], text: Sequence[bool]
-) -> dict[str, pyarrow.Array]:
-    """Returns the columns of `EXAMPLE_FIELDS`.
+class TokenizerIdentity(NamedTuple):
+    """Equal for two tokenizers that give every conversation the same ids.
+
+    Attributes:
+        size: How many tokens it has.
+        vocabulary: sha256 of its tokens with their ids.
+        rules: sha256 of the ids that it gives `probes.TEXTS` and texts of its tokens:
+            how it cuts text, however that is written down.
+        special: Ids of the tokens that begin and end a text; None for a start token
+            that neither the tokenizer nor the template writes.
+        template: sha256 of the chat template, None without one.
+    """
+
+    size: int
+    vocabulary: str
+    rules: str
+    special: dict[str, int | None]
+    template: str | None
+
+
+def identify(tokenizer: Tokenizer) -> TokenizerIdentity:
+    """Returns the identity of a tokenizer, by content, wherever it lies."""
+    vocabulary = dict(getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)())
+    encoder = Encoder(tokenizer)
+    texts = vocabulary_texts(vocabulary, without=tokenizer.get_added_vocab())
+    template = getattr(tokenizer, "chat_template", None)
+    starts = encoder.adds_start or "bos_token" in str(template)
+    start = getattr(tokenizer, "bos_token_id", None) if starts else None
+    return TokenizerIdentity(
+        size=len(vocabulary),
+        vocabulary=_digest(sorted(vocabulary.items(), key=lambda item: item[1])),
+        rules=_digest(encoder.ids([*TEXTS, *texts])),
+        special={
+            "bos_token_id": start,
+            "eos_token_id": getattr(tokenizer, "eos_token_id", None),
+        },
+        template=_digest(template) if template else None,
+    )
+
+
+def differences(
+    made_by: TokenizerIdentity, given: TokenizerIdentity, *, chats: bool
+) -> list[str]:
+    """Returns what differs, in words; nothing when both give the same ids.
 
     Args:
-        examples: The rows.
-        text: Whether each is running text.
+        made_by: Of the tokenizer that the data were made with.
+        given: Of the one that they are to be read with.
+        chats: Whether chat templates matter.
     """
-    inside = [example.counted.astype(np.int8) for example in examples]
-    runs = [np.flatnonzero(np.diff(row, prepend=0, append=0)) for row in inside]
-    return {
-        "input_ids": _lists([example.ids for example in examples]),
-        "counted": _lists(runs),
-        "prompt": pyarrow.array([e.prompt for e in examples], pyarrow.int32()),
-        "answer_end": pyarrow.array([e.answer_end for e in examples], pyarrow.int32()),
-        "text": pyarrow.array(list(text), pyarrow.bool_()),
-    }
+    found = []
+    if made_by.vocabulary != given.vocabulary:
+        sizes = f"{made_by.size:,} tokens there, {given.size:,} here"
+        found.append(f"the vocabulary ({sizes})")
+    elif made_by.rules != given.rules:
+        found.append("how text is cut (merges, normalizer or pre-tokenizer)")
+    for name, number in made_by.special.items():
+        if number != given.special.get(name):
+            other = given.special.get(name)
+            found.append(f"the {name} ({number} there, {other} here)")
+    if chats and made_by.template != given.template:
+        if given.template is None:
+            found.append("the chat template (none here; give it by --chat-template)")
+        elif made_by.template is None:
+            found.append("the chat template (none there)")
+        else:
+            digests = f"{made_by.template[:12]} there, {given.template[:12]} here"
+            found.append(f"the chat template (sha256 {digests})")
+    return found
 
 
-def _lists(rows: Sequence[np.ndarray]) -> pyarrow.Array:
-    ends = np.cumsum([0, *map(len, rows)]).astype(np.int32)
-    values = np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(ends, values, type=_IDS)
+def _digest(value: object) -> str:
+    """Returns the sha256 of a value of JSON."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def parquet_bytes(table: pyarrow.Table, row_group: int = _ROW_GROUP) -> bytes:
-    """Returns the table as a Parquet file; the same table gives the same bytes."""
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(
-        table,
-        buffer,
-        row_group_size=row_group,
-        compression="zstd",
-        use_dictionary=False,
-    )
-    return buffer.getvalue()
+MANIFEST = "manifest.json"
+FORMAT = "taid-jax prepared data 3"
+
+TRAIN, VALIDATION = "train", "validation"
+SIDES = (TRAIN, VALIDATION)
 
 
-def read_prepared(
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """One shard.
+
+    Attributes:
+        name: Of the file, in the folder.
+        side: `train` or `validation`.
+        examples: Its rows.
+        tokens: In them.
+        bytes: Of the file.
+        sha256: Of the file.
+    """
+
+    name: str
+    side: str
+    examples: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What was prepared, from what and how.
+
+    Attributes:
+        tokenizer: What the ids mean.
+        chats: Whether a chat template was used.
+        train_on_prompts: Whether prompts were counted.
+        options: All that was asked for.
+        sources: The files read, with their sizes.
+        records: How many were read.
+        left_out: How many of them were not taken, by reason.
+        noted: How many were taken though there was something to say, by reason.
+        files: The shards.
+        versions: Of the packages that took part.
+        unused_keys: How many records had each key that changed nothing.
+        skipped_files: Files of the source that were passed over.
+        notes: What else is to be said of the source, such as which split was taken.
+    """
+
+    tokenizer: TokenizerIdentity
+    chats: bool
+    train_on_prompts: bool
+    options: Mapping[str, Any]
+    sources: list[dict[str, Any]]
+    records: int
+    left_out: dict[str, int]
+    noted: dict[str, int]
+    files: list[ShardFile]
+    versions: dict[str, str]
+    unused_keys: dict[str, int]
+    skipped_files: list[str]
+    notes: list[str]
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Puts it into the folder, whole or not at all."""
+        values = {"format": FORMAT} | dataclasses.asdict(self)
+        values["tokenizer"] = self.tokenizer._asdict()
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        write_whole(folder / MANIFEST, text.encode("utf-8", "backslashreplace"))
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
+    """Returns the manifest of a folder, None if it has none.
+
+    Raises:
+        DataError: If it cannot be read, or is of another format.
+    """
+    path = pathlib.Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if (found := values.pop("format")) != FORMAT:
+            raise DataError(
+                f"{path}: need the format {FORMAT!r}, got {found!r}; prepare the data "
+                "with this version"
+            )
+        values["tokenizer"] = TokenizerIdentity(**values["tokenizer"])
+        values["files"] = [ShardFile(**file) for file in values["files"]]
+        return Manifest(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path} is not a whole manifest of prepared data ({error}); prepare the "
+            "data again"
+        ) from error
+
+
+def read_shards(
     folder: pathlib.Path,
     manifest: Manifest,
     tokenizer: Tokenizer,
     seq_len: int,
     *,
     train_on_prompts: bool,
-    bad: BadRecords,
+    left_out: LeftOut,
 ) -> tuple[TokenTable, Bool[np.ndarray, " examples"]]:
     """Returns the examples of a folder of shards, and which are validated on.
 
@@ -96,7 +228,7 @@ def read_prepared(
         tokenizer: Of the run, which must give the ids that the shards hold.
         seq_len: Longer conversations are left out, longer windows of text are cut.
         train_on_prompts: Count every token.
-        bad: Told of what is left out.
+        left_out: Told of what does not fit.
 
     Raises:
         DataError: If the shards were made with another tokenizer or chat template, hold
@@ -115,96 +247,76 @@ def read_prepared(
             "tokens are answers; train with --train-on-prompts, or prepare it again "
             "without"
         )
-    tables, validation = [], []
-    for side in SIDES:
-        for file in manifest.files:
-            if file.side != side:
-                continue
-            data = read_shard_file(folder, file)
-            try:
-                columns = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-                examples = _examples(columns.cast(SHARD_SCHEMA))
-            except (pyarrow.ArrowException, ValueError) as error:
-                raise DataError(
-                    f"{folder / file.name} is not a shard of this format ({error}); "
-                    "prepare the data again"
-                ) from error
-            origin = f"{folder / file.name}, row"
-            fitting, texts = _fit(*examples, seq_len, origin, bad)
-            for table in (fitting, texts):
-                tables.append(table)
-                validation.append(np.full(len(table), side != TRAIN))
-    table = _join(tables)
-    if not len(table):
+    pairs: list[tuple[int, Example]] = []
+    validation, documents = [], 0
+    for file in sorted(manifest.files, key=lambda file: SIDES.index(file.side)):
+        path = folder / file.name
+        data = _read_shard(path, file)
+        try:
+            rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+            examples = _examples(rows.select(SHARD_SCHEMA.names).cast(SHARD_SCHEMA))
+        except (pyarrow.ArrowException, KeyError, ValueError) as error:
+            raise DataError(
+                f"{path} is not a shard of this format ({error}); prepare the "
+                "data again"
+            ) from error
+        for number, (example, is_text) in enumerate(examples, start=1):
+            size, fitting = len(example.ids), [example]
+            if size > seq_len and is_text:
+                fitting = [*cut_windows(example, seq_len)]
+            elif size > seq_len:
+                message = f"{size} tokens, the limit is {seq_len}"
+                problem = RecordError("too_long", message)
+                left_out.add(f"{path}, row {number}", problem)
+                fitting = []
+            pairs += [(documents, each) for each in fitting]
+            validation += [file.side != TRAIN] * len(fitting)
+            documents += 1
+    if not pairs:
         raise DataError(
             f"{folder} has no example of at most {seq_len} tokens; raise seq_len"
         )
+    table = make_table(pairs)
     if train_on_prompts:
         table = dataclasses.replace(table, counted=np.ones_like(table.counted))
         table.counted[table.starts[:-1]] = False
-    return table, np.concatenate(validation)
+    return table, np.array(validation)
 
 
-def _values(column: pyarrow.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the numbers of a column of lists, end to end, and where each begins."""
-    array = column.combine_chunks()
-    offsets = array.offsets.to_numpy()
-    values = array.values.to_numpy()[offsets[0] : offsets[-1]]
-    return values, (offsets - offsets[0]).astype(np.int64)
-
-
-def _examples(columns: pyarrow.Table) -> tuple[TokenTable, np.ndarray]:
-    """Returns the rows of a shard as a table, and which of them are text."""
-    ids, starts = _values(columns["input_ids"])
-    borders, runs = _values(columns["counted"])
-    rows = np.repeat(starts[:-1], np.diff(runs))
-    # +1 where a run begins, -1 after its end: the sum so far is 1 inside.
-    steps = np.zeros(len(ids) + 1, np.int8)
-    np.add.at(steps, rows + borders, np.where(np.arange(len(borders)) % 2, -1, 1))
-    table = TokenTable(
-        ids=ids.copy(),
-        counted=np.cumsum(steps[:-1], dtype=np.int8) == 1,
-        starts=starts,
-        documents=np.arange(len(columns)),
-        prompts=columns["prompt"].to_numpy().astype(np.int64),
-        answer_ends=columns["answer_end"].to_numpy().astype(np.int64),
+def _examples(rows: pyarrow.Table) -> list[tuple[Example, bool]]:
+    """Returns the rows of a shard, and whether each is running text."""
+    lists = [rows[name].combine_chunks() for name in ("input_ids", "loss_mask")]
+    ids, mask = (each.flatten().to_numpy(zero_copy_only=False) for each in lists)
+    starts, masked = (
+        np.cumsum([0, *each.value_lengths().to_pylist()]) for each in lists
     )
-    return table, columns["text"].to_numpy()
+    if not np.array_equal(starts, masked):
+        raise ValueError("as many tokens as places of the mask are needed")
+    prompts, ends, text = (rows[name].to_pylist() for name in SHARD_SCHEMA.names[2:])
+    return [
+        (Example(ids[start:stop], mask[start:stop], prompts[n], ends[n]), text[n])
+        for n, (start, stop) in enumerate(itertools.pairwise(starts.tolist()))
+    ]
 
 
-def _fit(
-    table: TokenTable, text: np.ndarray, seq_len: int, origin: str, bad: BadRecords
-) -> tuple[TokenTable, TokenTable]:
-    """Returns the examples that fit, and the windows of the texts that did not."""
-    fits = table.lengths <= seq_len
-    windows = []
-    for number in np.flatnonzero(~fits).tolist():
-        if text[number]:
-            cut = cut_windows(table[number], seq_len)
-            windows += [(number, window) for window in cut if len(window.ids) > 1]
-        else:
-            size = len(table[number].ids)
-            detail = f"{size} tokens, the limit is {seq_len}"
-            bad.leave_out(f"{origin} {number + 1}", "too_long", detail)
-    if fits.all():
-        return table, make_table([])
-    kept = np.flatnonzero(fits).tolist()
-    return make_table((number, table[number]) for number in kept), make_table(windows)
-
-
-def _join(tables: Sequence[TokenTable]) -> TokenTable:
-    """Returns the tables end to end, their documents numbered anew."""
-    documents, before = [], 0
-    for table in tables:
-        documents.append(table.documents + before)
-        before += int(table.documents.max(initial=-1)) + 1
-    bounds = np.cumsum([0, *(len(table.ids) for table in tables)])
-    starts = [t.starts[:-1] + b for t, b in zip(tables, bounds[:-1], strict=True)]
-    return TokenTable(
-        ids=np.concatenate([table.ids for table in tables]),
-        counted=np.concatenate([table.counted for table in tables]),
-        starts=np.concatenate([*starts, bounds[-1:]]),
-        documents=np.concatenate(documents),
-        prompts=np.concatenate([table.prompts for table in tables]),
-        answer_ends=np.concatenate([table.answer_ends for table in tables]),
-    )
+def _read_shard(path: pathlib.Path, file: ShardFile) -> bytes:
+    """Returns the bytes of a shard, which must be those that were written."""
+    again = "copy it again, or prepare the data again"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}, which {MANIFEST} names, cannot be read: {error.strerror}; {again}"
+        ) from error
+    if len(data) != file.bytes:
+        what = "cut short" if len(data) < file.bytes else "too long"
+        raise DataError(
+            f"{path} is {what}: {len(data):,} bytes, and {MANIFEST} says "
+            f"{file.bytes:,}; {again}"
+        )
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise DataError(
+            f"{path} is damaged, or another file: its sha256 is not that of "
+            f"{MANIFEST}; {again}"
+        )
+    return data

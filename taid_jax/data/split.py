@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from taid_jax.data.documents import Document, Text
-from taid_jax.data.errors import DataError
+from taid_jax.data.errors import DataError, RecordError
 
 
 def hold_out(
@@ -58,22 +58,23 @@ def hold_out(
     return chosen[document]
 
 
-def cut_only_text(documents: Sequence[Document], fraction: float) -> list[Document]:
+def cut_only_text(
+    documents: Sequence[tuple[str, Document | RecordError]], fraction: float
+) -> list[tuple[str, Document | RecordError]]:
     """Returns the documents; a text that is the only one becomes two.
 
     A single .txt file is a common corpus. Its last part, from the end of a paragraph
     (or line, or word) on, is held out: no text is on both sides, unless the author
     repeats it.
     """
-    if len(documents) != 1 or not isinstance(documents[0].content, Text):
-        return list(documents)
-    origin, text = documents[0].origin, documents[0].content.text
-    target = round(len(text) * (1 - fraction))
-    for border in ("\n\n", "\n", " "):
-        cut = text.rfind(border, target // 2, target)
-        if cut > 0 and text[:cut].strip() and text[cut:].strip():
-            return [
-                Document(f"{origin}, first part", Text(text[:cut]), 1.0),
-                Document(f"{origin}, last part", Text(text[cut:]), 0.0),
-            ]
+    match documents:
+        case [(origin, Document(Text(text)))]:
+            target = round(len(text) * (1 - fraction))
+            for border in ("\n\n", "\n", " "):
+                cut = text.rfind(border, target // 2, target)
+                if cut > 0 and text[:cut].strip() and text[cut:].strip():
+                    return [
+                        (f"{origin}, first part", Document(Text(text[:cut]), 1.0)),
+                        (f"{origin}, last part", Document(Text(text[cut:]), 0.0)),
+                    ]
     return list(documents)

@@ -16,8 +16,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import jinja2
 
-from taid_jax.data.encoding import Tokenizer
 from taid_jax.data.errors import DataError, RecordError
+from taid_jax.data.tokens import Tokenizer
 from taid_jax.errors import parsing, shorten
 
 # What marks an answer, which Jinja alone does not know.
@@ -62,11 +62,29 @@ def set_chat_template(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> Non
     tokenizer.chat_template = text  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class Conversation(NamedTuple):
+    """What a template is given.
+
+    Attributes:
+        messages: At least one.
+        options: What it gets beside them, such as `tools`.
+        template: In place of the tokenizer's.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any] = {}
+    template: str | None = None
+
+
 class Cut(NamedTuple):
-    """Which messages are rendered: the first `stop`, and whether an answer is asked."""
+    """Which messages are rendered: the first `stop`, and whether an answer is asked.
+
+    `of` is the number of the conversation.
+    """
 
     stop: int | None = None
     generation: bool = False
+    of: int = 0
 
 
 class TemplateError(DataError):
@@ -158,44 +176,35 @@ class ChatTemplate:
         return template.get(named or "default")
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        cuts: Sequence[Cut] = (Cut(),),
-        options: Mapping[str, Any] | None = None,
-        *,
-        template: str | None = None,
+        self, conversations: Sequence[Conversation], cuts: Sequence[Cut]
     ) -> list[str | RecordError]:
         """Returns the text of each cut, or why the template refuses it.
 
         Args:
-            messages: Of a conversation, at least one.
-            cuts: What is rendered.
-            options: What the template gets beside the messages, such as `tools`.
-            template: In place of the tokenizer's.
+            conversations: One, or variants of one; the template is chosen by the
+                options of the first.
+            cuts: What is rendered of them, all in one request to the process.
 
         Raises:
             TemplateError: If the template breaks on the plainest conversation, or does
                 not keep within the limits.
         """
-        options = options or {}
-        template = template or self.text(options)
+        template = self.text(conversations[0].options)
         if not isinstance(template, str):
             raise TemplateError("the tokenizer's chat template is not text")
         if template not in self._sound:
             self._look_at(template)
-        return self._ask(template, messages, cuts, options)
+        return self._ask(template, conversations, cuts)
 
     def _look_at(self, template: str) -> None:
         """Looks at a template before any record, so that a broken one is told once."""
-        turns = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-        ]
-        cuts = [Cut(), Cut(1, True)]
-        found = [*self._ask(template, turns, cuts, {})]
-        if any(isinstance(each, _BrokenTemplateError) for each in found):
-            first = {"role": "system", "content": "c"}
-            found += self._ask(template, [first, *turns], [Cut()], {})
+        system, *turns = (
+            {"role": role, "content": role[0]}
+            for role in ("system", "user", "assistant")
+        )
+        conversations = [Conversation(turns), Conversation([system, *turns])]
+        cuts = [Cut(), Cut(1, True), Cut(of=1)]
+        found = self._ask(template, conversations, cuts)
         if all(isinstance(each, _BrokenTemplateError) for each in found):
             raise TemplateError(
                 f"the chat template cannot be used: {found[0]}; give another by "
@@ -206,22 +215,26 @@ class ChatTemplate:
     def _ask(
         self,
         template: str,
-        messages: Sequence[Mapping[str, Any]],
+        conversations: Sequence[Conversation],
         cuts: Sequence[Cut],
-        options: Mapping[str, Any],
     ) -> list[str | RecordError]:
         special = getattr(self._tokenizer, "special_tokens_map", None) or {}
-        # As transformers does: null is no key at all.
-        turns = [
-            {key: value for key, value in turn.items() if value is not None}
-            for turn in messages
+        given = [
+            {
+                # As transformers does: null is no key at all.
+                "messages": [
+                    {key: value for key, value in turn.items() if value is not None}
+                    for turn in each.messages
+                ],
+                "options": {**special, **each.options},
+                "template": each.template or template,
+            }
+            for each in conversations
         ]
         answer = _Renderer.ask(
             {
-                "template": template,
-                "messages": turns,
+                "conversations": given,
                 "cuts": cuts,
-                "options": {**special, **options},
                 "date": self._date,
                 "seconds": SECONDS,
                 "characters": CHARACTERS,
@@ -243,7 +256,7 @@ class ChatTemplate:
         for kind, *rest in answer:
             if kind == "text":
                 texts.append(whole[: rest[0]] + rest[1])
-                whole = whole or whole[: rest[0]] + rest[1]
+                whole = whole or rest[1]
             elif kind == "limit":
                 raise TemplateError(
                     f"the chat template {rest[0]} for one conversation, and gets "
@@ -252,13 +265,9 @@ class ChatTemplate:
                 )
             else:
                 make = RecordError if kind == "refused" else _BrokenTemplateError
-                texts.append(
-                    make(
-                        "template_refuses",
-                        "the chat template refuses this conversation: "
-                        f"{shorten(rest[0])}",
-                    )
-                )
+                said = shorten(rest[0])
+                message = f"the chat template refuses this conversation: {said}"
+                texts.append(make("template_refuses", message))
         return texts
 
 

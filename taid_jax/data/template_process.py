@@ -60,14 +60,15 @@ def _answer(request: dict[str, Any], render: Any, error: type[Exception]) -> lis
     """Returns what each render gave; texts without what they share with the first."""
     found: list[Any] = []
     whole = ""
-    for stop, generation in request["cuts"]:
+    for stop, generation, number in request["cuts"]:
+        given = request["conversations"][number]
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
             [text], _ = render(
-                conversations=[request["messages"][:stop]],
-                chat_template=request["template"],
+                conversations=[given["messages"][:stop]],
+                chat_template=given["template"],
                 add_generation_prompt=generation,
-                **request["options"],
+                **given["options"],
             )
         except MemoryError:
             found.append(["limit", "asks for too much memory"])

@@ -1,12 +1,41 @@
-"""Examples as token ids, held in a few flat arrays."""
+"""Text to token ids, in batches, with the exact tokens of every answer."""
 
-import dataclasses
-import hashlib
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int32
+
+from taid_jax.data.errors import DataError, RecordError
+from taid_jax.errors import parsing
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: those of `transformers` have it all.
+
+    It may also have `bos_token_id`, `eos_token_id`, `pad_token_id` and `chat_template`.
+    They are not listed as attributes because `transformers` makes them up when they are
+    asked for, which the protocol check of Python 3.12 does not see.
+    """
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
+        """Encodes texts: `["input_ids"]` is a list of lists of ids."""
+        ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], **options: Any
+    ) -> Any:
+        """Renders a conversation."""
+        ...
+
+    def decode(self, token_ids: list[int], **options: Any) -> Any:
+        """Turns ids into text."""
+        ...
+
+    def get_added_vocab(self) -> Mapping[str, int]:
+        """Returns the tokens not learned from text, such as `<|im_end|>`."""
+        ...
 
 
 class Example(NamedTuple):
@@ -26,67 +55,257 @@ class Example(NamedTuple):
     answer_end: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenTable:
-    """Many examples end to end: five bytes a token, any of them found at once.
+class Span(NamedTuple):
+    """Characters `start` to `stop`, the last not included."""
+
+    start: int
+    stop: int
+
+
+class Rendered(NamedTuple):
+    """Text ready for the tokenizer.
 
     Attributes:
-        ids: `(tokens,)` int32, all examples end to end.
-        counted: `(tokens,)` bool.
-        starts: `(examples + 1,)` int64; example i is `starts[i]:starts[i + 1]`.
-        documents: `(examples,)` int64, the number of the document it comes from.
-        prompts: `(examples,)` int64, the tokens before the last answer.
-        answer_ends: `(examples,)` int64, the token after the last answer.
+        text: What is encoded.
+        answers: The characters of the answers, in order; not known when None.
+        counts_all: All tokens count, and not only those of the answers; the answers
+            only tell where the last of them lies. So it is without known answers.
+        framed: Gets the tokenizer's start token and the end token, which the text of a
+            chat template brings itself.
+        not_counted: The characters of answers that do not count though all others do.
+        unused_keys: What the record has for the chat template, which does not use it.
     """
 
-    ids: Int32[np.ndarray, " tokens"]
-    counted: Bool[np.ndarray, " tokens"]
-    starts: Int64[np.ndarray, " bounds"]
-    documents: Int64[np.ndarray, " examples"]
-    prompts: Int64[np.ndarray, " examples"]
-    answer_ends: Int64[np.ndarray, " examples"]
+    text: str
+    answers: tuple[Span, ...] | None = None
+    counts_all: bool = False
+    framed: bool = False
+    not_counted: tuple[Span, ...] = ()
+    unused_keys: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.documents)
 
-    def __getitem__(self, index: int) -> Example:
-        span = slice(self.starts[index], self.starts[index + 1])
-        return Example(
-            self.ids[span],
-            self.counted[span],
-            int(self.prompts[index]),
-            int(self.answer_ends[index]),
-        )
+class _Piece(NamedTuple):
+    """Text between two borders, whether it is an answer, ids to skip at its start."""
+
+    text: str
+    answers: bool
+    skip: int
+
+
+class _Found(NamedTuple):
+    """Ids of a text, which of them lie in answers, and where the last answer does."""
+
+    ids: list[int]
+    inside: Bool[np.ndarray, " tokens"]
+    prompt: int
+    answer_end: int
+
+
+def is_rendered(tokenizer: Tokenizer, prompt: str) -> bool:
+    """Whether a prompt begins with the start token, as what a template wrote does."""
+    start = getattr(tokenizer, "bos_token", None)
+    return bool(start) and prompt.startswith(start)
+
+
+class Encoder:
+    """A tokenizer together with the tokens that begin and end a text.
+
+    The start token is added where the tokenizer itself adds one. The end token is
+    `eos_token_id`, so that a student learns where texts end; a tokenizer without one
+    adds none. A text that is written with them has them once all the same.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        pad_id: What fills a row up: the pad token, else the end token, else 0. It is
+            never counted, so which it is does not matter.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        alone = tokenizer([""], add_special_tokens=True)["input_ids"][0]
+        start = getattr(tokenizer, "bos_token_id", None)
+        end = getattr(tokenizer, "eos_token_id", None)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad_id: int = next((i for i in (pad, end) if i is not None), 0)
+        self._start = [start] if start is not None and start in alone[:1] else []
+        self._end = [end] if end is not None else []
+        # A tokenizer in SentencePiece's way puts a space before a text, which a piece
+        # from the middle of one must not get: the end token before it keeps it off.
+        guard = getattr(tokenizer, "eos_token", None) or ""
+        self._guard = guard if self.ids([guard]) == [self._end] else ""
 
     @property
-    def lengths(self) -> Int64[np.ndarray, " examples"]:
-        """Tokens of every example."""
-        return np.diff(self.starts)
+    def adds_start(self) -> bool:
+        """Whether texts begin with the start token."""
+        return bool(self._start)
 
-    def digest(self) -> str:
-        """Returns 16 hexadecimal digits that change when any example does."""
-        digest = hashlib.blake2b(digest_size=8)
-        answers = (self.prompts, self.answer_ends)
-        for array in (self.ids, self.counted, self.starts, *answers):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+    def begin(self, ids: list[int], *, added: bool) -> list[int]:
+        """Returns ids with the start token once, if they have it or it is added."""
+        written = self._starts(ids)
+        return [*(self._start if written or added else ()), *ids[written:]]
+
+    def _starts(self, ids: Sequence[int]) -> int:
+        """Returns how many start tokens ids begin with; 0 where texts have none."""
+        others = (place for place, one in enumerate(ids) if [one] != self._start)
+        return next(others, len(ids)) if self._start else 0
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of every text, without start and end tokens."""
+        if not texts:
+            return []
+        with parsing("the tokenizer cannot encode a text of the data", DataError):
+            encoded = self.tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        return encoded["input_ids"]
+
+    def examples(self, rendered: Sequence[Rendered]) -> list[Example | RecordError]:
+        """Returns the ids of every text and which of them count.
+
+        Tokens count when they lie in an answer, and each text has to prove which do.
+        Either the ids of the pieces between the borders of the answers join to the ids
+        of the whole; or the ids of the text up to every border begin the ids of the
+        whole; or (where a token of the whole crosses a border) the ids of the pieces,
+        which are what generation sees, are taken and must decode to the whole text.
+        Where all tokens count, the ids of the whole are taken in any case.
+
+        Returns:
+            An example for each text, or the problem that keeps it from being one.
+        """
+        wholes = self.ids([item.text for item in rendered])
+        pieces = [self._pieces(item) for item in rendered]
+        flat = iter(self.ids([piece.text for parts in pieces for piece in parts]))
+        return [
+            self._example(item, whole, parts, [next(flat)[p.skip :] for p in parts])
+            for item, whole, parts in zip(rendered, wholes, pieces, strict=True)
+        ]
+
+    def _pieces(self, item: Rendered) -> list[_Piece]:
+        if item.answers is None:
+            return []
+        pieces, done = [], 0
+        for start, stop in item.answers:
+            pieces += [(item.text[done:start], False), (item.text[start:stop], True)]
+            done = stop
+        pieces.append((item.text[done:], False))
+        guard = len(self._end) if self._guard else 0
+        return [
+            _Piece(self._guard + text, inside, guard) if n else _Piece(text, inside, 0)
+            for n, (text, inside) in enumerate(pieces)
+            if text
+        ]
+
+    def _example(
+        self,
+        item: Rendered,
+        whole: list[int],
+        pieces: list[_Piece],
+        piece_ids: list[list[int]],
+    ) -> Example | RecordError:
+        if item.answers is None:
+            found = _Found(whole, np.ones(len(whole), np.bool_), 0, 0)
+        else:
+            found = self._find(item, whole, pieces, piece_ids)
+        if found is None:
+            return RecordError(
+                "answer_not_found",
+                "the answer's tokens cannot be told from the prompt's: with this "
+                "tokenizer one token crosses the border between the two; train on "
+                "prompts too, or put white space between them",
+            )
+        ids, counted, prompt, answer_end = found
+        if item.counts_all:
+            counted = np.ones(len(ids), np.bool_)
+            borders = [item.text[:place] for span in item.not_counted for place in span]
+            places = [_common_start(ids, start) for start in self.ids(borders)]
+            for first, stop in zip(places[::2], places[1::2], strict=True):
+                counted[first:stop] = False
+        # Written in the text, by a template or by both: one start token is right.
+        written = self._starts(ids)
+        if extra := max(0, written - 1):
+            ids, counted = ids[extra:], counted[extra:]
+            prompt, answer_end = max(0, prompt - extra), max(0, answer_end - extra)
+        if item.framed:
+            before = 0 if written else len(self._start)
+            while self._end and ids[-2:] == [*self._end, *self._end]:
+                ids, counted = ids[:-1], counted[:-1]
+            answer_end = min(answer_end, len(ids))
+            end = self._end if ids[-1:] != self._end else []
+            ids = [*self._start[:before], *ids, *end]
+            counted = np.pad(counted, (before, len(end)), constant_values=True)
+            if answer_end:
+                prompt, answer_end = prompt + before, answer_end + before + len(end)
+        counted[:1] = False
+        return Example(np.array(ids, np.int32), counted, prompt, answer_end)
+
+    def _find(
+        self,
+        item: Rendered,
+        whole: list[int],
+        pieces: list[_Piece],
+        piece_ids: list[list[int]],
+    ) -> _Found | None:
+        """Returns where the answers lie, None where nothing proves it."""
+        if not item.answers:
+            return _Found(whole, np.zeros(len(whole), np.bool_), 0, 0)
+        joined = [token for part in piece_ids for token in part]
+        lengths = [len(part) for part in piece_ids]
+        inside = np.repeat([piece.answers for piece in pieces], lengths)
+        number = max(n for n, piece in enumerate(pieces) if piece.answers)
+        last = sum(lengths[:number]), sum(lengths[: number + 1])
+        if joined == whole:
+            return _Found(whole, inside, *last)
+        borders = [border for answer in item.answers for border in answer]
+        starts = self.ids([item.text[:border] for border in borders])
+        if item.counts_all:
+            # A token that crosses into the answer is the answer's.
+            prompt, answer_end = (_common_start(whole, s) for s in starts[-2:])
+            return _Found(whole, inside, prompt, answer_end)
+        if all(whole[: len(start)] == start for start in starts):
+            inside = np.zeros(len(whole), np.bool_)
+            for first, stop in zip(starts[::2], starts[1::2], strict=True):
+                inside[len(first) : len(stop)] = True
+            return _Found(whole, inside, len(starts[-2]), len(starts[-1]))
+        if self._text_of(joined) == item.text:
+            return _Found(joined, inside, *last)
+        return None
+
+    def _text_of(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
 
-def make_table(examples: Iterable[tuple[int, Example]]) -> TokenTable:
-    """Returns the table of (number of the document, example) pairs."""
-    documents, ids, counted, prompts, ends = [], [], [], [], []
-    for document, example in examples:
-        documents.append(document)
-        ids.append(example.ids)
-        counted.append(example.counted)
-        prompts.append(example.prompt)
-        ends.append(example.answer_end)
-    lengths = np.array([0, *map(len, ids)], np.int64)
-    return TokenTable(
-        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        counted=np.concatenate(counted) if counted else np.zeros(0, np.bool_),
-        starts=np.cumsum(lengths),
-        documents=np.array(documents, np.int64),
-        prompts=np.array(prompts, np.int64),
-        answer_ends=np.array(ends, np.int64),
+def _common_start(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Returns how many ids both begin with."""
+    pairs = zip(ids, others, strict=False)
+    return next(
+        (place for place, (one, other) in enumerate(pairs) if one != other),
+        min(len(ids), len(others)),
     )
+
+
+def cut_windows(example: Example, length: int) -> Iterator[Example]:
+    """Yields windows of at most `length` tokens that predict every token once.
+
+    A window begins with the last token of the one before it, as context that is not
+    counted: the first token of a window has nothing before it to be predicted from. So
+    each token of the text but its very first is counted in exactly one window.
+
+    The second half of a window is its answer: text has none of its own, and to go on
+    from the first half is what a model can be asked for.
+
+    Args:
+        example: The whole text.
+        length: Tokens of a window, >= 2.
+    """
+    ids, counted = example.ids, example.counted
+    for start in range(0, max(1, len(ids) - 1), length - 1):
+        window = counted[start : start + length].copy()
+        window[:1] = False
+        size = len(window)
+        yield Example(ids[start : start + length], window, size // 2, size)

@@ -9,19 +9,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from taid_jax.models.config import DecoderConfig
+from taid_jax.models.decoder import abstract_params, param_axes
+from taid_jax.plan.collectives import Collectives, count_collectives
 from taid_jax.plan.flops import count_flops
 from taid_jax.plan.machine import Machine, PlanError
-from taid_jax.plan.program import Collectives, count_collectives
-from taid_jax.plan.step import abstract_step
 from taid_jax.settings import Settings
-from taid_jax.sharding import MESH_AXES, check_batch, make_mesh
+from taid_jax.sharding import (
+    MESH_AXES,
+    TEACHER_RULES,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    tree_shardings,
+)
+from taid_jax.train.build import build_step, placed
+from taid_jax.train.state import DistillState
+from taid_jax.types import Params
 
 Resource = Literal["flops", "hbm", "interconnect"]
 
@@ -139,6 +150,38 @@ def plan_step(
         compile_seconds=round(seconds, 2),
         seconds=_least_seconds(machine, flops, read, temp_bytes, collectives),
     )
+
+
+def abstract_step(
+    settings: Settings, teacher: DecoderConfig, student: DecoderConfig, mesh: Mesh
+) -> tuple[Any, tuple[DistillState, Params, dict[str, jax.ShapeDtypeStruct]]]:
+    """Returns a run's jitted train step and the shapes and places of its arguments.
+
+    Args:
+        settings: Of the run.
+        teacher: Its architecture; weights in the compute dtype.
+        student: Its architecture; float32 weights.
+        mesh: Where the arguments would lie.
+    """
+    built = build_step(settings, student, teacher, mesh)
+    teacher_params = abstract_params(teacher, jnp.dtype(settings.model.dtype))
+    beside = ("segment_ids", "positions") if settings.data.pack else ("attention_mask",)
+    batch = {
+        key: jax.ShapeDtypeStruct(
+            (settings.data.batch_size, settings.data.seq_len),
+            jnp.int32,
+            sharding=batch_sharding(mesh),
+        )
+        for key in ("input_ids", "labels", *beside)
+    }
+    teacher_shardings = tree_shardings(
+        param_axes(teacher),
+        teacher_params,
+        mesh,
+        TEACHER_RULES[settings.model.teacher_sharding],
+    )
+    teacher_params = placed(teacher_params, teacher_shardings)
+    return built.step, (built.state, teacher_params, batch)
 
 
 def plan_mesh(text: str, machine: Machine) -> Mesh:

@@ -50,14 +50,7 @@ class BuiltStep(NamedTuple):
 def build_step(
     settings: Settings, student: DecoderConfig, teacher: DecoderConfig, mesh: Mesh
 ) -> BuiltStep:
-    """Returns the train step that settings ask for, without making an array.
-
-    Args:
-        settings: Of the run.
-        student: Its architecture; float32 weights.
-        teacher: Its architecture; weights in the compute dtype.
-        mesh: Where the arrays lie.
-    """
+    """Returns the train step that settings ask for, without making an array."""
     run, opt, dtype = settings.run, settings.optimizer, settings.model.dtype
     rate = learning_rate_schedule(opt.learning_rate, run.steps, opt.warmup_steps)
     optimizer = make_optimizer(
@@ -129,18 +122,6 @@ def build_loop(
 ) -> tuple[Loop, DistillState]:
     """Returns the loop and the state that it starts from, new or restored.
 
-    Args:
-        settings: Of the run.
-        folder: Of the run.
-        pair: Teacher and student.
-        dataset: The data.
-        checkpoints: Of the run.
-        mesh: Where arrays lie.
-        evaluate: From `make_evaluator`.
-        on_policy: Puts the student's completions in place of batches.
-        step: The checkpoint to go on from; None for a new run.
-        models: From `identify_models`, saved with every checkpoint.
-
     Raises:
         CheckpointError: If the checkpoint does not fit, or cannot be read.
     """
@@ -154,7 +135,7 @@ def build_loop(
         process_count=parts,
         with_prompts=on_policy is not None,
     )
-    evaluations: list[dict[str, Any]] | None = []
+    evaluations: list[dict[str, Any]] = []
     if step is None:
         state = built.init(pair.student_params)
     else:
@@ -164,7 +145,7 @@ def build_loop(
             batches.set_state(place["iterator"])
             if on_policy is not None:
                 on_policy.set_state(place["on_policy"])
-        evaluations = place.get("evaluations")
+            evaluations = place["evaluations"]
     loop = Loop(
         settings=settings,
         folder=folder,

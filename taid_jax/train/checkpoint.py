@@ -19,13 +19,9 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from taid_jax.distributed import is_main_process
 from taid_jax.errors import InputError, explain, parsing
-from taid_jax.settings import Settings, contradictions, from_dict, to_dict
+from taid_jax.settings import Settings, from_dict, to_dict
 from taid_jax.train.folder import (
-    CHECKPOINTS,
-    SETTINGS,
-    RunFolder,
     WriteError,
-    step_folders,
 )
 from taid_jax.train.state import DistillState
 
@@ -83,17 +79,19 @@ def find_fault(folder: pathlib.Path) -> str | None:
         if not (folder / DIGESTS).exists():
             return UNVERIFIED
         with parsing(DIGESTS):
-            written = _read_json(folder / DIGESTS)
+            written = read_json_file(folder / DIGESTS)
             files = dict(written["files"])
             if written["sha256"] != _sum(files, int(folder.name)):
                 return f"is damaged: {DIGESTS} is altered, or another checkpoint's"
         with parsing(_ORBAX):
-            about = _read_json(folder / _ORBAX)
+            about = read_json_file(folder / _ORBAX)
             times = {type(about[name]) for name in about if name.endswith("_nsecs")}
             if not set(about["item_handlers"]) >= _ITEMS or not times <= {int}:
                 return f"is damaged: {_ORBAX} is altered"
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            faults = pool.map(lambda name: _compare(folder / name, files[name]), files)
+            faults = pool.map(
+                lambda name: compare_file(folder / name, files[name]), files
+            )
             for name, fault in zip(files, faults, strict=True):
                 if fault:
                     return f"is damaged: {name} {fault}"
@@ -102,7 +100,8 @@ def find_fault(folder: pathlib.Path) -> str | None:
     return None
 
 
-def _compare(path: pathlib.Path, written: list[Any]) -> str | None:
+def compare_file(path: pathlib.Path, written: list[Any]) -> str | None:
+    """Returns what is wrong with a file whose size and sha256 were written down."""
     try:
         size = path.stat().st_size
         if size != written[0]:
@@ -119,7 +118,8 @@ def _digest(path: pathlib.Path) -> list[Any]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def read_json_file(path: pathlib.Path) -> Any:
+    """Returns what a file of JSON says; anything but a file is an InputError."""
     if not path.is_file():  # A pipe would be waited for.
         raise InputError(f"{path} is no file" if path.exists() else f"no {path}")
     return json.loads(path.read_bytes())
@@ -130,69 +130,6 @@ def _sum(files: Mapping[str, Any], step: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def choose_checkpoint(folder: RunFolder, step: int | None) -> int | None:
-    """Returns the checkpoint that a run goes on from; None where there is none.
-
-    It is the newest sound one, or the one that is asked for. `set_aside_others` makes
-    it the last.
-
-    Args:
-        folder: Of the run.
-        step: Which one; the newest sound one when None.
-
-    Raises:
-        CheckpointError: If none is sound, or not the one that is asked for.
-    """
-    places = step_folders(folder.path / CHECKPOINTS)
-    if step is not None:
-        if step not in places:
-            there = ", ".join(map(str, places)) or "none"
-            raise CheckpointError(
-                f"resume_step: {folder.path} has no checkpoint {step}; there are "
-                f"{there}"
-            )
-        fault = find_fault(places[step])
-        if fault == UNVERIFIED:
-            folder.notes.append(f"checkpoint {step} {fault}; it is used as asked for")
-        elif fault:
-            raise CheckpointError(
-                f"resume_step: {places[step]} {fault}; choose another checkpoint"
-            )
-        return step
-    faults = []
-    for number, place in places.items():
-        fault = find_fault(place)
-        if fault is None:
-            return number
-        faults.append(f"{place} {fault}")
-    if faults:
-        raise CheckpointError(
-            "no checkpoint is sound:\n  "
-            + "\n  ".join(faults)
-            + f"\nMove {folder.path / CHECKPOINTS} away to start anew with --resume. "
-            f"--resume-step N takes one without {DIGESTS} as it is"
-        )
-    return None
-
-
-def set_aside_others(folder: RunFolder, step: int) -> None:
-    """Makes a checkpoint the last, with only sound ones before it.
-
-    Args:
-        folder: Of the run, which this process has claimed.
-        step: What `choose_checkpoint` gave.
-    """
-    places = step_folders(folder.path / CHECKPOINTS)
-    for number, place in places.items():
-        if number > step:
-            why = find_fault(place) or "is newer than the one that is asked for"
-            folder.set_aside(place, why)
-        elif number < step and (fault := find_fault(place)):
-            folder.set_aside(place, fault)
-    if max(places) > step:
-        folder.notes.append(f"going on from checkpoint {step}")
-
-
 def read_run(folder: pathlib.Path) -> SavedRun:
     """Returns what the folder of one checkpoint says of its run.
 
@@ -200,44 +137,8 @@ def read_run(folder: pathlib.Path) -> SavedRun:
         CheckpointError: If it cannot be read.
     """
     with parsing(str(folder / "run"), CheckpointError):
-        found = _read_json(folder / "run" / "metadata")
+        found = read_json_file(folder / "run" / "metadata")
         return SavedRun(from_dict(found["settings"]), dict(found["place"]))
-
-
-def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | None]:
-    """Returns the settings that a run began with, for those not given again.
-
-    They are those of the newest checkpoint whose settings are as they were written;
-    what may change on the way is taken from `settings.json`, which is the only source
-    before the first checkpoint.
-
-    Args:
-        output: Folder of the run.
-
-    Returns:
-        The settings, None where there are none; and what is wrong with `settings.json`.
-    """
-    folder = pathlib.Path(output).absolute()
-    path = folder / SETTINGS
-    saved = written = note = None
-    for place in step_folders(folder / CHECKPOINTS).values():
-        with contextlib.suppress(InputError), parsing(str(place)):
-            files = _read_json(place / DIGESTS)["files"]
-            if not _compare(place / "run/metadata", files["run/metadata"]):
-                saved = read_run(place).settings
-                break
-    if path.exists() or saved:
-        try:
-            with parsing(str(path)):
-                written = from_dict(_read_json(path))
-        except InputError as error:
-            named = "" if str(path) in str(error) else f"{path}: "
-            note = f"{named}{error}"
-    if saved is None or written is None:
-        return written or saved, note
-    if contradictions(saved, written):
-        return saved, f"{path} has other settings than the last checkpoint"
-    return written, None
 
 
 class _NoTracebacks(logging.Filter):

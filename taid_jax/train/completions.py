@@ -30,17 +30,6 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 class EvalCompletions:
     """The student's greedy completions of those prompts that leave room for one.
 
-    Args:
-        prompts: From `find_eval_prompts`.
-        tokenizer: Of the student.
-        config: Of the student.
-        generation: Settings of the student's generation, see `Pair`.
-        max_new_tokens: Tokens of a completion at most.
-        batch_size: Prompts at once, over all processes.
-        dtype: Of the computation.
-        mesh: Where the prompts go.
-        shardings: Of the student's parameters.
-
     Attributes:
         prompts: Those that leave room.
         references: What is wanted, as text.
@@ -129,7 +118,7 @@ def score(completions: Sequence[str], references: Sequence[str]) -> Scores:
     """Returns ROUGE-L and exact match of completions, averaged.
 
     ROUGE-L is the F-measure of the `rouge-score` package with its stemmer; its words
-    are those of ASCII letters and digits, so that an answer in another script scores 0.
+    are those of ASCII letters and digits, so that one in another script scores 0.
 
     Raises:
         ValueError: If there are none, or the two differ in number.
@@ -140,7 +129,7 @@ def score(completions: Sequence[str], references: Sequence[str]) -> Scores:
     """
     if not completions or len(completions) != len(references):
         raise ValueError(
-            "need as many answers as references and at least one, got "
+            "need as many completions as references and at least one, got "
             f"{len(completions)} and {len(references)}"
         )
     # Imported here: its stemmer brings NLTK, which most runs do not need.

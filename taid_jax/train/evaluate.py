@@ -77,8 +77,8 @@ class HeldOut(NamedTuple):
         tokens: Tokens that counted.
         loss: Mean of the run's own objective, nats per token: TAID's at the t that the
             state has, CTKD's at the learned temperature.
-        rouge_l: ROUGE-L of the student's greedy answers, 0 to 1; None when not asked.
-        exact_match: Share of the answers that are the reference; None when not asked.
+        rouge_l: ROUGE-L of the student's greedy completions, 0 to 1; None without any.
+        exact_match: Share of those that are the reference; None without any.
     """
 
     kl: float
@@ -230,14 +230,6 @@ def make_evaluator(
 
     It depends on the state and the held-out data alone and changes neither, so that one
     that is cut off and begun again gives the same.
-
-    Args:
-        settings: Of the run.
-        pair: Teacher and student.
-        dataset: With the held-out side.
-        mesh: Where batches go.
-        tokenizer: Of both models.
-        prompts: From `find_eval_prompts`; completions are not scored without any.
 
     Raises:
         SettingsError: If no prompt leaves room for a completion.

@@ -206,12 +206,7 @@ class RunFolder:
             shutil.rmtree(half, ignore_errors=True)
 
     def set_aside(self, path: pathlib.Path, why: str) -> None:
-        """Moves something that cannot be used, and notes it.
-
-        Args:
-            path: In this folder.
-            why: What is wrong with it, for the note.
-        """
+        """Moves something that cannot be used, and notes it."""
         place = self.path / SET_ASIDE / path.name
         number = 1
         while os.path.lexists(place):

@@ -1,7 +1,6 @@
 """What a run reads, and everything about it that can be wrong: looked at first."""
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -30,7 +29,7 @@ from taid_jax.models.files.vocabulary import (
     with_tokenizer,
 )
 from taid_jax.models.memory import check_fits, host_memory, params_need
-from taid_jax.settings import ModelSettings, Settings, SettingsError, contradictions
+from taid_jax.settings import ModelSettings, Settings, SettingsError
 from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
 from taid_jax.types import Params
 
@@ -64,7 +63,7 @@ _BYTES_OF_TOKEN = 96
 
 
 def check_memory(settings: Settings, mesh: Mesh) -> None:
-    """Raises unless the batches, and the answers that are kept, can be held at all.
+    """Raises unless the batches, and the completions that are kept, can be held at all.
 
     Raises:
         SettingsError: If they need more memory than this machine has.
@@ -193,93 +192,6 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
             f"{count - 1}; prepare the data with the tokenizer of this teacher"
         )
     return dataset
-
-
-def refuse_contradictions(saved: Settings, asked: Settings) -> None:
-    """Raises when a resumed run would compute something else than was begun.
-
-    Raises:
-        SettingsError: With a line per difference.
-    """
-    found = contradictions(saved, asked)
-    if found:
-        raise SettingsError(
-            "the settings contradict the checkpoint:\n  "
-            + "\n  ".join(found)
-            + "\nleave them out to use the checkpoint's, or start anew with another "
-            "--output"
-        )
-
-
-_BLOCKS, _BLOCK = 64, 1 << 20
-
-
-def identify_models(pair: Pair) -> dict[str, str]:
-    """Returns what tells whether a resumed run has the models that it began with.
-
-    It is the content, wherever the files lie. Of weights, size, beginning and end of
-    each file and 64 blocks of 1 MiB between are read: whoever trains on changes all.
-
-    Args:
-        pair: The models, read.
-
-    Returns:
-        Settings of both, and a sha256 of the teacher's weights.
-    """
-    weights = hashlib.sha256()
-    path = pair.teacher_path
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        weights.update(f"{file.name if path.is_dir() else ''}:{size}\n".encode())
-        last = max(0, size - _BLOCK)
-        with file.open("rb") as stream:
-            for place in sorted({last * n // _BLOCKS for n in range(_BLOCKS + 1)}):
-                stream.seek(place)
-                weights.update(stream.read(_BLOCK))
-    return {
-        "the teacher's weights": weights.hexdigest(),
-        **{f"the teacher's {k}": v for k, v in _fields(pair.teacher.config).items()},
-        **{f"the student's {k}": v for k, v in _fields(pair.student_config).items()},
-    }
-
-
-def _fields(config: DecoderConfig) -> dict[str, str]:
-    fields = dataclasses.fields(config)
-    return {field.name: repr(getattr(config, field.name)) for field in fields}
-
-
-def refuse_other_data(saved: str | None, dataset: Dataset, name: str) -> None:
-    """Raises when the data are not those that a run began with.
-
-    Args:
-        saved: The fingerprint that the checkpoint has.
-        dataset: What was read.
-        name: Of the data.
-
-    Raises:
-        SettingsError: If they are others.
-    """
-    if saved != dataset.info.fingerprint:
-        raise SettingsError(
-            f"the data of {name} are not those that the checkpoint was trained on; "
-            "give the same files, or start anew with another --output"
-        )
-
-
-def refuse_other_models(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
-    """Raises when the models are not those that a run began with.
-
-    What another version of this library did not write down is not compared.
-
-    Raises:
-        SettingsError: With what differs.
-    """
-    found = [name for name in saved if given.get(name, saved[name]) != saved[name]]
-    if found:
-        raise SettingsError(
-            f"the models are not those that the run began with: {', '.join(found)} "
-            "differ. Give the same ones, or start anew with another --output"
-        )
 
 
 def load_pair(

@@ -22,20 +22,13 @@ from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.generation import generate
 from taid_jax.settings import (
     Settings,
-    SettingsError,
     changed,
     to_dict,
     with_steps,
 )
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.build import build_loop
-from taid_jax.train.checkpoint import (
-    Checkpoints,
-    choose_checkpoint,
-    find_fault,
-    read_run,
-    set_aside_others,
-)
+from taid_jax.train.checkpoint import Checkpoints, find_fault, read_run
 from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
 from taid_jax.train.folder import (
     CHECKPOINTS,
@@ -48,12 +41,8 @@ from taid_jax.train.inputs import (
     Pair,
     check_memory,
     check_models,
-    identify_models,
     load_pair,
     read_data,
-    refuse_contradictions,
-    refuse_other_data,
-    refuse_other_models,
 )
 from taid_jax.train.loop import Loop, TrainingError
 from taid_jax.train.on_policy.buffer import make_on_policy
@@ -75,6 +64,15 @@ from taid_jax.train.report import (
     peak_memory,
     read_lines,
     write_json,
+)
+from taid_jax.train.resume import (
+    compare_length,
+    identify_models,
+    look,
+    refuse_contradictions,
+    refuse_other_data,
+    refuse_other_models,
+    set_aside_others,
 )
 from taid_jax.train.state import DistillState, nonfinite_leaves
 from taid_jax.types import Params
@@ -234,59 +232,8 @@ def _distil(
     return report
 
 
-def look(output: RunFolder, settings: Settings) -> int | None:
-    """Returns the checkpoint to go on from, None for a run that begins.
-
-    Nothing is made. Where there are checkpoints the folder is held from here on.
-
-    Raises:
-        SettingsError: If there is no place for this run.
-        CheckpointError: If no checkpoint is sound, or not the one that is asked for.
-    """
-    output.check()
-    if not settings.run.resume:
-        return None
-    if output.has_checkpoints() or settings.run.resume_step is not None:
-        if output.has_checkpoints():
-            output.claim()
-        return choose_checkpoint(output, settings.run.resume_step)
-    output.notes.append(f"{output.path} has no checkpoint yet: the run starts anew")
-    return None
-
-
-def compare_length(saved: Settings, settings: Settings, step: int) -> list[str]:
-    """Returns lines about how long a resumed run is, where that has to be said.
-
-    Raises:
-        SettingsError: If it is shorter than what was done.
-    """
-    steps, before = settings.run.steps, saved.run.steps
-    if steps < step:
-        raise SettingsError(
-            f"steps: need at least {step}, the steps that checkpoint {step} has seen, "
-            f"got {steps}; --resume-step N goes on from an earlier one"
-        )
-    if steps != before:
-        return [
-            f"the run has {steps} steps in place of {before}: from step {step} on "
-            "learning rate, t and all that depends on the length follow the schedule "
-            f"of {steps} steps"
-        ]
-    if steps == step:
-        return [
-            f"all {steps} steps are done: student and report are written once more; "
-            "more --steps make the run longer"
-        ]
-    return []
-
-
 def make_ready(output: RunFolder, settings: Settings, step: int | None) -> list[str]:
     """Makes the folder of a run ready to be written into; returns lines about it.
-
-    Args:
-        output: Its folder.
-        settings: Of the run, saved there.
-        step: The checkpoint that it goes on from; None for a run that begins.
 
     Raises:
         SettingsError: If it cannot be made, or another process holds it.
@@ -349,7 +296,7 @@ def describe(
 
 
 def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
-    """Returns the state that was judged the best, and what was found of it.
+    """Returns the state that was found the best, and what was found of it.
 
     Raises:
         TrainingError: If no evaluation, or not its state, is finite.
@@ -386,7 +333,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
 
 
 def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]:
-    """Returns KL, perplexities and what else was judged, before and after."""
+    """Returns KL, perplexities and what else was evaluated, before and after."""
     before = evaluations[0]
     others = {
         f"{key}_{when}": row[key]

@@ -6,17 +6,19 @@ from taid_jax.data.documents import (
     Chat,
     Completion,
     Message,
-    Text,
     make_document,
     parse_prompt,
     parse_record,
-    unused_keys,
 )
 from taid_jax.data.errors import DataError
 
 
-def rank(content, seed=0):
-    return make_document("here", content, seed).rank
+def rank(record, seed=0):
+    return make_document(record, seed).rank
+
+
+def text(words):
+    return {"text": words}
 
 
 def turns(*pairs):
@@ -24,24 +26,23 @@ def turns(*pairs):
 
 
 def test_make_document_ranks_by_what_is_said():
-    assert rank(Text("one two")) == rank(Text(" One\n  two\n"))
-    assert rank(Text("one two")) != rank(Text("one three"))
-    assert rank(Text("one two")) != rank(Text("one two"), seed=1)
-    assert 0 <= rank(Text("one two")) <= 1
+    assert rank(text("one two")) == rank(text(" One\n  two\n"))
+    assert rank(text("one two")) != rank(text("one three"))
+    assert rank(text("one two")) != rank(text("one two"), seed=1)
+    assert 0 <= rank(text("one two")) <= 1
 
 
 def test_make_document_ranks_answers_by_their_prompt():
-    asked = Message("user", "Why?")
-    answered = Message("assistant", "So.")
-    chat = Chat((asked, answered))
-    assert rank(chat) == rank(Chat((asked, Message("assistant", "Because."))))
-    assert rank(chat) == rank(Chat((asked, answered, asked, answered)))
-    assert rank(chat) == rank(Completion("Why?", "Because."))
-    assert rank(chat) != rank(Chat((Message("system", "Be kind."), asked, answered)))
+    asked, answered = ("user", "Why?"), ("assistant", "So.")
+    chat = rank(turns(asked, answered))
+    assert chat == rank(turns(asked, ("assistant", "Because.")))
+    assert chat == rank(turns(asked, answered, asked, answered))
+    assert chat == rank({"prompt": "Why?", "completion": "Because."})
+    assert chat != rank(turns(("system", "Be kind."), asked, answered))
 
 
 def test_make_document_spreads_ranks_evenly():
-    ranks = [rank(Text(f"document {n}")) for n in range(2000)]
+    ranks = [rank(text(f"document {n}")) for n in range(2000)]
     # Binomial with p = 0.1: standard deviation 13; five of them.
     assert abs(sum(r < 0.1 for r in ranks) - 200) < 67
 
@@ -228,22 +229,23 @@ def test_parse_record_says_which_key_cannot_be_read(record, message):
         parse_record(record)
 
 
-def test_unused_keys_are_those_that_change_nothing():
+def test_make_document_names_the_record_and_what_changes_nothing():
     record = {"messages": TURNS, "prompt": "Q", "id": 3, "source": "x", "n": None}
-    assert unused_keys(record) == ["prompt", "source"]
-    assert unused_keys({"text": "a", "prompt": "b"}) == ["prompt"]
-    assert unused_keys({"instruction": "Q", "input": "", "output": "A"}) == []
+    document = make_document(record, 0)
+    assert document.unused_keys == ("prompt", "source")
+    assert document.name == "3"
+    record = {"text": "a", "prompt": "b", "prompt_id": "p", "id": "i"}
+    assert make_document(record, 0)[2:] == ("p", ("prompt",))
+    record = {"instruction": "Q", "input": "", "output": "A", "id": None}
+    assert make_document(record, 0)[2:] == (None, ())
 
 
 def test_make_document_ranks_by_what_is_said_before_the_answer_alone():
     asked = {"role": "user", "content": "Why?"}
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    plain = parse_record({"prompt": "Why?", "completion": "So."})
-    calls = parse_record({"messages": [asked, called], "tools": [CALL]})
-    assert rank(calls) == rank(plain)
-    pairs = [{"role": "user", "content": "Why?"}], [dict(TURNS[1])]
-    listed = parse_record(dict(zip(("prompt", "completion"), pairs, strict=True)))
-    assert rank(listed) == rank(plain)
+    plain = rank({"prompt": "Why?", "completion": "So."})
+    assert rank({"messages": [asked, called], "tools": [CALL]}) == plain
+    assert rank({"prompt": [asked], "completion": [TURNS[1]]}) == plain
 
 
 @pytest.mark.parametrize(

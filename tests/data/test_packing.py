@@ -1,11 +1,14 @@
 """Packing: every example once, no row too full, few rows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taid_jax.data.packing import pack_rows
+from taid_jax.data.packing import make_table, pack_rows
+from taid_jax.data.tokens import Example
 
 
 @given(st.lists(st.integers(1, 16)))
@@ -35,3 +38,35 @@ def test_pack_rows_fills_97_percent_on_chat_lengths():
 def test_pack_rows_needs_examples_that_fit():
     with pytest.raises(ValueError, match="1 to 8 tokens, got 9 in 1"):
         pack_rows([3, 9], 8)
+
+
+def example(*ids):
+    counted = np.arange(len(ids)) > 0
+    return Example(np.array(ids, np.int32), counted)
+
+
+def test_make_table_gives_examples_back():
+    table = make_table([(0, example(5, 6, 7)), (0, example(8)), (4, example(9, 1))])
+    assert len(table) == 3
+    assert table.lengths.tolist() == [3, 1, 2]
+    assert table.documents.tolist() == [0, 0, 4]
+    assert table[2].ids.tolist() == [9, 1]
+    assert table[2].counted.tolist() == [False, True]
+
+
+def test_make_table_may_be_empty():
+    table = make_table([])
+    assert len(table) == 0
+    assert table.lengths.tolist() == []
+
+
+def test_digest_sees_ids_borders_and_counts():
+    table = make_table([(0, example(5, 6, 7)), (1, example(8, 9))])
+    others = [
+        make_table([(0, example(5, 6, 7)), (1, example(8, 1))]),
+        make_table([(0, example(5, 6)), (1, example(7, 8, 9))]),
+        dataclasses.replace(table, counted=~table.counted),
+    ]
+    digests = {other.digest() for other in [table, *others]}
+    assert len(digests) == 4
+    assert table.digest() == dataclasses.replace(table).digest()

@@ -6,7 +6,7 @@ import pytest
 from taid_jax.data import load_dataset
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import parse_record
-from taid_jax.data.encoding import Encoder
+from taid_jax.data.tokens import Encoder
 
 pytestmark = pytest.mark.real_model
 

@@ -1,4 +1,4 @@
-"""Records: read whole or in pieces, each bad one named and the others kept."""
+"""Records: each bad one named and the others kept, whatever the kind of file."""
 
 import gzip
 import json
@@ -7,144 +7,72 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from taid_jax.data import records as rec
-from taid_jax.data.errors import BadRecords, DataError
-from taid_jax.data.records import (
-    Piece,
-    cut_jsonl,
-    cut_parquet,
-)
-from taid_jax.data.sources import read_documents, read_piece
+from taid_jax.data.errors import DataError, RecordError
+from taid_jax.data.records import read_file
 
 
-def read(pieces, limit=1000):
-    bad = BadRecords("count")
-    return [d for p in pieces for d in read_piece(p, 0, bad, limit)], bad
+def read(path, limit=1000):
+    """The sound records, and (origin, reason, message) of the others."""
+    found, problems = [], []
+    for origin, record in read_file(path, limit):
+        if isinstance(record, RecordError):
+            problems.append((origin, record.reason, str(record)))
+        else:
+            found.append(record)
+    return found, problems
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.integers(0, 30), min_size=1, max_size=20),
-    st.integers(1, 120),
-    st.booleans(),
-)
-def test_cut_jsonl_gives_every_line_once_with_its_number(
-    tmp_path_factory, lengths, size, last_end
-):
-    path = tmp_path_factory.mktemp("cut") / "a.jsonl"
-    # Blank lines, and lines longer than a piece.
-    lines = [json.dumps({"text": "x" * n, "id": n}) if n else "" for n in lengths]
-    path.write_text("\n".join([*lines, '{"text": "end"}']) + "\n" * last_end)
-    pieces = cut_jsonl(path, size)
-    assert [p.start for p in pieces[1:]] == [p.stop for p in pieces[:-1]]
-    assert pieces[-1].stop == path.stat().st_size
-    whole, _ = read([Piece(str(path))])
-    parts, bad = read(pieces)
-    assert parts == whole
-    assert not bad.problems
-    if size < 20:  # shorter than any line that is not blank
-        assert len(pieces) >= len(whole)
+def texts_of(found):
+    return [record["text"] for record in found]
 
 
-def test_cut_parquet_gives_every_row_once_with_its_number(tmp_path):
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({"text": [f"text {n}" for n in range(50)]})
-    pyarrow.parquet.write_table(table, path, row_group_size=7)
-    whole, _ = read([Piece(str(path))])
-    assert whole[-1].origin.endswith("a.parquet, row 50")
-    for size, count in [(1, 8), (150, None), (10**6, 1)]:
-        pieces = cut_parquet(path, size)
-        assert count in (None, len(pieces))
-        parts, _ = read(pieces)
-        assert parts == whole
-    assert 1 < len(cut_parquet(path, 150)) < 8
-
-
-def test_read_piece_calls_the_file_as_it_is_shown(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n{"txt": 1}\n')
-    [document], bad = read([Piece(str(path), shown="hub:train")])
-    assert document.origin == "hub:train, line 1"
-    assert bad.messages[0].startswith("hub:train, line 2: need the keys")
-
-
-def test_read_jsonl_passes_over_a_record_of_ten_megabytes(tmp_path):
+def test_read_file_passes_over_a_line_of_ten_megabytes(tmp_path):
     path = tmp_path / "a.jsonl"
     large = json.dumps({"text": "x" * 10_000_000})
     path.write_text(f'{{"text": "one"}}\n{large}\n{{"text": "three"}}\n')
-    bad = BadRecords("count")
-    found = list(read_piece(Piece(str(path)), 0, bad, 4_000_000))
-    assert [document.content.text for document in found] == ["one", "three"]
-    assert found[1].origin.endswith("line 3")
-    assert dict(bad.reasons) == {"too_large": 1}
-    size = len(large) + 1
-    message = rf"line 2: a record of {size:,} bytes; the limit is 4,000,000"
-    assert re.search(message, bad.messages[0])
+    found, [problem] = read(path, 4_000_000)
+    assert texts_of(found) == ["one", "three"]
+    message = f"a record of {len(large) + 1:,} bytes; the limit is 4,000,000"
+    assert problem[:2] == (f"{path}, line 2", "too_large")
+    assert problem[2].startswith(message)
 
 
-def test_read_jsonl_takes_a_record_of_just_the_limit(tmp_path):
+def test_read_file_takes_a_record_of_just_the_limit(tmp_path):
     path = tmp_path / "a.jsonl"
     line = json.dumps({"text": "x" * 50})
     path.write_text(line + "\n" + line)
     for limit, count in [(len(line) + 1, 2), (len(line), 2), (len(line) - 1, 0)]:
-        found, bad = read([Piece(str(path))], limit)
-        assert (len(found), bad.count) == (count, 2 - count), limit
+        found, problems = read(path, limit)
+        assert (len(found), len(problems)) == (count, 2 - count), limit
 
 
-def test_read_parquet_passes_over_a_large_row(tmp_path):
+def test_read_file_passes_over_blank_lines_but_counts_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "one"}\n\n{"text": "two"}\n\n', encoding="utf-8")
+    origins = [origin for origin, _ in read_file(path)]
+    assert origins == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_read_file_passes_over_a_large_row(tmp_path):
     path = tmp_path / "a.parquet"
     texts = ["one", "x" * 5000, "three"]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
-    found, bad = read([Piece(str(path))])
-    assert [document.content.text for document in found] == ["one", "three"]
-    assert dict(bad.reasons) == {"too_large": 1}
-    assert "row 2" in bad.messages[0]
+    found, [problem] = read(path)
+    assert texts_of(found) == ["one", "three"]
+    assert problem[:2] == (f"{path}, row 2", "too_large")
 
 
-def test_read_parquet_names_the_row_that_is_not_utf8(tmp_path):
+def test_read_file_names_the_row_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.parquet"
     bytes_ = pyarrow.array([b"one", b"t\xffwo", b"three"], pyarrow.binary())
     column = pyarrow.Array.from_buffers(pyarrow.string(), 3, bytes_.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
-    bad = BadRecords("count")
-    found = list(read_piece(Piece(str(path)), 0, bad, 1000))
-    assert [document.content.text for document in found] == ["one", "three"]
-    assert dict(bad.reasons) == {"not_utf8": 1}
-    assert re.search(r"row 2: not UTF-8 .* byte 1", bad.messages[0])
-    with pytest.raises(DataError, match="row 2: not UTF-8"):
-        list(read_piece(Piece(str(path)), 0, BadRecords("raise"), 1000))
-
-
-def test_read_piece_counts_a_parquet_file_cut_short(tmp_path):
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"] * 100}), path)
-    path.write_bytes(path.read_bytes()[:-20])
-    [piece] = cut_parquet(path, 10)
-    found, bad = read([piece])
-    assert not found
-    assert dict(bad.reasons) == {"damaged_file": 1}
-    with pytest.raises(DataError, match="no intact Parquet file"):
-        list(read_piece(piece, 0, BadRecords("raise"), 1000))
-
-
-def test_documents_have_the_name_of_the_record(tmp_path):
-    path = tmp_path / "a.jsonl"
-    records = [
-        {"text": "a", "prompt_id": "p", "id": "i"},
-        {"text": "b", "id": 7},
-        {"text": "c", "id": None},
-    ]
-    path.write_text("\n".join(map(json.dumps, records)))
-    found, _ = read([Piece(str(path))])
-    assert [document.name for document in found] == ["p", "7", None]
-    columns = {"text": ["a", "b"], "prompt_id": ["p", "q"]}
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    found, _ = read([Piece(str(path))])
-    assert [document.name for document in found] == ["p", "q"]
+    found, [problem] = read(path)
+    assert texts_of(found) == ["one", "three"]
+    assert problem[:2] == (f"{path}, row 2", "not_utf8")
+    assert "byte 1" in problem[2]
 
 
 RECORDS = [
@@ -193,85 +121,95 @@ KINDS = [
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_read_piece_reads_every_kind_of_file_alike(tmp_path, name):
+def test_read_file_reads_every_kind_of_file_alike(tmp_path, name):
     path = write_as(tmp_path / name.lower(), RECORDS).rename(tmp_path / name)
-    found, bad = read([Piece(str(path))])
-    said = [(d.content.prompt, d.content.completion) for d in found]
-    assert said == [tuple(record.values()) for record in RECORDS]
-    assert re.search(r"(line|row|record) 2$", found[1].origin)
-    assert not bad.reasons
+    found = list(read_file(path))
+    assert [record for _, record in found] == RECORDS
+    assert re.search(r"(line|row|record) 2$", found[1][0])
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "reasons"),
+    ("name", "data", "texts", "reasons"),
     [
-        ("a.json", b'[{"text": "one"}, null, {"text": "x}, {"text": "two"}]', 2),
-        ("a.json", b'[{"text": "one"}, {"text": 3}, {"text": "two"}]', 1),
-        ("a.json", b'[{"text": "one"}, {"text": "\xff"}, {"text": "two"}]', 1),
-        ("a.json", b'[{"text": "one"}, {"text": "two"}, {"te', 1),
-        ("a.json", b'[{"text": "one"}, {"text": "two"}] and so on', 1),
-        ("a.json", b'{"text": "one"}\nwords\n{"text": "two"}', 1),
-        ("a.json", b'[{"text": "one"}, [1], {"text": "two"}, ' + b"[" * 10**5, 2),
-        ("a.csv", b'text,n\none,1\n\xff,2\n"open, 3\ntwo,3', 2),
-        ("a.csv", b"text,n\none,1\ntoo,many,3\nfew\ntwo,2", 2),
-        ("a.csv", b"text\none\n" + b"x" * 2000 + b"\ntwo", 1),
-        ("a.csv", b"text,n\none,1\n\n\xff,2\n\n", 1),
-        ("a.jsonl.gz", b"no gzip at all", 1),
+        ("a.json", b'[{"text": "one"}, {"text": "x}, {"text": "two"}]', 1, "not_json"),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}, {"te', 2, "not_json"),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}] and so on', 2, "not_json"),
+        ("a.json", b'{"text": "one"}\nwords\n{"text": "two"}', 1, "not_json"),
+        ("a.json", b'[{"text": "one"}, ' + b"[" * 10**5, 1, "not_json"),
+        (
+            "a.json",
+            b'[{"text": "one"}, ["' + b"x" * 2000 + b'"], {"text": "two"}]',
+            2,
+            "too_large",
+        ),
+        ("a.csv", b'text,n\none,1\ntwo,2\n"open, 3\ntwo,3', 2, "wrong_shape"),
+        (
+            "a.csv",
+            b"text,n\none,1\ntoo,many,3\nfew\n\ntwo,2",
+            2,
+            "wrong_shape wrong_shape",
+        ),
+        ("a.csv", b"text\none\n" + b"x" * 2000 + b"\ntwo", 2, "too_large"),
+        ("a.jsonl.gz", b"no gzip at all", 0, "damaged_file"),
     ],
 )
-def test_read_piece_counts_bad_records_of_every_kind(tmp_path, name, data, reasons):
+def test_read_file_hands_on_what_is_bad_of_every_kind(
+    tmp_path, name, data, texts, reasons
+):
     path = tmp_path / name
     path.write_bytes(data)
-    found, bad = read([Piece(str(path))])
-    texts = [document.content.text for document in found]
-    assert bad.count == reasons, (texts, bad.messages)
-    if name != "a.jsonl.gz":
-        assert texts[0] == "one"
-    with pytest.raises(DataError, match=re.escape(name)):
-        list(read_piece(Piece(str(path)), 0, BadRecords("raise"), 1000))
+    found, problems = read(path)
+    assert texts_of(found) == ["one", "two"][:texts]
+    assert [reason for _, reason, _ in problems] == reasons.split()
+    assert all(str(path) in origin for origin, *_ in problems)
 
 
-def test_read_piece_counts_a_gzip_file_cut_short(tmp_path):
+def test_read_file_leaves_bytes_that_are_no_utf8_to_their_record(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"text": "\xff"}, {"text": "two"}]')
+    assert texts_of(read(path)[0]) == ["\udcff", "two"]
+
+
+def test_read_file_reads_a_gzip_file_cut_short_as_far_as_it_goes(tmp_path):
     lines = "".join(json.dumps({"text": f"text {n * n}"}) + "\n" for n in range(9999))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines.encode())[:-1000])
-    found, bad = read([Piece(str(path))])
-    assert found[0].content.text == "text 0"
-    assert dict(bad.reasons) == {"damaged_file": 1}
+    found, [problem] = read(path)
+    assert found[0]["text"] == "text 0"
+    assert problem[1] == "damaged_file"
 
 
-def test_read_csv_refuses_two_columns_of_one_name(tmp_path):
+def test_read_file_refuses_two_columns_of_one_name(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,response,response\nQ,A,B\n")
     with pytest.raises(DataError, match="two columns have the same name"):
-        read([Piece(str(path))])
+        read(path)
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
-def test_read_piece_counts_a_table_with_a_damaged_page(tmp_path, name):
-    """The others of a folder are read, as with other damage."""
+@pytest.mark.parametrize("damage", ["cut short", "page", "stream", "something else"])
+def test_read_file_says_that_a_table_is_damaged(tmp_path, damage):
     table = pyarrow.table({"text": [f"text {n * n}" for n in range(2000)]})
-    path = tmp_path / name
-    if name == "a.parquet":
-        pyarrow.parquet.write_table(table, path)
-        data = bytearray(path.read_bytes())
-        data[200:300] = b"\xff" * 100
-    else:
+    path = tmp_path / ("a.arrow" if damage == "stream" else "a.parquet")
+    if damage == "stream":
         with pyarrow.ipc.new_stream(path, table.schema) as writer:
             writer.write_table(table)
         data = path.read_bytes()[:-100]
+    elif damage == "something else":
+        data = b"some text in a file with the wrong name"
+    else:
+        pyarrow.parquet.write_table(table, path)
+        data = bytearray(path.read_bytes())
+        data[200:300] = b"\xff" * 100
+        data = data if damage == "page" else data[:-20]
     path.write_bytes(data)
-    (tmp_path / "z.jsonl").write_text('{"text": "sound"}')
-    bad = BadRecords("count")
-    found = list(read_documents(tmp_path, seed=0, bad=bad))
-    assert found[-1].content.text == "sound"
-    assert dict(bad.reasons) == {"damaged_file": 1}
+    [*_, problem] = read(path)[1]
+    assert problem[:2] == (str(path), "damaged_file")
+    assert problem[2].startswith("no intact ")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_read_piece_counts_rows_of_nulls(tmp_path, name):
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    rows = [turns, None, [None], [{"role": None, "content": None}], [], turns]
+def test_read_file_gives_rows_without_the_nulls_of_a_table(tmp_path, name):
+    rows = [{"role": "user", "content": None}], None, [None], []
     kind = pyarrow.list_(
         pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
     )
@@ -282,32 +220,36 @@ def test_read_piece_counts_rows_of_nulls(tmp_path, name):
             writer.write_table(table)
     else:
         pyarrow.parquet.write_table(table, path)
-    found, bad = read([Piece(str(path))])
-    assert [d.origin.rpartition(" ")[2] for d in found] == ["1", "6"]
-    assert dict(bad.reasons) == {"wrong_shape": 3, "no_answer": 1}
-    assert "row 2: need the keys" in bad.messages[0]
-    assert "`messages` (null)" in bad.messages[0]
+    found, _ = read(path)
+    assert [r["messages"] for r in found] == [[{"role": "user"}], None, [None], []]
 
 
-def test_read_piece_names_columns_and_keys_that_change_nothing(tmp_path):
+def test_read_file_does_not_read_columns_that_say_nothing(tmp_path):
     path = tmp_path / "a.parquet"
-    columns = {"text": ["a", "b"], "prompt": ["c", None], "source": ["x", "y"]}
+    columns = {"text": ["a"], "picture": [b"x" * 5000]}
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    _, bad = read([Piece(str(path))])
-    assert dict(bad.unused_keys) == {"prompt": 1}
-    assert bad.notes == [f"{path}: columns not used: source"]
+    assert read(path)[0] == [{"text": "a", "picture": "not read"}]
+
+
+def test_read_file_reads_more_rows_than_one_read_takes(tmp_path):
+    texts = [f"text {n}" for n in range(2500)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    found = list(read_file(path))
+    assert texts_of(record for _, record in found) == texts
+    assert found[-1][0] == f"{path}, row 2500"
 
 
 @pytest.mark.parametrize("kind", ["copies", "alone", "together"])
-def test_read_parquet_holds_few_large_rows_at_a_time(tmp_path, kind, monkeypatch):
+def test_read_file_holds_few_large_rows_at_a_time(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(rec, "_ROW_BYTES", 3_000_000)
+    monkeypatch.setattr(rec, "_CODED_BYTES", 3_000_000)
     path = tmp_path / "a.parquet"
     row, rows = 1_000_000, 40
     # Copies of one text are written once, and were all held at a time.
     texts = [chr(65 + n * (kind != "copies")) * row for n in range(rows)]
-    table = pyarrow.table({"text": texts})
     pyarrow.parquet.write_table(
-        table,
+        pyarrow.table({"text": texts}),
         path,
         use_dictionary=kind == "copies",
         row_group_size=1 if kind == "alone" else rows,
@@ -316,10 +258,52 @@ def test_read_parquet_holds_few_large_rows_at_a_time(tmp_path, kind, monkeypatch
     counting = pyarrow.proxy_memory_pool(usual)
     pyarrow.set_memory_pool(counting)
     try:
-        found, bad = read([Piece(str(path))], limit=900_000)
+        found, problems = read(path, limit=900_000)
     finally:
         pyarrow.set_memory_pool(usual)
-    assert (found, dict(bad.reasons)) == ([], {"too_large": rows})
-    assert bad.messages[2].startswith(f"{path}, row 3: a record of 1,000,0")
+    assert found == []
+    assert [reason for _, reason, _ in problems] == ["too_large"] * rows
+    assert problems[2][0] == f"{path}, row 3"
     # Batches of three rows at most, with what it takes to unpack and copy them.
     assert counting.max_memory() < 12 * row
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("content", [b"", b" \n\n "])
+def test_read_file_refuses_empty_files(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    if content and name == "a.parquet":
+        assert read(path)[1][0][1] == "damaged_file"
+        return
+    with pytest.raises(DataError, match=f"{name} is empty"):
+        read(path)
+
+
+def test_read_file_refuses_tables_without_rows(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array([], pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"is empty \(0 rows\)"):
+        read(path)
+
+
+def test_read_file_takes_text_as_it_stands(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo \xc3\xa9\n")
+    assert list(read_file(path)) == [(str(path), {"text": "one\n\ntwo é\n"})]
+    path.write_bytes(b"one\ntwo \xff\n")
+    with pytest.raises(DataError, match=r"line 2: not UTF-8 .*0xff at offset 8"):
+        read(path)
+
+
+def test_read_file_says_that_a_file_cannot_be_opened(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+
+    def refuse(self, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: Permission denied"):
+        read(path)

@@ -48,18 +48,18 @@ def test_hold_out_needs_two_documents():
 @pytest.mark.parametrize("border", ["\n\n", "\n", " "])
 def test_cut_only_text_cuts_between_paragraphs(border):
     text = border.join(f"part{n}" for n in range(100))
-    parts = cut_only_text([Document("a.txt", Text(text), 0.5)], 0.2)
-    first, last = (part.content.text for part in parts)
+    parts = cut_only_text([("a.txt", Document(Text(text), 0.5))], 0.2)
+    first, last = (part.content.text for _, part in parts)
     assert first + last == text
     assert last.startswith(border + "part")
     # 20% of the text, and at most one more part.
     assert 0.2 * len(text) <= len(last) <= 0.2 * len(text) + len(border + "part99")
-    assert [part.rank for part in parts] == [1.0, 0.0]
+    assert [part.rank for _, part in parts] == [1.0, 0.0]
     assert held([1.0, 0.0], 0.2, [80, 20]) == [0.0]
 
 
 def test_cut_only_text_leaves_other_documents():
-    one = Document("a.txt", Text("word"), 0.5)
+    one = ("a.txt", Document(Text("word"), 0.5))
     assert cut_only_text([one], 0.2) == [one]
-    two = [one, Document("b.txt", Text("more words " * 50), 0.5)]
+    two = [one, ("b.txt", Document(Text("more words " * 50), 0.5))]
     assert cut_only_text(two, 0.2) == two

@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taid_jax.models import attention as attention_module
 from taid_jax.models.attention import (
     Scoring,
     batch_positions,
@@ -13,13 +16,18 @@ from taid_jax.models.attention import (
 pytestmark = pytest.mark.optimised
 
 
-def reference(queries, keys, values, segments=None):
+def reference(queries, keys, values, segments=None, window=None, scoring=None):
     """The definition, written with whole squares."""
     length = queries.shape[3]
-    scores = jnp.einsum("bkgqh,bkmh->bkgqm", queries, keys) * queries.shape[-1] ** -0.5
-    visible = jnp.tril(jnp.ones((1, 1, 1, length, length), bool))
+    scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
+    scores = jnp.einsum("bkgqh,bkmh->bkgqm", queries, keys) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    distance = np.arange(length)[:, None] - np.arange(length)[None]
+    visible = ((distance >= 0) & (distance < (window or length)))[None, None, None]
     if segments is not None:
-        visible &= (segments[:, :, None] == segments[:, None])[:, None, None]
+        same = segments[:, :, None] == segments[:, None]
+        visible = jnp.asarray(visible) & same[:, None, None]
     scores = jnp.where(jnp.broadcast_to(visible, scores.shape), scores, -jnp.inf)
     return jnp.einsum("bkgqm,bkmh->bkgqh", jax.nn.softmax(scores, axis=-1), values)
 
@@ -36,33 +44,95 @@ def some_segments(length, batch=2):
     return jnp.asarray(np.sort(rng.integers(0, 3, size=(batch, length)), axis=1))
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 17, 130, 257])
-@pytest.mark.parametrize("packed", [False, True])
-def test_causal_attention_is_the_definition(length, packed):
-    arrays = draw(length, scale=2.0)
-    segments = some_segments(length) if packed else None
-    attended = causal_attention(*arrays, segments)
-    # Scores reach 50: their rounding, 4e-6, is the relative error of a weight.
-    np.testing.assert_allclose(attended, reference(*arrays, segments), atol=2e-5)
+def value_and_gradients(attention, arrays):
+    """The attended values, and gradients of a sum with weights."""
+    weights = np.random.default_rng(9).normal(size=arrays[0].shape)
+
+    @jax.jit
+    def run(*arrays):
+        def loss(*arrays):
+            attended = attention(*arrays)
+            return (attended * jnp.asarray(weights, "float32")).sum(), attended
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+
+    gradients, attended = run(*arrays)
+    return attended, *gradients
 
 
-@pytest.mark.parametrize("length", [1, 3, 130, 257])
-@pytest.mark.parametrize("packed", [False, True])
-def test_causal_attention_gradient_is_the_definition_s(length, packed):
-    arrays = draw(length)
+@pytest.mark.parametrize(
+    ("length", "packed", "window", "softcap", "traced"),
+    [
+        (1, False, None, None, False),
+        (3, True, None, None, False),
+        (130, False, None, None, False),
+        (257, True, None, None, False),
+        (17, True, 1, None, False),
+        (130, True, 5, 2.0, True),
+        (257, True, 100, 0.5, False),
+        (17, False, 17, 1.0, True),
+    ],
+)
+def test_causal_attention_is_the_definition(length, packed, window, softcap, traced):
+    arrays, scoring = draw(length), Scoring(0.3, softcap)
     segments = some_segments(length) if packed else None
-    weights = jnp.asarray(
-        np.random.default_rng(9).normal(size=arrays[0].shape), "float32"
+    seen = jnp.int32(window) if traced else window
+    ours = functools.partial(
+        causal_attention, segments=segments, window=seen, scoring=scoring
     )
+    theirs = functools.partial(
+        reference, segments=segments, window=window, scoring=scoring
+    )
+    # Sums of up to 257 float32 numbers of size 1 to 4.
+    for mine, other in zip(
+        value_and_gradients(ours, arrays),
+        value_and_gradients(theirs, arrays),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, other, atol=4e-5)
 
-    def loss(function):
-        return lambda *arrays: (function(*arrays, segments) * weights).sum()
 
-    ours = jax.grad(loss(causal_attention), argnums=(0, 1, 2))(*arrays)
-    theirs = jax.grad(loss(reference), argnums=(0, 1, 2))(*arrays)
-    for mine, other in zip(ours, theirs, strict=True):
-        # As above, summed over 3 query heads and up to 257 positions.
-        np.testing.assert_allclose(mine, other, atol=2e-5)
+def test_causal_attention_in_pieces_is_that_in_one(monkeypatch):
+    length, window = 300, 40
+    arrays = draw(length)
+    place = jnp.arange(length, dtype=jnp.int32)[None]
+    segments = 1 + (place >= 70).astype(jnp.int32) + (place >= 155).astype(jnp.int32)
+    segments = jnp.broadcast_to(segments, (2, length))
+    attention = functools.partial(causal_attention, segments=segments, window=window)
+    whole = value_and_gradients(attention, arrays)
+    monkeypatch.setattr(attention_module, "_PIECE", 16)
+    blocks = attention_module._blocks(length, window)
+    assert max(rows.stop - rows.start for rows, _ in blocks) >= 3 * 16
+    assert blocks[-1][0].stop == length
+    # The same products in another order of float32 sums of up to 300 terms.
+    for a, b in zip(whole, value_and_gradients(attention, arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def temp_bytes(length):
+    """Memory beside arguments and results of attention and its gradient."""
+    queries = jax.ShapeDtypeStruct((1, 1, 1, length, 16), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(queries, keys, values, segments):
+        out = causal_attention(queries, keys, values, segments)
+        return jnp.sum(out.astype(jnp.float32))
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    compiled = program.lower(queries, keys, keys, segments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_causal_attention_memory_grows_with_the_length(monkeypatch):
+    monkeypatch.setattr(attention_module, "_PIECE", 32)
+    # Twice the length: twice the memory. With the square it would be four times.
+    assert temp_bytes(1024) < 2.4 * temp_bytes(512)
+
+
+@pytest.mark.slow
+def test_causal_attention_memory_of_long_sequences_grows_with_the_length():
+    assert temp_bytes(32768) < 2.4 * temp_bytes(16384)
 
 
 def test_causal_attention_of_enormous_scores_is_finite():
@@ -113,64 +183,6 @@ def test_batch_positions_counts_from_the_first_real_token():
     np.testing.assert_array_equal(positions, [[0, 0, 0, 1], [0, 1, 2, 2]])
     given = {"input_ids": ids, "attention_mask": mask, "positions": mask}
     np.testing.assert_array_equal(batch_positions(given), mask)
-
-
-def with_window(queries, keys, values, window, scoring, segments=None):
-    """The definition with a window and a cap, written with whole squares."""
-    length = queries.shape[3]
-    scores = jnp.einsum("bkgqh,bkmh->bkgqm", queries, keys) * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
-    distance = np.arange(length)[:, None] - np.arange(length)[None]
-    visible = ((distance >= 0) & (distance < window))[None, None, None]
-    if segments is not None:
-        same = np.asarray(segments[:, :, None] == segments[:, None])
-        visible = visible & same[:, None, None]
-    scores = jnp.where(jnp.broadcast_to(visible, scores.shape), scores, -jnp.inf)
-    return jnp.einsum("bkgqm,bkmh->bkgqh", jax.nn.softmax(scores, axis=-1), values)
-
-
-@pytest.mark.parametrize(
-    ("length", "window", "softcap", "traced"),
-    [
-        (17, 1, None, False),
-        (130, 5, 2.0, True),
-        (130, 64, None, False),
-        (257, 100, 0.5, False),
-        (17, 17, 1.0, True),
-    ],
-)
-def test_causal_attention_with_window_and_cap_is_the_definition(
-    length, window, softcap, traced
-):
-    arrays, scoring = draw(length), Scoring(0.3, softcap)
-    segments = some_segments(length)
-    weights = np.random.default_rng(9).normal(size=arrays[0].shape)
-    weights = jnp.asarray(weights, "float32")
-
-    @jax.jit
-    def ours(window, *arrays):
-        def loss(*arrays):
-            attended = causal_attention(
-                *arrays, segments, window=window, scoring=scoring
-            )
-            return (attended * weights).sum(), attended
-
-        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
-
-    def theirs(*arrays):
-        attended = with_window(*arrays, window, scoring, segments)
-        return (attended * weights).sum(), attended
-
-    if traced:
-        gradient, attended = ours(jnp.int32(window), *arrays)
-    else:
-        gradient, attended = jax.jit(lambda *a: ours.__wrapped__(window, *a))(*arrays)
-    expected, exact = jax.grad(theirs, argnums=(0, 1, 2), has_aux=True)(*arrays)
-    # Sums of up to 257 float32 numbers of size 1 to 4.
-    np.testing.assert_allclose(attended, exact, atol=2e-5)
-    for mine, other in zip(gradient, expected, strict=True):
-        np.testing.assert_allclose(mine, other, atol=4e-5)
 
 
 def test_causal_attention_skips_keys_before_a_plain_window():

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 
 import jax
 import pytest
@@ -16,7 +15,6 @@ from taid_jax.models.families import (
     buffer_kind,
     family_named,
     read_config,
-    write_config,
 )
 from taid_jax.models.files.weights import axis_sizes, entries
 
@@ -56,22 +54,6 @@ def test_read_config_reads_what_transformers_wrote(golden_teacher):
     )
 
 
-def test_read_config_takes_the_defaults_of_transformers(tiny_settings):
-    transformers = pytest.importorskip("transformers")
-    defaults = transformers.LlamaConfig()
-    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-    needed.add("num_attention_heads")
-    values = {key: tiny_settings[key] for key in needed}
-    config = read_config(llama(values), "config.json")
-    assert config.num_kv_heads == tiny_settings["num_attention_heads"]
-    assert config.head_dim == 16 // 4
-    assert config.max_position_embeddings == defaults.max_position_embeddings
-    assert config.norm_eps == defaults.rms_norm_eps
-    assert config.tie_embeddings == defaults.tie_word_embeddings
-    assert config.rope.theta == defaults.rope_parameters["rope_theta"]
-    assert config.initializer_range == defaults.initializer_range
-
-
 @pytest.mark.parametrize(
     "style",
     [
@@ -96,12 +78,6 @@ def test_read_config_reads_rope_in_every_style(tiny_settings, style):
         high_freq_factor=4.0,
         original_max_position_embeddings=32,
     )
-
-
-def test_read_config_reads_the_old_name_of_linear_scaling(tiny_settings):
-    values = llama(tiny_settings, rope_scaling={"type": "linear", "factor": 2.0})
-    rope = read_config(values, "config.json").rope
-    assert rope == RopeConfig(kind="linear", factor=2.0)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +107,6 @@ def test_read_config_reads_the_old_name_of_linear_scaling(tiny_settings):
 def test_read_config_names_what_cannot_be_done(tiny_settings, changes, words):
     with pytest.raises(ModelError, match=words):
         read_config(llama(tiny_settings, **changes), "config.json")
-
-
-def test_read_config_lists_all_that_is_wrong(tiny_settings):
-    text = problem(llama(tiny_settings, hidden_act="relu", strange=1, vocab_size=-1))
-    assert "hidden_act" in text
-    assert "strange" in text
-    assert "vocab_size" in text
 
 
 @pytest.mark.parametrize(
@@ -312,49 +281,6 @@ def test_read_config_refuses_numbers_that_cannot_be_computed_with(
     text = problem(llama(tiny_settings, **changes))
     assert "config.json" in text
     assert len(text) < 600
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        RopeConfig(theta=1e5),
-        RopeConfig(kind="linear", factor=4.0),
-        RopeConfig(
-            theta=5e5, kind="llama3", factor=8.0, original_max_position_embeddings=16
-        ),
-    ],
-)
-@pytest.mark.parametrize("flag", [False, True])
-def test_write_config_is_read_back_by_us_and_by_transformers(tmp_path, rope, flag):
-    transformers = pytest.importorskip("transformers")
-    config = DecoderConfig(
-        vocab_size=48,
-        d_model=16,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=6,
-        mlp_dim=24,
-        max_position_embeddings=32,
-        norm_eps=1e-5,
-        rope=rope,
-        tie_embeddings=flag,
-        attention_bias=flag,
-        mlp_bias=not flag,
-        initializer_range=0.1,
-    )
-    values = write_config(config)
-    assert read_config(values, "config.json") == config
-    path = pathlib.Path(tmp_path) / "config.json"
-    path.write_text(json.dumps(values))
-    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert theirs.model_type == "llama"
-    for key in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "mlp_bias"):
-        assert getattr(theirs, key) == values[key]
-    assert theirs.rope_parameters == values["rope_parameters"]
-    # As transformers 4 reads it.
-    assert values["rope_theta"] == rope.theta
-    assert (values["rope_scaling"] is None) == (rope.kind == "default")
 
 
 FILES = [

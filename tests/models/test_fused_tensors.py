@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from taid_jax.errors import ModelError
@@ -17,7 +15,7 @@ from taid_jax.models.families import family_named, read_config
 from taid_jax.models.files.export import export_model, stored_tensors
 from taid_jax.models.files.hf import WEIGHTS, open_folder
 from taid_jax.models.files.load import load_model
-from taid_jax.models.files.weights import axis_sizes, entries, load_params
+from taid_jax.models.files.weights import load_params
 from taid_jax.models.rope import rope_frequencies
 from taid_jax.sharding import make_mesh, tree_shardings
 
@@ -129,11 +127,10 @@ def test_load_model_reads_the_columns_of_gpt2(write):
 
 @pytest.mark.multidevice
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
 @pytest.mark.filterwarnings("ignore:.*stays whole on each device")
-def test_load_model_places_every_piece_where_it_belongs(write, name, mesh):
+def test_load_model_places_every_piece_where_it_belongs(write, name):
     folder, config, params = write(name)
-    mesh = make_mesh(mesh)
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
     where = tree_shardings(param_axes(config), abstract_params(config), mesh)
     placed = load_model(folder, shardings=where).params
     same(placed, params)
@@ -150,14 +147,14 @@ def test_load_params_reads_no_row_of_phi3_twice(write):
     class Watched:
         """Tensors that write down how much is read of them."""
 
-        origin, shapes = inner.origin, inner.shapes
+        file_format, origin, shapes = "hf", inner.origin, inner.shapes
 
         def read(self, name, index):
             part = inner.read(name, index)
             asked.append(part.size)
             return part
 
-    load_params(config, "hf", Watched(), dtype=jnp.float32)
+    load_params(config, Watched(), dtype=jnp.float32)
     assert sum(asked) == sum(np.prod(shape) for shape in inner.shapes.values())
 
 
@@ -247,36 +244,6 @@ def test_load_model_lists_the_heads_that_are_missing(write):
     assert f"wrong shape: {at(1)} has (5,), the config needs (4,)" in text
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-@pytest.mark.parametrize("name", MODELS)
-def test_load_model_refuses_a_truncated_file(write, name, share):
-    folder, _, _ = write(name)
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: int(share * len(content))])
-    assert WEIGHTS in refusal(folder)
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-@pytest.mark.parametrize("name", ["phi3", "gpt2"])
-def test_load_model_survives_any_damage(tmp_path_factory, random_params, name, data):
-    folder = tmp_path_factory.getbasetemp() / f"victim-{name}"
-    if not folder.exists():
-        config = config_of(name)
-        export_model(folder, config, random_params(config))
-    sound = (folder / WEIGHTS).read_bytes()
-    at = data.draw(st.integers(0, 2500))
-    value = data.draw(st.integers(1, 255))
-    broken = sound[:at] + bytes([sound[at] ^ value]) + sound[at + 1 :]
-    (folder / WEIGHTS).write_bytes(broken)
-    try:
-        load_model(folder)
-    except ModelError:
-        pass
-    finally:
-        (folder / WEIGHTS).write_bytes(sound)
-
-
 def test_stored_tensors_needs_every_piece_of_a_tensor(monkeypatch, random_params):
     family = family_named("phi3")
     config = config_of("phi3")
@@ -291,17 +258,3 @@ def test_stored_tensors_needs_every_piece_of_a_tensor(monkeypatch, random_params
     monkeypatch.setattr("taid_jax.models.families.registry.FAMILIES", (poor,))
     with pytest.raises(ModelError, match=r"gate_up_proj.*each of its pieces once"):
         list(stored_tensors(config, whole))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_entries_of_a_tensor_agree_on_its_shape(name, random_params):
-    config, shapes = config_of(name), {}
-    for entry in entries(config, "hf"):
-        for tensor in (tensor for names in entry.names for tensor in names):
-            shape = entry.tensor_shape(axis_sizes(config))
-            assert shapes.setdefault(tensor, shape) == shape
-    written = {
-        tensor.name: tensor.make().shape
-        for tensor in stored_tensors(config, random_params(config))
-    }
-    assert written == shapes

@@ -1,8 +1,6 @@
 """The front door: any source to a model, on one device or many; random starts."""
 
 import json
-import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -107,9 +105,7 @@ def test_load_model_leaves_arrays_free_to_move(folder):
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize(
-    "mesh", ["data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
-)
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
 def test_load_model_places_every_part_where_it_belongs(folder, mesh):
     make = sharded_like_training(make_mesh(mesh))
     whole = load_model(folder).params
@@ -179,33 +175,25 @@ def test_load_model_reads_gguf_onto_a_mesh(tmp_path, write_gguf):
     same(load_model(tmp_path / "m.gguf", shardings=make).params, whole)
 
 
-def test_random_init_needs_no_weights(tmp_path, golden_teacher):
-    config = tmp_path / "config.json"
-    config.write_text((golden_teacher / "config.json").read_text())
-    for source in (config, tmp_path):
-        model = random_init(source, jax.random.key(0))
-        assert model.config == load_config(golden_teacher)
-        kernel = model.params["layers"]["mlp"]["up_proj"]["kernel"]
-        # 73,728 draws: the spread is within 1% of the config's with near certainty.
-        np.testing.assert_allclose(kernel.std(), 0.25, rtol=0.02)
-
-
-def test_random_init_follows_key_and_dtype(golden_teacher):
-    first = random_init(golden_teacher, jax.random.key(0), dtype="bfloat16").params
-    again = random_init(golden_teacher, jax.random.key(0), dtype="bfloat16").params
-    other = random_init(golden_teacher, jax.random.key(1), dtype="bfloat16").params
-    same(first, again)
-    assert first["embed"]["embedding"].dtype == jnp.bfloat16
-    assert bool(jnp.any(first["embed"]["embedding"] != other["embed"]["embedding"]))
-
-
 @pytest.mark.multidevice
-def test_random_init_creates_weights_where_they_belong(golden_teacher):
+def test_random_init_needs_no_weights_and_creates_them_where_they_belong(
+    tmp_path, golden_teacher
+):
+    path = tmp_path / "config.json"
+    path.write_text((golden_teacher / "config.json").read_text())
     make = sharded_like_training(make_mesh("fsdp=8"))
-    params = random_init(golden_teacher, jax.random.key(0), shardings=make).params
-    embedding = params["embed"]["embedding"]
+    model = random_init(path, jax.random.key(0), shardings=make)
+    assert model.config == load_config(golden_teacher)
+    kernel = model.params["layers"]["mlp"]["up_proj"]["kernel"]
+    # 73,728 draws: the spread is within 1% of the config's with near certainty.
+    np.testing.assert_allclose(kernel.std(), 0.25, rtol=0.02)
+    embedding = model.params["embed"]["embedding"]
     assert embedding.sharding.shard_shape(embedding.shape) == (512, 96 // 8)
-    same(params, random_init(golden_teacher, jax.random.key(0)).params)
+    # The same numbers on one device, rounded; others by another key.
+    narrow = random_init(tmp_path, jax.random.key(0), dtype="bfloat16").params
+    same(narrow, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params))
+    other = random_init(tmp_path, jax.random.key(1), dtype="bfloat16").params
+    assert bool(jnp.any(narrow["embed"]["embedding"] != other["embed"]["embedding"]))
 
 
 def test_load_model_never_makes_weights_up(tmp_path, golden_teacher):
@@ -321,37 +309,3 @@ def test_smollm2_tokenizer_gives_the_ids_of_transformers(varied_strings, exporte
         assert ours.apply_chat_template(messages, tokenize=False) == (
             theirs.apply_chat_template(messages, tokenize=False)
         )
-
-
-MEASURE = """
-import json, sys, time
-import jax
-jax.config.update("jax_platforms", "cpu")
-from taid_jax.models.files.load import load_model
-
-def peak(key):
-    with open("/proc/self/status") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return int(lines[key].split()[0]) * 1024
-
-jax.devices()
-before, begun = peak("VmRSS"), time.perf_counter()
-model = load_model(sys.argv[1])
-seconds = time.perf_counter() - begun
-weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-print(json.dumps({"seconds": seconds, "ratio": (peak("VmHWM") - before) / weights}))
-"""
-
-
-@pytest.mark.real_model
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc")
-@pytest.mark.parametrize("form", ["gguf", "safetensors"])
-def test_smollm2_loads_fast_and_without_a_second_copy(exported, form):
-    source = DEFAULT_TEACHER if form == "gguf" else str(exported)
-    command = [sys.executable, "-c", MEASURE, source]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(command, check=True, capture_output=True, env=environment)
-    measured = json.loads(done.stdout)
-    # Asked for: under 5 s and under 1.5 times the weights, tokenizer included.
-    assert measured["seconds"] < 5, measured
-    assert measured["ratio"] < 1.5, measured

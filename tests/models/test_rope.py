@@ -5,15 +5,6 @@ import pytest
 from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.rope import layer_rotations, rope_frequencies, rotate, rotation
 
-LLAMA3 = RopeConfig(
-    theta=500000.0,
-    kind="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
-
 
 def test_rope_frequencies_are_the_powers_of_theta():
     frequencies = rope_frequencies(RopeConfig(theta=100.0), 4)
@@ -24,19 +15,6 @@ def test_rope_frequencies_linear_divides_all_by_the_factor():
     plain = rope_frequencies(RopeConfig(theta=100.0), 8)
     linear = rope_frequencies(RopeConfig(theta=100.0, kind="linear", factor=4.0), 8)
     np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
-
-
-def test_rope_frequencies_llama3_divides_the_low_ones_only():
-    plain = rope_frequencies(RopeConfig(theta=LLAMA3.theta), 128)
-    scaled = rope_frequencies(LLAMA3, 128)
-    turns = LLAMA3.original_max_position_embeddings * plain / (2 * np.pi)
-    # One float32 rounding of each side.
-    np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4], rtol=1e-6)
-    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
-    between = (turns > 1) & (turns < 4)
-    assert between.any()
-    assert (scaled[between] < plain[between]).all()
-    assert (scaled[between] > plain[between] / 8).all()
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5])
@@ -190,14 +168,6 @@ def layers_of(**changes):
     )
     heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
     return DecoderConfig(num_layers=3, **sizes, **heads, **changes)
-
-
-def test_layer_rotations_are_one_where_all_layers_agree():
-    positions = jnp.arange(4)[None]
-    turns, index = layer_rotations(positions, layers_of())
-    assert index is None
-    np.testing.assert_array_equal(turns, rotation(positions, RopeConfig(), 8))
-    assert layer_rotations(positions, layers_of(rope=None)) == (None, None)
 
 
 def test_layer_rotations_are_stacked_where_layers_differ():

@@ -19,8 +19,8 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from taid_jax.data.encoding import Encoder
 from taid_jax.data.errors import DataError
+from taid_jax.data.tokens import Encoder
 from taid_jax.errors import ModelError
 from taid_jax.models.files.gguf_header import read_header
 from taid_jax.models.files.gguf_tokenizer import SPLITTINGS, read_generation

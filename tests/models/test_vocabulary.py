@@ -25,7 +25,7 @@ from taid_jax.models.files.vocabulary import (
     resize_vocabulary,
     with_tokenizer,
 )
-from taid_jax.models.generation import generate
+from taid_jax.models.generation import generate, prepare
 from taid_jax.sharding import make_mesh, tree_shardings
 from taid_jax.train.step import batch_loss
 
@@ -118,7 +118,8 @@ def test_export_model_leaves_the_padding_out(tmp_path, random_params, tied):
     export_model(tmp_path / "m", loaded.config, loaded.params, loaded.tokenizer)
     ids = np.random.default_rng(0).integers(0, TOKENS, (2, 9))
     functions = decoder_functions(loaded.config)
-    hidden = functions.hidden(loaded.params, {"input_ids": ids.astype(np.int32)})
+    batch = {"input_ids": jnp.asarray(ids, jnp.int32)}
+    hidden = jax.jit(functions.hidden)(loaded.params, batch)
     ours = np.asarray(functions.head(loaded.params).logits(hidden))[..., :TOKENS]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with torch.no_grad():
@@ -167,7 +168,7 @@ def test_batch_loss_ignores_padding_of_either_model(random_params, batch, fused)
                 fused=fused,
             )[0]
 
-        return jax.value_and_grad(loss)(student)
+        return jax.jit(jax.value_and_grad(loss))(student)
 
     expected, gradient = value(student, config, teacher, config)
     # Padded entries are the most probable ones, in numbers that would overwhelm.
@@ -195,7 +196,7 @@ def test_generate_never_gives_a_padded_id(random_params):
 
     def answer(params, config):
         return generate(
-            params,
+            prepare(params, config, unroll=False),
             config,
             prompt,
             jnp.ones_like(prompt),

@@ -26,11 +26,11 @@ def test_plan_step_counts_the_bytes_of_its_arguments(planned, tiny):
     assert planned.peak_bytes > planned.argument_bytes
 
 
+@pytest.mark.slow
 def test_plan_step_memory_is_that_of_the_step_that_runs(make_settings, planned, tiny):
     from taid_jax.models.decoder import init_params
-    from taid_jax.plan.compiled import plan_mesh
+    from taid_jax.plan.compiled import abstract_step, plan_mesh
     from taid_jax.plan.machine import find_machine
-    from taid_jax.plan.step import abstract_step
 
     settings = make_settings(grad_accum=2, batch_size=16)
     mesh = plan_mesh(settings.run.mesh, find_machine("local:8"))

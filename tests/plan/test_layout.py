@@ -24,11 +24,11 @@ def _shapes(text, kind):
     return [tuple(int(n) for n in array.split(",") if n) for array in arrays]
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_train_step_gathers_weights_and_never_activations(tiny, make_settings):
-    from taid_jax.plan.compiled import plan_mesh
+    from taid_jax.plan.compiled import abstract_step, plan_mesh
     from taid_jax.plan.machine import find_machine
-    from taid_jax.plan.step import abstract_step
 
     settings = make_settings(batch_size=16, seq_len=LENGTH)
     mesh = plan_mesh("data=2,fsdp=2,tensor=2", find_machine("local:8"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taid_jax.models.decoder import abstract_params, decoder_functions, init_params
-from taid_jax.plan.step import abstract_step
+from taid_jax.plan.compiled import abstract_step
 from taid_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.optimised
@@ -75,6 +75,7 @@ def test_abstract_step_multiplies_in_bfloat16(tiny, make_settings, one_device):
     assert ("float32", "float32") not in found
 
 
+@pytest.mark.slow
 def test_decoder_remat_orders_the_memory_of_its_gradient(tiny):
     batch = {"input_ids": jnp.zeros((8, 256), jnp.int32)}
 

@@ -123,14 +123,26 @@ def questions(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def finished(train_tpu, teacher, text, tmp_path_factory):
+    """The folder of a run that went to its end: that of `arguments`."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train_tpu.main(_arguments(teacher, text, folder)) == 0
+    return folder
+
+
 @pytest.fixture
 def arguments(teacher, text, tmp_path):
     """Flags of a run of a few seconds."""
+    return _arguments(teacher, text, tmp_path / "run")
+
+
+def _arguments(teacher, text, output):
     return [
         f"--teacher={teacher}",
         "--student-layers=2",
         f"--data={text}",
-        f"--output={tmp_path / 'run'}",
+        f"--output={output}",
         "--steps=12",
         "--batch-size=8",
         "--seq-len=16",

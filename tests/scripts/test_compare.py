@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
+from taid_jax.cli import compare
 from taid_jax.cli.compare import METHODS
 
-
-@pytest.fixture(scope="session")
-def compare(load_script):
-    return load_script("compare")
+RECIPES = pathlib.Path(__file__).parents[2] / "scripts" / "recipes"
 
 
 @pytest.fixture
@@ -44,89 +42,87 @@ def shared(teacher, questions, tmp_path):
 
 
 @pytest.fixture
-def started(compare, train_tpu, monkeypatch):
-    """Runs cells in this process; the list of what was started."""
-    calls = []
+def started(monkeypatch):
+    """In place of processes: what was started, and the status that each run ends with.
 
-    def run(command, **options):
+    A run with status 0 leaves the report of a finished one.
+    """
+    calls, statuses = [], []
+
+    def run(command, stdout, **options):
         calls.append(command[4:])
-        status = train_tpu.main(command[4:])
+        status = statuses.pop(0) if statuses else 0
+        stdout.write("something went wrong\n" if status else "done\n")
+        stdout.flush()
+        run = pathlib.Path(command[4].removeprefix("--config=")).parent / "run"
+        run.mkdir(exist_ok=True)
+        if status == 0:
+            values = {"kl_before": 2.0, "kl_after": 0.25 * len(calls)}
+            values |= {"rouge_l_before": 0.1, "rouge_l_after": 0.5}
+            (run / "report.json").write_text(json.dumps(values))
+            row = json.dumps({"step": 0, "kl": 2.0})
+            (run / "evaluations.jsonl").write_text(row + "\n")
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(compare.subprocess, "run", run)
-    return calls
+    return calls, statuses
 
 
-def test_compare_makes_the_table_and_runs_no_cell_twice(
-    compare, shared, started, capsys
-):
+def test_compare_makes_the_table_and_runs_no_cell_twice(shared, started, capsys):
     flags, output = shared
+    calls, _ = started
     assert compare.main([*flags, "--methods", "rkl", "--seeds", "3"]) == 0
-    assert len(started) == 1
-    report = json.loads((output / "rkl-seed3" / "run" / "report.json").read_text())
+    assert len(calls) == 1
     capsys.readouterr()
 
     assert compare.main([*flags, "--methods", "rkl", "taid", "--seeds", "3"]) == 0
-    assert len(started) == 2
-    assert "taid-seed3" in started[1][0]
+    assert len(calls) == 2
+    assert "taid-seed3" in calls[1][0]
     table = capsys.readouterr().out
     assert (output / "comparison.md").read_text() in table
-    assert "| rkl | 1 |" in table
-    assert f"{report['kl_after']:.4f}" in table
-    assert f"{report['rouge_l_after']:.4f}" in table
-    assert report["peak_memory_bytes"] > 2**20
+    assert "| rkl | 1 | 0.2500 |" in table
+    assert "| taid | 1 | 0.5000 |" in table
     figures = json.loads((output / "comparison.json").read_text())
     assert list(figures) == ["before training", "rkl", "taid"]
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    # The same start and the same batches: only the objective differs.
-    first, second = (
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (
-            output / f"{method}-seed3" / "run" / "evaluations.jsonl"
-            for method in ("rkl", "taid")
-        )
-    )
-    assert first[0]["kl"] == second[0]["kl"]
-    assert first[-1]["kl"] != second[-1]["kl"]
 
     again = [*flags, "--methods", "rkl", "taid", "--seeds", "3", "--only-table"]
     assert compare.main(again) == 0
-    assert len(started) == 2
+    assert len(calls) == 2
 
 
-def test_compare_goes_on_with_a_cell_that_was_stopped(
-    compare, shared, started, monkeypatch
+def test_compare_a_failing_cell_is_told_and_goes_on_the_next_time(
+    shared, started, capsys
 ):
     flags, output = shared
-    flags += ["--methods", "rkl", "--set", "save_every=1"]
-    from taid_jax.train import run
-
-    def stopped(*arguments, **options):
-        raise RuntimeError("stopped")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "best_state", stopped)
-        assert compare.main(flags) == 1
-    assert not (output / "rkl-seed0" / "run" / "report.json").exists()
-    assert compare.main(flags) == 0
-    assert [call[1:] for call in started] == [["--resume"], ["--resume"]]
-    assert (output / "rkl-seed0" / "run" / "report.json").exists()
-
-
-def test_compare_a_failing_cell_is_told_and_the_others_go_on(
-    compare, shared, monkeypatch, capsys
-):
-    flags, _ = shared
-
-    def run(command, stdout, **options):
-        stdout.write("something went wrong\n")
-        stdout.flush()
-        return subprocess.CompletedProcess(command, 1)
-
-    monkeypatch.setattr(compare.subprocess, "run", run)
+    calls, statuses = started
+    statuses += [1, 0]
     assert compare.main([*flags, "--methods", "rkl", "taid"]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.count("something went wrong") == 2
+    assert capsys.readouterr().err.count("something went wrong") == 1
+    assert not (output / "rkl-seed0" / "run" / "report.json").exists()
+    assert compare.main([*flags, "--methods", "rkl", "taid"]) == 0
+    assert [call[1:] for call in calls] == [["--resume"]] * 3
+    assert calls[2][0] == calls[0][0]
+
+
+def test_compare_bad_input_of_a_cell_is_that_of_all(shared, started):
+    flags, _ = shared
+    calls, statuses = started
+    statuses.append(2)
+    assert compare.main([*flags, "--methods", "rkl", "taid"]) == 2
+    assert len(calls) == 1
+
+
+def test_compare_shared_settings_are_for_those_methods_that_use_them(shared, started):
+    flags, output = shared
+    more = ["--methods", "taid", "rkl", "--set", "t_start=0.2"]
+    assert compare.main([*flags, *more]) == 0
+    found = {
+        method: yaml.safe_load((output / f"{method}-seed0/settings.yaml").read_text())
+        for method in ("taid", "rkl")
+    }
+    assert found["taid"]["objective"]["t_start"] == 0.2
+    assert found["rkl"]["objective"]["t_start"] == 0.4
 
 
 @pytest.mark.parametrize(
@@ -138,31 +134,45 @@ def test_compare_a_failing_cell_is_told_and_the_others_go_on(
         (["--set", "steps=0"], "steps: need >= 1"),
         (["--set", "steps=[1"], "cannot read 'steps=[1'"),
         (["--config=/nowhere.yaml"], "/nowhere"),
-        (["--set", "data=/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )
-def test_compare_bad_input_is_one_message(
-    compare, shared, started, capsys, more, message
-):
+def test_compare_bad_input_is_one_message(shared, started, capsys, more, message):
     flags, _ = shared
     assert compare.main([*flags, "--methods", "rkl", *more]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+    assert not started[0]
+
+
+@pytest.mark.slow
+def test_compare_cells_have_the_same_start_and_the_same_batches(shared):
+    """In processes of their own, as a user has them."""
+    flags, output = shared
+    assert compare.main([*flags, "--methods", "rkl", "taid"]) == 0
+    first, second = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (
+            output / f"{method}-seed0" / "run" / "evaluations.jsonl"
+            for method in ("rkl", "taid")
+        )
+    )
+    assert first[0]["kl"] == second[0]["kl"]
+    assert first[-1]["kl"] != second[-1]["kl"]
+    report = json.loads((output / "rkl-seed0" / "run" / "report.json").read_text())
+    assert f"{report['kl_after']:.4f}" in (output / "comparison.md").read_text()
+    assert report["peak_memory_bytes"] > 2**20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_exports_and_reloads(
-    train_tpu, load_script, shared, method, tmp_path
-):
+def test_every_method_trains_exports_and_reloads(train_tpu, shared, method, tmp_path):
     torch = pytest.importorskip("torch", reason="reloads in transformers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     flags, _ = shared
-    recipes = pathlib.Path(__file__).parents[2] / "scripts" / "recipes"
     path = tmp_path / "run.yaml"
-    base = [flags[0].removeprefix("--config="), str(recipes / f"methods/{method}.yaml")]
+    base = [flags[0].removeprefix("--config="), str(RECIPES / f"methods/{method}.yaml")]
     values = {"base": base, "output": str(tmp_path / "run")}
     path.write_text(yaml.safe_dump(values))
     assert train_tpu.main([f"--config={path}"]) == 0

@@ -17,12 +17,14 @@ import tomllib
 import pytest
 import tyro
 
+from taid_jax import cli
+
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 # In fenced blocks, between backticks, or indented; the last two only with arguments.
 COMMAND = re.compile(
-    r"(?:[A-Z_]+=\S+ )*(?:\S+/time -v )?(?:python|pip|pytest) .+", re.S
+    r"(?:[A-Z_]+=\S+ )*(?:\S+/time -v )?(?:python|pip|pytest|taid-jax \w+) .+", re.S
 )
 INDENTED = re.compile(r"^ {4,}((?:python|pip|pytest) .+)$", re.M)
 
@@ -78,7 +80,10 @@ def parse(load_script, monkeypatch, tmp_path):
             "parse_args",
             stop(argparse.ArgumentParser.parse_args),
         )
-        if words[0] == "-m":
+        if words[0] in cli.COMMANDS:
+            main = load_script(words[0]).main
+            words = words[1:]
+        elif words[0] == "-m":
             main = importlib.import_module(f"{words[1]}.__main__").main
             words = words[2:]
         else:
@@ -130,7 +135,7 @@ def test_documented_command_line_parses_as_it_stands(parse, words):
         assert rest == ["serve"]
         assert (ROOT / "mkdocs.yml").is_file()
         return
-    assert program == "python", words
+    assert program in ("python", "taid-jax"), words
     if "--help" in rest:
         with pytest.raises(SystemExit) as caught:
             parse(rest)

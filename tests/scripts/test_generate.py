@@ -97,7 +97,7 @@ def test_generate_overwrites_nothing_without_being_told(
     ("records", "flags", "message"),
     [
         ([{"text": "x"}], (), "line 1: need `prompt` or `messages`"),
-        ([*PROMPTS, {"prompt": " "}], (), "line 4: need `prompt`"),
+        ([*PROMPTS, {"prompt": " "}], (), "line 4: `prompt` is empty"),
         ([], (), "is empty"),
         (
             [{"messages": [{"role": "user"}]}],
@@ -180,7 +180,7 @@ def test_generate_answers_the_last_turn_of_conversations(run, talker, tmp_path):
 
 def test_encode_prompts_gives_the_ids_that_training_has_before_the_answer(talker):
     from taid_jax.data.chat import ChatRenderer
-    from taid_jax.data.encoding import Encoder
+    from taid_jax.data.tokens import Encoder
     from taid_jax.models.files.tokenizer import load_tokenizer
     from taid_jax.train.on_policy.prompts import Prompt, encode_prompts
 

@@ -137,6 +137,7 @@ def _forget_after(folder, step):
     (folder / "report.json").unlink()
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_one_goes_on_with_the_same_numbers(
     train_tpu, flags, tmp_path
 ):
@@ -154,6 +155,7 @@ def test_two_processes_train_and_one_goes_on_with_the_same_numbers(
     _expect_same(folder, copy)
 
 
+@pytest.mark.slow
 def test_process_that_waits_in_vain_ends_and_makes_nothing(flags, tmp_path):
     company = Company(2, flags, tmp_path, absent=[1], wait=3, devices=1)
     (status,) = company.wait()
@@ -162,6 +164,7 @@ def test_process_that_waits_in_vain_ends_and_makes_nothing(flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_in_settings_are_told(flags, tmp_path):
     each = [["--seed=3"], ["--seed=5", "--learning-rate=0.1"]]
     company = Company(2, flags, tmp_path, each=each, devices=1)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.slow
 def test_train_tpu_resizes_a_student_with_another_tokenizer(
     train_tpu, arguments, teacher, make_model, tmp_path, capsys
 ):

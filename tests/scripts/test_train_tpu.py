@@ -37,29 +37,6 @@ def _same(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-@pytest.fixture(scope="module")
-def finished(train_tpu, teacher, text, tmp_path_factory):
-    """The folder of a run that went to its end."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    status = train_tpu.main(
-        [
-            f"--teacher={teacher}",
-            "--student-layers=2",
-            f"--data={text}",
-            f"--output={folder}",
-            "--steps=12",
-            "--batch-size=8",
-            "--seq-len=16",
-            "--eval-every=4",
-            "--save-every=3",
-            "--held-out-fraction=0.3",
-            "--learning-rate=0.01",
-        ]
-    )
-    assert status == 0
-    return folder
-
-
 def test_train_tpu_leaves_what_it_promises(finished):
     report = json.loads((finished / "report.json").read_text())
     promised = {
@@ -173,48 +150,17 @@ def test_train_tpu_bad_input_is_one_message(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--t-start=1.5"],
-        ["--alpha=-1"],
-        ["--learning-rate=0"],
-        ["--steps=0"],
-        ["--steps=many"],
-        ["--objective=kd"],
-        ["--resume-step=3"],
-        ["--nonsense=1"],
-    ],
-)
-def test_train_tpu_bad_flag_is_status_2(train_tpu, arguments, capsys, flags):
-    with pytest.raises(SystemExit) as caught:
-        train_tpu.main(arguments + flags)
-    assert caught.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_train_tpu_student_with_another_tokenizer_is_refused(
-    train_tpu, arguments, make_model, capsys
-):
-    student = make_model(layers=1, vocab_size=280)
-    flags = [flag for flag in arguments if not flag.startswith("--student")]
-    _expect(train_tpu, capsys, [*flags, f"--student={student}"], "tokenizers")
-
-
 def test_train_tpu_damaged_teacher_is_named(
     train_tpu, arguments, teacher, tmp_path, capsys
 ):
     copy = tmp_path / "damaged"
     shutil.copytree(teacher, copy)
     weights = copy / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-100])
+    weights.write_bytes(weights.read_bytes()[:-100])
     flags = [*arguments, f"--teacher={copy}"]
     _expect(train_tpu, capsys, flags, "model.safetensors")
     # Once it is repaired, the same words do.
     assert not (tmp_path / "run").exists()
-    weights.write_bytes(whole)
-    assert train_tpu.main([*flags, "--steps=1", "--eval-every=0"]) == 0
 
 
 def test_train_tpu_bad_data_line_is_named(train_tpu, arguments, tmp_path, capsys):
@@ -233,6 +179,7 @@ def test_train_tpu_resume_with_other_settings_lists_them(
     _same(_weights(tmp_path / "run"), _weights(finished))
 
 
+@pytest.mark.slow
 def test_train_tpu_resumed_on_another_day_goes_on_with_the_first(
     train_tpu, arguments, tmp_path, monkeypatch, capsys
 ):
@@ -432,8 +379,13 @@ def test_train_tpu_two_runs_in_one_folder_are_refused(train_tpu, run, capsys):
     [
         ("checkpoint", "checkpoint 6 cannot be written to"),
         ("metrics", "metrics.jsonl cannot be written: No space left on device"),
-        ("student", "student': [Errno 28] No space left on device"),
-        ("curves", "curves.png cannot be written: No space left on device"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("student", "student': [Errno 28] No space left on device"),
+                ("curves", "curves.png cannot be written: No space left on device"),
+            )
+        ),
     ],
 )
 def test_train_tpu_full_disk_is_one_message_and_the_way_on(
@@ -529,6 +481,7 @@ def test_train_tpu_config_file_and_flags_over_it(train_tpu, tmp_path):
     assert settings.objective.t_start == 0.2
 
 
+@pytest.mark.slow
 def test_train_tpu_random_student_from_a_config(
     train_tpu, arguments, teacher, tmp_path, capsys
 ):

@@ -15,6 +15,7 @@ import pytest
 
 from taid_jax.settings import from_dict
 from taid_jax.train import checkpoint as c
+from taid_jax.train import resume as rs
 from taid_jax.train.folder import CHECKPOINTS, SET_ASIDE, RunFolder
 
 STEPS = (3, 6, 9)
@@ -57,10 +58,10 @@ def _resume(folder, state, step=None):
     try:
         output.check()
         output.claim()
-        step = c.choose_checkpoint(output, step)
+        step = rs.choose_checkpoint(output, step)
         if step is None:
             return None, output.notes
-        c.set_aside_others(output, step)
+        rs.set_aside_others(output, step)
         with c.Checkpoints(folder / CHECKPOINTS) as store:
             restored = store.restore(state, step)
         saved, place = c.read_run(folder / CHECKPOINTS / str(step))
@@ -340,7 +341,7 @@ def test_saved_settings_are_the_checkpoints_where_the_file_is_damaged(
     run, damage, said
 ):
     damage(run / "settings.json")
-    found, fault = c.saved_settings(run)
+    found, fault = rs.saved_settings(run)
     assert found is not None
     assert (found.run.seed, found.run.steps) == (4, 12)
     assert re.search(said, fault or "") if said else fault is None
@@ -348,12 +349,12 @@ def test_saved_settings_are_the_checkpoints_where_the_file_is_damaged(
 
 def test_saved_settings_longer_run_that_was_killed_before_it_saved(run):
     (run / "settings.json").write_text(json.dumps(SETTINGS | {"steps": 50}))
-    found, fault = c.saved_settings(run)
+    found, fault = rs.saved_settings(run)
     assert found is not None
     assert found.run.steps == 50
     assert fault is None
 
 
 def test_saved_settings_none_where_no_run_was(tmp_path):
-    assert c.saved_settings(tmp_path / "nowhere") == (None, None)
-    assert c.saved_settings(tmp_path) == (None, None)
+    assert rs.saved_settings(tmp_path / "nowhere") == (None, None)
+    assert rs.saved_settings(tmp_path) == (None, None)

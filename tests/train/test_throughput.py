@@ -6,7 +6,7 @@ from taid_jax.chips import peak_flops
 from taid_jax.models.flops import forward_flops_by_part
 from taid_jax.models.presets import preset
 from taid_jax.plan import count_flops, find_machine, pair_configs
-from taid_jax.plan.step import abstract_step
+from taid_jax.plan.compiled import abstract_step
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh
 from taid_jax.train import throughput as tp

@@ -20,7 +20,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from taid_jax.data import Dataset, ExampleSet, pad_left
-from taid_jax.data.tokens import Example, make_table
+from taid_jax.data.packing import make_table
+from taid_jax.data.tokens import Example
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import OnPolicySettings, Settings, SettingsError
@@ -266,7 +267,7 @@ class OnPolicyBatches:
         if not self._completed and self._seen >= _PATIENCE:
             raise SettingsError(
                 f"completion_tokens: of {self._seen} rows none has a prompt that "
-                f"leaves room for an answer of {self._settings.completion_tokens} "
+                f"leaves room for a completion of {self._settings.completion_tokens} "
                 f"tokens in seq_len, which is {self._examples.seq_len}; set "
                 "completion_tokens lower or seq_len higher"
             )

@@ -15,8 +15,8 @@ from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Completion
-from taid_jax.data.encoding import Encoder
 from taid_jax.data.errors import RecordError
+from taid_jax.data.tokens import Encoder
 from taid_jax.errors import show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.load import LoadedModel
@@ -274,11 +274,6 @@ def export_generation(
     token, no id can say so. `stop_strings` could, but with them in the settings
     `generate` of transformers fails unless it is given the tokenizer: a warning names
     them instead.
-
-    Args:
-        generation: See `Pair`.
-        tokenizer: That the student is exported with.
-        dataset: That it was trained on.
     """
     ends = list(training_ends(tokenizer, generation, dataset))
     end = template_end(tokenizer)

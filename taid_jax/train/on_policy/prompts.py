@@ -14,10 +14,9 @@ from jaxtyping import Int32
 from taid_jax.data import DataError, ExampleSet, held_out_batches
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import ANSWER_ROLE, Chat, Completion, parse_prompt
-from taid_jax.data.encoding import Encoder, Tokenizer
-from taid_jax.data.errors import BadRecords, RecordError
-from taid_jax.data.records import Piece
-from taid_jax.data.sources import kind_of, read_records
+from taid_jax.data.errors import RecordError
+from taid_jax.data.records import kind_of, read_file
+from taid_jax.data.tokens import Encoder, Tokenizer
 from taid_jax.models.sampling import SamplingParams
 from taid_jax.settings import SettingsError
 
@@ -53,7 +52,7 @@ def find_eval_prompts(examples: ExampleSet, limit: int) -> list[EvalPrompt]:
             found.append(EvalPrompt(ids[:start], ids[start:stop]))
     if limit and not found:
         raise DataError(
-            "answers cannot be scored: no held-out example has a prompt. Give data "
+            "completions cannot be scored: no held-out example has a prompt. Give data "
             "with `prompt` and `completion` or with `messages`, or set eval_prompts "
             "to 0"
         )
@@ -106,9 +105,10 @@ def read_prompts(path: pathlib.Path) -> list[Prompt]:
         raise DataError(f"{path}: need a file of records, such as .jsonl or .parquet")
     prompts = []
     # A record that is left out would shift the numbers of those after it.
-    records = read_records(Piece(str(path)), BadRecords("raise"))
-    for number, (origin, record) in enumerate(records):
+    for number, (origin, record) in enumerate(read_file(path)):
         try:
+            if isinstance(record, RecordError):
+                raise record
             prompts.append(Prompt(number, origin, parse_prompt(record)))
         except RecordError as error:
             raise DataError(f"{origin}: {error}") from error
@@ -165,9 +165,9 @@ def choose_fitting(
     if not fitting:
         shortest = min(len(prompt.ids) for prompt in prompts)
         raise DataError(
-            f"no prompt leaves room for an answer of {max_new_tokens} tokens: the "
+            f"no prompt leaves room for a completion of {max_new_tokens} tokens: the "
             f"shortest has {shortest} and the model's context is {context}; ask for "
-            "shorter answers"
+            "shorter ones"
         )
     return fitting
 
@@ -246,7 +246,7 @@ class CompletionsFile:
             ]
             if differences:
                 raise SettingsError(
-                    f"output: {path} holds other answers:\n  "
+                    f"output: {path} holds other completions:\n  "
                     + "\n  ".join(differences)
                     + "\nchoose another --output, or write it anew by --overwrite"
                 )

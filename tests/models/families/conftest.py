@@ -223,7 +223,7 @@ def make_case(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         config = read_folder_config(folder)
-        params = load_params(config, "hf", open_folder(folder), dtype="float32")
+        params = load_params(config, open_folder(folder), dtype="float32")
         return Case(name, model, folder, config, params)
 
     return make

@@ -16,7 +16,7 @@ def prompts():
     return np.where(mask, drawn, 0).astype(np.int32), mask.astype(np.int32)
 
 
-def check_words(case, prompts, new, unroll=True):
+def check_words(case, prompts, new, unroll=True, with_ends=False):
     from taid_jax.models.generation import generate, prepare
 
     torch = pytest.importorskip("torch")
@@ -28,17 +28,36 @@ def check_words(case, prompts, new, unroll=True):
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
-    )[:, ids.shape[1] :]
-    got = generate(
-        prepare(case.params, case.config, unroll=unroll),
-        case.config,
-        jnp.asarray(ids),
-        jnp.asarray(mask),
-        max_new_tokens=new,
-        eos_token_ids=(),
-        pad_token_id=0,
-    ).tokens
-    np.testing.assert_array_equal(got, expected.numpy())
+    )[:, ids.shape[1] :].numpy()
+    params = prepare(case.params, case.config, unroll=unroll)
+
+    def run(ends):
+        return generate(
+            params,
+            case.config,
+            jnp.asarray(ids),
+            jnp.asarray(mask),
+            max_new_tokens=new,
+            eos_token_ids=ends,
+            pad_token_id=0,
+        ).tokens
+
+    got = run(())
+    np.testing.assert_array_equal(got, expected)
+    if with_ends:
+        # Of tokens that occur: rows stop at different times.
+        ends = [int(expected[0, 12]), int(expected[3, 2])]
+        stopped = case.torch_model.generate(
+            torch.tensor(ids).long(),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=ends,
+        )[:, ids.shape[1] :].numpy()
+        found, length = np.asarray(run(ends)), stopped.shape[1]
+        np.testing.assert_array_equal(found[:, :length], stopped)
+        assert (found[:, length:] == 0).all()
     # Answers that wander, so that a mistake would lead elsewhere.
     assert len(np.unique(got)) > 5
 
@@ -47,6 +66,11 @@ def check_words(case, prompts, new, unroll=True):
 def test_generate_gives_the_words_of_transformers(name, make_case, prompts):
     # A window, soft caps; a context that is outgrown on the way.
     check_words(make_case(name), prompts, new=16)
+
+
+def test_generate_stops_where_transformers_does(make_case, prompts):
+    case = make_case("llama")
+    check_words(case, prompts, new=16, unroll=False, with_ends=True)
 
 
 @pytest.mark.slow

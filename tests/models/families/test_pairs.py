@@ -36,7 +36,7 @@ def loss_and_gradient(teacher, student, teacher_params, params, batch, mesh):
         )
 
     (total, sums), gradient = run(params, teacher_params, batch)
-    return total / sums["weight"], gradient
+    return total / sums["num_tokens"], gradient
 
 
 def check_pair(teacher, student, batch):
@@ -58,9 +58,7 @@ def check_pair(teacher, student, batch):
             param_axes(case.config), abstract_params(case.config), mesh
         )
         tensors = open_folder(case.folder)
-        return load_params(
-            case.config, "hf", tensors, dtype="float32", shardings=shardings
-        )
+        return load_params(case.config, tensors, dtype="float32", shardings=shardings)
 
     cut_value, cut_gradient = loss_and_gradient(
         teacher, student, read(teacher), read(student), place_batch(batch, mesh), mesh

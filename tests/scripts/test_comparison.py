@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from taid_jax import comparison as cp
+from taid_jax.cli import _comparison as cp
 from taid_jax.cli.compare import METHODS
 from taid_jax.settings import SettingsError, read_settings
 
@@ -131,5 +131,5 @@ def test_table_and_picture_show_what_is_not_finite(plan, tmp_path, value, text):
 
 
 def test_methods_are_the_recipes():
-    folder = pathlib.Path(__file__).parents[1] / "scripts" / "recipes" / "methods"
+    folder = pathlib.Path(__file__).parents[2] / "scripts" / "recipes" / "methods"
     assert {path.stem for path in folder.iterdir()} == set(METHODS)

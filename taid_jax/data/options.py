@@ -1,4 +1,4 @@
-"""What is asked of the preparation."""
+"""What is asked of a preparation; no library is imported for it."""
 
 import dataclasses
 import os
@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from taid_jax.data.errors import DataError
-from taid_jax.data.records import MAX_RECORD_BYTES
 from taid_jax.settings import is_date
+
+MAX_RECORD_BYTES = 4_000_000
+"""A record above it is no conversation that a model could be trained on, and would hold
+up the tokenizer: 4 MB are about a million tokens."""
 
 # HuggingFaceH4/ultrachat_200k as TAID's published code uses it: its splits of
 # supervised fine-tuning; conversations up to these lengths; prompts count too.
@@ -24,7 +27,7 @@ ULTRACHAT: Mapping[str, Any] = {
 PRESETS: Mapping[str, Mapping[str, Any]] = {"ultrachat": ULTRACHAT}
 
 # They change how the work is shared out, and not a byte of what comes out.
-FREE = frozenset({"output", "jobs"})
+_FREE = frozenset({"output", "jobs"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,6 @@ class PrepareOptions:
         max_record_bytes: Records above it are left out unread.
         seed: Of the shuffle and of what is held out.
         shard_tokens: Tokens of a shard, about.
-        piece_bytes: Bytes of the source that a process takes at a time, about.
         jobs: Processes; all cores when 0.
     """
 
@@ -74,7 +76,6 @@ class PrepareOptions:
     max_record_bytes: int = MAX_RECORD_BYTES
     seed: int = 0
     shard_tokens: int = 16_000_000
-    piece_bytes: int = 32_000_000
     jobs: int = 0
 
     def __post_init__(self):
@@ -84,7 +85,7 @@ class PrepareOptions:
         for name in ("max_prompt", "max_answer", "validation_limit"):
             value = getattr(self, name)
             _need(name, value, value is None or value >= 1, ">= 1")
-        for name in ("max_record_bytes", "shard_tokens", "piece_bytes"):
+        for name in ("max_record_bytes", "shard_tokens"):
             _need(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         date = self.template_date
         _need("template_date", date, date is None or is_date(date), "YYYY-MM-DD")
@@ -110,7 +111,7 @@ class PrepareOptions:
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in FREE
+            if name not in _FREE
         }
 
 
