@@ -501,8 +501,8 @@ def _scan(
     chunks = -(-count // chunk)
     live, order = jnp.int32(count), None
     if masked:
-        order = jnp.argsort(tokens.weight == 0, stable=True)
-        live = jnp.sum((tokens.weight != 0).astype(jnp.int32))
+        order = jnp.argsort(tokens.weight == 0, stable=True).astype(jnp.int32)
+        live = jnp.sum(tokens.weight != 0, dtype=jnp.int32)
         tokens = jax.tree.map(lambda x: jnp.take(x, order, axis=0), tokens)
         student, teacher = jax.tree.map(
             lambda x: select_tokens(x, tokens.weight), (tokens.student, tokens.teacher)

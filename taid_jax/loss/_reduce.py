@@ -172,7 +172,8 @@ def distillation_loss(
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import CrossEntropy, distillation_loss
         >>> student, labels = jnp.zeros((2, 4)), jnp.array([3, -100])
-        >>> print(f"{distillation_loss(CrossEntropy(), student, None, None, labels):.3f}")
+        >>> loss = distillation_loss(CrossEntropy(), student, None, labels=labels)
+        >>> print(f"{loss:.3f}")
         1.386
     """
     loss_sum, sums = distillation_sums(
