@@ -62,7 +62,7 @@ def write_answers(command: Command, console: Console) -> None:
     """Answers all prompts that the output lacks.
 
     Raises:
-        SettingsError: If the output holds other answers, or a setting cannot be.
+        SettingsError: If the output holds other completions, or a setting cannot be.
         ShardingError: If the batch cannot be shared out over the mesh.
         ModelError: If the model cannot be used.
         DataError: If the prompts cannot be used.

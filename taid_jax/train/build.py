@@ -135,7 +135,7 @@ def build_loop(
         process_count=parts,
         with_prompts=on_policy is not None,
     )
-    evaluations: list[dict[str, Any]] | None = []
+    evaluations: list[dict[str, Any]] = []
     if step is None:
         state = built.init(pair.student_params)
     else:
@@ -145,7 +145,7 @@ def build_loop(
             batches.set_state(place["iterator"])
             if on_policy is not None:
                 on_policy.set_state(place["on_policy"])
-        evaluations = place.get("evaluations")
+            evaluations = place["evaluations"]
     loop = Loop(
         settings=settings,
         folder=folder,

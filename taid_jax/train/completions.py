@@ -118,7 +118,7 @@ def score(completions: Sequence[str], references: Sequence[str]) -> Scores:
     """Returns ROUGE-L and exact match of completions, averaged.
 
     ROUGE-L is the F-measure of the `rouge-score` package with its stemmer; its words
-    are those of ASCII letters and digits, so that an answer in another script scores 0.
+    are those of ASCII letters and digits, so that one in another script scores 0.
 
     Raises:
         ValueError: If there are none, or the two differ in number.
@@ -129,7 +129,7 @@ def score(completions: Sequence[str], references: Sequence[str]) -> Scores:
     """
     if not completions or len(completions) != len(references):
         raise ValueError(
-            "need as many answers as references and at least one, got "
+            "need as many completions as references and at least one, got "
             f"{len(completions)} and {len(references)}"
         )
     # Imported here: its stemmer brings NLTK, which most runs do not need.

@@ -77,8 +77,8 @@ class HeldOut(NamedTuple):
         tokens: Tokens that counted.
         loss: Mean of the run's own objective, nats per token: TAID's at the t that the
             state has, CTKD's at the learned temperature.
-        rouge_l: ROUGE-L of the student's greedy answers, 0 to 1; None when not asked.
-        exact_match: Share of the answers that are the reference; None when not asked.
+        rouge_l: ROUGE-L of the student's greedy completions, 0 to 1; None without any.
+        exact_match: Share of those that are the reference; None without any.
     """
 
     kl: float

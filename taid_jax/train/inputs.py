@@ -63,7 +63,7 @@ _BYTES_OF_TOKEN = 96
 
 
 def check_memory(settings: Settings, mesh: Mesh) -> None:
-    """Raises unless the batches, and the answers that are kept, can be held at all.
+    """Raises unless the batches, and the completions that are kept, can be held at all.
 
     Raises:
         SettingsError: If they need more memory than this machine has.

@@ -122,7 +122,7 @@ class Loop:
         throughput: Of the steps.
         on_policy: Puts the student's completions in place of batches.
         models: What identifies teacher and student, saved with every checkpoint.
-        evaluations: Rows of the evaluations before; what their file says when None.
+        evaluations: Rows of the evaluations before, from the checkpoint.
     """
 
     settings: Settings
@@ -140,7 +140,7 @@ class Loop:
     throughput: Throughput = dataclasses.field(default_factory=Throughput)
     on_policy: OnPolicyBatches | None = None
     models: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    evaluations: Sequence[Mapping[str, Any]] | None = None
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
     def run(self, state: DistillState) -> DistillState:
         """Returns the state after the last step.

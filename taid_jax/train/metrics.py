@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
-from taid_jax.distributed import broadcast, is_main_process
+from taid_jax.distributed import is_main_process
 from taid_jax.train.folder import writing
 from taid_jax.train.report import EVALUATIONS, METRICS, Lines, Progress, read_lines
 from taid_jax.train.step import Metrics
@@ -74,7 +74,7 @@ class MetricsLogger(contextlib.ExitStack):
         every: Steps between lines of metrics.
         progress: Who is shown how it goes.
         throughput: Of the steps.
-        evaluations: Rows of the evaluations before; what their file says when None.
+        evaluations: Rows of the evaluations before, from the checkpoint.
 
     Attributes:
         evaluations: Rows of all evaluations so far, those before a resume too.
@@ -91,23 +91,20 @@ class MetricsLogger(contextlib.ExitStack):
         every: int,
         progress: Progress,
         throughput: Throughput,
-        evaluations: Sequence[Mapping[str, Any]] | None = None,
+        evaluations: Sequence[Mapping[str, Any]] = (),
     ):
         super().__init__()
         self._every, self._last, self._progress = every, last, progress
         self._throughput, self._logged = throughput, start
         self.skipped_in_row = 0
         self.not_finite: str | None = None
-        rows = broadcast(lambda: read_lines(folder / EVALUATIONS))
-        rows = [row for row in rows if row["step"] <= start]
-        if evaluations is not None:
-            if start and json.dumps([*map(dict, evaluations)]) != json.dumps(rows):
-                progress.say(f"{EVALUATIONS} is not the checkpoint's: written anew")
-            rows = [*map(dict, evaluations)]
-        self.evaluations: list[dict[str, Any]] = rows
+        self.evaluations: list[dict[str, Any]] = [*map(dict, evaluations)]
         self._writes = is_main_process()
         if self._writes:
-            first = start + 1
+            first, rows = start + 1, self.evaluations
+            found = [r for r in read_lines(folder / EVALUATIONS) if r["step"] <= start]
+            if start and json.dumps(found) != json.dumps(rows):
+                progress.say(f"{EVALUATIONS} is not the checkpoint's: written anew")
             self._metrics_file = Lines(folder / METRICS, first_dropped=first)
             self.callback(self._metrics_file.close)
             self._evaluations_file = Lines(

@@ -311,7 +311,7 @@ class ConsoleProgress:
         )
         if row["rouge_l"] is not None:
             text += (
-                f"; answers: ROUGE-L {number(row['rouge_l'])}, exact match "
+                f"; completions: ROUGE-L {number(row['rouge_l'])}, exact match "
                 f"{number(row['exact_match'])}"
             )
         self.say(text)

@@ -296,7 +296,7 @@ def describe(
 
 
 def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
-    """Returns the state that was judged the best, and what was found of it.
+    """Returns the state that was found the best, and what was found of it.
 
     Raises:
         TrainingError: If no evaluation, or not its state, is finite.
@@ -333,7 +333,7 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
 
 
 def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]:
-    """Returns KL, perplexities and what else was judged, before and after."""
+    """Returns KL, perplexities and what else was evaluated, before and after."""
     before = evaluations[0]
     others = {
         f"{key}_{when}": row[key]

@@ -42,5 +42,5 @@ def test_score_are_means():
 
 @pytest.mark.parametrize(("answers", "references"), [([], []), (["a"], ["a", "b"])])
 def test_score_needs_pairs(answers, references):
-    with pytest.raises(ValueError, match="as many answers as references"):
+    with pytest.raises(ValueError, match="as many completions as references"):
         score(answers, references)

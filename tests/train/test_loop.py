@@ -66,6 +66,7 @@ def make_loop(tmp_path, make_trainer, make_params, make_batch, told):
             state = loop.checkpoints.restore(state, step)
             place = read_run(loop.checkpoints.folder / str(step)).place
             loop.batches.set_state(place["iterator"])
+            loop.evaluations = place["evaluations"]
         return loop, state
 
     return make

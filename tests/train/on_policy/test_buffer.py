@@ -1,26 +1,24 @@
 import dataclasses
 import json
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taid_jax import loss
 from taid_jax.data.batches import ExampleSet, train_iterator
 from taid_jax.data.packing import make_table
 from taid_jax.data.tokens import Example
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
     abstract_params,
-    decoder_functions,
     init_params,
     param_axes,
 )
 from taid_jax.models.generation import generate, prepare
 from taid_jax.models.sampling import GREEDY, SamplingParams
-from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import OnPolicySettings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh, tree_shardings
 from taid_jax.train.checkpoint import Checkpoints, read_run
@@ -29,12 +27,10 @@ from taid_jax.train.loop import Loop
 from taid_jax.train.on_policy import buffer as bf
 from taid_jax.train.on_policy.generation import make_complete
 from taid_jax.train.report import read_lines
-from taid_jax.train.state import init_state, make_optimizer
-from taid_jax.train.step import make_train_step
 
 SEQ_LEN, NEW, BATCH, END = 16, 6, 8, 3
 CONFIG = DecoderConfig(
-    vocab_size=32,
+    vocab_size=22,
     d_model=16,
     num_layers=2,
     num_heads=2,
@@ -294,32 +290,20 @@ class Silent:
     def say(self, text): ...
 
 
-@pytest.fixture(scope="module")
-def trained(params, greedy):
-    """A train step and the state that it starts from."""
-    functions = decoder_functions(CONFIG)
-    scheduler, optimizer = TAIDScheduler(12), make_optimizer(3e-2)
-    step = make_train_step(
-        functions,
-        functions,
-        make_objective=lambda schedule, learned, step: loss.TAID(schedule.t),
-        scheduler=scheduler,
-        optimizer=optimizer,
-    )
-
-    def start():
-        own = jax.tree.map(jnp.array, params)
-        return init_state(own, optimizer=optimizer, schedule=scheduler.init())
-
-    return step, start
+def complete_by_weights(params, rows, step):
+    """Stands for generation: other weights, other completions."""
+    weights = np.asarray(params["mix"]["kernel"]).tobytes()
+    rng = np.random.default_rng((zlib.crc32(weights), step))
+    count = len(rows["input_ids"])
+    tokens = rng.integers(4, CONFIG.vocab_size, (count, NEW)).astype(np.int32)
+    return rows | {"tokens": tokens, "lengths": np.full(count, NEW, np.int32)}
 
 
 def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
-    trained, examples, greedy, tmp_path
+    make_trainer, make_params, examples, tmp_path
 ):
-    train_step, start = trained
+    train_step, first = make_trainer(steps=12)
     mesh = make_mesh("data=1", jax.devices()[:1])
-    teacher = init_params(CONFIG, jax.random.key(9))
     values = {
         "steps": 12,
         "eval_every": 2,
@@ -352,7 +336,7 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
             settings=chosen,
             folder=tmp_path / folder,
             train_step=train_step,
-            teacher_params=teacher,
+            teacher_params=make_params(2),
             batches=train_iterator(
                 examples, BATCH, seed=0, prefetch=0, with_prompts=True
             ),
@@ -362,15 +346,21 @@ def test_loop_resumed_in_the_middle_of_a_buffer_continues_bit_for_bit(
             mesh=mesh,
             progress=Silent(),
             on_policy=bf.OnPolicyBatches(
-                chosen.on_policy, examples, greedy, batch_size=BATCH, steps=12, seed=2
+                chosen.on_policy,
+                examples,
+                complete_by_weights,
+                batch_size=BATCH,
+                steps=12,
+                seed=2,
             ),
         )
-        state = start()
+        state = jax.tree.map(jnp.array, first)
         if resume:
             step = loop.checkpoints.latest_step()
             state = loop.checkpoints.restore(state, step)
             place = read_run(loop.checkpoints.folder / str(step)).place
             loop.batches.set_state(place["iterator"])
+            loop.evaluations = place["evaluations"]
             loop.on_policy.set_state(place["on_policy"])
         return loop, state
 
