@@ -108,8 +108,6 @@ def test_evaluate_teacher_as_the_student_is_at_no_distance(
         (["--student=/nowhere"], ["/nowhere"]),
         ([], ["student", "need the folder"]),
         (["--student={teacher}", "--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
-        (["--student={teacher}", "--json=/nowhere/x.json"], ["/nowhere"]),
-        (["--student={teacher}", "--config=/nowhere.yaml"], ["/nowhere.yaml"]),
         (["--student={teacher}", "--batch-size=6"], ["6 sequences", "8 devices"]),
         (
             ["--student={teacher}", "--eval-prompts=4", "--eval-tokens=64"],

@@ -131,8 +131,6 @@ def _expect(train_tpu, capsys, flags, *messages):
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
-        (["--teacher=/nowhere/at/all"], ["/nowhere/at/all"]),
-        (["--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
         (["--seq-len=65"], ["65", "context of 64"]),
         (["--student-layers=5"], ["4 layers", "got 5"]),
         (["--mesh=data=3"], ["data=3", "8 device"]),
@@ -140,7 +138,6 @@ def _expect(train_tpu, capsys, flags, *messages):
         (["--batch-size=6"], ["6 sequences", "8 devices"]),
         (["--resume", "--resume-step=3"], ["no checkpoint 3; there are none"]),
         (["--output=/proc/nothing"], ["/proc/nothing"]),
-        (["--config=/nowhere.yaml"], ["cannot read the settings"]),
     ],
 )
 def test_train_tpu_bad_input_is_one_message(
