@@ -1,19 +1,12 @@
 """Gemma 2: norms on both sides, soft caps, a window in every other layer."""
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    LAST,
-    MLP,
-    ROTARY_BUFFERS,
-    SIZES,
-)
 from taid_jax.models.families.windows import alternating_windows
 
 SETTINGS = (
-    *SIZES,
+    *usual.SIZES,
     Setting("head_dim", "head_dim", 256),
     Setting("norm_eps", "rms_norm_eps", 1e-6),
     Setting("tie_embeddings", "tie_word_embeddings", True),
@@ -61,6 +54,13 @@ GEMMA2 = Family(
     },
     fixed=FIXED,
     harmless=HARMLESS,
-    weights=(EMBED, *BOTH_NORMS, *ATTENTION, *MLP, FINAL_NORM, LAST[1]),
-    buffers=ROTARY_BUFFERS,
+    weights=(
+        usual.EMBED,
+        *BOTH_NORMS,
+        *usual.ATTENTION,
+        *usual.MLP,
+        FINAL_NORM,
+        usual.LAST[1],
+    ),
+    buffers=usual.ROTARY_BUFFERS,
 )

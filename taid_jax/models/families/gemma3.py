@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import Family, Setting
 from taid_jax.models.families.gemma2 import (
     BOTH_NORMS,
@@ -11,14 +12,6 @@ from taid_jax.models.families.gemma2 import (
     SETTINGS,
 )
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    HEAD_NORMS,
-    LAST,
-    MLP,
-    ROTARY_BUFFERS,
-)
 from taid_jax.models.families.windows import alternating_windows
 
 GEMMA3 = Family(
@@ -44,13 +37,13 @@ GEMMA3 = Family(
     fixed={**FIXED, "attn_logit_softcapping": ()},
     harmless=HARMLESS,
     weights=(
-        EMBED,
+        usual.EMBED,
         *BOTH_NORMS,
-        *ATTENTION,
-        *(dataclasses.replace(norm, gguf_offset=1.0) for norm in HEAD_NORMS),
-        *MLP,
+        *usual.ATTENTION,
+        *(dataclasses.replace(norm, gguf_offset=1.0) for norm in usual.HEAD_NORMS),
+        *usual.MLP,
         FINAL_NORM,
-        LAST[1],
+        usual.LAST[1],
     ),
-    buffers=ROTARY_BUFFERS,
+    buffers=usual.ROTARY_BUFFERS,
 )

@@ -1,24 +1,15 @@
 """Mistral 7B and its kin: Llama with a sliding window."""
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    HEAD_DIM,
-    LAST,
-    MLP,
-    NORMS,
-    ROTARY_BUFFERS,
-    SIZES,
-)
 
 MISTRAL = Family(
     name="mistral",
     architecture="MistralForCausalLM",
     settings=(
-        *SIZES,
-        HEAD_DIM,
+        *usual.SIZES,
+        usual.HEAD_DIM,
         Setting("max_position_embeddings", "max_position_embeddings", 4096 * 32),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
         Setting("tie_embeddings", "tie_word_embeddings", False),
@@ -26,6 +17,6 @@ MISTRAL = Family(
         Setting("window", "sliding_window", 4096),
     ),
     groups=(rope(),),
-    weights=(EMBED, *NORMS, *ATTENTION, *MLP, *LAST),
-    buffers=ROTARY_BUFFERS,
+    weights=(usual.EMBED, *usual.NORMS, *usual.ATTENTION, *usual.MLP, *usual.LAST),
+    buffers=usual.ROTARY_BUFFERS,
 )

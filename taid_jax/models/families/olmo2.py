@@ -1,23 +1,15 @@
 """OLMo 2: norms after the sublayers, and over all queries and all keys together."""
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    HEAD_DIM,
-    LAST,
-    MLP,
-    ROTARY_BUFFERS,
-    SIZES,
-)
 
 OLMO2 = Family(
     name="olmo2",
     architecture="Olmo2ForCausalLM",
     settings=(
-        *SIZES,
-        HEAD_DIM,
+        *usual.SIZES,
+        usual.HEAD_DIM,
         Setting("max_position_embeddings", "max_position_embeddings", 2048),
         Setting("norm_eps", "rms_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
@@ -27,14 +19,14 @@ OLMO2 = Family(
     groups=(rope(),),
     constants={"norm_place": "after", "qk_norm": "projection"},
     weights=(
-        EMBED,
-        *ATTENTION,
+        usual.EMBED,
+        *usual.ATTENTION,
         Weight("layers.attention.q_norm", "self_attn.q_norm", "", "(n h) -> n h"),
         Weight("layers.attention.k_norm", "self_attn.k_norm", "", "(k h) -> k h"),
         Weight("layers.attention_post_norm", "post_attention_layernorm", "", "d -> d"),
-        *MLP,
+        *usual.MLP,
         Weight("layers.mlp_post_norm", "post_feedforward_layernorm", "", "d -> d"),
-        *LAST,
+        *usual.LAST,
     ),
-    buffers=ROTARY_BUFFERS,
+    buffers=usual.ROTARY_BUFFERS,
 )

@@ -1,18 +1,9 @@
 """Phi-3 to 4: queries, keys and values in one tensor, gate and up in another."""
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.layout import Part
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    HEAD_DIM,
-    LAST,
-    MLP,
-    NORMS,
-    ROTARY_BUFFERS,
-    SIZES,
-)
 
 _QKV, _GATE_UP = ("n h", "k h", "k h"), ("f", "f")
 _LAYOUTS = {
@@ -28,8 +19,8 @@ PHI3 = Family(
     architecture="Phi3ForCausalLM",
     gguf="phi3",
     settings=(
-        *SIZES,
-        HEAD_DIM,
+        *usual.SIZES,
+        usual.HEAD_DIM,
         Setting("max_position_embeddings", "max_position_embeddings", 4096),
         Setting("norm_eps", "rms_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
@@ -45,8 +36,8 @@ PHI3 = Family(
         }
     ),
     weights=(
-        EMBED,
-        *NORMS,
+        usual.EMBED,
+        *usual.NORMS,
         *(
             Weight(
                 f"layers.attention.{name}",
@@ -57,7 +48,7 @@ PHI3 = Family(
             )
             for index, (name, layout) in enumerate(_LAYOUTS.items())
         ),
-        ATTENTION[-1],
+        usual.ATTENTION[-1],
         *(
             Weight(
                 f"layers.mlp.{name}",
@@ -68,9 +59,9 @@ PHI3 = Family(
             )
             for index, name in enumerate(("gate_proj", "up_proj"))
         ),
-        MLP[-1],
-        *LAST,
+        usual.MLP[-1],
+        *usual.LAST,
     ),
-    buffers=ROTARY_BUFFERS,
+    buffers=usual.ROTARY_BUFFERS,
     gguf_settings=frozenset({"rope_factors_long.weight", "rope_factors_short.weight"}),
 )

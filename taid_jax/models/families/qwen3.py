@@ -1,17 +1,8 @@
 """Qwen 3: each head's queries and keys are normed; heads have a width of their own."""
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    HEAD_NORMS,
-    LAST,
-    MLP,
-    NORMS,
-    ROTARY_BUFFERS,
-    SIZES,
-)
 from taid_jax.models.families.windows import LAST_WINDOWS
 
 QWEN3 = Family(
@@ -19,7 +10,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     gguf="qwen3",
     settings=(
-        *SIZES,
+        *usual.SIZES,
         Setting("head_dim", "head_dim", 128),
         Setting("max_position_embeddings", "max_position_embeddings", 32768),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
@@ -29,6 +20,13 @@ QWEN3 = Family(
     ),
     groups=(rope(), LAST_WINDOWS),
     constants={"qk_norm": "head"},
-    weights=(EMBED, *NORMS, *ATTENTION, *HEAD_NORMS, *MLP, *LAST),
-    buffers=ROTARY_BUFFERS,
+    weights=(
+        usual.EMBED,
+        *usual.NORMS,
+        *usual.ATTENTION,
+        *usual.HEAD_NORMS,
+        *usual.MLP,
+        *usual.LAST,
+    ),
+    buffers=usual.ROTARY_BUFFERS,
 )

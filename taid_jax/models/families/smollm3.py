@@ -1,25 +1,16 @@
 """SmolLM 3: Llama in which every fourth layer has no rotary positions."""
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    HEAD_DIM,
-    LAST,
-    MLP,
-    NORMS,
-    ROTARY_BUFFERS,
-    SIZES,
-)
 from taid_jax.models.families.windows import UNTURNED_LAYERS
 
 SMOLLM3 = Family(
     name="smollm3",
     architecture="SmolLM3ForCausalLM",
     settings=(
-        *SIZES,
-        HEAD_DIM,
+        *usual.SIZES,
+        usual.HEAD_DIM,
         Setting("max_position_embeddings", "max_position_embeddings", 32768),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
         Setting("tie_embeddings", "tie_word_embeddings", True),
@@ -29,6 +20,6 @@ SMOLLM3 = Family(
     ),
     groups=(rope(theta=2e6), UNTURNED_LAYERS),
     harmless=frozenset({"max_window_layers"}),
-    weights=(EMBED, *NORMS, *ATTENTION, *MLP, *LAST),
-    buffers=ROTARY_BUFFERS,
+    weights=(usual.EMBED, *usual.NORMS, *usual.ATTENTION, *usual.MLP, *usual.LAST),
+    buffers=usual.ROTARY_BUFFERS,
 )

@@ -1,22 +1,14 @@
 """StableLM: LayerNorm, partly turned heads, and where asked parallel residuals."""
 
+from taid_jax.models.families import usual
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import (
-    ATTENTION,
-    EMBED,
-    LAST,
-    MLP,
-    NORMS,
-    ROTARY_BUFFERS,
-    SIZES,
-)
 
 STABLELM = Family(
     name="stablelm",
     architecture="StableLmForCausalLM",
     settings=(
-        *SIZES,
+        *usual.SIZES,
         Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
         Setting("max_position_embeddings", "max_position_embeddings", 4096),
         Setting("norm_eps", "layer_norm_eps", 1e-5),
@@ -34,9 +26,9 @@ STABLELM = Family(
     groups=(rope(partial=0.25),),
     constants={"norm": "layer"},
     weights=(
-        EMBED,
-        *NORMS,
-        *ATTENTION,
+        usual.EMBED,
+        *usual.NORMS,
+        *usual.ATTENTION,
         # One tensor for each head.
         Weight(
             "layers.attention.q_norm",
@@ -50,8 +42,8 @@ STABLELM = Family(
             "",
             "k h -> k h",
         ),
-        *MLP,
-        *LAST,
+        *usual.MLP,
+        *usual.LAST,
     ),
-    buffers=ROTARY_BUFFERS,
+    buffers=usual.ROTARY_BUFFERS,
 )
