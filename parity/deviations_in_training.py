@@ -230,7 +230,7 @@ def _our_temperature(bigrams: Bigrams) -> float:
     scheduler = TAIDScheduler(STEPS)
     optimizer = optax.multi_transform(
         {"held": optax.set_to_zero(), "learned": optax.sgd(_RATE)},
-        ({"table": "held"}, {"temperature": "learned"}),
+        ({"table": "held"}, {"raw_temperature": "learned"}),
     )
     state = init_state(
         {"table": jnp.asarray(bigrams.student)},
@@ -248,4 +248,4 @@ def _our_temperature(bigrams: Bigrams) -> float:
     teacher = {"table": jnp.asarray(bigrams.teacher)}
     for index in range(STEPS):
         state, _ = step(state, teacher, bigrams.batch(index))
-    return float(state.learned["temperature"])
+    return float(state.learned["raw_temperature"])

@@ -24,6 +24,11 @@ class TAIDState(NamedTuple):
         prev_loss: Loss of the last step with a finite one, scalar float32; inf before
             the first.
         momentum: Running mean of the relative fall of the loss, scalar float32.
+
+    Examples:
+        >>> from taid_jax.schedule import TAIDScheduler
+        >>> print(*TAIDScheduler(100).init())
+        0.4 inf 0.0
     """
 
     t: Float[Array, "..."]
@@ -51,6 +56,15 @@ class TAIDScheduler:
 
     References:
         Shing et al., TAID, ICLR 2025 (arXiv:2501.16937), section 3.3 and algorithm 1.
+
+    Examples:
+        >>> from taid_jax.schedule import TAIDScheduler
+        >>> scheduler = TAIDScheduler(num_train_steps=10, t_start=0.4)
+        >>> state = scheduler.init()
+        >>> for step, loss in enumerate([3.0, 2.5, 2.0]):
+        ...     state = scheduler.update(state, loss, step)
+        >>> print(f"{state.t:.2f}")
+        0.52
     """
 
     num_train_steps: int
@@ -133,6 +147,13 @@ class ScheduledT:
     Attributes:
         schedule: `step -> value`, such as an optax schedule, called with a float32. The
             step of index k runs with its value at k, clipped to [0, 1].
+
+    Examples:
+        >>> from taid_jax.schedule import ScheduledT
+        >>> scheduler = ScheduledT(lambda step: 0.2 + 0.1 * step)
+        >>> state = scheduler.update(scheduler.init(), 3.0, 0)
+        >>> print(f"{state.t:.2f}")
+        0.30
     """
 
     schedule: Callable[[Array], ArrayLike]

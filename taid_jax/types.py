@@ -36,7 +36,13 @@ class Head:
         vocab_size: Entries from this index on are padding and take no part; None when
             every entry is real.
         transposed: Whether the kernel is a table of rows, such as a tied embedding.
-            No turned copy of it is made.
+            No transposed copy of it is made.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import Head
+        >>> Head(jnp.ones((2, 5))).logits(jnp.ones((3, 2))).shape
+        (3, 5)
     """
 
     # Any: as a tree of layouts or of gradients it has other leaves.

@@ -9,7 +9,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 COMMANDS = {
@@ -38,13 +38,13 @@ COMMANDS = {
 """What there is: what it does, and how it goes on once somebody has stopped it."""
 
 _PROCESS = os.getpid()
-_way_on = ""
+_way_on: Callable[[], str] = str
 
 
-def say_way_on(text: str) -> None:
-    """Sets what is said to somebody who stops the command."""
+def say_way_on(find: Callable[[], str]) -> None:
+    """Sets what finds, at that moment, what is said to somebody who stops it."""
     global _way_on
-    _way_on = text
+    _way_on = find
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plans = name == "plan" or any(flag.split("=")[0] == "--plan" for flag in rest)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if plans else "2")
     if name in COMMANDS:
-        say_way_on(COMMANDS[name][1])
+        say_way_on(lambda: COMMANDS[name][1])
         return importlib.import_module(f"taid_jax.cli.{name}").main(rest)
     lines = [f"  {each:10} {what}" for each, (what, _) in COMMANDS.items()]
     usage = "\n".join(["usage: taid-jax COMMAND [--help] ...", "", *lines])
@@ -89,5 +89,5 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
         os.write(2, b"\x1b[?25h")  # The cursor, which a progress bar hides.
     with contextlib.suppress(RuntimeError, OSError):  # In the midst of a write.
         sys.stdout.flush()
-    os.write(2, f"\nstopped by Ctrl-C. {_way_on}\n".encode())
+    os.write(2, f"\nstopped by Ctrl-C. {_way_on()}\n".encode())
     os._exit(1)

@@ -109,7 +109,7 @@ def _train(settings: Settings, *, mesh_is_given: bool) -> int:
     from taid_jax.train.run import distil
 
     console, errors = Console(), Console(stderr=True)
-    cli.say_way_on(way_on(settings.run.output))
+    cli.say_way_on(lambda: way_on(settings.run.output))
     _flags.keep_compiled()
     try:
         distributed.initialize(settings.distributed)

@@ -32,8 +32,8 @@ class CrossEntropy(ExactObjective):
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import CrossEntropy
         >>> student, labels = jnp.zeros((2, 4)), jnp.array([3, -100])
-        >>> print(CrossEntropy()(student, None, labels).round(3))
-        [1.386 0.   ]
+        >>> print([f"{x:.3f}" for x in CrossEntropy()(student, None, labels)])
+        ['1.386', '0.000']
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -78,8 +78,9 @@ class Mix:
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import ForwardKL, Mix
         >>> student, teacher = jnp.zeros((1, 4)), jnp.array([[2.0, 1.0, 0.0, 0.0]])
-        >>> print(Mix(ForwardKL(), 0.5)(student, teacher, jnp.array([0])).round(3))
-        [1.386]
+        >>> (loss,) = Mix(ForwardKL(), 0.5)(student, teacher, jnp.array([0]))
+        >>> print(f"{loss:.3f}")
+        1.386
     """
 
     objective: Objective

@@ -103,8 +103,8 @@ class JensenShannon(Divergence):
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import JensenShannon
         >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
-        >>> print(JensenShannon(teacher_weight=0.1)(student, teacher).round(3))
-        0.086
+        >>> print(f"{JensenShannon(teacher_weight=0.1)(student, teacher):.3f}")
+        0.097
     """
 
     teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
@@ -149,8 +149,8 @@ class SkewForwardKL(Divergence):
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import SkewForwardKL
         >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
-        >>> print(SkewForwardKL(skew=0.1)(student, teacher).round(3))
-        1.671
+        >>> print(f"{SkewForwardKL(skew=0.1)(student, teacher):.3f}")
+        1.662
     """
 
     skew: float | int = dataclasses.field(default=0.1, metadata=STATIC)
@@ -194,8 +194,8 @@ class SkewReverseKL(Divergence):
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import SkewReverseKL
         >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
-        >>> print(SkewReverseKL(skew=0.1)(student, teacher).round(3))
-        0.806
+        >>> print(f"{SkewReverseKL(skew=0.1)(student, teacher):.3f}")
+        0.830
     """
 
     skew: float | int = dataclasses.field(default=0.1, metadata=STATIC)

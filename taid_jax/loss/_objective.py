@@ -32,6 +32,11 @@ class Objective(Protocol):
     be traced are leaves, settings are static. They know nothing of masks. An objective
     may also have `metrics` with the same arguments, a dict of `(*tokens,)` float32
     arrays without gradient.
+
+    Examples:
+        >>> from taid_jax.loss import TAID, Objective
+        >>> isinstance(TAID(0.4), Objective)
+        True
     """
 
     def __call__(

@@ -110,11 +110,21 @@ def distillation_sums(
     Raises:
         TypeError: If an argument is no array, or of the wrong kind of numbers.
         ValueError: If the shapes do not match, or labels are needed and missing.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import TAID, distillation_sums
+        >>> student, teacher = jnp.zeros((2, 4)), jnp.eye(2, 4)
+        >>> total, sums = distillation_sums(TAID(0.5), student, teacher)
+        >>> print(f"{total:.3f}", sorted(sums))
+        2.773 ['kl_target', 'kl_teacher', 'num_tokens']
     """
     needs_teacher = getattr(objective, "needs_teacher", True)
     check_shapes(
         student_logits, teacher_logits, labels, mask, needs_teacher=needs_teacher
     )
+    if not needs_teacher:
+        teacher_logits = None
     weights = token_weights(mask, student_logits.shape[:-1], labels)
     if mask is not None or labels is not None:
         student_logits = select_tokens(student_logits, weights)
@@ -157,6 +167,14 @@ def distillation_loss(
     Raises:
         TypeError: If an argument is no array, or of the wrong kind of numbers.
         ValueError: If the shapes do not match, or labels are needed and missing.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import CrossEntropy, distillation_loss
+        >>> student, labels = jnp.zeros((2, 4)), jnp.array([3, -100])
+        >>> loss = distillation_loss(CrossEntropy(), student, None, labels=labels)
+        >>> print(f"{loss:.3f}")
+        1.386
     """
     loss_sum, sums = distillation_sums(
         objective, student_logits, teacher_logits, mask, labels

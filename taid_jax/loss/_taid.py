@@ -63,10 +63,10 @@ class TAID(ExactObjective):
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import TAID
         >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 2.0])
-        >>> print(TAID(t=0.5)(student, teacher).round(3))
+        >>> print(f"{TAID(t=0.5)(student, teacher):.3f}")
         1.408
-        >>> print(jax.grad(TAID(t=0.5))(student, teacher).round(3))
-        [ 0.332 -0.089 -0.243]
+        >>> print([f"{g:.3f}" for g in jax.grad(TAID(t=0.5))(student, teacher)])
+        ['0.332', '-0.089', '-0.243']
     """
 
     t: ArrayLike
@@ -118,7 +118,7 @@ def taid_loss(
         >>> student = jnp.array([[2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
         >>> teacher = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
         >>> mask = jnp.array([True, False])
-        >>> print(taid_loss(student, teacher, mask, t=0.5).round(3))
+        >>> print(f"{taid_loss(student, teacher, mask, t=0.5):.3f}")
         1.408
     """
     return distillation_loss(TAID(t), student_logits, teacher_logits, mask)

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pytest
 
-from taid_jax.data import DataError, load_dataset
+from taid_jax.data import DataError, load_dataset, rows
 from taid_jax.data import prepare as module
 from taid_jax.data.errors import REASONS
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
@@ -207,7 +207,7 @@ def test_prepare_goes_on_after_being_killed(
     options = {"shard_tokens": 3000}
     prepare(ask(folder, tmp_path / "whole", **options), tokenizer)
     draw = random.Random(seed)
-    replace, rows_of = pathlib.Path.replace, module._rows_of
+    replace, rows_of = pathlib.Path.replace, rows._rows_of
     left = 0
 
     def count():
@@ -230,9 +230,9 @@ def test_prepare_goes_on_after_being_killed(
 
     killed = 0
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_PIECE", 30)
+        patch.setattr(rows, "PIECE", 30)
         patch.setattr(pathlib.Path, "replace", dies_writing)
-        patch.setattr(module, "_rows_of", dies_encoding)
+        patch.setattr(rows, "_rows_of", dies_encoding)
         for _ in range(100):
             left = draw.randint(1, 50)
             try:
@@ -250,11 +250,11 @@ def test_prepare_does_not_encode_finished_pieces_again(
     folder, tmp_path, tokenizer, monkeypatch, ask
 ):
     options = ask(folder, tmp_path / "out")
-    monkeypatch.setattr(module, "_choose", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(options, tokenizer)
     monkeypatch.undo()
-    monkeypatch.setattr(module._Encode, "__call__", None)  # not to be called
+    monkeypatch.setattr(rows._Encode, "__call__", None)  # not to be called
     assert prepare(options, tokenizer).records == 120
 
 
@@ -286,7 +286,7 @@ def test_prepare_refuses_to_go_on_with_something_else(
     folder, tmp_path, tokenizer, monkeypatch, ask
 ):
     options = ask(folder, tmp_path / "out")
-    monkeypatch.setattr(module, "_choose", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(options, tokenizer)
     with pytest.raises(DataError, match=r"begun otherwise.*seed was 0, now 1"):

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: '.[parity]'")
+# Of parity itself: `python -m parity` shows the rows, and CI runs both.
+pytestmark = pytest.mark.parity
 
 from parity import record, recorded, schedule  # noqa: E402
 from parity.cases import recorded_cases  # noqa: E402

@@ -2,47 +2,13 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: '.[parity]'")
+# Of parity itself: `python -m parity` shows the rows, and CI runs both.
+pytestmark = pytest.mark.parity
 
 from parity import run  # noqa: E402
 from parity.rows import failed  # noqa: E402
 from taid_jax.train.objective import make_scheduler  # noqa: E402
 from taid_jax.train.step import make_train_step  # noqa: E402
-
-
-def test_recorded_run_agrees_step_by_step(golden):
-    rows = run.recorded_rows(golden / "run_taid")
-    assert failed(rows) == []
-    assert {row.quantity: row.cases for row in rows} == {
-        "loss": 60,
-        "t_used": 60,
-        "t_after": 60,
-        "grad_norm": 60,
-        "lr": 60,
-        "final weights": 1,
-    }
-
-
-def test_recorded_run_without_a_teacher_agrees_at_first(golden):
-    rows = run.recorded_rows(golden / "run_sft", last=5)
-    assert failed(rows) == []
-    assert {row.cases for row in rows} == {5}
-
-
-@pytest.mark.parity
-def test_every_recorded_run_agrees_step_by_step(golden):
-    rows = run.recorded_rows(golden)
-    assert failed(rows) == []
-    assert {row.name for row in rows} == {"run_taid", "run_sft"}
-
-
-@pytest.mark.parity
-def test_fresh_runs_agree_step_by_step():
-    assert failed(run.fresh_rows([3])) == []
-
-
-@pytest.mark.parity
-def test_again_rows_agree_with_the_reference(golden):
-    assert failed(run.again_rows(golden / "run_sft", "PyTorch")) == []
 
 
 def _quantities_that_fail(folder, **broken):

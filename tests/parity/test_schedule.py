@@ -1,34 +1,12 @@
 import pytest
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: '.[parity]'")
+# Of parity itself: `python -m parity` shows the rows, and CI runs both.
+pytestmark = pytest.mark.parity
 
 from parity import schedule  # noqa: E402
 from parity.rows import failed  # noqa: E402
 from taid_jax.schedule import TAIDScheduler  # noqa: E402
-
-
-def test_recorded_rows_agree(golden):
-    rows = schedule.recorded_rows(golden)
-    assert failed(rows) == []
-    # Ours and the reference, for six recorded histories.
-    assert len(rows) == 12
-
-
-def test_random_rows_agree():
-    rows = schedule.random_rows([0], steps=500)
-    assert failed(rows) == []
-    assert {row.name.split(",")[0] for row in rows} == {
-        "smooth",
-        "noisy",
-        "spiky",
-        "constant",
-        "rising",
-    }
-
-
-@pytest.mark.parity
-def test_random_rows_agree_over_ten_thousand_steps():
-    assert failed(schedule.random_rows([1])) == []
 
 
 class OneStepOff:

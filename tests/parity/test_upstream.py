@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: '.[parity]'")
+# Of parity itself: `python -m parity` shows the rows, and CI runs both.
+pytestmark = pytest.mark.parity
 
 from parity.cases import Grid, random_cases  # noqa: E402
 from parity.outcomes import torch_outcome  # noqa: E402
@@ -240,14 +242,6 @@ def test_upstream_gives_the_gradient_of_the_temperature(checkout):
     expected = temperature_gradient(*inputs, 0)
     found = Upstream(checkout).temperature_gradient(*inputs, 0)
     assert found == pytest.approx(expected, rel=1e-5)
-
-
-def test_sections_say_which_rows_came_from_a_checkout(checkout):
-    from parity.sections import Options, deviations, schedule
-
-    options = Options(seeds=0, upstream=Upstream(checkout))
-    assert {row.other for row in deviations(options)} == {"reference", "upstream"}
-    assert {row.other for row in schedule(options)} == {"recording"}
 
 
 @pytest.mark.parity

@@ -13,7 +13,7 @@ TOKENS, VOCAB = (4, 12), 37
 """As `arrays` makes them."""
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 16, 48, 1000, None])
+@pytest.mark.parametrize("chunk_size", [1, 7, None])
 def test_fused_loss_does_not_depend_on_the_chunk(
     arrays, fused, plain, both, agree, chunk_size
 ):
