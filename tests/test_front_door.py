@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import taid_jax
+import taid_jax.data
 import taid_jax.models
 import taid_jax.train
 
@@ -30,7 +31,7 @@ def test_loss_is_reached_without_importing_it():
     assert not {"flax", "optax", "transformers", "orbax"} & found
 
 
-@pytest.mark.parametrize("package", [taid_jax.models, taid_jax.train])
+@pytest.mark.parametrize("package", [taid_jax.data, taid_jax.models, taid_jax.train])
 def test_packages_show_public_names_alone_and_each_is_there(package):
     assert dir(package) == package.__all__
     for name in dir(package):

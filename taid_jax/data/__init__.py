@@ -40,3 +40,7 @@ __getattr__, __all__ = lazy(
     __name__,
     {name: f"{__name__}.{home}" for home, names in _NAMES.items() for name in names},
 )
+
+
+def __dir__() -> list[str]:
+    return __all__

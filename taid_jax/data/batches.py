@@ -179,7 +179,9 @@ def train_iterator(
             grain.MapDataset.source(range(len(examples)))
             .seed(seed)
             .shuffle()
-            .repeat()
+            # Without end, but for a length that grain cannot round up past an int64,
+            # as it does with batches of one row.
+            .repeat(2**62 // len(examples))
             .batch(batch_size)
             .map(lambda numbers: _make(examples, numbers[part], part, with_prompts))
         )

@@ -98,19 +98,21 @@ def test_batch_labels_predict_the_next_token_of_the_same_example(examples):
     assert pairs == wanted
 
 
-def test_train_iterator_gives_every_row_once_an_epoch(examples):
-    rows, size = len(examples), 4
+@pytest.mark.parametrize("size", [1, 4])
+def test_train_iterator_gives_every_row_once_an_epoch(examples, size):
+    rows, count = len(examples), 4
     # Whole epochs and whole batches at once.
-    batches = list(itertools.islice(train_iterator(examples, size, seed=0), rows))
+    iterator = train_iterator(examples, size, seed=0)
+    batches = list(itertools.islice(iterator, rows * count // size))
     assert {tuple(batch) for batch in batches} == {tuple(batches[0])}
     assert all(batch["labels"].shape == (size, SEQ_LEN) for batch in batches)
     first_ids = np.concatenate([batch["input_ids"][:, 0] for batch in batches])
-    epochs = first_ids.reshape(size, rows)
+    epochs = first_ids.reshape(count, rows)
     for epoch in epochs:
         assert sorted(epoch) == sorted(epochs[0])
         assert len(set(epoch)) == rows
-    assert len({tuple(epoch) for epoch in epochs}) == size  # a new order each time
-    assert sorted(labels_of(batches)) == sorted(counted_ids(examples) * size)
+    assert len({tuple(epoch) for epoch in epochs}) == count  # a new order each time
+    assert sorted(labels_of(batches)) == sorted(counted_ids(examples) * count)
 
 
 def test_train_iterator_is_the_seeds(examples):
