@@ -10,7 +10,7 @@ BadRecordPolicy = Literal["raise", "count"]
 
 REASONS: Mapping[str, str] = {
     "not_utf8": "bytes that are not UTF-8, or half of a surrogate pair",
-    "not_json": "a line that is not JSON",
+    "not_json": "a line or record that is not JSON",
     "wrong_shape": "other keys or types than a record has",
     "damaged_file": "a file that cannot be read, or not to its end",
     "too_large": "a record above the limit of bytes, never parsed",

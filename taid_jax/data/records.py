@@ -163,7 +163,8 @@ def _parse_line(line: bytes) -> Record:
 def _read_json(path: pathlib.Path, limit: int) -> _Numbered:
     """Yields the values of a list, or those that follow one another.
 
-    What stands behind one that is no JSON cannot be told apart, and is left out.
+    Behind one that is no JSON it goes on at the next line that begins as the first
+    record does. Where none does, the rest of the file is left out.
     """
     # What is no UTF-8 becomes half of a surrogate pair, which its record names.
     text = _read_whole(path).decode("utf-8-sig", "surrogateescape")
@@ -171,18 +172,29 @@ def _read_json(path: pathlib.Path, limit: int) -> _Numbered:
     head = re.match(r"\s*\[", text)
     end = len(text.rstrip()) - (1 if head and text.rstrip().endswith("]") else 0)
     place = between.match(text, head.end() if head else 0).end()  # pyright: ignore
+    indent = text[text.rfind("\n", 0, place) + 1 : place]
+    beginning = "\n" + ("" if indent.strip() else indent) + "{"
     decoder, number = json.JSONDecoder(), 0
     while place < end:
         number += 1
         try:
             record, stop = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            message = f"not JSON from here on ({error}); a .json file has a list"
+            if (place := text.find(beginning, place)) < 0:
+                rest = f"not JSON from here on ({error}): the rest is left out"
+                yield number, RecordError("damaged_file", rest)
+                return
+            line = text.count("\n", 0, place) + 2
+            message = f"not JSON ({error}); the next record begins in line {line}"
             yield number, RecordError("not_json", message)
-            return
+            place += len(beginning) - 1
+            continue
         size = stop - place
         yield number, _too_large(size, limit) if size > limit else record
         place = between.match(text, stop).end()  # pyright: ignore
+    if head and end == len(text.rstrip()):
+        rest = "the list does not end: the file is cut short, and its rest is missing"
+        yield number + 1, RecordError("damaged_file", rest)
 
 
 def _read_csv(path: pathlib.Path, limit: int) -> _Numbered:

@@ -131,11 +131,22 @@ def test_read_file_reads_every_kind_of_file_alike(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "data", "texts", "reasons"),
     [
-        ("a.json", b'[{"text": "one"}, {"text": "x}, {"text": "two"}]', 1, "not_json"),
-        ("a.json", b'[{"text": "one"}, {"text": "two"}, {"te', 2, "not_json"),
-        ("a.json", b'[{"text": "one"}, {"text": "two"}] and so on', 2, "not_json"),
-        ("a.json", b'{"text": "one"}\nwords\n{"text": "two"}', 1, "not_json"),
-        ("a.json", b'[{"text": "one"}, ' + b"[" * 10**5, 1, "not_json"),
+        ("a.json", b'[{"text": "one"}, {"te": "}, {"text": "two"}]', 1, "damaged_file"),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}, {"te', 2, "damaged_file"),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}', 2, "damaged_file"),
+        ("a.json", b'[{"text": "one"},\n{"text": "two"},\n', 2, "damaged_file"),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}] more', 2, "damaged_file"),
+        ("a.json", b'[{"text": "one"}]\n[{"text": "two"}]', 1, "damaged_file"),
+        ("a.json", b'{"text": "one"}\nwords\n{"text": "two"}', 2, "not_json"),
+        ("a.json", b'[{"text": "one"},\n{"te": ,\n{"text": "two"}]', 2, "not_json"),
+        (
+            "a.json",
+            b'[\n  {\n    "text": "one"\n  },\n  {\n    "a": [\n      {\n'
+            b'        "b": ?\n      }\n    ]\n  },\n  {"text": "two"}\n]\n',
+            2,
+            "not_json",
+        ),
+        ("a.json", b'[{"text": "one"}, ' + b"[" * 10**5, 1, "damaged_file"),
         (
             "a.json",
             b'[{"text": "one"}, ["' + b"x" * 2000 + b'"], {"text": "two"}]',
