@@ -81,14 +81,13 @@ def replay(
     settings = run.settings
     teacher = load_model(run.folder / "teacher", dtype=jnp.float32)
     student = load_model(run.folder / "student_init", dtype=jnp.float32)
+    # What has no effect with the others would be refused.
+    adaptive: dict[str, Any] = {}
+    if settings.objective == "taid":
+        adaptive.update(settings.schedule())
+        del adaptive["num_train_steps"]
     chosen = ObjectiveSettings(
-        objective=settings.objective,
-        distil_ratio=settings.distil_ratio,
-        t_start=settings.t_start,
-        t_end=settings.t_end,
-        alpha=settings.alpha,
-        beta=settings.beta,
-        disable_adaptive=settings.disable_adaptive,
+        objective=settings.objective, distil_ratio=settings.distil_ratio, **adaptive
     )
     objective, learned = make_objective(chosen)
     scheduler = make_schedule(chosen, settings.steps)

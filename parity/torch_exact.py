@@ -1,7 +1,8 @@
 """The objectives as their papers define them, in PyTorch, -inf logits included.
 
-In float64 they are the truth that both sides of a row are held against. In float32 they
-stand in for PyTorch where the published code computes something else.
+In float64 they are the truth that both sides of a row are held against, and the tests
+of the losses too. In float32 they stand in for PyTorch where the published code
+computes something else.
 """
 
 import math
@@ -16,12 +17,8 @@ from parity.torch_reference import Settings
 _FLOOR = -1e30
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _finite(logits: Tensor) -> Tensor:
-    wide = _wide(logits)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide.masked_fill(torch.isinf(wide), _FLOOR)
 
 
@@ -30,15 +27,27 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 class _Pair:
-    """Both distributions of a token; `kept` marks what the student can say at all."""
+    """Both distributions of a token; `kept` marks what the student can say at all.
 
-    def __init__(self, student: Tensor, teacher: Tensor):
-        self.kept = ~torch.isinf(student)
-        self.student = _finite(student)
-        self.teacher = _finite(teacher).detach()
+    `in_teacher` marks what the teacher can: where its logarithm would be -inf, a term
+    is left out.
+    """
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+    ):
+        self.kept, self.in_teacher = ~torch.isinf(student), ~torch.isinf(teacher)
+        # The floor comes before the division, so that no gradient is infinity by zero.
+        self.student = _finite(student) / temperature
+        self.teacher = _finite(teacher).detach() / temperature
         self.log_q = _log_softmax(self.student)
         self.log_p = _log_softmax(self.teacher)
         self.q, self.p = self.log_q.exp(), self.log_p.exp()
+        self.labels = labels.clamp(min=0)[..., None]
 
     def log_mixture(self, teacher_weight: float) -> Tensor:
         """Returns log(w p + (1 - w) q), exact where both underflow."""
@@ -57,7 +66,8 @@ def _forward_kl(pair: _Pair, settings: Settings) -> Tensor:
 
 
 def _reverse_kl(pair: _Pair, settings: Settings) -> Tensor:
-    return pair.sum(pair.q * (pair.log_q - pair.log_p))
+    terms = pair.q * (pair.log_q - pair.log_p)
+    return pair.sum(terms.masked_fill(~pair.in_teacher, 0.0))
 
 
 def _total_variation(pair: _Pair, settings: Settings) -> Tensor:
@@ -105,23 +115,8 @@ def _taid(pair: _Pair, settings: Settings) -> Tensor:
     return -pair.sum(target * pair.log_q)
 
 
-def _ctkd(student: Tensor, teacher: Tensor, settings: Settings) -> Tensor:
-    temperature = torch.as_tensor(settings.temperature, dtype=_wide(student).dtype)
-    kept = ~torch.isinf(student)
-    # The floor comes before the division, so that no gradient is infinity by zero.
-    pair = _Pair(_finite(student) / temperature, _finite(teacher).detach())
-    pair.kept = kept
-    pair.log_p = _log_softmax(pair.teacher / temperature)
-    pair.p = pair.log_p.exp()
-    return temperature**2 * _forward_kl(pair, settings)
-
-
-def _dkd(
-    student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings
-) -> Tensor:
-    temperature = float(settings.temperature)
-    pair = _Pair(_wide(student) / temperature, _wide(teacher) / temperature)
-    label = functional.one_hot(labels.clamp(min=0), student.shape[-1]).bool()
+def _dkd(pair: _Pair, settings: Settings) -> Tensor:
+    label = torch.zeros_like(pair.kept).scatter(-1, pair.labels, True)
 
     def parts(logits: Tensor, log_all: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         at_label = (log_all * label).sum(-1)
@@ -134,24 +129,47 @@ def _dkd(
     target = p_label.exp() * (p_label - q_label) + p_rest.exp() * (p_rest - q_rest)
     terms = p_others.exp() * (p_others - q_others)
     other = pair.sum(terms.masked_fill(label, 0.0))
-    return temperature**2 * (settings.alpha * target + settings.beta * other)
+    return settings.alpha * target + settings.beta * other
 
 
-def _sft(student: Tensor, labels: Tensor) -> Tensor:
-    log_q = _log_softmax(_finite(student))
-    return -log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+def _sft(pair: _Pair, settings: Settings) -> Tensor:
+    return -pair.log_q.gather(-1, pair.labels)[..., 0]
 
 
-_PAIRED = {
+_OBJECTIVES = {
     "taid": _taid,
     "forward_kl": _forward_kl,
+    "ctkd": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jensen_shannon": _jensen_shannon,
     "total_variation": _total_variation,
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,
     "adaptive_kl": _adaptive_kl,
+    "dkd": _dkd,
+    "sft": _sft,
 }
+
+
+def exact_losses(
+    name: str, student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings
+) -> Tensor:
+    """Returns the loss of every token as the paper defines it.
+
+    Args:
+        name: One of `torch_reference.OBJECTIVES`.
+        student: Logits `(*tokens, vocab)`; the gradient flows here. An entry of -inf
+            takes no part.
+        teacher: Logits of the same shape; an entry of -inf has probability 0.
+        labels: `(*tokens,)`, the entry that comes next; -100 where none counts.
+        settings: The objective's numbers. All of them divide the logits by the
+            temperature, and multiply the loss by its square.
+
+    Returns:
+        `(*tokens,)` in float32, or float64 for float64 logits.
+    """
+    pair = _Pair(student, teacher, labels, settings.temperature)
+    return settings.temperature**2 * _OBJECTIVES[name](pair, settings)
 
 
 def exact_loss(
@@ -162,27 +180,7 @@ def exact_loss(
     labels: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """Returns the mean loss over counted tokens as the paper defines it.
-
-    Args:
-        name: One of `torch_reference.OBJECTIVES`.
-        student: Logits `(*tokens, vocab)`; the gradient flows here. An entry of -inf
-            takes no part.
-        teacher: Logits of the same shape; an entry of -inf has probability 0.
-        mask: `(*tokens,)`, 1 where a token counts.
-        labels: `(*tokens,)`, the entry that comes next; -100 where none counts.
-        settings: The objective's numbers.
-
-    Returns:
-        A scalar in float32, or float64 for float64 logits; 0 when no token counts.
-    """
-    if name == "sft":
-        per_token = _sft(student, labels)
-    elif name == "dkd":
-        per_token = _dkd(student, teacher, labels, settings)
-    elif name == "ctkd":
-        per_token = _ctkd(student, teacher, settings)
-    else:
-        per_token = _PAIRED[name](_Pair(student, teacher), settings)
+    """Returns the mean of `exact_losses` over counted tokens; 0 when none counts."""
+    per_token = exact_losses(name, student, teacher, labels, settings)
     mask = mask.to(per_token.dtype)
     return (per_token * mask).sum() / mask.sum().clamp(min=1.0)
