@@ -59,6 +59,8 @@ def parse(
         options["default"] = made(settings=make_room(settings, given), **defaults)
     return tyro.cli(
         kind,
+        # The file that is run would be named otherwise, which has no such flags.
+        prog=f"taid-jax {kind.__module__.rpartition('.')[2]}",
         args=arguments,
         description=f"{description}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),

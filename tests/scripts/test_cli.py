@@ -54,6 +54,7 @@ def test_help_imports_nothing_that_takes_time(name):
     )
     shown, _, modules = found.stdout.rpartition("modules")
     assert "status 0" in shown
+    assert f"usage: taid-jax {name} " in shown  # Not the file that is run.
     assert "Exit status: 0 done" in shown
     heavy = {"jax", "transformers", "orbax", "datasets", "matplotlib", "pyarrow"}
     assert not heavy & set(modules.split())
