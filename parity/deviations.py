@@ -29,12 +29,9 @@ def deviation_rows(published: Published = REFERENCE) -> list[Deviation]:
     return [
         cadence(published),
         _rounded_mixture(published),
-        *_infinities(published),
-        *_adaptive(published),
+        *_of_losses(published),
         _temperature_gradient(published),
         temperature(published),
-        _padding_in_dkd(published),
-        *_underflow(published),
         _nan_loss(published),
     ]
 
@@ -113,49 +110,6 @@ def _rounded_mixture(published: Published) -> Deviation:
     )
 
 
-def _infinities(published: Published) -> list[Deviation]:
-    case = _case(2, 33, 3.0)
-    absent = np.arange(33) % 8 == 7
-    case = case._replace(
-        student=np.where(absent, -np.inf, case.student).astype(np.float32),
-        teacher=np.where(absent, -np.inf, case.teacher).astype(np.float32),
-        labels=np.where(case.labels % 8 == 7, case.labels - 1, case.labels),
-    )
-    faces = {
-        "TAID, t = 0": (("loss", _value),),
-        "TAID, t = 1": (("gradient's norm", _norm), ("loss", _value)),
-        "reverse KL": (("gradient's norm", _norm),),
-        "JS": (("gradient's norm", _norm),),
-        "skew forward KL": (("gradient's norm", _norm),),
-        "skew reverse KL": (("gradient's norm", _norm),),
-        "adaptive KL": (("gradient's norm", _norm),),
-        "DKD": (("loss", _value),),
-    }
-    return [
-        _row(
-            published,
-            _BY_NAME[name],
-            case,
-            "-inf logits give NaN",
-            "finite",
-            f"{name}, {quantity}",
-            number,
-        )
-        for name, numbers in faces.items()
-        for quantity, number in numbers
-    ]
-
-
-def _adaptive(published: Published) -> list[Deviation]:
-    case, subject = _case(3, 50, 2.0), _BY_NAME["adaptive KL"]
-    name = "adaptive KL masks unsorted gaps in sorted order; gradient in its weights"
-    instead = "the paper's definition"
-    return [
-        _row(published, subject, case, name, instead, "loss", _value),
-        _row(published, subject, case, name, instead, "gradient's norm", _norm),
-    ]
-
-
 def _temperature_gradient(published: Published) -> Deviation:
     case = _case(8, 50, 2.0)
     logits = torch.tensor(case.student), torch.tensor(case.teacher)
@@ -175,31 +129,57 @@ def _temperature_gradient(published: Published) -> Deviation:
     )
 
 
-def _padding_in_dkd(published: Published) -> Deviation:
-    return _row(
-        published,
-        _BY_NAME["DKD"],
-        _case(4, 50, 2.0),
-        "DKD divides by all positions, padding included",
-        "by counted tokens",
-        "loss, 5 of 8 positions counted",
-        _value,
+def _of_losses(published: Published) -> list[Deviation]:
+    plain = _case(2, 33, 3.0)
+    absent = np.arange(33) % 8 == 7
+    infinite = plain._replace(
+        student=np.where(absent, -np.inf, plain.student).astype(np.float32),
+        teacher=np.where(absent, -np.inf, plain.teacher).astype(np.float32),
+        labels=np.where(plain.labels % 8 == 7, plain.labels - 1, plain.labels),
     )
-
-
-def _underflow(published: Published) -> list[Deviation]:
-    case = _case(5, 50, 120.0)
+    divergences = ("reverse KL", "JS", "skew forward KL", "skew reverse KL")
+    table = (
+        (
+            "-inf logits give NaN",
+            "finite",
+            infinite,
+            dict.fromkeys(("TAID, t = 0", "TAID, t = 1", "DKD"), (_value,))
+            | dict.fromkeys((*divergences, "adaptive KL"), (_norm,))
+            | {"TAID, t = 1": (_norm, _value)},
+        ),
+        (
+            "adaptive KL masks unsorted gaps in sorted order; gradient in its weights",
+            "the paper's definition",
+            _case(3, 50, 2.0),
+            {"adaptive KL": (_value, _norm)},
+        ),
+        (
+            "DKD divides by all positions, padding included",
+            "by counted tokens",
+            _case(4, 50, 2.0),
+            {"DKD": (_value,)},
+        ),
+        (
+            "JS and skew losses are NaN when a probability underflows",
+            "computed from log-probabilities",
+            _case(5, 50, 120.0),
+            dict.fromkeys(divergences[1:], (_value,)),
+        ),
+    )
+    quantities = {_value: "loss", _norm: "gradient's norm"}
     return [
         _row(
             published,
-            _BY_NAME[name],
+            _BY_NAME[subject],
             case,
-            "JS and skew losses are NaN when a probability underflows",
-            "computed from log-probabilities",
-            f"{name}, loss at scale 120",
-            _value,
+            name,
+            instead,
+            f"{subject}, {quantities[number]}",
+            number,
         )
-        for name in ("JS", "skew forward KL", "skew reverse KL")
+        for name, instead, case, subjects in table
+        for subject, numbers in subjects.items()
+        for number in numbers
     ]
 
 

@@ -1,6 +1,7 @@
 """Deviations that only a training run shows: how t and CTKD's temperature move."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,10 +25,10 @@ from taid_jax.loss import TAID
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import ObjectiveSettings
 from taid_jax.train.evaluate import make_eval_step
-from taid_jax.train.objective import make_objective
-from taid_jax.train.state import init_state
+from taid_jax.train.objective import MakeObjective, make_objective
+from taid_jax.train.state import DistillState, init_state
 from taid_jax.train.step import make_train_step
-from taid_jax.types import ModelFunctions
+from taid_jax.types import ModelFunctions, Params
 
 STEPS, PARTS, VOCAB, EVERY = 6, 4, 11, 3
 _SCHEDULE: ScheduleSettings = {
@@ -145,29 +146,52 @@ def _exact_cadence(bigrams: Bigrams) -> float:
     return t
 
 
-def _our_cadence(bigrams: Bigrams) -> float:
-    """Returns t after the real train step has accumulated over micro-batches."""
-    scheduler = TAIDScheduler(**_SCHEDULE)
-    optimizer = optax.sgd(0.0)
+def _train(
+    bigrams: Bigrams,
+    scheduler: TAIDScheduler,
+    optimizer: optax.GradientTransformation,
+    objective: MakeObjective,
+    learned: dict[str, jax.Array] | None = None,
+    grad_accum: int = 1,
+    after_step: Callable[[int, DistillState, Params], None] = lambda *_: None,
+) -> DistillState:
+    """Returns the state after the real train step has seen every batch."""
+    student, teacher = (
+        {"table": jnp.asarray(side)} for side in (bigrams.student, bigrams.teacher)
+    )
     state = init_state(
-        {"table": jnp.asarray(bigrams.student)},
-        optimizer=optimizer,
-        schedule=scheduler.init(),
+        student, optimizer=optimizer, schedule=scheduler.init(), learned=learned
     )
     step = make_train_step(
         _BIGRAM,
         _BIGRAM,
-        make_objective=lambda schedule, learned, step: TAID(schedule.t),
+        make_objective=objective,
         scheduler=scheduler,
         optimizer=optimizer,
-        grad_accum=PARTS,
+        grad_accum=grad_accum,
     )
-    evaluate = make_eval_step(_BIGRAM, _BIGRAM, lambda *_: TAID(1.0))
-    teacher = {"table": jnp.asarray(bigrams.teacher)}
     for index in range(STEPS):
         state, _ = step(state, teacher, bigrams.batch(index))
+        after_step(index, state, teacher)
+    return state
+
+
+def _our_cadence(bigrams: Bigrams) -> float:
+    """Returns t after accumulation over micro-batches, with evaluations between."""
+    evaluate = make_eval_step(_BIGRAM, _BIGRAM, lambda *_: TAID(1.0))
+
+    def validate(index: int, state: DistillState, teacher: Params) -> None:
         if index % EVERY == EVERY - 1:
             jax.block_until_ready(evaluate(state, teacher, bigrams.batch(0)))
+
+    state = _train(
+        bigrams,
+        TAIDScheduler(**_SCHEDULE),
+        optax.sgd(0.0),
+        lambda schedule, learned, step: TAID(schedule.t),
+        grad_accum=PARTS,
+        after_step=validate,
+    )
     return float(state.schedule.t)
 
 
@@ -224,28 +248,12 @@ def _exact_temperature(bigrams: Bigrams) -> float:
 
 
 def _our_temperature(bigrams: Bigrams) -> float:
-    """Returns the learned number after the real train step, the student held still."""
+    """Returns the learned number, the student held still."""
     settings = ObjectiveSettings(objective="ctkd", ctkd_ramp_steps=STEPS)
     objective, learned = make_objective(settings)
-    scheduler = TAIDScheduler(STEPS)
     optimizer = optax.multi_transform(
         {"held": optax.set_to_zero(), "learned": optax.sgd(_RATE)},
         ({"table": "held"}, {"raw_temperature": "learned"}),
     )
-    state = init_state(
-        {"table": jnp.asarray(bigrams.student)},
-        optimizer=optimizer,
-        schedule=scheduler.init(),
-        learned=learned,
-    )
-    step = make_train_step(
-        _BIGRAM,
-        _BIGRAM,
-        make_objective=objective,
-        scheduler=scheduler,
-        optimizer=optimizer,
-    )
-    teacher = {"table": jnp.asarray(bigrams.teacher)}
-    for index in range(STEPS):
-        state, _ = step(state, teacher, bigrams.batch(index))
+    state = _train(bigrams, TAIDScheduler(STEPS), optimizer, objective, learned)
     return float(state.learned["raw_temperature"])

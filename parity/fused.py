@@ -10,7 +10,7 @@ import torch
 
 from parity.cases import Case
 from parity.losses import CORRECTED, PUBLISHED, VALUE_FLOOR, gradient_floor
-from parity.rows import Row, Tally, Tolerance
+from parity.rows import Row, Tallies, Tolerance
 from parity.subjects import SUBJECTS, Subject, TorchLoss
 from parity.torch_exact import exact_loss
 from parity.torch_reference import published_loss
@@ -142,7 +142,7 @@ def random_rows(
         subjects: The objectives.
         scales: Standard deviations of the logits.
     """
-    tallies: dict[tuple[str, str], Tally] = {}
+    tallies = Tallies("losses")
     for seed in seeds:
         for scale in scales:
             hidden = random_hidden(seed, scale)
@@ -161,12 +161,11 @@ def random_rows(
                 ]
                 other = PUBLISHED if followed else CORRECTED
                 for quantity in errors[0]:
-                    row = ("losses", f"{subject.name}, fused", quantity, other)
-                    key = (subject.name, quantity)
-                    tally = tallies.setdefault(key, Tally(*row, TOLERANCE))
+                    key = (f"{subject.name}, fused", quantity, other)
                     case = f"seed {seed}, scale {scale:g}"
-                    tally.add(case, *(error[quantity] for error in errors))
-    return [tally.row() for tally in tallies.values()]
+                    each = (error[quantity] for error in errors)
+                    tallies.add(key, TOLERANCE, case, *each)
+    return tallies.rows()
 
 
 def _as_case(hidden: Hidden) -> Case:

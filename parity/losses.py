@@ -3,24 +3,21 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 
 from parity.cases import Case, Grid, random_cases
 from parity.outcomes import (
-    TORCH_DTYPES,
     Outcome,
     Reduce,
     gradient_error,
     our_outcome,
+    rounded,
     torch_outcome,
     value_error,
 )
-from parity.rows import Row, Tally, Tolerance
+from parity.rows import Row, Tallies, Tolerance
 from parity.subjects import SUBJECTS, Subject, TorchLoss
 from parity.torch_exact import exact_loss
-from parity.torch_reference import (
-    published_loss,
-)
+from parity.torch_reference import published_loss
 from taid_jax.loss import distillation_loss
 
 PUBLISHED, CORRECTED, RECORDING = "PyTorch", "PyTorch, corrected", "recording"
@@ -52,36 +49,6 @@ NEAR = Tolerance(
 )
 NOTHING = Tolerance(0.0, "exactly 0: no token counts")
 _GRID = Grid()
-
-
-class Tallies:
-    """The rows of one section, made as cases come in.
-
-    Args:
-        subjects: Their order is the rows'.
-    """
-
-    def __init__(self, subjects: Sequence[Subject]):
-        self._tallies: dict[tuple[str, str, str], Tally] = {}
-        self._order = [subject.name for subject in subjects]
-
-    def add(
-        self,
-        key: tuple[str, str, str],
-        tolerance: Tolerance,
-        case: str,
-        *errors: float | None,
-    ) -> None:
-        """Adds a case to the row of a name, a quantity and another side."""
-        if key not in self._tallies:
-            self._tallies[key] = Tally("losses", *key, tolerance)
-        self._tallies[key].add(case, *errors)
-
-    def rows(self) -> list[Row]:
-        """Returns the rows of all cases so far."""
-        rows = [tally.row() for tally in self._tallies.values()]
-        known = {name: index for index, name in enumerate(self._order)}
-        return sorted(rows, key=lambda row: known.get(row.name, len(known)))
 
 
 def gradient_floor(subject: Subject) -> float:
@@ -131,15 +98,6 @@ def compare(
     tallies.add(key, tolerance, case.name, *gradients)
 
 
-def _rounded(case: Case, dtype: str) -> Case:
-    def rounded(logits: np.ndarray) -> np.ndarray:
-        return torch.tensor(logits).to(TORCH_DTYPES[dtype]).float().numpy()
-
-    if dtype == "float32":
-        return case
-    return case._replace(student=rounded(case.student), teacher=rounded(case.teacher))
-
-
 def random_rows(
     seeds: Iterable[int],
     grid: Grid = _GRID,
@@ -158,7 +116,7 @@ def random_rows(
         other: Its name.
         reduce: Our side's mean over tokens.
     """
-    tallies = Tallies(subjects)
+    tallies = Tallies("losses", [subject.name for subject in subjects])
     for seed in seeds:
         for case in random_cases(grid, seed):
             for dtype in ("float32",) if case.wide_only else grid.dtypes:
@@ -176,7 +134,7 @@ def random_rows(
                     loss = published if followed else exact_loss
                     theirs = torch_outcome(subject, loss, case, dtype)
                     exact = torch_outcome(
-                        subject, exact_loss, _rounded(case, dtype), "float64"
+                        subject, exact_loss, rounded(case, dtype), "float64"
                     )
                     side = other if followed else CORRECTED
                     compare(tallies, subject, case, dtype, side, ours, theirs, exact)

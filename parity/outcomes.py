@@ -21,6 +21,15 @@ TORCH_DTYPES = {
 Reduce = Callable[..., jax.Array]
 
 
+def rounded(case: Case, dtype: str) -> Case:
+    """Returns a case whose float32 logits are what a format holds of them."""
+    student, teacher = (
+        torch.tensor(logits).to(TORCH_DTYPES[dtype]).float().numpy()
+        for logits in (case.student, case.teacher)
+    )
+    return case._replace(student=student, teacher=teacher)
+
+
 class Outcome(NamedTuple):
     """What one side made of a case: the mean loss, and the gradient of the sum."""
 

@@ -19,6 +19,19 @@ from parity.torch_reference import (
 TemperatureGradient = Callable[[Tensor, Tensor, Tensor, int], float]
 
 
+def temperature_slope(
+    loss: TorchLoss, student: Tensor, teacher: Tensor, mask: Tensor
+) -> float:
+    """Returns the slope of CTKD in the number that its temperature is made of."""
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    raw = torch.tensor(CTKD_RAW, dtype=wide, requires_grad=True)
+    settings = Settings(temperature=ctkd_temperature(raw))
+    labels = torch.zeros_like(mask).long()
+    value = loss("ctkd", student, teacher, mask, labels, settings)
+    (gradient,) = torch.autograd.grad(value, raw)
+    return float(gradient)
+
+
 def temperature_gradient(
     student: Tensor, teacher: Tensor, mask: Tensor, epoch: int
 ) -> float:
@@ -30,12 +43,8 @@ def temperature_gradient(
         mask: `(*tokens,)`.
         epoch: Of 10.
     """
-    raw = torch.tensor(CTKD_RAW, requires_grad=True)
-    settings = Settings(temperature=ctkd_temperature(raw))
-    labels = torch.zeros_like(mask).long()
-    loss = published_loss("ctkd", student, teacher, mask, labels, settings)
-    (gradient,) = torch.autograd.grad(loss, raw)
-    return ctkd_strength(epoch) * float(gradient)
+    slope = temperature_slope(published_loss, student, teacher, mask)
+    return ctkd_strength(epoch) * slope
 
 
 class Published(NamedTuple):

@@ -17,17 +17,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from parity import schedule as schedules
 from parity.cases import Case, Grid, random_cases
-from parity.outcomes import TORCH_DTYPES, torch_outcome
+from parity.outcomes import TORCH_DTYPES, rounded, torch_outcome
+from parity.published import temperature_gradient
 from parity.recordings import save_arrays
 from parity.runs import RunSettings
 from parity.subjects import CTKD_EPOCH, SUBJECTS
-from parity.torch_reference import (
-    PublishedSchedule,
-    Settings,
-    ctkd_strength,
-    ctkd_temperature,
-    published_loss,
-)
+from parity.torch_reference import PublishedSchedule, published_loss
 from parity.torch_run import record_run
 
 
@@ -42,16 +37,8 @@ def record_losses(folder: pathlib.Path, seed: int) -> None:
         for dtype in dtypes:
             name = f"{index}_{dtype}"
             names.append(name)
-            arrays |= _loss_arrays(name, _rounded(case, dtype), dtype)
+            arrays |= _loss_arrays(name, rounded(case, dtype), dtype)
     save_arrays(folder / "losses.npz", {"cases": np.array(names), **arrays})
-
-
-def _rounded(case: Case, dtype: str) -> Case:
-    student, teacher = (
-        torch.tensor(logits).to(TORCH_DTYPES[dtype]).float().numpy()
-        for logits in (case.student, case.teacher)
-    )
-    return case._replace(student=student, teacher=teacher)
 
 
 def _loss_arrays(name: str, case: Case, dtype: str) -> dict[str, np.ndarray]:
@@ -73,21 +60,12 @@ def _loss_arrays(name: str, case: Case, dtype: str) -> dict[str, np.ndarray]:
 
 
 def _temperature_gradient(case: Case, dtype: str) -> np.float32:
-    raw = torch.ones((), requires_grad=True)
     student, teacher = (
-        torch.tensor(logits).to(TORCH_DTYPES[dtype])
-        for logits in (case.student, case.teacher)
+        torch.tensor(side).to(TORCH_DTYPES[dtype])
+        for side in (case.student, case.teacher)
     )
-    loss = published_loss(
-        "ctkd",
-        student,
-        teacher,
-        torch.tensor(case.mask),
-        torch.tensor(case.labels).long(),
-        Settings(temperature=ctkd_temperature(raw)),
-    )
-    (gradient,) = torch.autograd.grad(loss, raw)
-    return np.float32(ctkd_strength(CTKD_EPOCH) * float(gradient))
+    mask = torch.tensor(case.mask)
+    return np.float32(temperature_gradient(student, teacher, mask, CTKD_EPOCH))
 
 
 def record_schedule(folder: pathlib.Path, seed: int, steps: int = 1000) -> None:

@@ -14,7 +14,6 @@ from parity.losses import (
     PUBLISHED,
     RECORDING,
     VALUE_FLOOR,
-    Tallies,
     compare,
     gradient_floor,
 )
@@ -25,15 +24,11 @@ from parity.outcomes import (
     torch_outcome,
     value_error,
 )
-from parity.rows import Row, Tally, Tolerance
+from parity.published import temperature_slope
+from parity.rows import Row, Tallies, Tally, Tolerance
 from parity.subjects import CTKD_EPOCH, CTKD_RAW, SUBJECTS, Subject, TorchLoss
 from parity.torch_exact import exact_loss
-from parity.torch_reference import (
-    Settings,
-    ctkd_strength,
-    ctkd_temperature,
-    published_loss,
-)
+from parity.torch_reference import ctkd_strength, published_loss
 from taid_jax import loss as objectives
 
 SAME = Tolerance(
@@ -58,7 +53,7 @@ def recorded_rows(
         RecordingError: If arrays are missing or misshapen.
     """
     subjects = [subject for subject in subjects if subject.recorded]
-    tallies = Tallies(subjects)
+    tallies = Tallies("losses", [subject.name for subject in subjects])
     for recorded in recorded_cases(folder, [subject.recorded for subject in subjects]):
         case, dtype = recorded.case, recorded.dtype
         for subject in subjects:
@@ -98,7 +93,7 @@ def reference_rows(
         RecordingError: If arrays are missing or misshapen.
     """
     subjects = [subject for subject in SUBJECTS if subject.recorded]
-    tallies = Tallies(subjects)
+    tallies = Tallies("losses", [subject.name for subject in subjects])
     for recorded in recorded_cases(folder, [subject.recorded for subject in subjects]):
         for subject in subjects:
             _reproduce(tallies, subject, recorded, published, name)
@@ -163,17 +158,9 @@ def temperature_rows(folder: pathlib.Path) -> list[Row]:
 
 def exact_temperature_gradient(case: Case) -> float:
     """Returns the slope of CTKD in the number its temperature is made of, float64."""
-    raw = torch.tensor(CTKD_RAW, dtype=torch.float64, requires_grad=True)
-    value = exact_loss(
-        "ctkd",
-        torch.tensor(case.student).double(),
-        torch.tensor(case.teacher).double(),
-        torch.tensor(case.mask),
-        torch.tensor(case.labels),
-        Settings(temperature=ctkd_temperature(raw)),
-    )
-    (gradient,) = torch.autograd.grad(value, raw)
-    return float(gradient)
+    student, teacher = torch.tensor(case.student), torch.tensor(case.teacher)
+    mask = torch.tensor(case.mask)
+    return temperature_slope(exact_loss, student.double(), teacher.double(), mask)
 
 
 def our_temperature_gradient(case: Case, dtype: str, strength: float = 1.0) -> float:

@@ -182,6 +182,37 @@ class Tally:
         )
 
 
+class Tallies:
+    """The rows of one section, made as cases come in.
+
+    Args:
+        section: The subcommand.
+        order: Names in the order of the rows; the others come last.
+    """
+
+    def __init__(self, section: str, order: Sequence[str] = ()):
+        self._section, self._order = section, list(order)
+        self._tallies: dict[tuple[str, str, str], Tally] = {}
+
+    def add(
+        self,
+        key: tuple[str, str, str],
+        tolerance: Tolerance,
+        case: str,
+        *errors: float | None,
+    ) -> None:
+        """Adds a case to the row of a name, a quantity and another side."""
+        if key not in self._tallies:
+            self._tallies[key] = Tally(self._section, *key, tolerance)
+        self._tallies[key].add(case, *errors)
+
+    def rows(self) -> list[Row]:
+        """Returns the rows of all cases so far."""
+        rows = [tally.row() for tally in self._tallies.values()]
+        known = {name: index for index, name in enumerate(self._order)}
+        return sorted(rows, key=lambda row: known.get(row.name, len(known)))
+
+
 def skipped(section: str, name: str, why: str) -> Row:
     """Returns a row that says why something was not tried."""
     nothing = Tolerance(0.0, "")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from parity.recordings import case_names, check_arrays, load_arrays
-from parity.rows import Row, Tally, Tolerance
+from parity.rows import Row, Tallies, Tally, Tolerance
 from parity.torch_reference import PublishedSchedule, Schedule, ScheduleSettings
 from taid_jax.schedule import TAIDScheduler
 
@@ -167,12 +167,7 @@ def random_rows(
         other: Its name.
         make: Our side.
     """
-    tallies: dict[tuple[str, str], Tally] = {}
-
-    def add(row: str, quantity: str, side: str, tolerance: Tolerance, *case) -> None:
-        head = ("schedule", row, quantity, side)
-        tallies.setdefault((row, quantity + side), Tally(*head, tolerance)).add(*case)
-
+    tallies = Tallies("schedule")
     for seed in seeds:
         for name, (base, losses) in histories(seed, steps).items():
             for linear in (False, True):
@@ -184,13 +179,15 @@ def random_rows(
                 for how, side in (("jit", jitted_history), ("scan", scanned_history)):
                     ours = side(settings, losses, make)
                     case = f"{how}, seed {seed}"
-                    add(row, "t", other, T, case, _largest(ours.t, theirs.t))
+                    apart = _largest(ours.t, theirs.t)
+                    tallies.add((row, "t", other), T, case, apart)
                     drift = _largest(ours.t, exact.t), _largest(theirs.t, exact.t)
-                    add(row, "t", "float64", DRIFT, case, None, *drift)
+                    tallies.add((row, "t", "float64"), DRIFT, case, None, *drift)
                     if not linear:
                         apart = _largest(ours.momentum, theirs.momentum, scale)
-                        add(row, "momentum", other, MOMENTUM, case, apart)
-    return [tally.row() for tally in tallies.values()]
+                        key = (row, "momentum", other)
+                        tallies.add(key, MOMENTUM, case, apart)
+    return tallies.rows()
 
 
 def recorded_rows(

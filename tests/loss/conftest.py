@@ -140,6 +140,21 @@ class Inputs:
     labels: np.ndarray
 
 
+@pytest.fixture(scope="session")
+def recorded(golden_losses) -> Callable[..., Inputs]:
+    """`recorded(name, dtype)`: logits and labels of a recorded case."""
+
+    def inputs(name: str, dtype=jnp.float32) -> Inputs:
+        student, teacher = (
+            jnp.asarray(golden_losses[f"{name}/{side}"], dtype)
+            for side in ("student", "teacher")
+        )
+        labels = golden_losses[f"{name}/labels"][:, 1:].astype(np.int32)
+        return Inputs(student, teacher, labels)
+
+    return inputs
+
+
 MakeInputs = Callable[..., Inputs]
 
 

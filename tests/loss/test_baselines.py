@@ -1,7 +1,5 @@
 """Next-token cross-entropy, CTKD and DKD."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,18 +17,6 @@ from taid_jax.loss import (
 )
 
 pytestmark = pytest.mark.optimised
-
-
-def _recorded(golden, name: str, dtype=np.float32) -> SimpleNamespace:
-    return SimpleNamespace(
-        student=jnp.asarray(golden[f"{name}/student"], dtype),
-        teacher=jnp.asarray(golden[f"{name}/teacher"], dtype),
-        labels=golden[f"{name}/labels"][:, 1:].astype(np.int32),
-    )
-
-
-def total_error(gradient, expected):
-    return np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
 
 
 def test_cross_entropy_of_two_entries_is_what_the_definition_says():
@@ -112,22 +98,18 @@ TEMPERATURE_SLOPE = 20 * np.exp(-1) / (1 + np.exp(-1)) ** 2
 
 
 @pytest.mark.parametrize("name", ["small", "wide", "peaked", "neg_inf"])
-def test_ctkd_agrees_with_the_recorded_outputs(golden_losses, name):
-    inputs = _recorded(golden_losses, name)
-    mask = jnp.asarray(golden_losses[f"{name}/mask"])
+def test_ctkd_slope_agrees_with_the_recorded_one(recorded, golden_losses, name):
+    inputs = recorded(name)
     # Recorded in epoch 3 of 10 with the published ramp, which runs from 1 to 0.
     published_ramp = 0.5 * (1 + np.cos(0.3 * np.pi))
 
     @jax.jit
-    @jax.value_and_grad
-    def loss(arguments):
-        objective, student = arguments
-        return distillation_loss(objective, student, inputs.teacher, mask)
+    @jax.grad
+    def loss(objective):
+        mask = jnp.asarray(golden_losses[f"{name}/mask"])
+        return distillation_loss(objective, inputs.student, inputs.teacher, mask)
 
-    value, (objective, gradient) = loss((CTKD(ctkd_temperature(1.0)), inputs.student))
-    # Float32 on both sides.
-    np.testing.assert_allclose(value, golden_losses[f"{name}/ctkd/loss"], rtol=2e-6)
-    assert total_error(gradient, golden_losses[f"{name}/ctkd/grad"]) < 5e-6
+    objective = loss(CTKD(ctkd_temperature(1.0)))
     slope = golden_losses[f"{name}/ctkd/grad_temperature"] / published_ramp
     if np.isfinite(slope):
         # The published gradient is not reversed.
@@ -201,19 +183,6 @@ def test_ctkd_strength_rises_by_a_cosine_over_ten_epochs():
     assert ctkd_strength(1, num_epochs=2) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("name", ["small", "wide", "peaked"])
-def test_dkd_agrees_with_the_recorded_outputs(golden_losses, mean_loss, name):
-    inputs = _recorded(golden_losses, name)
-    mask = golden_losses[f"{name}/mask"]
-    loss, gradient = mean_loss(DKD(), inputs, mask)
-    # The published mean is over all positions, padding included.
-    share = mask.mean()
-    np.testing.assert_allclose(
-        loss * share, golden_losses[f"{name}/dkd/loss"], rtol=2e-6
-    )
-    assert total_error(gradient * share, golden_losses[f"{name}/dkd/grad"]) < 5e-6
-
-
 def test_dkd_of_three_entries_is_what_the_definition_says():
     q, p = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.4, 0.4])
     label = 0
@@ -242,17 +211,3 @@ def test_dkd_weighed_by_the_teachers_confidence_is_forward_kl(make_inputs, evalu
         tckd + rest[..., 0] * nckd, loss - entropy, rtol=1e-5, atol=2e-6
     )
     np.testing.assert_allclose(in_tckd + rest * in_nckd, gradient, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: DKD(alpha=-1.0), r"0 <= alpha <= .*, got alpha = -1\.0"),
-        (lambda: DKD(beta=-0.5), r"0 <= beta <= .*, got beta = -0\.5"),
-        (lambda: DKD(temperature=0), r"temperature > 0 and finite, got .* 0"),
-        (lambda: CTKD(4.0, strength=1.5), r"0 <= strength <= 1, got strength = 1\.5"),
-    ],
-)
-def test_settings_out_of_range_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -1,13 +1,14 @@
 """Every objective against float64 and the recordings, and what each promises alone."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from taid_jax.loss import (
+    CTKD,
+    DKD,
+    TAID,
     AdaptiveKL,
     ForwardKL,
     JensenShannon,
@@ -15,6 +16,7 @@ from taid_jax.loss import (
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
+    ctkd_temperature,
 )
 from taid_jax.loss._divergences import _head_entries as head_entries
 from taid_jax.loss._softmax import expm1_near, normalise
@@ -47,6 +49,9 @@ def test_every_objective_agrees_with_float64(case, make_inputs, evaluate, scale,
 
 
 RECORDED = {
+    **{f"taid_{t}": TAID(t) for t in (0.0, 0.25, 0.4, 0.75, 1.0)},
+    "ctkd": CTKD(ctkd_temperature(1.0)),
+    "dkd": DKD(),
     "fkl": ForwardKL(),
     "rkl": ReverseKL(),
     "tvd": TotalVariation(),
@@ -59,39 +64,41 @@ RECORDED = {
 
 @pytest.mark.parametrize("objective", RECORDED)
 @pytest.mark.parametrize("name", ["small", "wide", "peaked", "bf16", "neg_inf"])
-def test_divergences_agree_with_the_recorded_outputs(
-    golden_losses, mean_loss, name, objective
+def test_objectives_agree_with_the_recorded_outputs(
+    recorded, golden_losses, mean_loss, name, objective
 ):
     dtype = jnp.bfloat16 if name == "bf16" else jnp.float32
-    inputs = SimpleNamespace(
-        student=jnp.asarray(golden_losses[f"{name}/student"], dtype),
-        teacher=jnp.asarray(golden_losses[f"{name}/teacher"], dtype),
-        labels=None,
+    loss, gradient = mean_loss(
+        RECORDED[objective], recorded(name, dtype), golden_losses[f"{name}/mask"]
     )
-    mask = golden_losses[f"{name}/mask"]
-    loss, gradient = mean_loss(RECORDED[objective], inputs, mask)
     gradient = gradient.astype(np.float32)
-    recorded = golden_losses[f"{name}/{objective}/grad"]
-    # Float32 on both sides.
-    np.testing.assert_allclose(
-        loss, golden_losses[f"{name}/{objective}/loss"], rtol=3e-6
-    )
+    value = golden_losses[f"{name}/{objective}/loss"]
+    published = golden_losses[f"{name}/{objective}/grad"]
+    exact = objective.startswith(("taid", "ctkd", "dkd"))
+    if objective == "dkd":
+        # The published mean is over all positions, padding included.
+        share = golden_losses[f"{name}/mask"].mean()
+        loss, gradient = loss * share, gradient * share
+    assert np.isfinite(loss)
     assert np.isfinite(gradient).all()
-    if np.isfinite(recorded).all():
+    if exact and name == "bf16":
+        return  # rounded in the middle where it was recorded
+    if np.isfinite(value):
+        # Float32 on both sides; elsewhere 0 * -inf in the published form.
+        np.testing.assert_allclose(loss, value, rtol=2e-6 if exact else 3e-6)
+    if objective == "taid_0.0":  # the recording holds what rounding left of 0
+        assert not gradient.any()
+    elif np.isfinite(published).all():
         # The recorded gradient has no more digits than this where it is 1e-6.
         limit = 5e-4 if name in ("peaked", "bf16") else 1e-5
-        assert total_error(gradient, recorded) < limit
+        assert total_error(gradient, published) < (5e-6 if exact else limit)
 
 
 def test_adaptive_kl_differs_from_the_recording_by_the_published_mask(
-    golden_losses, mean_loss, oracle
+    recorded, golden_losses, mean_loss, oracle
 ):
     """The published mask is of another order than what it masks."""
-    inputs = SimpleNamespace(
-        student=golden_losses["small/student"],
-        teacher=golden_losses["small/teacher"],
-        labels=None,
-    )
+    inputs = recorded("small")
     mask = golden_losses["small/mask"]
     loss, gradient = mean_loss(AdaptiveKL(), inputs, mask)
     values, exact = oracle("adaptive_kl", inputs.student, inputs.teacher)
@@ -435,37 +442,6 @@ def test_adaptive_kl_sends_no_gradient_through_its_weights(make_inputs, evaluate
     weight = (both - reverse) / (forward - reverse)
     expected = weight * in_forward + (1 - weight) * in_reverse
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: JensenShannon(0.0),
-            r"1e-06 <= teacher_weight <= 0.999999, got .* 0\.0",
-        ),
-        (
-            lambda: JensenShannon(1.0),
-            r"1e-06 <= teacher_weight <= 0.999999, got .* 1\.0",
-        ),
-        (
-            lambda: SkewForwardKL(-0.1),
-            r"1e-06 <= skew <= 0.999999, got .* -0\.1",
-        ),
-        (
-            lambda: SkewReverseKL(1.5),
-            r"1e-06 <= skew <= 0.999999, got .* 1\.5",
-        ),
-        (lambda: AdaptiveKL(0.0), r"head_threshold <= 1, got .* 0\.0"),
-        (lambda: AdaptiveKL(1.1), r"head_threshold <= 1, got .* 1\.1"),
-        (lambda: ForwardKL(0.0), r"temperature > 0 and finite, got .* 0\.0"),
-        (lambda: ReverseKL(-1.0), r"temperature > 0 and finite, got .* -1\.0"),
-        (lambda: ForwardKL(float("nan")), r"temperature > 0 and finite, got .* nan"),
-    ],
-)
-def test_settings_out_of_range_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 def test_expm1_near_is_exact():
