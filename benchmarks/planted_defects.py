@@ -75,7 +75,7 @@ def survives(defect: Defect, root: pathlib.Path) -> bool:
 
 def main() -> int:
     """Plants all defects, or those that are named; 1 where one is not noticed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Plants defects one by one.")
     parser.add_argument("names", nargs="*", help="of the defects; all by default")
     parser.add_argument("--check", action="store_true", help="only look for stale ones")
     flags = parser.parse_args()
