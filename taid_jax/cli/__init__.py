@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     plans = name == "plan" or any(flag.split("=")[0] == "--plan" for flag in rest)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if plans else "2")
+    # Without PyTorch transformers says that there are no models; they are ours.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if name in COMMANDS:
         say_way_on(lambda: COMMANDS[name][1])
         return importlib.import_module(f"taid_jax.cli.{name}").main(rest)
