@@ -100,6 +100,14 @@ def scale_of(expected):
     return np.abs(expected).max()
 
 
+def test_hidden_states_jitted_are_those_run_step_by_step():
+    params, batch = tiny_params(), as_batch(input_ids=ids_of(TINY))
+    with jax.disable_jit():
+        eager = hidden_states(params, batch, TINY)
+    # The compiler sums in another order.
+    np.testing.assert_allclose(eager, run_tiny(params, batch), atol=2e-6)
+
+
 def test_hidden_states_of_packed_segments_are_those_of_separate_sequences():
     params = tiny_params()
     pieces = [ids_of(TINY, 1, length, seed=length) for length in (5, 9, 7)]
