@@ -62,7 +62,7 @@ def test_taid_of_bfloat16_follows_float32_not_the_recorded_rounding(
 def test_taid_gradient_is_exact_to_float32(make_inputs, evaluate, oracle, scale, noise):
     """Every token by its own norm, also where that is 1e-20."""
     for seed in range(2):
-        inputs = make_inputs((16, 257), scale, noise, seed)
+        inputs = make_inputs((8, 257), scale, noise, seed)
         for t in T_VALUES:
             t32 = np.float32(t)
             losses, gradient = evaluate(
@@ -78,7 +78,7 @@ def test_taid_gradient_is_exact_to_float32(make_inputs, evaluate, oracle, scale,
 
 def test_taid_gradient_survives_a_shift_of_the_teacher(make_inputs, evaluate, oracle):
     """A constant over the vocabulary changes no softmax and must cost no digits."""
-    inputs = make_inputs((16, 257), 1.0, 1e-3)
+    inputs = make_inputs((8, 257), 1.0, 1e-3)
     teacher = inputs.teacher + np.float32(7.3)
     _, gradient = evaluate(TAID(jnp.float32(0.4)), inputs.student, teacher)
     _, exact = oracle("taid", inputs.student, teacher, t=float(np.float32(0.4)))
@@ -87,7 +87,7 @@ def test_taid_gradient_survives_a_shift_of_the_teacher(make_inputs, evaluate, or
 
 def test_subtracting_softmaxes_would_not_be_exact(make_inputs, oracle):
     """What the exact gradient is for: the plain form fails the same test."""
-    inputs = make_inputs((16, 257), 3.0, 1e-3)
+    inputs = make_inputs((8, 257), 3.0, 1e-3)
 
     def plain(student):
         mixed = 0.999 * jax.lax.stop_gradient(student) + 1e-3 * inputs.teacher

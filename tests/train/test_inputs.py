@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -60,7 +61,7 @@ def make_folder(tmp_path_factory):
         )
         rng = np.random.default_rng(seed)
         params = jax.tree.map(
-            lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32),
+            lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32)),
             abstract_params(config),
         )
         tokenizer = tokenizer or make_tokenizer(tokens)

@@ -1,4 +1,3 @@
-import dataclasses
 import typing
 
 import jax
@@ -10,40 +9,33 @@ from taid_jax import loss
 from taid_jax.settings import ObjectiveName, ObjectiveSettings
 from taid_jax.train.objective import make_objective, make_scheduler
 
+WARM = {"temperature": 2.0}
 OBJECTIVES = {
-    "taid": loss.TAID(np.float32(0.2)),
-    "sft": loss.CrossEntropy(),
-    "forward_kl": loss.ForwardKL(2.0),
-    "reverse_kl": loss.ReverseKL(2.0),
-    "jensen_shannon": loss.JensenShannon(0.3, 2.0),
-    "total_variation": loss.TotalVariation(),
-    "skew_forward_kl": loss.SkewForwardKL(0.2, 2.0),
-    "skew_reverse_kl": loss.SkewReverseKL(0.2, 2.0),
-    "adaptive_kl": loss.AdaptiveKL(0.7, 2.0),
-    "ctkd": loss.CTKD(loss.ctkd_temperature(np.float32(1)), np.float32(0.5)),
-    "dkd": loss.DKD(0.9, 0.4, 2.0),
+    "taid": ({"t_start": 0.2}, loss.TAID(np.float32(0.2))),
+    "sft": ({}, loss.CrossEntropy()),
+    "forward_kl": (WARM, loss.ForwardKL(2.0)),
+    "reverse_kl": (WARM, loss.ReverseKL(2.0)),
+    "jensen_shannon": (WARM | {"teacher_weight": 0.3}, loss.JensenShannon(0.3, 2.0)),
+    "total_variation": ({}, loss.TotalVariation()),
+    "skew_forward_kl": (WARM | {"skew": 0.2}, loss.SkewForwardKL(0.2, 2.0)),
+    "skew_reverse_kl": (WARM | {"skew": 0.2}, loss.SkewReverseKL(0.2, 2.0)),
+    "adaptive_kl": (WARM | {"head_threshold": 0.7}, loss.AdaptiveKL(0.7, 2.0)),
+    "ctkd": (
+        {"ctkd_ramp_steps": 10},
+        loss.CTKD(loss.ctkd_temperature(np.float32(1)), np.float32(0.5)),
+    ),
+    "dkd": (WARM | {"dkd_alpha": 0.9, "dkd_beta": 0.4}, loss.DKD(0.9, 0.4, 2.0)),
 }
 
 
 @pytest.mark.parametrize("name", typing.get_args(ObjectiveName))
 def test_make_objective_every_name_and_setting_arrives(name):
-    settings = ObjectiveSettings(
-        objective=name,
-        t_start=0.2,
-        temperature=2.0,
-        teacher_weight=0.3,
-        skew=0.2,
-        head_threshold=0.7,
-        dkd_alpha=0.9,
-        dkd_beta=0.4,
-        ctkd_ramp_steps=10,
-    )
-    for ratio in (1.0, 0.25):
-        chosen = dataclasses.replace(settings, distil_ratio=ratio)
+    values, objective = OBJECTIVES[name]
+    for ratio in (1.0,) if name == "sft" else (1.0, 0.25):
+        chosen = ObjectiveSettings(objective=name, distil_ratio=ratio, **values)
         make, learned = make_objective(chosen)
         found = make(make_scheduler(chosen, 10).init(), learned, jnp.int32(5))
-        mixed = ratio < 1 and name != "sft"
-        expected = loss.Mix(OBJECTIVES[name], ratio) if mixed else OBJECTIVES[name]
+        expected = loss.Mix(objective, ratio) if ratio < 1 else objective
         # Kind, settings, and the numbers that are traced.
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         leaves = jax.tree.leaves(found)
