@@ -28,8 +28,10 @@ def total_error(gradient, expected):
     return np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0, 12.0, 30.0])
-@pytest.mark.parametrize("noise", [None, 1.0, 1e-3])
+@pytest.mark.parametrize(
+    ("scale", "noise"),
+    [(1.0, None), (1.0, 1e-3), (3.0, 1.0), (12.0, 1e-3), (30.0, None), (30.0, 1.0)],
+)
 def test_every_objective_agrees_with_float64(case, make_inputs, evaluate, scale, noise):
     inputs = make_inputs((16, 257), scale, noise)
     losses, gradient = evaluate(
@@ -328,17 +330,15 @@ def test_every_metric_of_a_row_that_is_no_distribution_is_nan(
         np.testing.assert_array_equal(np.isnan(found["kl_teacher"]), spoiled)
 
 
-def test_objectives_that_are_not_compiled_do_not_hide_nan(kind, make_inputs):
+@pytest.mark.parametrize("make", [lambda: TAID(0.4), JensenShannon])
+def test_objectives_that_are_not_compiled_do_not_hide_nan(make, make_inputs):
     for side in ("student", "teacher"):
         inputs = make_inputs()
         spoiled = _spoil(inputs, side, np.nan)
         arrays = map(jnp.asarray, (inputs.student, inputs.teacher, inputs.labels))
         with jax.disable_jit():
-            losses = kind.make()(*arrays)
-        if kind.name == "cross_entropy" and side == "teacher":
-            assert not np.isnan(losses).any()
-        else:
-            np.testing.assert_array_equal(np.isnan(losses), spoiled)
+            losses = make()(*arrays)
+        np.testing.assert_array_equal(np.isnan(losses), spoiled)
 
 
 def test_a_vocabulary_padded_with_minus_infinity_is_the_smaller_one(

@@ -74,7 +74,7 @@ def test_evaluate_finds_what_the_run_found(evaluate, judged, tmp_path, capsys):
     report = json.loads((judged / "report.json").read_text())
     # The same arithmetic on the same float32 weights.
     for key in ("kl_teacher", "student_perplexity", "rouge_l", "exact_match"):
-        assert found[key] == report[f"{key}_after"], key
+        assert found[key] == report[f"{key.removesuffix('_teacher')}_after"], key
     assert found["teacher_perplexity"] == report["teacher_perplexity"]
     assert found["tokens"] == report["held_out_tokens"]
     assert found["settings"]["model"]["student"] == str(judged / "student")
