@@ -78,17 +78,14 @@ def test_export_model_writes_an_index_that_covers_every_tensor(tmp_path, params)
 
 
 def test_export_model_fills_its_files_up_to_the_limit(tmp_path, params):
-    # A matrix of the MLP, as large as the limit; a norm after it is too much.
-    limit = 4 * CONFIG.d_model * CONFIG.mlp_dim
+    # Keys and values have as many bytes together as queries have alone.
+    limit = params["layers"]["attention"]["q_proj"]["kernel"][0].nbytes
     export_model(tmp_path / "m", CONFIG, params, max_shard_bytes=limit)
-    sizes = [
-        sum(array.nbytes for array in load_file(path).values())
-        for path in (tmp_path / "m").glob("model-*.safetensors")
-    ]
-    larger = 4 * CONFIG.d_model * CONFIG.vocab_size
-    assert max(size for size in sizes if size != larger) == limit
-    # Embedding and head have a file of their own each.
-    assert sizes.count(larger) == 2
+    found = [load_file(path) for path in (tmp_path / "m").glob("*.safetensors")]
+    sizes = [sum(array.nbytes for array in file.values()) for file in found]
+    assert max(sizes) == limit
+    both = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"}
+    assert both in [file.keys() for file in found]
 
 
 def test_export_model_writes_generation_settings(tmp_path, params):
