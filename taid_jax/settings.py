@@ -80,7 +80,9 @@ ObjectiveName = Literal[
     "dkd",
     "sft",
 ]
-SelectionMetric = Literal["kl", "loss", "student_perplexity", "rouge_l", "exact_match"]
+SelectionMetric = Literal[
+    "kl_teacher", "loss", "student_perplexity", "rouge_l", "exact_match"
+]
 
 _TAID = {"objective": ("taid",)}
 _ADAPTIVE_TAID = {"objective": ("taid",), "disable_adaptive": (False,)}
@@ -354,7 +356,7 @@ class EvaluationSettings(Checked):
         eval_tokens: Tokens of such a completion at most.
     """
 
-    selection_metric: SelectionMetric = "kl"
+    selection_metric: SelectionMetric = "kl_teacher"
     eval_prompts: int = setting(0, ge=0)
     eval_tokens: int = setting(128, ge=1, when={"eval_prompts": {"ge": 1}})
 

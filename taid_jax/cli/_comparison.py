@@ -246,7 +246,7 @@ def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
     for number, (method, group) in enumerate(done.items()):
         runs = [read_lines(cell.run / EVALUATIONS) for cell in group]
         steps = [row["step"] for row in runs[0]]
-        found = [[drawn(row["kl"]) for row in run] for run in runs]
+        found = [[drawn(row["kl_teacher"]) for row in run] for run in runs]
         # Of all seeds: there is a gap where one is not finite.
         at_step = np.array(found)
         low, high = at_step.min(axis=0), at_step.max(axis=0)

@@ -71,7 +71,7 @@ class HeldOut(NamedTuple):
     """What one evaluation found, over `tokens` counted tokens.
 
     Attributes:
-        kl: Mean KL(teacher || student) at temperature 1, nats per token.
+        kl_teacher: Mean KL(teacher || student) at temperature 1, nats per token.
         student_perplexity: Exponential of the student's mean cross-entropy.
         teacher_perplexity: Exponential of the teacher's mean cross-entropy.
         tokens: Tokens that counted.
@@ -81,7 +81,7 @@ class HeldOut(NamedTuple):
         exact_match: Share of those that are the reference; None without any.
     """
 
-    kl: float
+    kl_teacher: float
     student_perplexity: float
     teacher_perplexity: float
     tokens: int
@@ -209,7 +209,7 @@ def evaluate(
             return math.inf
 
     return HeldOut(
-        kl=total["loss"] / count,
+        kl_teacher=total["loss"] / count,
         student_perplexity=perplexity(total["student_nll"]),
         teacher_perplexity=perplexity(total["teacher_nll"]),
         tokens=round(count),

@@ -211,7 +211,7 @@ def draw_curves(
         curve(divergence, "kl_target", "training KL to the target", "tab:cyan")
     divergence.plot(
         [row["step"] for row in evaluations],
-        [drawn(row["kl"]) for row in evaluations],
+        [drawn(row["kl_teacher"]) for row in evaluations],
         "o-",
         color="tab:red",
         markersize=4,
@@ -293,7 +293,7 @@ class ConsoleProgress:
         step, mfu = row["step"], row.get("mfu")
         busy = "" if mfu is None else f"  MFU {mfu:.1%}"
         numbers = (
-            f"loss {number(row['loss'])}  kl {number(row['kl_teacher'])}  "
+            f"loss {number(row['loss'])}  kl_teacher {number(row['kl_teacher'])}  "
             f"t {number(row['t'])}  {row['tokens_per_second']:,.0f} tokens/s{busy}  "
             f"{self._left(step)} left"
         )
@@ -305,9 +305,9 @@ class ConsoleProgress:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Shows a held-out evaluation."""
         text = (
-            f"held out at step {row['step']}: KL {number(row['kl'])} nats, perplexity "
-            f"of the student {number(row['student_perplexity'], 2)}, of the teacher "
-            f"{number(row['teacher_perplexity'], 2)}"
+            f"held out at step {row['step']}: KL {number(row['kl_teacher'])} nats, "
+            f"perplexity of the student {number(row['student_perplexity'], 2)}, "
+            f"of the teacher {number(row['teacher_perplexity'], 2)}"
         )
         if row["rouge_l"] is not None:
             text += (

@@ -345,8 +345,8 @@ def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]
         "teacher_perplexity": found.teacher_perplexity,
         "student_perplexity_before": before["student_perplexity"],
         "student_perplexity_after": found.student_perplexity,
-        "kl_before": before["kl"],
-        "kl_after": found.kl,
+        "kl_before": before["kl_teacher"],
+        "kl_after": found.kl_teacher,
         **others,
     }
 

@@ -60,7 +60,7 @@ def started(monkeypatch):
             values = {"kl_before": 2.0, "kl_after": 0.25 * len(calls)}
             values |= {"rouge_l_before": 0.1, "rouge_l_after": 0.5}
             (run / "report.json").write_text(json.dumps(values))
-            row = json.dumps({"step": 0, "kl": 2.0})
+            row = json.dumps({"step": 0, "kl_teacher": 2.0})
             (run / "evaluations.jsonl").write_text(row + "\n")
         return subprocess.CompletedProcess(command, status)
 
@@ -156,8 +156,8 @@ def test_compare_cells_have_the_same_start_and_the_same_batches(shared):
             for method in ("rkl", "taid")
         )
     )
-    assert first[0]["kl"] == second[0]["kl"]
-    assert first[-1]["kl"] != second[-1]["kl"]
+    assert first[0]["kl_teacher"] == second[0]["kl_teacher"]
+    assert first[-1]["kl_teacher"] != second[-1]["kl_teacher"]
     report = json.loads((output / "rkl-seed0" / "run" / "report.json").read_text())
     assert f"{report['kl_after']:.4f}" in (output / "comparison.md").read_text()
     assert report["peak_memory_bytes"] > 2**20

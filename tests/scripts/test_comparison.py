@@ -31,7 +31,7 @@ def _finish(cell, kl, **values):
     cell.run.mkdir()
     report = {"kl_before": 2.0 + cell.seed, "kl_after": kl, "tokens_per_second": 100.0}
     (cell.run / "report.json").write_text(json.dumps(report | values))
-    rows = [{"step": 0, "kl": 2.0 + cell.seed}, {"step": 5, "kl": kl}]
+    rows = [{"step": 0, "kl_teacher": 2.0 + cell.seed}, {"step": 5, "kl_teacher": kl}]
     (cell.run / "evaluations.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)
     )

@@ -58,7 +58,7 @@ def test_train_tpu_writes_all_that_is_judged(judged):
     assert report["rouge_l_before"] == rows[0]["rouge_l"]
     best = max(rows[1:], key=lambda row: (row["rouge_l"], row["step"]))
     assert report["rouge_l_after"] == best["rouge_l"]
-    assert report["kl_after"] == best["kl"]
+    assert report["kl_after"] == best["kl_teacher"]
 
 
 def test_evaluate_finds_what_the_run_found(evaluate, judged, tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_evaluate_finds_what_the_run_found(evaluate, judged, tmp_path, capsys):
     found = json.loads(path.read_text())
     report = json.loads((judged / "report.json").read_text())
     # The same arithmetic on the same float32 weights.
-    for key in ("kl", "student_perplexity", "rouge_l", "exact_match"):
+    for key in ("kl_teacher", "student_perplexity", "rouge_l", "exact_match"):
         assert found[key] == report[f"{key}_after"], key
     assert found["teacher_perplexity"] == report["teacher_perplexity"]
     assert found["tokens"] == report["held_out_tokens"]
@@ -97,7 +97,7 @@ def test_evaluate_teacher_as_the_student_is_at_no_distance(
     assert evaluate.main(flags) == 0
     found = json.loads(path.read_text())
     # The two products, and each side's log-sum, are rounded on their own.
-    assert abs(found["kl"]) < 1e-8
+    assert abs(found["kl_teacher"]) < 1e-8
     same = pytest.approx(found["teacher_perplexity"], rel=1e-6)
     assert found["student_perplexity"] == same
     assert found["rouge_l"] is None
@@ -156,7 +156,7 @@ def test_evaluate_of_a_model_that_is_not_finite_is_an_error(
     out, err = capsys.readouterr()
     assert f"error: {broken if side == 'student' else 'the teacher'}: not finite" in err
     assert f"{side}_perplexity nan" in err
-    assert "kl nan" in err
+    assert "kl_teacher nan" in err
     assert "0.0000" not in out
     assert not path.exists()
 

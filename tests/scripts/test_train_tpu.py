@@ -351,7 +351,7 @@ def test_train_tpu_killed_before_the_first_save_starts_anew(
     (run / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
     for name in ("settings.json", "metrics.jsonl", "evaluations.jsonl"):
         text = (finished / name).read_text()
-        (run / name).write_text(text.replace('"kl": 0', '"kl": 9'))
+        (run / name).write_text(text.replace('"kl_teacher": 0', '"kl_teacher": 9'))
     _expect(train_tpu, capsys, arguments, "--resume starts it anew")
     assert train_tpu.main([*arguments, "--resume"]) == 0
     assert "the run starts anew" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_evaluation_of_a_row_that_is_no_distribution_is_nan(bad, jit):
     np.testing.assert_array_equal(np.isnan(found), np.arange(6) < 5)
 
 
-@pytest.mark.parametrize("name", ["kl", "loss", "student_perplexity"])
+@pytest.mark.parametrize("name", ["kl_teacher", "loss", "student_perplexity"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_selection_metric_of_what_is_not_finite_is_never_the_best(name, value):
     found = ev.HeldOut(1.0, 2.0, 3.0, 4, 1.0, rouge_l=0.9)._replace(**{name: value})
@@ -124,7 +124,7 @@ def test_evaluate_nothing_counted_is_an_error():
 @pytest.mark.parametrize(
     ("best_by", "better", "worse"),
     [
-        ("kl", 0.1, 0.2),
+        ("kl_teacher", 0.1, 0.2),
         ("loss", 0.1, 0.2),
         ("student_perplexity", 3.0, 4.0),
         ("rouge_l", 0.4, 0.3),

@@ -171,7 +171,10 @@ def test_loop_stops_after_too_many_steps_that_are_not_finite(make_loop, make_par
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (HeldOut(math.nan, 2.0, math.nan, 4, 1.0), "the teacher: not finite .*kl nan"),
+        (
+            HeldOut(math.nan, 2.0, math.nan, 4, 1.0),
+            "the teacher: not finite .*kl_teacher nan",
+        ),
         (HeldOut(math.nan, math.nan, 3.0, 4, 1.0), "the student: not finite"),
         (HeldOut(math.nan, math.nan, math.nan, 4, 1.0), "the teacher and the student"),
         (HeldOut(1.0, 2.0, 3.0, 4, math.inf), r"the two models .*\(loss inf\)"),
@@ -205,7 +208,7 @@ def test_loop_perplexity_beyond_a_float_is_no_fault(make_loop):
     assert best_state(loop, state)[1] == HeldOut(1.0, math.inf, math.inf, 4, 1.0)
 
 
-@pytest.mark.parametrize("selection_metric", ["kl", "rouge_l"])
+@pytest.mark.parametrize("selection_metric", ["kl_teacher", "rouge_l"])
 def test_best_state_that_is_not_finite_is_an_error(make_loop, selection_metric):
     """What is not finite is never the best, whatever its answers score."""
     figures = iter([1.0, math.nan, math.inf, math.nan])
@@ -270,12 +273,14 @@ def test_loop_checkpoint_holds_evaluations_and_models(make_loop):
 
 
 def test_best_state_is_not_a_damaged_checkpoint(make_loop):
-    loop, state = make_loop(evaluate=_judged("kl", [0.5, 1.0, 2.0, 3.0]), keep=3)
+    loop, state = make_loop(
+        evaluate=_judged("kl_teacher", [0.5, 1.0, 2.0, 3.0]), keep=3
+    )
     state = loop.run(state)
     path = loop.checkpoints.folder / "4" / "state" / "manifest.ocdbt"
     path.write_bytes(path.read_bytes()[:-1])
     state, found = best_state(loop, state)
-    assert found.kl == 3.0
+    assert found.kl_teacher == 3.0
     assert int(state.step) == 12
     assert "is damaged: state/manifest.ocdbt" in loop.progress.lines[-1]
 
@@ -294,7 +299,7 @@ def test_loop_best_is_kept_although_older(make_loop):
 def _judged(field, values):
     """An evaluation that finds these values of one figure, one after the other."""
     left = iter(values)
-    fixed = {"kl": 1.0, "student_perplexity": 2.0, "teacher_perplexity": 3.0}
+    fixed = {"kl_teacher": 1.0, "student_perplexity": 2.0, "teacher_perplexity": 3.0}
     return lambda state: HeldOut(**{**fixed, "tokens": 4, field: next(left)})
 
 
@@ -302,14 +307,14 @@ def _judged(field, values):
     ("selection_metric", "values", "best"),
     [
         # Step 0, which is not trained, has the best figure of all.
-        ("kl", [0.5, 3.0, 1.0, 2.0], 8),
+        ("kl_teacher", [0.5, 3.0, 1.0, 2.0], 8),
         ("loss", [0.5, 3.0, 1.0, 2.0], 8),
         ("student_perplexity", [0.5, 3.0, 1.0, 2.0], 8),
         ("rouge_l", [0.9, 0.1, 0.3, 0.2], 8),
         ("exact_match", [0.9, 0.3, 0.1, 0.2], 4),
         # Nothing is exact: the last of equals.
         ("exact_match", [0.0, 0.0, 0.0, 0.0], 12),
-        ("kl", [0.5, float("nan"), 1.0, float("inf")], 8),
+        ("kl_teacher", [0.5, float("nan"), 1.0, float("inf")], 8),
     ],
 )
 def test_best_state_is_the_best_by_the_asked_figure(

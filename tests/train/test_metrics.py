@@ -122,7 +122,7 @@ def test_loglogger_resumed_drops_what_came_after_and_knows_what_came_before(
     logger.close()
     kept = logger.evaluations[:1]
     again, *_ = open_logger(start=3, evaluations=kept)
-    assert [row["kl"] for row in again.evaluations] == [0.2]
+    assert [row["kl_teacher"] for row in again.evaluations] == [0.2]
     again.evaluation(row(5, HeldOut(0.5, 2, 3, 4)))
     assert [row["step"] for row in again.evaluations] == [2, 5]
     lines = (tmp_path / EVALUATIONS).read_text().splitlines()
@@ -130,10 +130,10 @@ def test_loglogger_resumed_drops_what_came_after_and_knows_what_came_before(
     assert [row["step"] for row in read_lines(tmp_path / METRICS)] == [2]
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"step": 2, "kl": 9.0}\n'])
+@pytest.mark.parametrize("text", ["", "{", '{"step": 2, "kl_teacher": 9.0}\n'])
 def test_loglogger_evaluations_are_those_of_the_checkpoint(open_logger, tmp_path, text):
     (tmp_path / EVALUATIONS).write_text(text)
-    rows = [{"step": 2, "kl": 0.5}]
+    rows = [{"step": 2, "kl_teacher": 0.5}]
     logger, *_ = open_logger(start=3, evaluations=rows)
     assert logger.evaluations == read_lines(tmp_path / EVALUATIONS) == rows
     assert "evaluations.jsonl is not the checkpoint's" in logger.told[0]
@@ -143,7 +143,7 @@ def test_loglogger_evaluations_are_those_of_the_checkpoint(open_logger, tmp_path
 
 
 def test_loglogger_of_a_new_run_begins_without_evaluations(open_logger, tmp_path):
-    (tmp_path / EVALUATIONS).write_text('{"step": 0, "kl": 9.0}\n')
+    (tmp_path / EVALUATIONS).write_text('{"step": 0, "kl_teacher": 9.0}\n')
     logger, *_ = open_logger(evaluations=[])
     assert not logger.evaluations
     assert not (tmp_path / EVALUATIONS).read_text()
@@ -159,5 +159,5 @@ def test_loglogger_writes_events_that_tensorboard_reads(open_logger, tmp_path):
     logger.evaluation(row(1, HeldOut(0.5, 2.0, 3.0, 4)))
     found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert [event.value for event in found.Scalars("held_out/kl")] == [0.5]
+    assert [event.value for event in found.Scalars("held_out/kl_teacher")] == [0.5]
     assert [event.step for event in found.Scalars("train/loss")] == [1]

@@ -23,7 +23,7 @@ def test_lines_cuts_back_to_where_a_resumed_run_goes_on(tmp_path):
     ]
 
 
-ODD = {"step": 1, "loss": math.nan, "kl": math.inf, "t": -math.inf, "lr": None}
+ODD = {"step": 1, "loss": math.nan, "kl_teacher": math.inf, "t": -math.inf, "lr": None}
 
 
 def test_lines_not_finite_is_a_word_and_read_back_a_number(tmp_path):
@@ -35,7 +35,7 @@ def test_lines_not_finite_is_a_word_and_read_back_a_number(tmp_path):
     assert written == {
         "step": 1,
         "loss": "NaN",
-        "kl": "Infinity",
+        "kl_teacher": "Infinity",
         "t": "-Infinity",
         "lr": None,
         "skipped": True,
@@ -61,9 +61,9 @@ def _refuse(constant):
         (b'{"step": 1}\n\xff\xfe\0\n{"step": 3}\n', [1], "line 2"),
         (b'{"step": 1}\n[2]\n{"step": 3}\n', [1], "line 2"),
         (b'{"step": 1}\n{"step": "2"}\n{"step": 3}\n', [1], "line 2"),
-        (b'{"step": 1}\n{"kl": 2}\n{"step": 3}\n', [1], "line 2"),
+        (b'{"step": 1}\n{"kl_teacher": 2}\n{"step": 3}\n', [1], "line 2"),
         (b'{"step": 2}\n{"step": 1}\n', [2], "line 2"),
-        (b'{"step": 1, "kl": [2]}\n{"step": 3}\n', [], "line 1"),
+        (b'{"step": 1, "kl_teacher": [2]}\n{"step": 3}\n', [], "line 1"),
         (b"[" * 100_000 + b"\n{}\n", [], "line 1"),
     ],
 )
@@ -133,7 +133,11 @@ def test_draw_curves_makes_a_picture(tmp_path):
         math.nan,
         math.inf,
     )
-    judged = [{"step": 0, "kl": 2.0}, {"step": 4, "kl": None}, {"step": 8, "kl": 0.2}]
+    judged = [
+        {"step": 0, "kl_teacher": 2.0},
+        {"step": 4, "kl_teacher": None},
+        {"step": 8, "kl_teacher": 0.2},
+    ]
     report.draw_curves(path, rows, judged, title="a run")
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -141,7 +145,7 @@ def test_draw_curves_makes_a_picture(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_draw_curves_of_nothing_finite_makes_a_picture(tmp_path, value):
     path = tmp_path / "curves.png"
-    names = ("loss", "kl", "kl_teacher", "t")
+    names = ("loss", "kl_teacher", "kl_teacher", "t")
     rows = [{"step": i, **dict.fromkeys(names, value)} for i in range(3)]
     report.draw_curves(path, rows, rows, title="a run")
     assert path.read_bytes().startswith(b"\x89PNG")
