@@ -301,7 +301,7 @@ def test_train_tpu_run_is_ended_earlier_and_then_made_longer(
     assert {path.name for path in (run / "set_aside").iterdir()} == {"12"}
 
     assert train_tpu.main([*flags, "--steps=14"]) == 0
-    assert "14 steps in place of 9" in " ".join(capsys.readouterr().out.split())
+    assert "14 steps in place of 12" in " ".join(capsys.readouterr().out.split())
     rows = _rows(run)
     assert rows[:9] == _rows(finished)[:9]
     assert [row["step"] for row in rows] == list(range(1, 15))
