@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from taid_jax import __version__
 from taid_jax.data.errors import DataError, Problem, nothing_left
 from taid_jax.data.options import PRESETS as PRESETS
 from taid_jax.data.options import PrepareOptions as PrepareOptions
@@ -41,7 +42,7 @@ REPORT = "left_out.jsonl"
 
 _WORK, _ASKED = ".unfinished", "asked.json"
 _KEYS_NAMED = 20
-_PACKAGES = ("taid-jax", "transformers", "tokenizers", "datasets", "pyarrow", "jinja2")
+_PACKAGES = ("transformers", "tokenizers", "datasets", "pyarrow", "jinja2")
 
 
 def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
@@ -230,10 +231,5 @@ def _write_report(output: pathlib.Path, problems: Sequence[Problem]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"taid-jax": __version__, **found}
