@@ -5,6 +5,7 @@ piece, and keeps what is done in the folder's `.unfinished`: stopped at any poin
 goes on from there. Then it is decided which examples are saved, and shards are written.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taid_jax import __version__
 from taid_jax.data.errors import DataError, Problem, nothing_left
 from taid_jax.data.options import PRESETS as PRESETS
 from taid_jax.data.options import PrepareOptions as PrepareOptions
@@ -42,7 +42,7 @@ REPORT = "left_out.jsonl"
 
 _WORK, _ASKED = ".unfinished", "asked.json"
 _KEYS_NAMED = 20
-_PACKAGES = ("transformers", "tokenizers", "datasets", "pyarrow", "jinja2")
+_PACKAGES = ("taid-jax", "transformers", "tokenizers", "datasets", "pyarrow", "jinja2")
 
 
 def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
@@ -231,5 +231,8 @@ def _write_report(output: pathlib.Path, problems: Sequence[Problem]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"taid-jax": __version__, **found}
+    found = dict.fromkeys(_PACKAGES, "not installed")
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
