@@ -77,6 +77,14 @@ def as_batch(**arrays):
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
+def test_hidden_states_jitted_are_those_run_step_by_step():
+    params, batch = tiny_params(), as_batch(input_ids=ids_of(TINY))
+    with jax.disable_jit():
+        eager = hidden_states(params, batch, TINY)
+    # The compiler sums in another order.
+    np.testing.assert_allclose(eager, run_tiny(params, batch), atol=2e-6)
+
+
 def test_hidden_states_see_no_later_token():
     params = tiny_params()
     # Each token occurs once, so a row of the embedding is one position.

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -80,6 +84,41 @@ def test_load_model_refuses_files_that_are_larger_than_memory(
     load_model(tmp_path / "m", dtype="bfloat16")
     monkeypatch.setattr(memory, "host_memory", lambda: 4 * size(SMALL))
     load_model(tmp_path / "m")
+
+
+PEAK = """
+import pathlib, sys
+import jax
+from taid_jax.models.files.load import load_model
+
+def resident(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+load_model(sys.argv[1])  # what the code itself needs is there now
+before = resident("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+model = load_model(sys.argv[2])
+weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+print((resident("VmHWM") - before) * 1024 / weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux")
+def test_load_model_needs_no_second_copy(tmp_path, random_params):
+    large = dataclasses.replace(SMALL, d_model=512, num_layers=16, mlp_dim=2048)
+    for name, config in (("small", SMALL), ("large", large)):
+        export_model(tmp_path / name, config, random_params(config))
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # The weights, 200 MiB, and one tensor.
+    assert 1 <= float(done.stdout) < 1.3
 
 
 def test_check_fits_adds_up_what_shares_a_host(monkeypatch):

@@ -248,14 +248,15 @@ def test_prepare_data_goes_on_after_kill_9(teacher, template, tmp_path):
             text=True,
         )
 
-    process = start("killed", 1)
+    process = start("killed", 2)
     until = time.monotonic() + 200
     while time.monotonic() < until and process.poll() is None:
         if list((tmp_path / "killed" / ".unfinished").glob("tmp*")):  # encoding
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    # To its end: as long as a worker lives, it has this pipe open.
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "manifest.json").exists()
     for name, jobs in (("killed", 1), ("whole", 2)):

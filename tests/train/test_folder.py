@@ -105,8 +105,6 @@ def test_claim_makes_the_folder_and_lets_nobody_else_in(tmp_path):
 
 HOLDER = """
 import sys
-import types
-from taid_jax.models.files import export
 from taid_jax.settings import from_dict
 from taid_jax.train.folder import RunFolder
 output = RunFolder(from_dict({"output": sys.argv[1]}).run)

@@ -211,3 +211,8 @@ def test_export_model_refuses_names_that_no_file_can_have(tmp_path, params, name
         export_model(tmp_path / name, CONFIG, params)
     str(caught.value).encode()  # A console can print it.
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_model_takes_a_name_as_long_as_names_can_be(tmp_path, params):
+    export_model(tmp_path / ("x" * 255), CONFIG, params)
+    same(load_model(tmp_path / ("x" * 255)).params, params)
