@@ -231,7 +231,7 @@ def _write_report(output: pathlib.Path, problems: Sequence[Problem]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = dict.fromkeys(_PACKAGES, "not installed")
+    found: dict[str, str] = dict.fromkeys(_PACKAGES, "not installed")
     for name in found:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
