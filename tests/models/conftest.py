@@ -152,7 +152,6 @@ def write_gguf():
         keys=(),
         tokens=None,
         extra=None,
-        left_out=(),
         **settings,
     ):
         values = {"model_type": model_type, **GGUF_SIZES}
@@ -174,7 +173,6 @@ def write_gguf():
             for entry in entries(config, "hf")
             for layer in entry.names
             for name in layer
-            if name not in left_out
         }
         state = {}
         for name, shape in shapes.items():
