@@ -1,7 +1,5 @@
 """Tensors that hold several modules: on a mesh, under other names, and damaged."""
 
-import dataclasses
-
 import jax
 import ml_dtypes
 import numpy as np
@@ -11,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from taid_jax.errors import ModelError
 from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.families import family_named, read_config
-from taid_jax.models.files.export import export_model, stored_tensors
+from taid_jax.models.files.export import export_model
 from taid_jax.models.files.hf import WEIGHTS
 from taid_jax.models.files.load import load_model
 from taid_jax.models.rope import rope_frequencies
@@ -199,19 +197,3 @@ def test_load_model_lists_the_heads_that_are_missing(write):
     text = refusal(folder)
     assert f"missing: {at(3)}, shape (4,)" in text
     assert f"wrong shape: {at(1)} has (5,), the config needs (4,)" in text
-
-
-def test_stored_tensors_needs_every_piece_of_a_tensor(monkeypatch, random_params):
-    family = family_named("phi3")
-    config = config_of("phi3")
-    whole = random_params(config)
-    doubled = tuple(
-        dataclasses.replace(weight, part=dataclasses.replace(weight.part, index=1))
-        if weight.module == "layers.mlp.gate_proj"
-        else weight
-        for weight in family.weights
-    )
-    poor = dataclasses.replace(family, weights=doubled)
-    monkeypatch.setattr("taid_jax.models.families.registry.FAMILIES", (poor,))
-    with pytest.raises(ModelError, match=r"gate_up_proj.*each of its pieces once"):
-        list(stored_tensors(config, whole))
