@@ -68,40 +68,6 @@ def write(tmp_path, random_params):
     return make
 
 
-def test_load_model_reads_the_thirds_of_each_head_of_gpt_neox(write):
-    folder, config, _ = write("gpt_neox")
-    stored = load_file(folder / WEIGHTS)
-    name = "gpt_neox.layers.1.attention.query_key_value"
-    weight, bias = stored[f"{name}.weight"], stored[f"{name}.bias"]
-    attention = load_model(folder).params["layers"]["attention"]
-    width = config.head_dim
-    for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
-        for head in range(config.num_heads):
-            start = (3 * head + index) * width
-            rows = slice(start, start + width)
-            kernel = attention[part]["kernel"][1, :, head]
-            np.testing.assert_array_equal(kernel, weight[rows].T)
-            np.testing.assert_array_equal(attention[part]["bias"][1, head], bias[rows])
-
-
-def test_load_model_reads_queries_before_keys_before_values_of_phi3(write):
-    folder, _, _ = write("phi3")
-    stored = load_file(folder / WEIGHTS)
-    weight = stored["model.layers.1.self_attn.qkv_proj.weight"]
-    gate_up = stored["model.layers.1.mlp.gate_up_proj.weight"]
-    layers = load_model(folder).params["layers"]
-    first = 16  # Four heads of width 4, then two, then two.
-    for part, rows in (
-        ("q_proj", weight[:first]),
-        ("k_proj", weight[first : first + 8]),
-        ("v_proj", weight[first + 8 :]),
-    ):
-        kernel = layers["attention"][part]["kernel"][1].reshape(16, -1)
-        np.testing.assert_array_equal(kernel, rows.T)
-    for part, rows in (("gate_proj", gate_up[:24]), ("up_proj", gate_up[24:])):
-        np.testing.assert_array_equal(layers["mlp"][part]["kernel"][1], rows.T)
-
-
 @pytest.mark.multidevice
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2"])
 @pytest.mark.filterwarnings("ignore:.*stays whole on each device")
