@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Chat, Completion, Document, Text, make_document
+from taid_jax.data.documents import Chat, Document, Text, make_document
 from taid_jax.data.errors import RecordError
 from taid_jax.data.records import Record
 from taid_jax.data.tokens import Encoder, Example, Rendered, cut_windows
@@ -124,8 +124,6 @@ class Intake:
             match document.content:
                 case Chat() as content:
                     rendered = self._renderer.chat(content)
-                case Completion() as content:
-                    rendered = self._renderer.completion(content)
                 case Text(text):
                     if not text.strip():
                         raise RecordError("empty", "white space only")
