@@ -55,7 +55,7 @@ def test_generate_writes_what_training_reads_and_overwrites_nothing(
     assert [row["prompt"] for row in rows][:3] == [p["prompt"] for p in PROMPTS]
     for row in rows:
         content = make_document(row, 0).content
-        assert content.completion.strip()
+        assert content.messages[1].content.strip()
         assert content.completion != "old"
     assert "4 answers written" in capsys.readouterr().out
 
