@@ -240,9 +240,11 @@ def _text(text: str) -> str:
 
 def _manager() -> Any:
     """Returns the server of the pool's queue, which ends with its parent as well."""
-    import multiprocess.managers
+    import multiprocess
+    from multiprocess.managers import SyncManager
 
-    manager = multiprocess.managers.SyncManager(ctx=multiprocess.get_context("spawn"))
+    context = multiprocess.get_context("spawn")  # pyright: ignore
+    manager = SyncManager(ctx=context)
     manager.start(_watch_parent)
     return manager
 
