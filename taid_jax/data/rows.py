@@ -154,10 +154,14 @@ class _Encode:
         self._tokenizer, self._options = tokenizer, options
         self._intake: Intake | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In a process of the pool, as soon as it has its task.
+        self.__dict__.update(state)
+        _watch_parent()
+
     def __call__(self, batch: Mapping[str, list[Any]]) -> pyarrow.Table:
         options = self._options
         if self._intake is None:
-            _watch_parent()
             self._intake = Intake(
                 Encoder(self._tokenizer),
                 Limits(options.max_tokens, options.max_prompt, options.max_answer),
