@@ -305,8 +305,9 @@ class ConsoleProgress:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Shows a held-out evaluation."""
         text = (
-            f"held out at step {row['step']}: KL {number(row['kl_teacher'])} nats, perplexity "
-            f"of the student {number(row['student_perplexity'], 2)}, of the teacher "
+            f"held out at step {row['step']}: KL {number(row['kl_teacher'])} nats, "
+            f"perplexity of the student {number(row['student_perplexity'], 2)}, of the "
+            "teacher "
             f"{number(row['teacher_perplexity'], 2)}"
         )
         if row["rouge_l"] is not None:
