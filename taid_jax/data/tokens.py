@@ -221,7 +221,7 @@ class Encoder:
         if item.counts_all:
             counted = np.ones(len(ids), np.bool_)
             borders = [item.text[:place] for span in item.not_counted for place in span]
-            places = [_common_start(ids, start) for start in self.ids(borders)]
+            places = [shared_start(ids, start) for start in self.ids(borders)]
             for first, stop in zip(places[::2], places[1::2], strict=True):
                 counted[first:stop] = False
         # Written in the text, by a template or by both: one start token is right.
@@ -263,7 +263,7 @@ class Encoder:
         starts = self.ids([item.text[:border] for border in borders])
         if item.counts_all:
             # A token that crosses into the answer is the answer's.
-            prompt, answer_end = (_common_start(whole, s) for s in starts[-2:])
+            prompt, answer_end = (shared_start(whole, s) for s in starts[-2:])
             return _Found(whole, inside, prompt, answer_end)
         if all(whole[: len(start)] == start for start in starts):
             inside = np.zeros(len(whole), np.bool_)
@@ -280,13 +280,11 @@ class Encoder:
         )
 
 
-def _common_start(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Returns how many ids both begin with."""
-    pairs = zip(ids, others, strict=False)
-    return next(
-        (place for place, (one, other) in enumerate(pairs) if one != other),
-        min(len(ids), len(others)),
-    )
+def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Returns how many characters, or ids, both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    shorter = min(len(one), len(other))
+    return next((place for place, (a, b) in pairs if a != b), shorter)
 
 
 def cut_windows(example: Example, length: int) -> Iterator[Example]:
