@@ -177,15 +177,17 @@ class ChatRenderer:
             if not self._train_on_prompts or untrained or error.reason == "no_end":
                 raise
             return Rendered(whole, counts_all=True, unused_keys=texts.unused_keys)
-        masked = [n for n, turn in enumerate(turns) if turn in untrained]
-        trained = tuple(span for n, span in enumerate(spans) if n not in masked)
+        turned = zip(spans, turns, strict=False)
+        masked = tuple(span for span, turn in turned if turn in untrained)
+        trained = tuple(span for span in spans if span not in masked)
         if not self._train_on_prompts:
             return Rendered(whole, trained, unused_keys=texts.unused_keys)
+        answers = tuple(sorted((*masked, *trained[-1:])))
         return Rendered(
             whole,
-            trained[-1:],
+            answers,
             counts_all=True,
-            not_counted=tuple(spans[n] for n in masked),
+            untrained=masked,
             unused_keys=texts.unused_keys,
         )
 

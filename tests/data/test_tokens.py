@@ -46,7 +46,7 @@ def test_cut_windows_leaves_the_text_as_it_was():
 
 def test_encoder_frames_text_with_the_tokenizers_own_tokens(styled_tokenizer):
     encoder = Encoder(styled_tokenizer)
-    [example] = encoder.examples([Rendered("The cat", framed=True)])
+    [example] = encoder.examples([Rendered("The cat", counts_all=True, framed=True)])
     plain = styled_tokenizer("The cat", add_special_tokens=False)["input_ids"]
     assert example.ids.tolist() == [*plain, styled_tokenizer.eos_token_id]
     assert example.counted.tolist() == [False] + [True] * len(plain)
@@ -83,7 +83,10 @@ def test_encoder_has_the_start_token_of_a_text_once(llama, times, framed):
     text = prompt + answer
     spans = (Span(len(prompt), len(text)),)
     [plain, asked] = Encoder(llama).examples(
-        [Rendered(text, framed=framed), Rendered(text, spans, framed=framed)]
+        [
+            Rendered(text, counts_all=True, framed=framed),
+            Rendered(text, spans, framed=framed),
+        ]
     )
     for example in (plain, asked):
         ids = example.ids.tolist()
