@@ -158,13 +158,13 @@ def store_teacher(
     facts = distributed.broadcast(
         lambda: _facts(settings, options, opened, dataset, recipe, mesh)
     )
+    distributed.broadcast(lambda: _announce(files, recipe, console))
     with contextlib.ExitStack() as hold:
         if distributed.broadcast(lambda: _begin(files.folder, facts, hold)):
             tidy(files.folder)
             return read_manifest(files.folder)
         for note in opened.teacher.notes:
             console.print(f"note: {note}", soft_wrap=True, highlight=False)
-        distributed.broadcast(lambda: _announce(files, recipe, opened, console))
         teacher = _load(settings, opened, mesh)
         _write_teacher(files.folder, teacher, recipe)
         _write_shards(files, recipe, teacher, mesh, console)
@@ -381,10 +381,12 @@ def _owned(lots: Sequence[Lot]) -> frozenset[int]:
     return frozenset(first.values())
 
 
-def _announce(
-    files: _Files, recipe: _Recipe, opened: OpenPair, console: Console
-) -> None:
-    """Says how much will be stored, and refuses what the disk has no room for."""
+def _announce(files: _Files, recipe: _Recipe, console: Console) -> None:
+    """Says how much will be stored, and refuses what the disk has no room for.
+
+    Raises:
+        StoreError: With how much is missing.
+    """
     head_bytes = 0
     if recipe.kind == "hidden":
         head = head_params(abstract_params(recipe.config), recipe.config)
@@ -401,7 +403,10 @@ def _announce(
     width = sum(column.bytes_per_token for column in recipe.columns)
     there = sum(path.stat().st_size for path in files.folder.glob("outputs-*"))
     total = tokens * width + len(numbers) * KEY_BYTES + head_bytes + _SPARE
-    free = shutil.disk_usage(files.folder).free
+    parent = next(
+        each for each in (files.folder, *files.folder.parents) if each.exists()
+    )
+    free = shutil.disk_usage(parent).free
     console.print(
         f"{recipe.kind}: {len(numbers):,} examples, {tokens:,} tokens of {width:,} "
         f"bytes, {_size(total)} in {len(files.shards)} files; {_size(free)} are free",
@@ -416,7 +421,7 @@ def _announce(
         )
 
 
-def _size(count: float) -> str:
+def _size(count: int) -> str:
     return (
         f"{count / 2**30:,.2f} GiB" if count >= 2**28 else f"{count / 2**20:,.1f} MiB"
     )
