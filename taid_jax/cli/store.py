@@ -55,8 +55,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     given = _flags.first_flags(arguments, "config", "output")
     base = _flags.read_config(given.config)
-    config = None if given.config is None else pathlib.Path(given.config)
-    command = _flags.parse(Command, arguments, __doc__, base, config=config)
+    command = _flags.parse(Command, arguments, __doc__, base)
     if given.output is None:
         raise SettingsError("output: need the folder of the store")
     if command.settings.model.teacher_store is not None:
