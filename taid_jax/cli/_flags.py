@@ -37,6 +37,8 @@ def parse(
     arguments: Sequence[str],
     description: str | None,
     settings: Settings | None = None,
+    *,
+    name: str | None = None,
     **defaults: Any,
 ) -> Command:
     """Returns the flags as a `kind`.
@@ -46,6 +48,7 @@ def parse(
         arguments: The words of the command line.
         description: Of the command.
         settings: What its field `settings` is laid over, when it has one.
+        name: Of the command; that of its module when None.
         **defaults: Of other fields.
 
     Raises:
@@ -60,7 +63,7 @@ def parse(
     return tyro.cli(
         kind,
         # The file that is run would be named otherwise, which has no such flags.
-        prog=f"taid-jax {kind.__module__.rpartition('.')[2]}",
+        prog=f"taid-jax {name or kind.__module__.rpartition('.')[2]}",
         args=arguments,
         description=f"{description}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),
