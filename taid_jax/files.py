@@ -1,11 +1,13 @@
-"""Files that are seen whole or not at all, whenever the process dies."""
+"""Files and folders that are seen whole or not at all, whenever the process dies."""
 
 import contextlib
 import fcntl
 import os
 import pathlib
+import secrets
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from taid_jax.errors import InputError, explain, show
 
@@ -21,8 +23,7 @@ def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     part = path.with_name(path.name + ".partial")
     yield part
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
+    _flush(part)
     part.replace(path)
 
 
@@ -71,3 +72,49 @@ def hold_folder(folder: pathlib.Path) -> tuple[int, str | None]:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return handle, note
+
+
+@contextlib.contextmanager
+def folder_aside(
+    path: pathlib.Path, check: Callable[[], None]
+) -> Iterator[pathlib.Path]:
+    """Gives a new folder to fill, which takes the place of `path` when all is written.
+
+    What stood there comes back if that fails; what is left of a writer that was killed
+    ends in `.partial`.
+
+    Args:
+        path: The folder; what it is in is made too.
+        check: Raises if what stands there must not be replaced. Asked when all is
+            written, as it may have been filled meanwhile.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the folder's name, which may be as long as names can be.
+    part = path.with_name(f".{secrets.token_hex(8)}.partial")
+    old = part.with_suffix(".old")
+    part.mkdir()
+    try:
+        yield part
+        for each in (*part.rglob("*"), part):
+            _flush(each)
+        check()
+        if path.is_dir():
+            path.rename(old)
+        part.rename(path)
+        _flush(path.parent)
+    except BaseException:
+        if old.is_dir() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: pathlib.Path) -> None:
+    """Makes sure that a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,16 +14,56 @@ import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from taid_jax._fields import Checked as Checked
-from taid_jax._fields import SettingsError as SettingsError
-from taid_jax._fields import cast, need, typed_fields, without_effect
-from taid_jax._fields import check_file as check_file
-from taid_jax._fields import check_number as check_number
-from taid_jax._fields import check_text as check_text
-from taid_jax._fields import setting as setting
-from taid_jax._yaml import dump_yaml, read_values
-from taid_jax._yaml import parse_yaml as parse_yaml
+from taid_jax._fields import (
+    Checked,
+    SettingsError,
+    cast,
+    check_file,
+    check_text,
+    need,
+    setting,
+    typed_fields,
+    without_effect,
+)
+from taid_jax._yaml import dump_yaml, parse_yaml, read_values
 from taid_jax.errors import parsing, shorten, show
+
+__all__ = [
+    "BASE",
+    "DEFAULT_STUDENT_LAYERS",
+    "Checked",
+    "DataSettings",
+    "DistributedSettings",
+    "EvaluationSettings",
+    "ModelSettings",
+    "ObjectiveName",
+    "ObjectiveSettings",
+    "OnPolicySettings",
+    "OptimizerSettings",
+    "RunSettings",
+    "SelectionMetric",
+    "Settings",
+    "SettingsError",
+    "changed",
+    "check_file",
+    "check_text",
+    "contradictions",
+    "flatten",
+    "from_dict",
+    "is_date",
+    "make_room",
+    "parse_yaml",
+    "read_settings",
+    "setting",
+    "to_dict",
+    "to_yaml",
+    "with_steps",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 DEFAULT_STUDENT_LAYERS = 10
 

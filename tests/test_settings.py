@@ -144,63 +144,54 @@ def test_bounds_of_settings_are_those_of_the_losses():
     loss.AdaptiveKL(1e-6)
 
 
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        (KL | {"t_start": 0.2}, "objective taid"),
-        (KL | {"t_end": 0.9}, "objective taid"),
-        (KL | {"alpha": 1e-3}, "objective taid"),
-        (KL | {"disable_adaptive": True}, "objective taid"),
-        ({"alpha": 1e-3, "disable_adaptive": True}, "disable_adaptive False"),
-        ({"beta": 0.9, "disable_adaptive": True}, "disable_adaptive False"),
-        ({"temperature": 2.0}, "objective forward_kl or reverse_kl"),
-        ({"temperature": 2.0, "objective": "total_variation"}, "or dkd"),
-        ({"temperature": 2.0, "objective": "ctkd"}, "or dkd"),
-        ({"teacher_weight": 0.3, "objective": "skew_forward_kl"}, "jensen_shannon"),
-        ({"skew": 0.3, "objective": "jensen_shannon"}, "objective skew_forward_kl or"),
-        ({"head_threshold": 0.3}, "objective adaptive_kl"),
-        ({"dkd_alpha": 2.0}, "objective dkd"),
-        ({"dkd_beta": 2.0}, "objective dkd"),
-        ({"ctkd_ramp_steps": 3}, "objective ctkd"),
-        ({"ctkd_ramp_epochs": 3.0}, "objective ctkd"),
-        ({"distil_ratio": 0.5, "objective": "sft"}, "objective taid or"),
-        ({"buffer_capacity": 9}, "on_policy mixed or adaptive"),
-        ({"completion_tokens": 9}, "on_policy mixed or adaptive"),
-        ({"completion_temperature": 1.0}, "on_policy mixed or adaptive"),
-        (ON_POLICY | {"completion_top_k": 5}, "completion_temperature > 0"),
-        (ON_POLICY | {"completion_top_p": 0.5}, "completion_temperature > 0"),
-        (ON_POLICY | {"adaptive_step": 0.2}, "on_policy adaptive"),
-        (ON_POLICY | {"on_policy": "adaptive", "mixed_rate": 0.2}, "on_policy mixed"),
-        ({"eval_tokens": 9}, "eval_prompts >= 1"),
-        ({"buckets": "64"}, "pack False"),
-        ({"chunk_size": 9, "fused": False}, "fused True"),
-        ({"resume_step": 9}, "resume True"),
-        ({"join_timeout": 9, "cluster": "none"}, "cluster auto or"),
-        ({"heartbeat_timeout": 9, "cluster": "none"}, "cluster auto or"),
-        (
-            {"coordinator": "h:1", "num_processes": 1, "process_id": 0}
-            | {"cluster": "slurm"},
-            "coordinator None",
-        ),
-        ({"epochs": 2.0, "steps": 7}, "no steps beside it"),
-        ({"evals_per_epoch": 2, "eval_every": 7}, "no eval_every beside it"),
-        ({"saves_per_epoch": 2, "save_every": 7}, "no save_every beside it"),
-        (
-            {"objective": "ctkd", "ctkd_ramp_epochs": 2.0, "ctkd_ramp_steps": 7},
-            "no ctkd_ramp_steps beside it",
-        ),
-        ({"student_layers": 4, "student": "a"}, "no student beside it"),
-        ({"student_config": "b", "student": "a"}, "no student beside it"),
-        ({"student_config": "b", "student_layers": 4}, "no student_layers beside it"),
-    ],
-    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
-)
-def test_from_dict_setting_without_effect_is_refused_by_name(values, reason):
-    message = _refusal(values)
-    assert reason in message
-    assert message.split(":")[0] in values
-    # Left out where it is only offered, by a base or to several methods.
-    assert s.from_dict(values, strict=False)
+JSD, TV = {"objective": "jensen_shannon"}, {"objective": "total_variation"}
+ADAPTIVE = ON_POLICY | {"on_policy": "adaptive"}
+LINEAR, ALONE = {"disable_adaptive": True}, {"cluster": "none"}
+COORDINATED = {"coordinator": "h:1", "num_processes": 1, "process_id": 0}
+RAMP = {"objective": "ctkd", "ctkd_ramp_epochs": 2.0}
+WITHOUT_EFFECT = [
+    ("objective taid", KL, "t_start=0.2 t_end=0.9 alpha=1e-3 disable_adaptive=true"),
+    ("disable_adaptive False", LINEAR, "alpha=1e-3 beta=0.9"),
+    ("objective forward_kl or reverse_kl", {}, "temperature=2.0"),
+    ("or dkd", TV, "temperature=2.0"),
+    ("or dkd", {"objective": "ctkd"}, "temperature=2.0"),
+    ("jensen_shannon", {"objective": "skew_forward_kl"}, "teacher_weight=0.3"),
+    ("objective skew_forward_kl or", JSD, "skew=0.3"),
+    ("objective adaptive_kl", {}, "head_threshold=0.3"),
+    ("objective dkd", {}, "dkd_alpha=2.0 dkd_beta=2.0"),
+    ("objective ctkd", {}, "ctkd_ramp_steps=3 ctkd_ramp_epochs=3.0"),
+    ("objective taid or", {"objective": "sft"}, "distil_ratio=0.5"),
+    ("on_policy mixed or adaptive", {}, "buffer_capacity=9 completion_tokens=9"),
+    ("on_policy mixed or adaptive", {}, "completion_temperature=1.0"),
+    ("completion_temperature > 0", ON_POLICY, "completion_top_k=5"),
+    ("completion_temperature > 0", ON_POLICY, "completion_top_p=0.5"),
+    ("on_policy adaptive", ON_POLICY, "adaptive_step=0.2"),
+    ("on_policy mixed", ADAPTIVE, "mixed_rate=0.2"),
+    ("eval_prompts >= 1", {}, "eval_tokens=9"),
+    ("pack False", {}, "buckets=64"),
+    ("fused True", {"fused": False}, "chunk_size=9"),
+    ("resume True", {}, "resume_step=9"),
+    ("cluster auto or", ALONE, "join_timeout=9 heartbeat_timeout=9"),
+    ("coordinator None", COORDINATED, "cluster=slurm"),
+    ("no steps beside it", {"epochs": 2.0}, "steps=7"),
+    ("no eval_every beside it", {"evals_per_epoch": 2}, "eval_every=7"),
+    ("no save_every beside it", {"saves_per_epoch": 2}, "save_every=7"),
+    ("no ctkd_ramp_steps beside it", RAMP, "ctkd_ramp_steps=7"),
+    ("no student beside it", {"student": "a"}, "student_config=b"),
+    ("no student_layers beside it", {"student_layers": 4}, "student_config=b"),
+]
+
+
+@pytest.mark.parametrize(("reason", "beside", "flags"), WITHOUT_EFFECT)
+def test_from_dict_setting_without_effect_is_refused_by_name(reason, beside, flags):
+    for flag in flags.split():
+        name, _, text = flag.partition("=")
+        value = text if name in ("buckets", "cluster") else s.parse_yaml(text)
+        message = _refusal(beside | {name: value})
+        assert reason in message
+        assert message.split(":")[0] in {name, *beside}
+        # Left out where it is only offered, by a base or to several methods.
+        assert s.from_dict(beside | {name: value}, strict=False)
 
 
 def test_from_dict_default_without_effect_counts_as_not_given():

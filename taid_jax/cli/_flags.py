@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from taid_jax.settings import Settings, make_room, read_settings
+from taid_jax.settings import Settings, SettingsError, make_room, read_settings
 
 EXIT_STATUS = "\n\nExit status: 0 done, 2 bad input, 1 anything else."
 """The end of what every command says of itself."""
@@ -58,6 +58,8 @@ def parse(
     options: dict[str, Any] = {}
     if settings is not None:
         given = [word.split("=")[0][2:].replace("-", "_") for word in arguments]
+        if {"teacher", "teacher_store"} <= {*given}:
+            raise SettingsError("teacher_store: need no teacher beside it, got both")
         made: Any = kind
         options["default"] = made(settings=make_room(settings, given), **defaults)
     return tyro.cli(

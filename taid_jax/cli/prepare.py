@@ -18,7 +18,7 @@ from taid_jax.cli import _flags
 from taid_jax.data.errors import FILTERS, REASONS
 from taid_jax.data.options import PRESETS, PrepareOptions
 from taid_jax.errors import InputError, refuse
-from taid_jax.settings import ModelSettings, check_number, check_text
+from taid_jax.settings import ModelSettings, check_text
 
 if TYPE_CHECKING:
     from taid_jax.data.shards import Manifest
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """Returns the flags, laid over those of `--preset`.
 
     Raises:
-        SettingsError: If a text can be no path, or a number no size.
+        SettingsError: If an option cannot be used.
     """
     preset = _flags.first_flags(arguments, "preset").preset
     # Before the others, so that those go over them.
@@ -55,11 +55,8 @@ def parse(arguments: Sequence[str]) -> Command:
         for name, value in PRESETS.get(preset, {}).items()
     ]
     command = _flags.parse(Command, [*flags, *arguments], __doc__)
-    for name, value in {**vars(command), **vars(command.options)}.items():
-        if isinstance(value, str):
-            check_text(name, value)
-        elif type(value) is int:
-            check_number(name, value, {"le": 2**62})  # An offset in a file.
+    for name in ("tokenizer", "chat_template"):
+        check_text(name, getattr(command, name) or "")
     return command
 
 
@@ -67,13 +64,13 @@ def show(manifest: "Manifest", console: Console) -> None:
     """Prints what was prepared and what was left out."""
     from taid_jax.data.shards import SIDES
 
-    kept = Table("side", "examples", "tokens", "shards")
+    sides = Table("side", "examples", "tokens", "shards")
     for side in SIDES:
         files = [file for file in manifest.files if file.side == side]
         examples = sum(file.examples for file in files)
         tokens = sum(file.tokens for file in files)
-        kept.add_row(side, f"{examples:,}", f"{tokens:,}", str(len(files)))
-    console.print(kept)
+        sides.add_row(side, f"{examples:,}", f"{tokens:,}", str(len(files)))
+    console.print(sides)
     told = Table(
         "records", "what became of them", title=f"of {manifest.records:,} read"
     )
@@ -81,9 +78,9 @@ def show(manifest: "Manifest", console: Console) -> None:
     for reason, count in sorted(manifest.left_out.items()):
         told.add_row(f"{count:,}", f"left out ({reason}): {meanings[reason]}")
     for reason, count in sorted(manifest.noted.items()):
-        told.add_row(f"{count:,}", f"kept, but: {reason.replace('_', ' ')}")
+        told.add_row(f"{count:,}", f"saved, but: {reason.replace('_', ' ')}")
     for key, count in sorted(manifest.unused_keys.items()):
-        told.add_row(f"{count:,}", f"kept, but the key `{key}` changed nothing")
+        told.add_row(f"{count:,}", f"saved, but the key `{key}` changed nothing")
     if told.row_count:
         console.print(told)
     if skipped := manifest.skipped_files:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`; and the 
 of a store, `(batch, length, width)`. All int32 but the last."""
 
 
+@runtime_checkable
 class TokenColumns(Protocol):
     """What else the tokens of an example have, such as the outputs of a teacher."""
 
@@ -219,6 +220,28 @@ def train_iterator(
 
 
 def held_out_batches(
+    examples: ExampleSet,
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    with_prompts: bool = False,
+) -> list[NumpyBatch]:
+    """Returns what `held_out_iterator` gives, all of it at once."""
+    return list(
+        held_out_iterator(
+            examples,
+            batch_size,
+            limit=limit,
+            process_index=process_index,
+            process_count=process_count,
+            with_prompts=with_prompts,
+        )
+    )
+
+
+def held_out_iterator(
     examples: ExampleSet,
     batch_size: int,
     *,

@@ -1,6 +1,7 @@
 """Conversations to text, with the characters of every answer."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,7 @@ from taid_jax.data.documents import (
 )
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Conversation, Cut
-from taid_jax.data.template_process import common
-from taid_jax.data.tokens import Rendered, Span, Tokenizer, is_rendered
+from taid_jax.data.tokens import Rendered, Span, Tokenizer, is_rendered, shared_start
 from taid_jax.errors import shorten
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
@@ -112,7 +112,7 @@ class ChatRenderer:
             content = Chat((Message("user", content.prompt),))
 
         def rendered(content: Chat) -> Rendered:
-            texts = self._render(content, [Cut(generation=True)], [])
+            texts = self._texts(content, [Cut(generation=True)])
             return Rendered(texts.plain[0], unused_keys=texts.unused_keys)
 
         return self._merging(content, rendered)
@@ -158,11 +158,11 @@ class ChatRenderer:
             last = [turn for turn in every if turn not in untrained][-1:]
             turns = sorted([*untrained, *last])
         cuts = [Cut(), *(Cut(turn, generation=True) for turn in turns)]
-        texts = self._render(content, cuts, turns)
+        texts = self._texts(content, cuts)
         whole = texts.plain[0]
         try:
-            if texts.by_marks:
-                spans, turns = _marked_answers(texts), every
+            if _MARK.search(texts.given.template or ""):
+                spans, turns = _marked_answers(texts, self._template), every
                 if untrained and len(spans) != len(every):
                     raise RecordError(
                         "answer_not_found",
@@ -170,32 +170,33 @@ class ChatRenderer:
                         "weight",
                     )
             else:
-                spans = _Answers(content, turns, texts, self._token, self._again).find()
+                spans = _Answers(
+                    content, turns, texts, self._template, self._token
+                ).find()
         except RecordError as error:
             if not self._train_on_prompts or untrained or error.reason == "no_end":
                 raise
             return Rendered(whole, counts_all=True, unused_keys=texts.unused_keys)
-        masked = [n for n, turn in enumerate(turns) if turn in untrained]
-        trained = tuple(span for n, span in enumerate(spans) if n not in masked)
+        turned = zip(spans, turns, strict=False)
+        masked = tuple(span for span, turn in turned if turn in untrained)
+        trained = tuple(span for span in spans if span not in masked)
         if not self._train_on_prompts:
             return Rendered(whole, trained, unused_keys=texts.unused_keys)
+        answers = tuple(sorted((*masked, *trained[-1:])))
         return Rendered(
             whole,
-            trained[-1:],
+            answers,
             counts_all=True,
-            not_counted=tuple(spans[n] for n in masked),
+            untrained=masked,
             unused_keys=texts.unused_keys,
         )
 
-    def _render(
-        self, content: Chat, cuts: Sequence[Cut], turns: Sequence[int]
-    ) -> "_Texts":
-        """Renders all that is asked of a conversation, in one request.
+    def _texts(self, content: Chat, cuts: Sequence[Cut]) -> "_Texts":
+        """Renders a conversation.
 
         Args:
             content: The conversation.
-            cuts: Of it as it stands; the first is the whole, or what is asked.
-            turns: The answers that are to be found.
+            cuts: The first is the whole, or what is asked.
 
         Raises:
             RecordError: If the template refuses the conversation, or does not write a
@@ -203,23 +204,17 @@ class ChatRenderer:
         """
         messages = [message.for_template() for message in content.messages]
         options = dict(content.options)
-        template = self._template.text(options) or ""
-        by_marks = bool(turns and _MARK.search(template))
-        given = json.dumps([messages, options], ensure_ascii=False, default=str)
-        marks = _free(template + given, max(2, len(turns)))
-        variants, marked_cuts = [Conversation(messages, options)], []
-        if by_marks:
-            shown = _show_marks(template, marks)
-            variants.append(Conversation(messages, options, shown))
-            marked_cuts = [Cut(of=1)]
-        elif turns:
-            marked = [*messages, {"role": "user", "content": "."}]
-            for mark, turn in zip(marks, turns, strict=False):
-                marked[turn] = _marked(marked[turn], mark)
-            variants.append(Conversation(marked, options))
-            ends = (len(messages), None, *(turn + 1 for turn in turns))
-            marked_cuts = [Cut(stop, of=1) for stop in ends]
-        # A template uses what it writes otherwise without.
+        given = Conversation(messages, options, self._template.text(options))
+        plain = [_sound(text) for text in self._template.render(given, cuts)]
+        for turn, message in enumerate(content.messages, start=1):
+            # Every template knows these two; others it may leave out without a word.
+            known = message.role in ("user", ANSWER_ROLE)
+            if not known and (message.content or "").strip() not in plain[0]:
+                raise RecordError(
+                    "unknown_role",
+                    f"the chat template does not write turn {turn} ({message.role}); "
+                    "take the turn out, or give another template by --chat-template",
+                )
         keys = dict.fromkeys(key for turn in content.messages for key, _ in turn.others)
         keys = [*keys, *options]
         if len(keys) > _MOST_KEYS:
@@ -228,29 +223,16 @@ class ChatRenderer:
                 f"{len(keys)} keys beside `role` and `content`; at most {_MOST_KEYS} "
                 "can be looked at",
             )
-        # Some keys change only how an answer is asked for.
-        looked_at = [0, len(cuts) - 1] if len(cuts) > 1 else [0]
-        key_cuts = []
+        unused = []
         for key in keys:
-            key_cuts += [cuts[n]._replace(of=len(variants)) for n in looked_at]
+            # A template uses what it writes otherwise without. Some keys change only
+            # how an answer is asked for.
             less = [{k: v for k, v in turn.items() if k != key} for turn in messages]
             left = {k: v for k, v in options.items() if k != key}
-            # Which template is used may depend on whether there are tools.
-            variants.append(Conversation(less, left, template))
-        found = self._template.render(variants, [*cuts, *marked_cuts, *key_cuts])
-        plain = [_sound(text) for text in found[: len(cuts)]]
-        for turn, message in enumerate(content.messages, start=1):
-            # Every template knows these two; others it may silently leave out.
-            known = message.role in ("user", ANSWER_ROLE)
-            if not known and (message.content or "").strip() not in plain[0]:
-                raise RecordError(
-                    "unknown_role",
-                    f"the chat template does not write turn {turn} ({message.role}); "
-                    "take the turn out, or give another template by --chat-template",
-                )
-        without = iter(found[len(cuts) + len(marked_cuts) :])
-        same = [plain[n] for n in looked_at]
-        unused = [key for key in keys if [next(without) for _ in looked_at] == same]
+            without = given._replace(messages=less, options=left)
+            found = self._template.render(without, [cuts[0], cuts[-1]])
+            if found == [plain[0], plain[-1]]:
+                unused.append(shorten(key, 80))
         if "tool_calls" in unused:
             # An answer without its calls is another answer.
             raise RecordError(
@@ -258,41 +240,14 @@ class ChatRenderer:
                 "the chat template does not write the calls of tools; give another by "
                 "--chat-template, or take them out",
             )
-        return _Texts(
-            plain,
-            found[len(cuts) : len(cuts) + len(marked_cuts)],
-            marks,
-            by_marks,
-            tuple(shorten(key, 80) for key in unused),
-        )
-
-    def _again(
-        self, messages: Sequence[Message], options: Mapping[str, Any], mark: str
-    ) -> list[str | RecordError]:
-        """Renders messages, and the same with an answer that is a mark alone."""
-        plain = [message.for_template() for message in messages]
-        asked = [*plain, {"role": ANSWER_ROLE, "content": mark}]
-        variants = [Conversation(plain, options), Conversation(asked, options)]
-        return self._template.render(variants, [Cut(), Cut(of=1)])
+        return _Texts(given, plain, tuple(unused))
 
 
 class _Texts(NamedTuple):
-    """What a template makes of a conversation.
+    """What a template is given, the text of every cut, and the keys without use."""
 
-    Attributes:
-        plain: The text of every cut.
-        marked: With a character behind every answer that is looked for: of all turns,
-            with one more of the user, and up to each of those answers. Or, by the marks
-            of the template, with a character at the beginning and the end of each.
-        marks: Those characters, which the conversation does not have.
-        by_marks: Whether the template has marks.
-        unused_keys: Of messages and options, which the template does not use.
-    """
-
+    given: Conversation
     plain: list[str]
-    marked: list[str | RecordError]
-    marks: list[str]
-    by_marks: bool
     unused_keys: tuple[str, ...]
 
 
@@ -306,25 +261,23 @@ def _sound(text: str | RecordError) -> str:
     return text
 
 
-def _show_marks(template: str, marks: Sequence[str]) -> str:
-    """Returns a template that writes characters in place of its marks."""
-
-    def show(mark: re.Match[str]) -> str:
-        # A block, as the mark is, so that white space round it is treated alike.
-        left, end, right = mark.groups()
-        return f"{{%{left} if true %}}{marks[bool(end)]}{{% endif {right}%}}"
-
-    return _MARK.sub(show, template)
-
-
-def _marked_answers(texts: _Texts) -> list[Span]:
+def _marked_answers(texts: _Texts, template: ChatTemplate) -> list[Span]:
     """Returns the characters that the template marks as the assistant's.
 
     Which tokens they are is left to the encoder and its proof: the masks that
     `transformers` makes count a token of which one character is an answer's.
     """
-    start, stop = texts.marks[:2]
-    shown = _sound(texts.marked[0])
+    start, stop = _free(texts.given, 2)
+
+    def show(mark: re.Match[str]) -> str:
+        # A block, as the mark is, so that white space round it is treated alike.
+        left, end, right = mark.groups()
+        shown = stop if end else start
+        return f"{{%{left} if true %}}{shown}{{% endif {right}%}}"
+
+    marked = _MARK.sub(show, texts.given.template or "")
+    [shown] = template.render(texts.given._replace(template=marked), [Cut()])
+    shown = _sound(shown)
     spans: list[Span] = []
     place = 0
     for piece in re.split(f"([{start}{stop}])", shown):
@@ -351,9 +304,9 @@ class _Answers:
     Args:
         content: The conversation.
         turns: The places of the answers that are looked for.
-        texts: What the template makes of it.
+        texts: The whole of it, and what asks for each of these answers.
+        template: That made them.
         token: Finds tokens that are not learned from text.
-        again: Renders messages, and the same with an answer that is a mark alone.
     """
 
     def __init__(
@@ -361,15 +314,13 @@ class _Answers:
         content: Chat,
         turns: Sequence[int],
         texts: _Texts,
+        template: ChatTemplate,
         token: re.Pattern[str],
-        again: Callable[..., list[str | RecordError]],
     ):
-        self._content = content
-        self._turns = turns
+        self._content, self._turns, self._given = content, turns, texts.given
         self._whole, *self._prompts = texts.plain
-        self._marked = texts.marked
-        self._marks = texts.marks[: len(turns)]
-        self._token, self._again = token, again
+        self._template, self._token = template, token
+        self._marks = _free(texts.given, len(turns))
 
     def find(self) -> list[Span]:
         """Returns the answers.
@@ -377,9 +328,14 @@ class _Answers:
         Raises:
             RecordError: If one is not found, or nothing ends it.
         """
-        if not self._turns:
-            return []
-        shown, on, *ended = self._marked
+        messages = [*self._given.messages, {"role": "user", "content": "."}]
+        for mark, turn in zip(self._marks, self._turns, strict=True):
+            messages[turn] = _marked(messages[turn], mark)
+        # All of it, the same going on, and up to each answer.
+        stops = (-1, None, *(turn + 1 for turn in self._turns))
+        shown, on, *ended = self._template.render(
+            self._given._replace(messages=messages), [Cut(stop) for stop in stops]
+        )
         stops = self._align(shown)
         spans = []
         for number, turn in enumerate(self._turns):
@@ -419,7 +375,7 @@ class _Answers:
         """
         end = after
         if follows is not None and not follows.startswith(after):
-            same = common(after, follows)
+            same = shared_start(after, follows)
             # Both may go on by like characters, of which no token is one.
             end = _WHOLE_WORD.match(after[:same])[0]  # pyright: ignore
         token = None if self._calls(number) else self._token.search(end)
@@ -467,17 +423,18 @@ class _Answers:
         if self._whole.startswith(prompt):
             return len(prompt)
         plain, bare = self._before(number)
-        same = common(prompt, self._whole)
-        if not isinstance(bare, str) or same <= common(plain, prompt):
+        same = shared_start(prompt, self._whole)
+        if not isinstance(bare, str) or same <= shared_start(plain, prompt):
             raise self._problem(number)
         # The answer may begin as the rest of the prompt does.
-        return min(same, common(prompt, bare))
+        return min(same, shared_start(prompt, bare))
 
     def _before(self, number: int) -> tuple[str, str | RecordError]:
         """Returns all before an answer, with nothing that asks and with a mark."""
-        messages = self._content.messages[: self._turns[number]]
-        options = dict(self._content.options)
-        plain, bare = self._again(messages, options, self._marks[number])
+        turn = self._turns[number]
+        mark = {"role": ANSWER_ROLE, "content": self._marks[number]}
+        asked = self._given._replace(messages=[*self._given.messages[:turn], mark])
+        plain, bare = self._template.render(asked, [Cut(turn), Cut()])
         if not isinstance(plain, str):
             raise self._problem(number)
         return plain, bare
@@ -506,7 +463,7 @@ class _Answers:
         )
 
 
-def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
+def _marked(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
     """Returns an answer with a character behind it, or in the name of its last call."""
     calls = message.get("tool_calls")
     if not calls:
@@ -532,10 +489,9 @@ def _merged(content: Chat) -> Chat | None:
     return dataclasses.replace(content, messages=(user._replace(content=said), *rest))
 
 
-def _free(text: str, count: int) -> list[str]:
-    """Returns characters that a text does not have."""
-    used = set() if text.isascii() else set(text)
-    free = [
-        chr(code) for code in _PRIVATE[: count + len(used)] if chr(code) not in used
-    ]
-    return free[:count]
+def _free(given: Conversation, count: int) -> list[str]:
+    """Returns characters that neither a conversation nor its template has."""
+    parts = [given.messages, given.options, given.template]
+    used = set(json.dumps(parts, ensure_ascii=False, default=str))
+    free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+    return list(itertools.islice(free, count))

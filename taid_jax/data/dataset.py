@@ -239,7 +239,7 @@ def _encode(
                 f"; the shortest conversation has {min(too_long)} tokens: raise "
                 "seq_len, or shorten the conversations"
             )
-        elif left_out.reasons["nothing_counted"]:
+        elif left_out.reasons["all_masked"]:
             message += (
                 "; every token is masked: check the answers, or train on prompts too"
             )

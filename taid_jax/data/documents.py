@@ -114,6 +114,9 @@ class Document(NamedTuple):
 def make_document(record: object, seed: int) -> Document:
     """Returns what a record of any of the formats of docs/data.md says.
 
+    A conversation comes first, then a prompt and what follows it, then text; keys that
+    hold None count as absent.
+
     The rank comes from what it says, never from its place: it stays the same when files
     are renamed or put in another order, and copies share it. Case and the amount of
     white space do not change it. A completion and a chat are ranked by their prompt
@@ -125,7 +128,8 @@ def make_document(record: object, seed: int) -> Document:
         seed: A different seed gives different ranks; 0 <= seed < 2**63.
 
     Raises:
-        RecordError: As `parse_record`.
+        RecordError: If it is not a record, has other keys, values of another type, or a
+            conversation that cannot be used. The place is not in the message.
     """
     content, used = _parse(record)
     if isinstance(content, Text):
@@ -152,26 +156,13 @@ def make_document(record: object, seed: int) -> Document:
     return Document(content, rank, name, unused)
 
 
-def parse_record(record: object) -> Content:
-    """Returns what a record says, for training.
-
-    Keys that hold None count as absent. A conversation comes first, then a prompt and
-    what follows it, then text.
-
-    Raises:
-        RecordError: If it is not a record, has other keys, values of another type, or a
-            conversation that cannot be used. The place is not in the message.
-    """
-    return make_document(record, 0).content
-
-
 def parse_prompt(record: object) -> Completion | Chat:
     """Returns what a record asks: with an empty completion, or up to its last answer.
 
     Of a conversation that ends with a question all of it is asked.
 
     Raises:
-        RecordError: As `parse_record`, or if nothing is asked.
+        RecordError: As `make_document`, or if nothing is asked.
     """
     content, _ = _parse(record, asked=True)
     if isinstance(content, Text):
@@ -183,7 +174,7 @@ def parse_prompt(record: object) -> Completion | Chat:
     if ANSWER_ROLE in roles and roles[-1] not in ("user", "tool"):
         end -= 1 + roles[::-1].index(ANSWER_ROLE)
     if not end or roles[end - 1] == ANSWER_ROLE:
-        raise RecordError("wrong_shape", "the conversation asks nothing before its end")
+        raise _wrong("the conversation asks nothing before its end")
     return dataclasses.replace(content, messages=content.messages[:end])
 
 
@@ -195,9 +186,7 @@ def _parse(record: object, *, asked: bool = False) -> tuple[Content, tuple[str, 
         asked: Whether only the prompt of a pair is needed.
     """
     if not isinstance(record, Mapping):
-        raise RecordError(
-            "wrong_shape", f"need an object with {_EXPECTED}, got {_type_name(record)}"
-        )
+        raise _wrong(f"need an object with {_EXPECTED}, got {_type_name(record)}")
     there = {key for key in RECORD_KEYS if record.get(key) is not None}
     if key := next((key for key in _CHAT_KEYS if key in there), None):
         turns = (*_opening(record, ()), *_messages(key, record[key]))
@@ -211,13 +200,16 @@ def _parse(record: object, *, asked: bool = False) -> tuple[Content, tuple[str, 
     raise _wrong_keys(f"the keys {_EXPECTED}", record)
 
 
+def _wrong(message: str) -> RecordError:
+    return RecordError("wrong_shape", message)
+
+
 def _wrong_keys(needed: str, record: Any) -> RecordError:
     found = [
         f"`{key}`" + (" (null)" if record[key] is None else "")
         for key in list(record)[:20]
     ]
-    return RecordError(
-        "wrong_shape",
+    return _wrong(
         f"need {needed}; found {', '.join(found) or 'none'} (docs/data.md lists other "
         "formats)",
     )
@@ -260,9 +252,7 @@ def _opening(record: Mapping[str, Any], history: object) -> tuple[Message, ...]:
         opening.append(Message("system", system))
     for number, pair in enumerate(_list("history", history), start=1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise RecordError(
-                "wrong_shape", f"`history` needs pairs of texts, got {show(pair)}"
-            )
+            raise _wrong(f"`history` needs pairs of texts, got {show(pair)}")
         for role, said in zip(("user", ANSWER_ROLE), pair, strict=True):
             opening.append(Message(role, _string(f"history {number}", said)))
     return tuple(opening)
@@ -284,14 +274,12 @@ def _options(record: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     for key in ("tools", "documents"):
         given = _list(key, record.get(key) or ())
         if not all(isinstance(each, Mapping) for each in given):
-            raise RecordError("wrong_shape", f"`{key}` must be a list of objects")
+            raise _wrong(f"`{key}` must be a list of objects")
         if given:
             found[key] = _plain(key, given)
     more = record.get(key := "chat_template_kwargs") or {}
     if not isinstance(more, Mapping):
-        raise RecordError(
-            "wrong_shape", f"`{key}` must be an object, got {_type_name(more)}"
-        )
+        raise _wrong(f"`{key}` must be an object, got {_type_name(more)}")
     return tuple((found | _plain(key, more)).items())
 
 
@@ -301,10 +289,9 @@ def _list(name: str, value: object) -> Sequence[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RecordError("wrong_shape", f"`{name}` is not JSON: {error}") from None
+            raise _wrong(f"`{name}` is not JSON: {error}") from None
     if not isinstance(value, list | tuple):
-        raise RecordError(
-            "wrong_shape",
+        raise _wrong(
             f"`{name}` must be a list of objects"
             + (" with `role` and `content`" if name in _CHAT_KEYS else "")
             + f", got {_type_name(value)}",
@@ -342,9 +329,7 @@ def _message(number: int, value: object) -> Message:
     by_from = {"from", "value"} <= value.keys()
     names = ("from", "value") if by_from else ("role", "content")
     if names[0] not in value or not (names[1] in value or value.get("tool_calls")):
-        raise RecordError(
-            "wrong_shape", f"turn {number} needs `role` and `content`, found {found}"
-        )
+        raise _wrong(f"turn {number} needs `role` and `content`, found {found}")
     said = _string(f"role of turn {number}", value[names[0]])
     role = _SHAREGPT_ROLES.get(said, said) if by_from else said
     if role not in ROLES:
@@ -380,8 +365,7 @@ def _text_of(name: str, value: object) -> str:
         held = {"text": part} if isinstance(part, str) else part
         kind = held.get("type") or "text" if isinstance(held, Mapping) else ""
         if kind != "text" or held.get("text") is None:
-            raise RecordError(
-                "wrong_shape",
+            raise _wrong(
                 f"the {name} has a part that is not text "
                 f"({show(kind or _type_name(part))}); only parts such as "
                 '{"type": "text", "text": ...} can be read',
@@ -395,8 +379,7 @@ def _weight(number: int, others: dict[str, Any]) -> bool:
     values = {key: others.pop(key, None) for key in ("weight", "train")}
     for key, value in values.items():
         if value not in (None, 0, 1):
-            raise RecordError(
-                "wrong_shape",
+            raise _wrong(
                 f"`{key}` of turn {number} must be 0 or 1, got {show(value)}",
             )
     return 0 not in values.values()
@@ -409,8 +392,7 @@ def _call(number: int, value: object) -> dict[str, Any]:
     except (ValueError, RecursionError):
         call = None
     if not isinstance(call, Mapping) or "name" not in call:
-        raise RecordError(
-            "wrong_shape",
+        raise _wrong(
             f"turn {number} (function_call) must be an object of JSON with `name` and "
             f"`arguments`, got {show(value)}",
         )
@@ -432,9 +414,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def _string(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise RecordError(
-            "wrong_shape", f"`{name}` must be a string, got {_type_name(value)}"
-        )
+        raise _wrong(f"`{name}` must be a string, got {_type_name(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -30,7 +30,7 @@ FILTERS: Mapping[str, str] = {
     "prompt_too_long": "more tokens before the last answer than the limit",
     "answer_too_long": "more tokens in the last answer than the limit",
     "empty": "white space only, or a single token",
-    "nothing_counted": "no token of an answer",
+    "all_masked": "every token masked: no answer is trained on",
     "copy": "the same record, under the same name, as one before it",
     "beyond_limit": "validation conversations beyond the number asked for",
 }

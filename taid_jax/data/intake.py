@@ -170,7 +170,7 @@ class Intake:
                 return outcome._replace(error=RecordError(reason, message))
         error = None
         if not example.counted.any():
-            error = RecordError("nothing_counted", "no token of an answer")
+            error = RecordError("all_masked", "no token of an answer")
         elif not example.answer_end and (limits.prompt or limits.answer):
             error = RecordError(
                 "answer_not_found",

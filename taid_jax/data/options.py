@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from taid_jax.data.errors import DataError
+from taid_jax._fields import Checked, need, setting
 from taid_jax.settings import is_date
 
 MAX_RECORD_BYTES = 4_000_000
@@ -31,7 +31,7 @@ _FREE = frozenset({"output", "jobs"})
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Checked):
     """What is prepared, and how.
 
     Attributes:
@@ -64,40 +64,24 @@ class PrepareOptions:
     output: str
     split: str | None = None
     validation_split: str | None = None
-    validation_data: str | None = None
-    held_out_fraction: float = 0.1
-    validation_limit: int | None = None
-    max_tokens: int = 2048
-    max_prompt: int | None = None
-    max_answer: int | None = None
+    validation_data: str | None = setting(None, instead_of=("validation_split",))
+    held_out_fraction: float = setting(0.1, ge=0, lt=1)
+    validation_limit: int | None = setting(None, ge=1)
+    max_tokens: int = setting(2048, ge=2)
+    max_prompt: int | None = setting(None, ge=1)
+    max_answer: int | None = setting(None, ge=1)
     train_on_prompts: bool = False
     merge_system: bool = False
     template_date: str | None = None
-    max_record_bytes: int = MAX_RECORD_BYTES
-    seed: int = 0
-    shard_tokens: int = 16_000_000
-    jobs: int = 0
+    max_record_bytes: int = setting(MAX_RECORD_BYTES, ge=1)
+    seed: int = setting(0, ge=0, lt=2**63)
+    shard_tokens: int = setting(16_000_000, ge=1)
+    jobs: int = setting(0, ge=0)
 
     def __post_init__(self):
-        _need("data", self.data, bool(self.data), "a file, a folder or a data set")
-        _need("output", self.output, bool(self.output), "a folder")
-        _need("max_tokens", self.max_tokens, self.max_tokens >= 2, ">= 2")
-        for name in ("max_prompt", "max_answer", "validation_limit"):
-            value = getattr(self, name)
-            _need(name, value, value is None or value >= 1, ">= 1")
-        for name in ("max_record_bytes", "shard_tokens"):
-            _need(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        super().__post_init__()
         date = self.template_date
-        _need("template_date", date, date is None or is_date(date), "YYYY-MM-DD")
-        _need("seed", self.seed, 0 <= self.seed < 2**63, "0 <= seed < 2**63")
-        _need("jobs", self.jobs, self.jobs >= 0, ">= 0")
-        fraction = self.held_out_fraction
-        _need("held_out_fraction", fraction, 0 <= fraction < 1, "0 <= fraction < 1")
-        if self.validation_split and self.validation_data:
-            raise DataError(
-                "validation_split and validation_data both say what is validated on; "
-                "give one"
-            )
+        need("template_date", date, date is None or is_date(date), "a date, YYYY-MM-DD")
 
     @property
     def workers(self) -> int:
@@ -113,8 +97,3 @@ class PrepareOptions:
             for name, value in dataclasses.asdict(self).items()
             if name not in _FREE
         }
-
-
-def _need(name: str, value: object, holds: bool, what: str) -> None:
-    if not holds:
-        raise DataError(f"{name}: need {what}, got {value!r}")

@@ -2,10 +2,9 @@
 
 `datasets` reads the source into a table, renders and encodes it in parallel, piece by
 piece, and keeps what is done in the folder's `.unfinished`: stopped at any point, it
-goes on from there. Then it is decided which examples are kept, and shards are written.
+goes on from there. Then it is decided which examples are saved, and shards are written.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -21,14 +20,8 @@ import numpy as np
 from taid_jax.data.errors import DataError, Problem, nothing_left
 from taid_jax.data.options import PRESETS as PRESETS
 from taid_jax.data.options import PrepareOptions as PrepareOptions
-from taid_jax.data.rows import (
-    Facts,
-    choose,
-    encode_records,
-    write_shards,
-)
+from taid_jax.data.rows import Facts, choose, encode_records, read_facts, write_shards
 from taid_jax.data.shards import (
-    MANIFEST,
     SIDES,
     TRAIN,
     VALIDATION,
@@ -68,22 +61,37 @@ def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
     """
     output = pathlib.Path(options.output)
     work = output / _WORK
+    done, begun = _look(output)
+    today = datetime.date.today().isoformat()
+    date = begun.get("options", {}).get("template_date", today)
+    date = options.template_date or date
+    options = dataclasses.replace(options, template_date=date)
     identity = identify(tokenizer)
-    options = dataclasses.replace(options, template_date=_date(options, output))
-    asked = {"options": options.lasting(), "tokenizer": identity._asdict()}
-    if (done := _look(output, asked)) is not None:
+    asked: dict[str, Any] = {
+        "options": options.lasting(),
+        "tokenizer": identity._asdict(),
+    }
+    sources = {} if done else _sources(options)
+    files = [stamp for side in sources for stamp in _stamps(side, sources[side])]
+    asked |= {} if done else {"files": files}
+    if differing := _differing(begun, asked):
+        state = "data that were prepared" if done else "a preparation that was begun"
+        raise DataError(
+            f"output: {output} holds {state} otherwise ({'; '.join(differing)}); ask "
+            "for the same, or choose another --output. Nothing was changed"
+        )
+    if done:
+        shutil.rmtree(work, ignore_errors=True)
         return done
-    sources = _sources(options)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"output: cannot make {output}: {error.strerror}") from error
-    files = [stamp for side in sources for stamp in _stamps(side, sources[side])]
-    _same_or_new(work / _ASKED, asked | {"files": files}, output)
+    write_whole(work / _ASKED, json.dumps(asked, indent=2).encode())
 
     rows = encode_records(work, sources, tokenizer, options)
-    facts = Facts(*(rows.data.column(name).to_numpy() for name in Facts._fields))
-    left_out = _problems(rows, np.flatnonzero(facts.reason != ""))
+    facts = read_facts(rows)
+    left_out = _problems(rows, np.flatnonzero(facts["reason"] != ""))
     try:
         if len(left_out) == len(rows):
             raise _nothing_left(options.data, left_out, facts)
@@ -104,15 +112,15 @@ def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
     for side in SIDES:
         chosen = np.flatnonzero(choice.side == side)
         # A stable sort: windows and copies stay in order.
-        chosen = chosen[np.argsort(facts.key[chosen], kind="stable")]
+        chosen = chosen[np.argsort(facts["key"][chosen], kind="stable")]
         shards += write_shards(output, side, rows, chosen, facts, options.shard_tokens)
     _write_report(output, left_out + choice.noted)
     # The first row of every record: texts have several.
-    first = np.unique(facts.number, return_index=True)[1]
+    first = np.unique(facts["number"], return_index=True)[1]
     unused = Counter(key for keys in rows.select(first)["unused"] for key in keys)
     manifest = Manifest(
         tokenizer=identity,
-        chats=bool(facts.chat.any()),
+        chats=bool(facts["chat"].any()),
         train_on_prompts=options.train_on_prompts,
         options=options.lasting(),
         sources=[{"name": n, "side": s, "bytes": size} for s, n, size, _ in files],
@@ -170,86 +178,49 @@ def _count(problems: Sequence[Problem]) -> dict[str, int]:
 
 def _nothing_left(data: str, left_out: Sequence[Problem], facts: Facts) -> DataError:
     message = nothing_left(data, _count(left_out))
-    too_long = facts.tokens[facts.reason == "too_long"]
+    too_long = facts["tokens"][facts["reason"] == "too_long"]
     if len(too_long):
         message += f"; the shortest that is too long has {too_long.min()} tokens"
     return DataError(message)
 
 
-def _date(options: PrepareOptions, output: pathlib.Path) -> str:
-    """Returns the date that chat templates take for today: that of the beginning."""
-    begun: Any = {}
-    for path in (output / MANIFEST, output / _WORK / _ASKED):
-        if path.is_file():
-            with contextlib.suppress(OSError, ValueError):
-                begun = json.loads(path.read_text(encoding="utf-8"))
-    before = begun.get("options", {}) if isinstance(begun, dict) else {}
-    date = options.template_date or before.get("template_date")
-    return date or datetime.date.today().isoformat()
-
-
-def _look(output: pathlib.Path, asked: dict[str, Any]) -> Manifest | None:
-    """Returns the manifest if all is done, None if there is something to do.
+def _look(output: pathlib.Path) -> tuple[Manifest | None, dict[str, Any]]:
+    """Returns the manifest, if all is done, and what was asked for at the beginning.
 
     Raises:
         DataError: If the folder holds something else.
     """
     if output.exists() and not output.is_dir():
         raise DataError(f"output: {output} is not a folder")
-    manifest = read_manifest(output)
-    if manifest is None:
-        names = {entry.name for entry in output.iterdir()} if output.exists() else set()
-        if names - {REPORT} and _WORK not in names:
-            raise DataError(
-                f"output: {output} is not empty; choose another --output. Nothing was "
-                "changed"
-            )
-        return None
-    found = {"options": manifest.options, "tokenizer": manifest.tokenizer._asdict()}
-    if differing := _differing(found, asked):
+    if (done := read_manifest(output)) is not None:
+        asked = {"options": done.options, "tokenizer": done.tokenizer._asdict()}
+        return done, asked
+    if (path := output / _WORK / _ASKED).is_file():
+        return None, json.loads(path.read_text(encoding="utf-8"))
+    names = {entry.name for entry in output.iterdir()} if output.exists() else set()
+    if names - {REPORT, _WORK}:
         raise DataError(
-            f"output: {output} holds data that were prepared otherwise "
-            f"({'; '.join(differing)}); choose another --output. Nothing was changed"
+            f"output: {output} is not empty; choose another --output. Nothing was "
+            "changed"
         )
-    shutil.rmtree(output / _WORK, ignore_errors=True)
-    return manifest
+    return None, {}
 
 
-def _same_or_new(
-    path: pathlib.Path, asked: dict[str, Any], output: pathlib.Path
-) -> None:
-    """Notes what is being done, or checks that the same was begun before.
-
-    Raises:
-        DataError: If something else was begun.
-    """
-    if not path.exists():
-        write_whole(path, json.dumps(asked, indent=2).encode())
-        return
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    if differing := _differing(begun, asked):
-        raise DataError(
-            f"{output} holds a preparation that was begun otherwise "
-            f"({'; '.join(differing)}); ask for the same, or remove the folder"
-        )
-
-
-def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    # Through JSON, as the old ones have been.
-    new = json.loads(json.dumps(new))
-    found = []
-    for group, values in new.items():
-        if not isinstance(values, dict):
-            if old.get(group) != values:
-                found.append(f"{group} of the source have changed")
-            continue
-        before = old.get(group, {})
-        found += [
-            f"{group}.{name} was {before.get(name)!r}, now {value!r}"
-            for name, value in values.items()
-            if before.get(name) != value
-        ]
-    return found
+def _differing(begun: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Returns what is asked for otherwise than at the beginning, if there was one."""
+    if not begun:
+        return []
+    # Through JSON, as what was asked for then has been.
+    asked = json.loads(json.dumps(asked))
+    files = asked.pop("files", None)
+    found = [
+        f"{group}.{name} was {begun[group].get(name)!r}, now {value!r}"
+        for group, values in asked.items()
+        for name, value in values.items()
+        if begun[group].get(name) != value
+    ]
+    changed = begun.get("files") != files
+    return [*found, *(["files of the source have changed"] if changed else [])]
 
 
 def _write_report(output: pathlib.Path, problems: Sequence[Problem]) -> None:

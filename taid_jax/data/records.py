@@ -26,9 +26,9 @@ _WHOLE_BYTES = 2**30
 """The most bytes of a file that is read whole: text and JSON that is no line a record.
 """
 
-_ROWS, _ROW_BYTES, _CODED_BYTES = 1024, 32_000_000, 256_000_000
-"""Rows of a table that are read at a time: so many, or fewer where they are large. A
-column that holds each value once is small in the file and may be large in memory."""
+_ROWS, _ROW_BYTES = 1024, 256_000_000
+"""Rows of a table that are read at a time: so many, or fewer where they may be large.
+"""
 
 _BLOCK = 1 << 20
 
@@ -233,23 +233,22 @@ def _read_parquet(path: pathlib.Path, limit: int) -> _Numbered:
             columns = known_columns(file.schema_arrow.names)
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
-                chunks = [group.column(n) for n in range(group.num_columns)]
                 chunks = [
-                    c for c in chunks if c.path_in_schema.partition(".")[0] in columns
+                    chunk
+                    for chunk in map(group.column, range(group.num_columns))
+                    if chunk.path_in_schema.partition(".")[0] in columns
                 ]
                 size = sum(chunk.total_uncompressed_size for chunk in chunks)
                 if size > max(_ROW_BYTES, limit * group.num_rows):
                     # They would be in memory together, for nothing.
                     yield from [size // group.num_rows] * group.num_rows
                     continue
-                coded = [
-                    c.total_uncompressed_size for c in chunks if c.has_dictionary_page
+                # A column that holds each value once may have it in every row.
+                most = [
+                    c.total_uncompressed_size * c.has_dictionary_page for c in chunks
                 ]
-                count = min(
-                    _ROWS,
-                    _ROW_BYTES * group.num_rows // max(1, size),
-                    _CODED_BYTES // max(coded, default=1),
-                )
+                most = max(1, size // max(1, group.num_rows), *most)
+                count = min(_ROWS, _ROW_BYTES // most)
                 yield from file.iter_batches(
                     max(1, count), row_groups=[number], columns=columns
                 )

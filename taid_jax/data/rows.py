@@ -18,6 +18,7 @@ from taid_jax.data.options import PrepareOptions
 from taid_jax.data.shards import SHARD_SCHEMA, TRAIN, VALIDATION, ShardFile
 from taid_jax.data.sources import Source, read_source
 from taid_jax.data.split import hold_out
+from taid_jax.data.template import placeholder
 from taid_jax.data.tokens import Encoder, Tokenizer
 from taid_jax.files import written_aside
 
@@ -28,17 +29,6 @@ PIECE = 50_000
 """Records that are encoded between two points from which a preparation goes on."""
 
 
-_RECORDS = pyarrow.schema(
-    [
-        ("number", pyarrow.int64()),
-        ("side", pyarrow.string()),
-        ("origin", pyarrow.string()),
-        # Its JSON; or why there is none.
-        ("record", pyarrow.string()),
-        ("reason", pyarrow.string()),
-        ("message", pyarrow.string()),
-    ]
-)
 _ROWS = pyarrow.schema(
     [
         # Of the record, and on which side it is given.
@@ -63,18 +53,24 @@ _ROWS = pyarrow.schema(
 )
 
 
-class Facts(NamedTuple):
-    """Columns of all rows, each in one array."""
+Facts = Mapping[str, np.ndarray]
+"""Columns of all rows, each in one array."""
 
-    number: np.ndarray
-    side: np.ndarray
-    reason: np.ndarray
-    chat: np.ndarray
-    key: np.ndarray
-    rank: np.ndarray
-    name: np.ndarray
-    copy: np.ndarray
-    tokens: np.ndarray
+
+def read_facts(rows: "datasets.Dataset") -> Facts:
+    """Returns the columns that it is decided by which rows are saved."""
+    names = (
+        "number",
+        "side",
+        "reason",
+        "chat",
+        "key",
+        "rank",
+        "name",
+        "copy",
+        "tokens",
+    )
+    return {name: rows.data.column(name).to_numpy() for name in names}
 
 
 def encode_records(
@@ -101,16 +97,21 @@ def encode_records(
                     problem = {"reason": record.reason, "message": _text(str(record))}
                     yield row | problem | {"record": ""}
                 else:
-                    text = json.dumps(record, default=_placeholder)
+                    text = json.dumps(record, default=placeholder)
                     yield row | {"record": text, "reason": "", "message": ""}
                 number += 1
 
+    texts = ("side", "origin", "record", "reason", "message")
     # What it warns of is its own cache.
     datasets.logging.set_verbosity_error()
     try:
         records: Any = datasets.Dataset.from_generator(
             read,
-            features=datasets.Features.from_arrow_schema(_RECORDS),
+            # The record is JSON; or there is a reason why there is none.
+            features=datasets.Features(
+                {"number": datasets.Value("int64")}
+                | {name: datasets.Value("string") for name in texts}
+            ),
             cache_dir=str(work),
             fingerprint="records",
         )
@@ -236,11 +237,6 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _placeholder(value: object) -> str:
-    """Returns what stands for a value that is no JSON."""
-    return f"<{type(value).__name__}>"
-
-
 def _end_with_parent() -> None:
     # The pool's queues keep a process waiting whose parent was killed.
     import multiprocess
@@ -256,7 +252,7 @@ class Choice(NamedTuple):
     Attributes:
         side: Of every row; empty if it is left out.
         left_out: Records that are left out here.
-        noted: Those that are kept though there is something to say.
+        noted: Those that are saved though there is something to say.
     """
 
     side: np.ndarray
@@ -273,7 +269,7 @@ def choose(
     """Returns what becomes of the rows.
 
     A record that says the same under the same name as one before it is left out. One
-    that says something else under a name that was there before is kept and noted:
+    that says something else under a name that was there before is saved and noted:
     UltraChat calls a conversation by its prompt. A prompt that is trained and validated
     on is noted too.
 
@@ -286,29 +282,29 @@ def choose(
     Raises:
         DataError: If all documents are copies of one, which cannot be split.
     """
-    copies = _again(facts.copy, facts.number)
-    renamed = _again(facts.name, facts.number) & ~copies
-    side = np.where((facts.reason == "") & ~copies, facts.side, "")
+    copies = _again(facts["copy"], facts["number"])
+    renamed = _again(facts["name"], facts["number"]) & ~copies
+    side = np.where((facts["reason"] == "") & ~copies, facts["side"], "")
     if VALIDATION not in sides and options.held_out_fraction:
-        kept = np.flatnonzero(side)
+        sound = np.flatnonzero(side)
         held_out = hold_out(
-            facts.rank[kept],
-            facts.tokens[kept],
+            facts["rank"][sound],
+            facts["tokens"][sound],
             options.held_out_fraction,
             options.data,
         )
-        side[kept[held_out]] = VALIDATION
+        side[sound[held_out]] = VALIDATION
     beyond = np.flatnonzero(side == VALIDATION)
-    beyond = beyond[np.argsort(facts.key[beyond], kind="stable")]
+    beyond = beyond[np.argsort(facts["key"][beyond], kind="stable")]
     beyond = np.sort(beyond[options.validation_limit or len(beyond) :])
     side[beyond] = ""
-    trained = np.unique(facts.rank[side == TRAIN])
-    shared = (side == VALIDATION) & np.isin(facts.rank, trained)
+    trained = np.unique(facts["rank"][side == TRAIN])
+    shared = (side == VALIDATION) & np.isin(facts["rank"], trained)
 
     def say(which: np.ndarray, reason: str, message: str) -> list[Problem]:
         # Once a record, of which texts have several rows.
         places = np.flatnonzero(which)
-        places = places[np.unique(facts.number[places], return_index=True)[1]]
+        places = places[np.unique(facts["number"][places], return_index=True)[1]]
         origins = rows.select(places)["origin"]
         return [Problem(origin, reason, message) for origin in origins]
 
@@ -319,8 +315,8 @@ def choose(
         Problem(origin, "beyond_limit", limit)
         for origin in rows.select(beyond)["origin"]
     ]
-    noted = say(renamed, "same_name", "has the name of one before; kept")
-    both = "is validated on; its prompt is trained on too; kept"
+    noted = say(renamed, "same_name", "has the name of one before; saved")
+    both = "is validated on; its prompt is trained on too; saved"
     return Choice(side, left_out, noted + say(shared, "prompt_on_both_sides", both))
 
 
@@ -339,7 +335,7 @@ def write_shards(
     shard_tokens: int,
 ) -> Iterator[ShardFile]:
     """Writes the chosen rows, in order, into shards of about so many tokens."""
-    done = np.cumsum(facts.tokens[chosen])
+    done = np.cumsum(facts["tokens"][chosen])
     total = int(done[-1]) if len(done) else 0
     count = -(-total // shard_tokens)
     borders = np.searchsorted(done, np.arange(1, count) * total / max(1, count))
@@ -353,7 +349,7 @@ def write_shards(
             name=path.name,
             side=side,
             examples=len(places),
-            tokens=int(facts.tokens[places].sum()),
+            tokens=int(facts["tokens"][places].sum()),
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
         )

@@ -90,17 +90,14 @@ def differences(
     elif made_by.rules != given.rules:
         found.append("how text is cut (merges, normalizer or pre-tokenizer)")
     for name, number in made_by.special.items():
-        if number != given.special.get(name):
-            other = given.special.get(name)
+        if number != (other := given.special.get(name)):
             found.append(f"the {name} ({number} there, {other} here)")
     if chats and made_by.template != given.template:
-        if given.template is None:
-            found.append("the chat template (none here; give it by --chat-template)")
-        elif made_by.template is None:
-            found.append("the chat template (none there)")
-        else:
-            digests = f"{made_by.template[:12]} there, {given.template[:12]} here"
-            found.append(f"the chat template (sha256 {digests})")
+        there, here = (each.template or "none" for each in (made_by, given))
+        found.append(
+            f"the chat template (sha256 {there[:12]} there, {here[:12]} here; give one "
+            "by --chat-template)"
+        )
     return found
 
 
@@ -308,15 +305,9 @@ def _read_shard(path: pathlib.Path, file: ShardFile) -> bytes:
         raise DataError(
             f"{path}, which {MANIFEST} names, cannot be read: {error.strerror}; {again}"
         ) from error
-    if len(data) != file.bytes:
-        what = "cut short" if len(data) < file.bytes else "too long"
-        raise DataError(
-            f"{path} is {what}: {len(data):,} bytes, and {MANIFEST} says "
-            f"{file.bytes:,}; {again}"
-        )
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise DataError(
-            f"{path} is damaged, or another file: its sha256 is not that of "
-            f"{MANIFEST}; {again}"
+            f"{path} is cut short, damaged or another file: it has {len(data):,} bytes "
+            f"and not the sha256 of the {file.bytes:,} that {MANIFEST} names; {again}"
         )
     return data

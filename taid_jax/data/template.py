@@ -77,14 +77,10 @@ class Conversation(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Which messages are rendered: the first `stop`, and whether an answer is asked.
-
-    `of` is the number of the conversation.
-    """
+    """Which messages are rendered: those before `stop`; is an answer asked for?"""
 
     stop: int | None = None
     generation: bool = False
-    of: int = 0
 
 
 class TemplateError(DataError):
@@ -101,7 +97,7 @@ class _Renderer:
     @classmethod
     def ask(cls, request: Mapping[str, Any]) -> list[Any] | int:
         """Returns the answer, or the status that the process ended with over it."""
-        line = json.dumps(request, default=_placeholder).encode() + b"\n"
+        line = json.dumps(request, default=placeholder).encode() + b"\n"
         with cls.lock:
             if cls.process is None or cls.owner != os.getpid():
                 # A forked process must not read the answers to its parent.
@@ -149,7 +145,7 @@ def _start_process() -> subprocess.Popen[bytes]:
 atexit.register(_Renderer.close)
 
 
-def _placeholder(value: object) -> str:
+def placeholder(value: object) -> str:
     """Returns what `transformers` shows a template of a value that is no JSON."""
     return f"<{type(value).__name__}>"
 
@@ -176,25 +172,20 @@ class ChatTemplate:
         return template.get(named or "default")
 
     def render(
-        self, conversations: Sequence[Conversation], cuts: Sequence[Cut]
+        self, conversation: Conversation, cuts: Sequence[Cut]
     ) -> list[str | RecordError]:
         """Returns the text of each cut, or why the template refuses it.
-
-        Args:
-            conversations: One, or variants of one; the template is chosen by the
-                options of the first.
-            cuts: What is rendered of them, all in one request to the process.
 
         Raises:
             TemplateError: If the template breaks on the plainest conversation, or does
                 not keep within the limits.
         """
-        template = self.text(conversations[0].options)
+        template = conversation.template or self.text(conversation.options)
         if not isinstance(template, str):
             raise TemplateError("the tokenizer's chat template is not text")
         if template not in self._sound:
             self._look_at(template)
-        return self._ask(template, conversations, cuts)
+        return self._ask(conversation._replace(template=template), cuts)
 
     def _look_at(self, template: str) -> None:
         """Looks at a template before any record, so that a broken one is told once."""
@@ -202,9 +193,10 @@ class ChatTemplate:
             {"role": role, "content": role[0]}
             for role in ("system", "user", "assistant")
         )
-        conversations = [Conversation(turns), Conversation([system, *turns])]
-        cuts = [Cut(), Cut(1, True), Cut(of=1)]
-        found = self._ask(template, conversations, cuts)
+        found = [
+            *self._ask(Conversation(turns, {}, template), [Cut(), Cut(1, True)]),
+            *self._ask(Conversation([system, *turns], {}, template), [Cut()]),
+        ]
         if all(isinstance(each, _BrokenTemplateError) for each in found):
             raise TemplateError(
                 f"the chat template cannot be used: {found[0]}; give another by "
@@ -213,27 +205,18 @@ class ChatTemplate:
         self._sound.add(template)
 
     def _ask(
-        self,
-        template: str,
-        conversations: Sequence[Conversation],
-        cuts: Sequence[Cut],
+        self, conversation: Conversation, cuts: Sequence[Cut]
     ) -> list[str | RecordError]:
         special = getattr(self._tokenizer, "special_tokens_map", None) or {}
-        given = [
+        answer = _Renderer.ask(
             {
                 # As transformers does: null is no key at all.
                 "messages": [
                     {key: value for key, value in turn.items() if value is not None}
-                    for turn in each.messages
+                    for turn in conversation.messages
                 ],
-                "options": {**special, **each.options},
-                "template": each.template or template,
-            }
-            for each in conversations
-        ]
-        answer = _Renderer.ask(
-            {
-                "conversations": given,
+                "options": {**special, **conversation.options},
+                "template": conversation.template,
                 "cuts": cuts,
                 "date": self._date,
                 "seconds": SECONDS,
@@ -252,21 +235,20 @@ class ChatTemplate:
                 f"{sys.executable}"
             )
         texts: list[str | RecordError] = []
-        whole = ""
-        for kind, *rest in answer:
+        for kind, said in answer:
             if kind == "text":
-                texts.append(whole[: rest[0]] + rest[1])
-                whole = whole or rest[1]
+                texts.append(said)
             elif kind == "limit":
                 raise TemplateError(
-                    f"the chat template {rest[0]} for one conversation, and gets "
+                    f"the chat template {said} for one conversation, and gets "
                     f"{MEMORY:,} bytes for at most {CHARACTERS:,} characters; give "
                     "another by --chat-template FILE"
                 )
             else:
                 make = RecordError if kind == "refused" else _BrokenTemplateError
-                said = shorten(rest[0])
-                message = f"the chat template refuses this conversation: {said}"
+                message = (
+                    f"the chat template refuses this conversation: {shorten(said)}"
+                )
                 texts.append(make("template_refuses", message))
         return texts
 

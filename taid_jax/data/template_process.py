@@ -44,31 +44,17 @@ def _fix_clock(day: dict[str, str]) -> None:
     jinja2.Environment.from_string = from_string
 
 
-def common(one: str, other: str) -> int:
-    """Returns how many characters both begin with."""
-    low, high = 0, len(other)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one.startswith(other[low:middle], low):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def _answer(request: dict[str, Any], render: Any, error: type[Exception]) -> list[Any]:
-    """Returns what each render gave; texts without what they share with the first."""
+    """Returns what each render gave."""
     found: list[Any] = []
-    whole = ""
-    for stop, generation, number in request["cuts"]:
-        given = request["conversations"][number]
+    for stop, generation in request["cuts"]:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
             [text], _ = render(
-                conversations=[given["messages"][:stop]],
-                chat_template=given["template"],
+                conversations=[request["messages"][:stop]],
+                chat_template=request["template"],
                 add_generation_prompt=generation,
-                **given["options"],
+                **request["options"],
             )
         except MemoryError:
             found.append(["limit", "asks for too much memory"])
@@ -84,9 +70,7 @@ def _answer(request: dict[str, Any], render: Any, error: type[Exception]) -> lis
         if len(text) > request["characters"]:
             found.append(["limit", f"writes {len(text):,} characters"])
             break
-        same = common(whole, text)
-        whole = whole or text
-        found.append(["text", same, text[same:]])
+        found.append(["text", text])
     return found
 
 

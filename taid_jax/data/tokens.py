@@ -1,5 +1,6 @@
 """Text to token ids, in batches, with the exact tokens of every answer."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -67,38 +68,20 @@ class Rendered(NamedTuple):
 
     Attributes:
         text: What is encoded.
-        answers: The characters of the answers, in order; not known when None.
-        counts_all: All tokens count, and not only those of the answers; the answers
-            only tell where the last of them lies. So it is without known answers.
+        answers: The characters of the answers that are looked for, in order.
+        counts_all: All tokens count, and not only those of the answers.
         framed: Gets the tokenizer's start token and the end token, which the text of a
             chat template brings itself.
-        not_counted: The characters of answers that do not count though all others do.
+        untrained: Those of the answers that do not count.
         unused_keys: What the record has for the chat template, which does not use it.
     """
 
     text: str
-    answers: tuple[Span, ...] | None = None
+    answers: tuple[Span, ...] = ()
     counts_all: bool = False
     framed: bool = False
-    not_counted: tuple[Span, ...] = ()
+    untrained: tuple[Span, ...] = ()
     unused_keys: tuple[str, ...] = ()
-
-
-class _Piece(NamedTuple):
-    """Text between two borders, whether it is an answer, ids to skip at its start."""
-
-    text: str
-    answers: bool
-    skip: int
-
-
-class _Found(NamedTuple):
-    """Ids of a text, which of them lie in answers, and where the last answer does."""
-
-    ids: list[int]
-    inside: Bool[np.ndarray, " tokens"]
-    prompt: int
-    answer_end: int
 
 
 def is_rendered(tokenizer: Tokenizer, prompt: str) -> bool:
@@ -178,38 +161,28 @@ class Encoder:
         """
         wholes = self.ids([item.text for item in rendered])
         pieces = [self._pieces(item) for item in rendered]
-        flat = iter(self.ids([piece.text for parts in pieces for piece in parts]))
+        flat = iter(self.ids([piece for parts in pieces for piece in parts]))
+        # Behind the guard that all but the first piece begin with.
+        guard = len(self._end) if self._guard else 0
         return [
-            self._example(item, whole, parts, [next(flat)[p.skip :] for p in parts])
+            self._example(
+                item,
+                whole,
+                [next(flat)[guard if n else 0 :] for n in range(len(parts))],
+            )
             for item, whole, parts in zip(rendered, wholes, pieces, strict=True)
         ]
 
-    def _pieces(self, item: Rendered) -> list[_Piece]:
-        if item.answers is None:
-            return []
-        pieces, done = [], 0
-        for start, stop in item.answers:
-            pieces += [(item.text[done:start], False), (item.text[start:stop], True)]
-            done = stop
-        pieces.append((item.text[done:], False))
-        guard = len(self._end) if self._guard else 0
-        return [
-            _Piece(self._guard + text, inside, guard) if n else _Piece(text, inside, 0)
-            for n, (text, inside) in enumerate(pieces)
-            if text
-        ]
+    def _pieces(self, item: Rendered) -> list[str]:
+        """Returns the text between the borders of the answers."""
+        borders = [0, *itertools.chain(*item.answers), len(item.text)]
+        first, *others = (item.text[a:b] for a, b in itertools.pairwise(borders))
+        return [first, *(self._guard + text for text in others)]
 
     def _example(
-        self,
-        item: Rendered,
-        whole: list[int],
-        pieces: list[_Piece],
-        piece_ids: list[list[int]],
+        self, item: Rendered, whole: list[int], pieces: list[list[int]]
     ) -> Example | RecordError:
-        if item.answers is None:
-            found = _Found(whole, np.ones(len(whole), np.bool_), 0, 0)
-        else:
-            found = self._find(item, whole, pieces, piece_ids)
+        found = self._find(item, whole, pieces)
         if found is None:
             return RecordError(
                 "answer_not_found",
@@ -217,13 +190,15 @@ class Encoder:
                 "tokenizer one token crosses the border between the two; train on "
                 "prompts too, or put white space between them",
             )
-        ids, counted, prompt, answer_end = found
-        if item.counts_all:
-            counted = np.ones(len(ids), np.bool_)
-            borders = [item.text[:place] for span in item.not_counted for place in span]
-            places = [_common_start(ids, start) for start in self.ids(borders)]
-            for first, stop in zip(places[::2], places[1::2], strict=True):
-                counted[first:stop] = False
+        ids, places = found
+        counted = np.full(len(ids), item.counts_all)
+        prompt = answer_end = 0
+        for span, start, stop in zip(
+            item.answers, places[::2], places[1::2], strict=True
+        ):
+            counted[start:stop] = span not in item.untrained
+            if span not in item.untrained:
+                prompt, answer_end = start, stop
         # Written in the text, by a template or by both: one start token is right.
         written = self._starts(ids)
         if extra := max(0, written - 1):
@@ -243,36 +218,22 @@ class Encoder:
         return Example(np.array(ids, np.int32), counted, prompt, answer_end)
 
     def _find(
-        self,
-        item: Rendered,
-        whole: list[int],
-        pieces: list[_Piece],
-        piece_ids: list[list[int]],
-    ) -> _Found | None:
-        """Returns where the answers lie, None where nothing proves it."""
-        if not item.answers:
-            return _Found(whole, np.zeros(len(whole), np.bool_), 0, 0)
-        joined = [token for part in piece_ids for token in part]
-        lengths = [len(part) for part in piece_ids]
-        inside = np.repeat([piece.answers for piece in pieces], lengths)
-        number = max(n for n, piece in enumerate(pieces) if piece.answers)
-        last = sum(lengths[:number]), sum(lengths[: number + 1])
+        self, item: Rendered, whole: list[int], pieces: list[list[int]]
+    ) -> tuple[list[int], list[int]] | None:
+        """Returns ids, and the places of the borders; None where nothing proves them.
+
+        A token that crosses into an answer is the answer's where all count anyway.
+        """
+        joined = list(itertools.chain(*pieces))
+        places = list(itertools.accumulate(map(len, pieces)))[:-1]
         if joined == whole:
-            return _Found(whole, inside, *last)
-        borders = [border for answer in item.answers for border in answer]
+            return whole, places
+        borders = itertools.chain(*item.answers)
         starts = self.ids([item.text[:border] for border in borders])
-        if item.counts_all:
-            # A token that crosses into the answer is the answer's.
-            prompt, answer_end = (_common_start(whole, s) for s in starts[-2:])
-            return _Found(whole, inside, prompt, answer_end)
-        if all(whole[: len(start)] == start for start in starts):
-            inside = np.zeros(len(whole), np.bool_)
-            for first, stop in zip(starts[::2], starts[1::2], strict=True):
-                inside[len(first) : len(stop)] = True
-            return _Found(whole, inside, len(starts[-2]), len(starts[-1]))
-        if self._text_of(joined) == item.text:
-            return _Found(joined, inside, *last)
-        return None
+        shared = [shared_start(whole, start) for start in starts]
+        if item.counts_all or shared == [*map(len, starts)]:
+            return whole, shared
+        return (joined, places) if self._text_of(joined) == item.text else None
 
     def _text_of(self, ids: list[int]) -> str:
         return self.tokenizer.decode(
@@ -280,13 +241,11 @@ class Encoder:
         )
 
 
-def _common_start(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Returns how many ids both begin with."""
-    pairs = zip(ids, others, strict=False)
-    return next(
-        (place for place, (one, other) in enumerate(pairs) if one != other),
-        min(len(ids), len(others)),
-    )
+def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Returns how many characters, or ids, both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    shorter = min(len(one), len(other))
+    return next((place for place, (a, b) in pairs if a != b), shorter)
 
 
 def cut_windows(example: Example, length: int) -> Iterator[Example]:

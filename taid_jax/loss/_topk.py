@@ -18,6 +18,16 @@ class TopK(NamedTuple):
         logprobs: `(*tokens, k)`, their log-probabilities in nats, with the normaliser
             of the whole row: they do not add up to 1.
         tail: `(*tokens,)`, the log of the probability of all other entries together.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import TopK
+        >>> logprobs = jax.nn.log_softmax(jnp.array([[3.0, 1.0, 2.0, 0.0]]))
+        >>> values, ids = jax.lax.top_k(logprobs, 2)
+        >>> rows = TopK(ids, values, jnp.log1p(-jnp.exp(values).sum(-1)))
+        >>> print(rows.ids, jnp.exp(rows.tail).round(3))
+        [[0 2]] [0.119]
     """
 
     ids: Int[Array, "*tokens k"]

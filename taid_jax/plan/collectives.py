@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 _KINDS = (
     "all-gather",
@@ -45,7 +45,9 @@ class _Instruction:
         return re.findall(r"%([\w.-]+)", self.rest.split(")")[0])
 
 
-_Computations = Mapping[str, Sequence[_Instruction]]
+_NOTHING = _Instruction("", "", "", "")
+_Computation = Mapping[str, _Instruction]
+"""Instructions by name, in order; the last one gives the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,7 @@ def count_collectives(text: str) -> Collectives:
     sent, endless = 0.0, set()
     pieces: set[tuple[str, str]] = set()
     for computation, times, open_loops, fused in _runs(entry, computations):
-        types = {one.name: one.type for one in computations[computation]}
-        for one in computations[computation]:
+        for one in computation.values():
             kind = one.opcode.removesuffix("-start")
             if kind not in _KINDS:
                 continue
@@ -93,7 +94,11 @@ def count_collectives(text: str) -> Collectives:
                 if (kind, channel[1]) in pieces:
                     continue
                 pieces.add((kind, channel[1]))
-            given = sum(_bytes(types.get(name, "")) for name in one.operands)
+            given = sum(
+                _bytes(computation[name].type)
+                for name in one.operands
+                if name in computation
+            )
             # An asynchronous start has its operands and buffers in its type as well.
             got = _bytes(one.type) - (given if one.opcode.endswith("-start") else 0)
             moved = max(given, got)
@@ -105,35 +110,32 @@ def count_collectives(text: str) -> Collectives:
 
 
 def _runs(
-    entry: str, computations: _Computations
-) -> Iterator[tuple[str, int, frozenset[str], bool]]:
-    """Yields each call of a computation: name, runs, open loops, inside a fusion."""
-    stack: list[tuple[str, int, frozenset[str], bool]] = [
-        (entry, 1, frozenset(), False)
-    ]
+    entry: str, computations: Mapping[str, _Computation]
+) -> Iterator[tuple[_Computation, int, frozenset[str], bool]]:
+    """Yields each call of a computation: it, its runs, open loops, inside a fusion."""
+    stack = [(entry, 1, frozenset[str](), False)]
     holds = _holding(computations)
     while stack:
-        computation, times, open_loops, fused = stack.pop()
+        name, times, open_loops, fused = stack.pop()
+        computation = computations[name]
         yield computation, times, open_loops, fused
-        for one in computations[computation]:
-            for called in _called_by(one):
-                if called not in holds:
-                    continue
-                trips, still_open = 1, open_loops
-                if one.opcode == "while":
-                    known = _trip_count(one, computations[computation], computations)
-                    trips = 1 if known is None else known
-                    still_open |= {one.name} if known is None else set()
-                inside = fused or one.opcode == "fusion"
-                stack.append((called, times * trips, still_open, inside))
+        for one in computation.values():
+            for called in filter(holds.__contains__, _called_by(one)):
+                loops = one.opcode == "while"
+                trips = _trip_count(one, computation, computations) if loops else 1
+                still_open = open_loops | ({one.name} if trips is None else set())
+                runs = times * (1 if trips is None else trips)
+                stack.append(
+                    (called, runs, still_open, fused or one.opcode == "fusion")
+                )
 
 
-def _holding(computations: _Computations) -> set[str]:
+def _holding(computations: Mapping[str, _Computation]) -> set[str]:
     """Returns the computations with a collective in them, or in one that they call."""
     callers: dict[str, set[str]] = {name: set() for name in computations}
     found = []
-    for name, instructions in computations.items():
-        for one in instructions:
+    for name, computation in computations.items():
+        for one in computation.values():
             for called in _called_by(one):
                 callers.setdefault(called, set()).add(name)
             if one.opcode.removesuffix("-start") in _KINDS:
@@ -191,17 +193,17 @@ def _share_sent(kind: str, group: int | None) -> float:
     return 2 * share if kind == "all-reduce" else share
 
 
-def _parse_program(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
-    """Returns the name of the entry, and the instructions of each computation."""
+def _parse_program(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
+    """Returns the name of the entry, and all computations."""
     entry, current = "", ""
-    computations: dict[str, list[_Instruction]] = {}
+    computations: dict[str, dict[str, _Instruction]] = {}
     for line in text.splitlines():
         if begins := _COMPUTATION.match(line):
             current = begins[2]
-            computations[current] = []
+            computations[current] = {}
             entry = current if begins[1] else entry
         elif current and (found := _INSTRUCTION.match(line)):
-            computations[current].append(_Instruction(*found.groups()))
+            computations[current][found[1]] = _Instruction(*found.groups())
     return entry, computations
 
 
@@ -214,75 +216,54 @@ def _called_by(instruction: _Instruction) -> list[str]:
 
 
 def _trip_count(
-    loop: _Instruction, around: Sequence[_Instruction], computations: _Computations
+    loop: _Instruction,
+    around: _Computation,
+    computations: Mapping[str, _Computation],
 ) -> int | None:
     """Returns how often a loop runs, if that is fixed.
 
     XLA for CPU and GPU writes it beside the loop. That for TPU does not; but its loops
-    compare a counter with a constant, to which each turn adds another: 1 in scans, 2
+    compare a counter with a constant, to which each pass adds another: 1 in scans, 2
     where a product is computed piece by piece while the pieces go round a ring both
     ways.
     """
     if told := _TRIPS.search(loop.rest):
         return int(told[1])
     names = dict(re.findall(r"(condition|body)=%?([\w.-]+)", loop.rest))
-    condition = computations.get(names.get("condition", ""), ())
-    tests = [one for one in condition if one.opcode == "compare"]
+    condition, body = (
+        computations.get(names.get(name, ""), {}) for name in ("condition", "body")
+    )
+    tests = [one for one in condition.values() if one.opcode == "compare"]
     if len(tests) != 1 or "direction=LT" not in tests[0].rest:
         return None
     sides = [_source(name, condition) for name in tests[0].operands]
-    if len(sides) != 2 or sides[0] is None:
+    counter, bound = sides if len(sides) == 2 else (_NOTHING, _NOTHING)
+    place, end = re.search(r"index=(\d+)", counter.rest), _constant(bound)
+    if counter.opcode != "get-tuple-element" or place is None or end is None:
         return None
-    bound, place = _constant(sides[1]), _element(sides[0])
-    if bound is None or place is None:
-        return None
-    start = _constant(_field(loop, place, around)) or 0
-    step = _step(computations.get(names.get("body", ""), ()), place)
-    return max(0, -(-(bound - start) // step))
+    begun = _source((loop.operands or [""])[0], around)
+    start = _constant(_part(begun, int(place[1]), around)) or 0
+    result = [_NOTHING, *body.values()][-1]
+    added = _part(result, int(place[1]), body)
+    amounts = [_constant(_source(name, body)) for name in added.operands]
+    step = next(filter(None, amounts), 1) if added.opcode == "add" else 1
+    return max(0, -(-(end - start) // step))
 
 
-def _step(body: Sequence[_Instruction], place: int) -> int:
-    """Returns what a turn adds to the counter; 1 where it cannot be seen."""
-    turned = _field(body[-1], place, body, is_tuple=True) if body else None
-    if turned is None or turned.opcode != "add":
-        return 1
-    amounts = [_constant(_source(name, body)) for name in turned.operands]
-    return next((amount for amount in amounts if amount), 1)
+def _part(made: _Instruction, place: int, around: _Computation) -> _Instruction:
+    """Returns what was put at a place of a tuple that is made."""
+    parts = made.operands if made.opcode == "tuple" else []
+    return _source(parts[place], around) if place < len(parts) else _NOTHING
 
 
-def _field(
-    instruction: _Instruction,
-    place: int,
-    around: Sequence[_Instruction],
-    *,
-    is_tuple: bool = False,
-) -> _Instruction | None:
-    """Returns what was put at a place of the tuple that is made, or that is taken."""
-    made = instruction if is_tuple else None
-    if made is None and instruction.operands:
-        made = _source(instruction.operands[0], around)
-    if made is None or made.opcode != "tuple" or place >= len(made.operands):
-        return None
-    return _source(made.operands[place], around)
-
-
-def _source(name: str, around: Sequence[_Instruction]) -> _Instruction | None:
+def _source(name: str, around: _Computation) -> _Instruction:
     """Returns the instruction of a name, or what it is a mere copy of."""
-    by_name = {one.name: one for one in around}
-    found = by_name.get(name)
-    while found is not None and found.opcode in ("copy", "bitcast"):
-        found = by_name.get(found.operands[0]) if found.operands else None
+    found = around.get(name, _NOTHING)
+    while found.opcode in ("copy", "bitcast"):
+        found = around.get((found.operands or [""])[0], _NOTHING)
     return found
 
 
-def _constant(one: _Instruction | None) -> int | None:
-    if one is None or one.opcode != "constant":
-        return None
-    number = _NUMBER.match(one.rest)
+def _constant(one: _Instruction) -> int | None:
+    number = _NUMBER.match(one.rest) if one.opcode == "constant" else None
     return int(number[1]) if number else None
-
-
-def _element(one: _Instruction) -> int | None:
-    """Returns the place that a `get-tuple-element` takes."""
-    found = re.search(r"index=(\d+)", one.rest)
-    return int(found[1]) if one.opcode == "get-tuple-element" and found else None

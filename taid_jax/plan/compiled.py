@@ -279,7 +279,7 @@ def standard_error() -> Iterator[Callable[[], str]]:
         A function that returns what was written so far.
     """
     sys.stderr.flush()
-    kept = os.dup(2)
+    before = os.dup(2)
     with tempfile.TemporaryFile() as file:
 
         def said() -> str:
@@ -292,5 +292,5 @@ def standard_error() -> Iterator[Callable[[], str]]:
             yield said
         finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(before, 2)
+            os.close(before)

@@ -179,11 +179,17 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def show_size(count: float) -> str:
+def show_size(count: int) -> str:
     """Returns so many bytes in words."""
     return (
         f"{count / 2**30:,.2f} GiB" if count >= 2**28 else f"{count / 2**20:,.1f} MiB"
     )
+
+
+def free_bytes(folder: pathlib.Path) -> int:
+    """Returns the room on the disk of a folder, which need not be there yet."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    return shutil.disk_usage(there).free
 
 
 def check_room(folder: pathlib.Path, need: int) -> None:
@@ -192,7 +198,7 @@ def check_room(folder: pathlib.Path, need: int) -> None:
     Raises:
         StoreError: If it has not.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if need > free:
         raise StoreError(
             f"output: the store needs {show_size(need)} more and {folder} has "

@@ -52,6 +52,7 @@ from taid_jax.store.folder import (
     begin_store,
     check_room,
     finish_store,
+    free_bytes,
     show_size,
     tidy,
     writing,
@@ -152,13 +153,13 @@ def store_teacher(
     facts = distributed.broadcast(
         lambda: _facts(settings, options, opened, dataset, recipe, mesh)
     )
+    distributed.broadcast(lambda: _announce(files, recipe, console))
     with contextlib.ExitStack() as hold:
         if distributed.broadcast(lambda: begin_store(files.folder, facts, hold)):
             tidy(files.folder)
             return read_manifest(files.folder)
         for note in opened.teacher.notes:
             console.print(f"note: {note}", soft_wrap=True, highlight=False)
-        distributed.broadcast(lambda: _announce(files, recipe, opened, console))
         teacher = _load(settings, opened, mesh)
         _write_teacher(files.folder, teacher, recipe)
         _write_shards(files, recipe, teacher, mesh, console)
@@ -325,10 +326,12 @@ def _owned(lots: Sequence[Lot]) -> frozenset[int]:
     return frozenset(first.values())
 
 
-def _announce(
-    files: _Files, recipe: _Recipe, opened: OpenPair, console: Console
-) -> None:
-    """Says how much will be stored, and refuses what the disk has no room for."""
+def _announce(files: _Files, recipe: _Recipe, console: Console) -> None:
+    """Says how much will be stored, and refuses what the disk has no room for.
+
+    Raises:
+        StoreError: With how much is missing.
+    """
     head_bytes = 0
     if recipe.kind == "hidden":
         head = head_params(abstract_params(recipe.config), recipe.config)
@@ -345,7 +348,7 @@ def _announce(
     width = sum(column.bytes_per_token for column in recipe.columns)
     there = sum(path.stat().st_size for path in files.folder.glob("outputs-*"))
     total = tokens * width + len(numbers) * KEY_BYTES + head_bytes + _SPARE
-    free = shutil.disk_usage(files.folder).free
+    free = free_bytes(files.folder)
     console.print(
         f"{recipe.kind}: {len(numbers):,} examples, {tokens:,} tokens of {width:,} "
         f"bytes, {show_size(total)} in {len(files.shards)} files; {show_size(free)} "

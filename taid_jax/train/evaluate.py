@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from taid_jax.data import Dataset, held_out_batches
-from taid_jax.data.batches import NumpyBatch
+from taid_jax.data import Dataset
+from taid_jax.data.batches import NumpyBatch, held_out_iterator
 from taid_jax.errors import ModelError
 from taid_jax.loss import CrossEntropy, ForwardKL
 from taid_jax.loss._objective import Objective, register_objective
@@ -247,7 +247,7 @@ def make_evaluator(
     part, parts = batch_part(mesh)
 
     def held_out() -> Iterator[NumpyBatch]:
-        return held_out_batches(
+        return held_out_iterator(
             dataset.held_out,
             data.batch_size,
             limit=data.held_out_batches,

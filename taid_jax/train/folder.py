@@ -23,8 +23,8 @@ _FILES = re.compile(
 )
 _FOLDERS = re.compile(rf"{CHECKPOINTS}|tensorboard|student|{SET_ASIDE}")
 _DONE = ("report.json", "curves.png", "student")
-# As `models.export` calls a model's folder while it is written.
-_PARTIAL = re.compile(r"\.export-[0-9a-f]+\.(partial|old)")
+# As `files.folder_aside` calls a model's folder while it is written.
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.(partial|old)")
 # Of nobody: a plan of this run may lie there already.
 _HARMLESS = ("plan.json", LOCK)
 _STEP = re.compile(r"0|[1-9][0-9]*")

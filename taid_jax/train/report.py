@@ -306,9 +306,8 @@ class ConsoleProgress:
         """Shows a held-out evaluation."""
         text = (
             f"held out at step {row['step']}: KL {number(row['kl_teacher'])} nats, "
-            f"perplexity of the student {number(row['student_perplexity'], 2)}, of the "
-            "teacher "
-            f"{number(row['teacher_perplexity'], 2)}"
+            f"perplexity of the student {number(row['student_perplexity'], 2)}, "
+            f"of the teacher {number(row['teacher_perplexity'], 2)}"
         )
         if row["rouge_l"] is not None:
             text += (

@@ -1,5 +1,6 @@
 """Small tokenizers made on the spot, and files to read: nothing is downloaded."""
 
+import copy
 import json
 import random
 
@@ -164,16 +165,16 @@ def styled_tokenizer(style, tokenizers):
     return tokenizers[style]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer(tokenizers):
     return tokenizers["chatml"]
 
 
 @pytest.fixture
-def base_tokenizer():
-    tokenizer = build_tokenizer("chatml")
-    tokenizer.chat_template = None
-    return tokenizer
+def base_tokenizer(tokenizer):
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    return base
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def write_jsonl(tmp_path):
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_conversations():
     """Conversations whose answers look like prompts, roles and white space."""
 

@@ -1,9 +1,7 @@
 """Buckets: few shapes, every row once an epoch, the same on all processes."""
 
 import itertools
-import json
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,33 +100,6 @@ def test_train_iterator_has_no_more_shapes_than_buckets(examples):
     epochs = [real_ids(batches[n : n + 4]) for n in range(0, 20, 4)]
     for ids in epochs:
         assert sorted(ids) == list(range(100, 100 + sum(LENGTHS)))
-
-
-@pytest.mark.parametrize("steps", [3])
-def test_train_iterator_with_buckets_resumes_in_the_middle_of_an_epoch(examples, steps):
-    iterator = train_iterator(examples, 4, seed=5)
-    for _ in range(steps):
-        next(iterator)
-    state = json.loads(json.dumps(iterator.get_state()))
-    wanted = [next(iterator) for _ in range(6)]
-    resumed = train_iterator(examples, 4, seed=5, prefetch=0)
-    next(resumed)
-    resumed.set_state(state)
-    for batch in wanted:
-        jax.tree.map(np.testing.assert_array_equal, batch, next(resumed))
-
-
-def test_train_iterator_with_buckets_is_the_same_on_all_processes(examples):
-    options = {"seed": 1, "with_prompts": True}
-    whole = train_iterator(examples, 4, **options)
-    parts = [
-        train_iterator(examples, 4, process_index=p, process_count=2, **options)
-        for p in range(2)
-    ]
-    for _ in range(9):
-        pieces = [next(part) for part in parts]
-        joined = {k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]}
-        jax.tree.map(np.testing.assert_array_equal, next(whole), joined)
 
 
 def test_train_iterator_with_buckets_leaves_rows_of_a_large_batch_empty(examples):

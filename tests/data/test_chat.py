@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 
-from taid_jax.data.chat import ChatRenderer, MissingTemplateError
-from taid_jax.data.documents import Chat, Completion, Message, parse_record
+from taid_jax.data.chat import ChatRenderer
+from taid_jax.data.documents import Chat, Completion, Message, make_document
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Conversation, Cut
 from taid_jax.data.tokens import Encoder
 
 QUESTION = Message("user", "Whether?")
 ANSWER = Message("assistant", "that is all.")
+
+
+def content_of(record):
+    return make_document(record, 0).content
 
 
 def encode(tokenizer, content, *, train_on_prompts=False, **options):
@@ -37,33 +41,6 @@ def counted_texts(tokenizer, example):
     ]
 
 
-def test_chat_counts_exactly_the_answers(
-    style, styled_tokenizer, turn_end, make_conversations
-):
-    conversations = make_conversations(80)
-    for messages in conversations:
-        chat = parse_record({"messages": messages})
-        example = encode(styled_tokenizer, chat)
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        if style in ("llama2", "llama3"):
-            answers = [answer.strip() for answer in answers]  # these templates trim
-        found = counted_texts(styled_tokenizer, example)
-        assert all(text.endswith(turn_end) for text in found)
-        found = [text.removesuffix(turn_end) for text in found]
-        if style == "llama2":
-            found = [text.strip(" ") for text in found]  # a space round the answer
-        assert found == answers
-
-
-@pytest.mark.parametrize("train_on_prompts", [False, True])
-def test_completion_prompt_of_a_base_model_is_the_prompt(
-    base_tokenizer, train_on_prompts
-):
-    content = Completion("Whether?", " that is all.")
-    example = encode(base_tokenizer, content, train_on_prompts=train_on_prompts)
-    assert base_tokenizer.decode(example.ids[: example.prompt]) == "Whether?"
-
-
 def test_chat_cuts_a_token_that_crosses_into_an_answer(tokenizer):
     """The line end before an answer and those it starts with are one token together."""
     answer = Message("assistant", "\n\nmoves")
@@ -76,17 +53,6 @@ def test_chat_cuts_a_token_that_crosses_into_an_answer(tokenizer):
     assert whole[: len(prompt)] != prompt
     assert example.ids[: len(prompt)].tolist() == prompt
     assert counted_texts(tokenizer, example) == ["\n\nmoves<|im_end|>"]
-
-
-def test_chat_counts_everything_but_the_first_token_on_request(styled_tokenizer):
-    chat = Chat((QUESTION, ANSWER))
-    example = encode(styled_tokenizer, chat, train_on_prompts=True)
-    assert not example.counted[0]
-    assert example.counted[1:].all()
-    plain = styled_tokenizer.apply_chat_template(
-        [message._asdict() for message in chat.messages], return_dict=False
-    )
-    assert example.ids.tolist() == plain
 
 
 # The five formats again, with marks round what the assistant writes.
@@ -119,22 +85,24 @@ def marked_template(style, end):
     )
 
 
-def test_chat_counts_exactly_what_the_template_marks(
-    style, styled_tokenizer, turn_end, make_conversations, monkeypatch
+@pytest.mark.parametrize("marked", [False, True])
+def test_chat_counts_exactly_the_answers(
+    style, styled_tokenizer, turn_end, make_conversations, monkeypatch, marked
 ):
     """The masks of transformers alone count a token of which one character is."""
-    template = marked_template(style, turn_end)
-    monkeypatch.setattr(styled_tokenizer, "chat_template", template)
+    if marked:
+        template = marked_template(style, turn_end)
+        monkeypatch.setattr(styled_tokenizer, "chat_template", template)
     for messages in make_conversations(80):
-        example = encode(styled_tokenizer, parse_record({"messages": messages}))
+        example = encode(styled_tokenizer, content_of({"messages": messages}))
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         if style in ("llama2", "llama3"):
-            answers = [answer.strip() for answer in answers]
+            answers = [answer.strip() for answer in answers]  # these templates trim
         found = counted_texts(styled_tokenizer, example)
         assert all(text.endswith(turn_end) for text in found)
         found = [text.removesuffix(turn_end) for text in found]
         if style == "llama2":
-            found = [text.strip(" ") for text in found]
+            found = [text.strip(" ") for text in found]  # a space round the answer
         assert found == answers
         last = example.ids[example.prompt : example.answer_end]
         assert example.counted[example.prompt : example.answer_end].all()
@@ -170,23 +138,6 @@ def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):
     assert everything[2:] == example[2:]
 
 
-@pytest.mark.parametrize("train_on_prompts", [False, True])
-def test_chat_leaves_out_answers_that_nothing_ends(
-    tokenizer, monkeypatch, train_on_prompts
-):
-    """The header of the next turn is no end: a model would go on by itself."""
-    bare = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
-        "+ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    monkeypatch.setattr(tokenizer, "chat_template", bare)
-    chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
-    with pytest.raises(RecordError, match="nothing that ends the answer in turn") as e:
-        encode(tokenizer, chat, train_on_prompts=train_on_prompts)
-    assert e.value.reason == "no_end"
-
-
 @pytest.mark.parametrize(
     "template",
     [
@@ -215,13 +166,13 @@ def test_chat_refuses_a_turn_that_the_template_leaves_out(
     tokenizer, monkeypatch, role, train_on_prompts
 ):
     """No error of the template tells it: the turn would be missing, no more."""
-    silent = (
+    forgetful = (
         "{% for m in messages if m['role'] in ('user', 'assistant') %}"
         "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    monkeypatch.setattr(tokenizer, "chat_template", silent)
+    monkeypatch.setattr(tokenizer, "chat_template", forgetful)
     encode(tokenizer, Chat((QUESTION, ANSWER)), train_on_prompts=train_on_prompts)
     chat = Chat((QUESTION, ANSWER, Message(role, "22 degrees"), QUESTION, ANSWER))
     with pytest.raises(RecordError, match=rf"does not write turn 3 \({role}\)") as e:
@@ -235,15 +186,21 @@ def test_chat_knows_where_the_last_answer_is(
 ):
     """The prompt is what generation is given, the answer what it should write."""
     for messages in make_conversations(20, edges=[""]):
-        content = parse_record({"messages": messages})
+        content = content_of({"messages": messages})
         example = encode(styled_tokenizer, content, train_on_prompts=train_on_prompts)
         asked = styled_tokenizer.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
         assert example.ids[: example.prompt].tolist() == asked
-        counted = encode(styled_tokenizer, content).counted
+        counted = example.counted
         assert counted[example.prompt : example.answer_end].all()
-        assert not counted[example.answer_end :].any()
+        if not train_on_prompts:
+            assert not counted[example.answer_end :].any()
+            continue
+        assert not counted[0]
+        assert counted[1:].all()
+        plain = styled_tokenizer.apply_chat_template(messages, return_dict=False)
+        assert example.ids.tolist() == plain
 
 
 def test_chat_with_prompts_gives_a_crossing_token_to_the_answer(tokenizer):
@@ -254,21 +211,9 @@ def test_chat_with_prompts_gives_a_crossing_token_to_the_answer(tokenizer):
     assert example.answer_end == len(example.ids) - 1  # a line end after the turn
 
 
-def test_chat_says_how_to_give_a_template(base_tokenizer):
-    with pytest.raises(MissingTemplateError, match=r"--chat-template FILE.*\.jinja"):
-        encode(base_tokenizer, Chat((QUESTION, ANSWER)))
-
-
-def test_chat_reports_what_the_template_refuses(tokenizers):
-    chat = Chat((QUESTION, QUESTION, ANSWER))
-    with pytest.raises(DataError, match="roles must alternate"):
-        encode(tokenizers["llama2"], chat)
-
-
-def test_completion_becomes_two_turns_with_a_template(styled_tokenizer):
-    completion = Completion(QUESTION.content, ANSWER.content)
-    example = encode(styled_tokenizer, completion)
-    chat = encode(styled_tokenizer, Chat((QUESTION, ANSWER)))
+def test_completion_becomes_two_turns_with_a_template(tokenizer):
+    example = encode(tokenizer, Completion(QUESTION.content, ANSWER.content))
+    chat = encode(tokenizer, Chat((QUESTION, ANSWER)))
     np.testing.assert_array_equal(example.ids, chat.ids)
     np.testing.assert_array_equal(example.counted, chat.counted)
 
@@ -281,6 +226,8 @@ def test_completion_is_joined_without_a_template(base_tokenizer):
     everything = encode(base_tokenizer, completion, train_on_prompts=True)
     assert everything.counted[1:].all()
     np.testing.assert_array_equal(everything.ids, example.ids)
+    for found in (example, everything):
+        assert base_tokenizer.decode(found.ids[: found.prompt]) == "The cat"
 
 
 def test_completion_that_shares_a_token_with_its_prompt_is_cut_there(base_tokenizer):
@@ -299,7 +246,7 @@ def chat_of(*turns, **record):
         {"role": role, "content": content, **dict(*others)}
         for role, content, *others in turns
     ]
-    return parse_record({"messages": messages, **record})
+    return content_of({"messages": messages, **record})
 
 
 TWO = (("user", "Q?"), ("assistant", "One. "), ("user", "And?"), ("assistant", "Two"))
@@ -344,6 +291,13 @@ def test_chat_counts_whatever_ends_an_answer(tokenizers, monkeypatch, case):
     assert counted_texts(tokenizers["zephyr"], alone) == [last]
 
 
+# A line end alone: the header of the next turn is no end either.
+BARE = (
+    "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -360,13 +314,17 @@ def test_chat_counts_whatever_ends_an_answer(tokenizers, monkeypatch, case):
         # Headers are tokens, and no ends.
         "{% for m in messages %}{{ '<s>' + m.role }}: {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<s>' }}assistant: {% endif %}",
+        BARE,
     ],
 )
 def test_chat_leaves_out_turns_without_an_end(tokenizers, monkeypatch, template):
+    """A model would go on by itself."""
     monkeypatch.setattr(tokenizers["zephyr"], "chat_template", template)
-    with pytest.raises(RecordError, match="would never stop") as caught:
-        encode(tokenizers["zephyr"], chat_of(*TWO))
-    assert caught.value.reason == "no_end"
+    for train_on_prompts in {False, template == BARE}:
+        renderer = ChatRenderer(tokenizers["zephyr"], train_on_prompts=train_on_prompts)
+        with pytest.raises(RecordError, match="nothing that ends the answer") as caught:
+            renderer.chat(chat_of(*TWO))
+        assert caught.value.reason == "no_end"
 
 
 # What reasoning models have: a block in the last turn, earlier thoughts taken out, a
@@ -474,8 +432,8 @@ def test_chat_names_the_keys_that_the_template_does_not_use(tokenizer, monkeypat
     assert renderer.chat(chat).unused_keys == ("reasoning_content", "mood", "tools")
     # It changes what an answer is asked by, and so what counts of it.
     monkeypatch.setattr(tokenizer, "chat_template", REASONING)
-    silent = {"chat_template_kwargs": {"enable_thinking": False}}
-    assert renderer.chat(chat_of(*TWO, **silent)).unused_keys == ()
+    quiet = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert renderer.chat(chat_of(*TWO, **quiet)).unused_keys == ()
 
 
 @pytest.mark.parametrize("train_on_prompts", [False, True])
@@ -550,7 +508,7 @@ def test_template_renders_as_transformers_does(tokenizer, monkeypatch, template)
         {"role": "user", "content": "\ue000"},
     ]
     cuts = [Cut(), Cut(1, True), Cut(2), Cut(3, True)]
-    given = [Conversation(messages, {"tools": TOOLS})]
+    given = Conversation(messages, {"tools": TOOLS})
     ours = ChatTemplate(tokenizer).render(given, cuts)
     theirs = [
         tokenizer.apply_chat_template(

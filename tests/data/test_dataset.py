@@ -150,32 +150,21 @@ def test_load_dataset_counts_answers_or_everything(write_jsonl, tokenizer):
     assert held_out_batches(dataset.held_out, 4) == []
 
 
-def test_load_dataset_drops_long_conversations_and_counts_them(write_jsonl, tokenizer):
+def test_load_dataset_counts_what_it_leaves_out(write_jsonl, tokenizer):
     long = [CHAT[0], {"role": "assistant", "content": "that is all. " * 50}]
-    other = [{"role": "user", "content": "And?"}, CHAT[1]]
-    path = write_jsonl([{"messages": m} for m in (CHAT, long, other)])
-    dataset = load_dataset(path, tokenizer, seq_len=64)
-    assert dataset.info.dropped == {"too_long": 1}
-    assert dataset.info.train.examples + dataset.info.held_out.examples == 2
-
-
-def test_load_dataset_passes_over_empty_texts(write_jsonl, tokenizer):
-    texts = ["", "one two", " \n", "three four"]
-    dataset = load_dataset(
-        write_jsonl([{"text": text} for text in texts]), tokenizer, seq_len=16
-    )
-    assert dataset.info.dropped == {"empty": 2}
-
-
-def test_load_dataset_counts_bad_records_on_request(write_jsonl, tokenizer):
-    records = [{"text": "one two"}, {"txt": "a"}, {"text": "three"}, {"messages": []}]
+    records = [{"messages": CHAT}, {"txt": "a"}, {"text": ""}, {"messages": long}]
+    records += [{"text": "three four"}, {"messages": []}, {"text": " \n"}]
     path = write_jsonl(records)
     with pytest.raises(DataError, match="line 2: need the keys"):
-        load_dataset(path, tokenizer, seq_len=16)
-    dataset = load_dataset(path, tokenizer, seq_len=16, bad_records="count")
-    assert dataset.info.dropped == {"wrong_shape": 1, "no_answer": 1}
-    assert "line 2" in dataset.info.problems[0]
-    assert "line 4" in dataset.info.problems[1]
+        load_dataset(path, tokenizer, seq_len=64)
+    info = load_dataset(path, tokenizer, seq_len=64, bad_records="count").info
+    reasons = {"wrong_shape": 1, "empty": 2, "too_long": 1, "no_answer": 1}
+    assert info.dropped == reasons
+    # What could not be used, and not what is sound and does not fit.
+    assert len(info.problems) == 2
+    assert "line 2" in info.problems[0]
+    assert "line 6" in info.problems[1]
+    assert info.train.examples + info.held_out.examples == 2
 
 
 def test_load_dataset_says_when_all_are_too_long(write_jsonl, tokenizer):
@@ -194,7 +183,7 @@ def test_load_dataset_says_when_everything_is_masked(
         "{% endfor %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", marks_nothing)
-    with pytest.raises(DataError, match=r"nothing_counted: 1.*every token is masked"):
+    with pytest.raises(DataError, match=r"all_masked: 1.*every token is masked"):
         load_dataset(write_jsonl([{"messages": CHAT}]), tokenizer, seq_len=64)
 
 

@@ -8,7 +8,6 @@ from taid_jax.data.documents import (
     Message,
     make_document,
     parse_prompt,
-    parse_record,
 )
 from taid_jax.data.errors import DataError
 
@@ -25,6 +24,15 @@ def turns(*pairs):
     return {"messages": [{"role": role, "content": text} for role, text in pairs]}
 
 
+def turn(content, role="user", **others):
+    return {"messages": [{"role": role, "content": content, **others}]}
+
+
+USER, ANSWER = ("user", "Q"), ("assistant", "A")
+TURNS = turns(USER, ANSWER)["messages"]
+PAIR = {"instruction": "Q", "output": "A"}
+
+
 def test_make_document_ranks_by_what_is_said():
     assert rank(text("one two")) == rank(text(" One\n  two\n"))
     assert rank(text("one two")) != rank(text("one three"))
@@ -39,19 +47,16 @@ def test_make_document_ranks_answers_by_their_prompt():
     assert chat == rank(turns(asked, answered, asked, answered))
     assert chat == rank({"prompt": "Why?", "completion": "Because."})
     assert chat != rank(turns(("system", "Be kind."), asked, answered))
+    asked = turns(asked)["messages"]
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert chat == rank({"messages": [*asked, called], "tools": [{"name": "f"}]})
+    assert chat == rank({"prompt": asked, "completion": TURNS[1:]})
 
 
 def test_make_document_spreads_ranks_evenly():
     ranks = [rank(text(f"document {n}")) for n in range(2000)]
     # Binomial with p = 0.1: standard deviation 13; five of them.
     assert abs(sum(r < 0.1 for r in ranks) - 200) < 67
-
-
-def test_parse_record_reads_a_conversation():
-    record = turns(("system", "Be kind."), ("user", "Why?"), ("assistant", "So."))
-    chat = parse_record({**record, "text": "not used"})
-    assert isinstance(chat, Chat)
-    assert chat.messages[2] == Message("assistant", "So.")
 
 
 @pytest.mark.parametrize(
@@ -76,19 +81,37 @@ def test_parse_record_reads_a_conversation():
         ({"prompt": "a", "completion": " "}, "`completion` is empty"),
         ({"text": None}, "found `text`"),
         (None, "got null"),
+        ({"messages": TURNS, "tools": [3]}, "`tools` must be a list of objects"),
+        ({"messages": TURNS, "tools": "[1"}, "`tools` is not JSON"),
+        ({"messages": TURNS, "chat_template_kwargs": [1]}, "must be an object"),
+        (PAIR | {"history": ["Q"]}, "needs pairs of texts"),
+        (PAIR | {"system": 3}, "`system` must be a string"),
+        (PAIR | {"instruction": " "}, "`instruction` is empty"),
+        (turn([{"type": "image", "url": "a"}]), "part that is not text .*image"),
+        (turn([3]), "part that is not text .*number"),
+        (turn("A", "assistant", weight=0.5), "must be 0 or 1"),
+        (turn("A", "assistant", weight="0"), "must be 0 or 1"),
+        (
+            {"messages": [{"from": "function_call", "value": "f(1)"}]},
+            "object of JSON with `name`",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": []}]},
+            "found `role`, `tool_calls`",
+        ),
+        (turn("a", name="\ud800"), "surrogate"),
+        (turn("a", "x" * 1000), "unknown role .{,320} in turn 1"),
     ],
 )
-def test_parse_record_says_what_is_wrong(record, message):
+def test_make_document_says_what_is_wrong(record, message):
     with pytest.raises(DataError, match=message):
-        parse_record(record)
+        make_document(record, 0)
 
 
 def chat(*messages, **options):
     return Chat(tuple(Message(*each) for each in messages), tuple(options.items()))
 
 
-USER, ANSWER = ("user", "Q"), ("assistant", "A")
-TURNS = [{"role": role, "content": text} for role, text in (USER, ANSWER)]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
@@ -96,16 +119,6 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     ("record", "content"),
     [
         # ShareGPT
-        (
-            {
-                "conversations": [
-                    {"from": "system", "value": "S"},
-                    {"from": "human", "value": "Q"},
-                    {"from": "gpt", "value": "A"},
-                ]
-            },
-            chat(("system", "S"), USER, ANSWER),
-        ),
         (
             {
                 "conversations": [
@@ -129,9 +142,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
                 tools=[{"name": "f"}],
             ),
         ),
-        ({"conversations": TURNS}, chat(USER, ANSWER)),
+        ({"conversations": TURNS, "text": "not used"}, chat(USER, ANSWER)),
         # Alpaca
-        ({"instruction": "Q", "input": "", "output": "A"}, Completion("Q", "A")),
         (
             {"instruction": "Q", "input": "I", "output": "A", "text": "all"},
             Completion("Q\n\nI", "A"),
@@ -188,45 +200,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         ),
     ],
 )
-def test_parse_record_reads_the_formats_of_data_sets(record, content):
-    assert parse_record(record) == content
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        (
-            [{"role": "user", "content": [{"type": "image", "url": "a"}]}],
-            "part that is not text .*image",
-        ),
-        ([{"role": "user", "content": [3]}], "part that is not text .*number"),
-        ([{"role": "assistant", "content": "A", "weight": 0.5}], "must be 0 or 1"),
-        ([{"role": "assistant", "content": "A", "weight": "0"}], "must be 0 or 1"),
-        ([{"from": "function_call", "value": "f(1)"}], "object of JSON with `name`"),
-        ([{"role": "assistant", "tool_calls": []}], "found `role`, `tool_calls`"),
-        ([{"role": "user", "content": "a", "name": "\ud800"}], "surrogate"),
-        ([{"role": "x" * 1000, "content": "a"}], "unknown role .{,320} in turn 1"),
-    ],
-)
-def test_parse_record_says_which_turn_cannot_be_read(messages, message):
-    with pytest.raises(DataError, match=message):
-        parse_record({"messages": messages})
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"messages": TURNS, "tools": [3]}, "`tools` must be a list of objects"),
-        ({"messages": TURNS, "tools": "[1"}, "`tools` is not JSON"),
-        ({"messages": TURNS, "chat_template_kwargs": [1]}, "must be an object"),
-        ({"instruction": "Q", "output": "A", "history": ["Q"]}, "needs pairs of texts"),
-        ({"instruction": "Q", "output": "A", "system": 3}, "`system` must be a string"),
-        ({"instruction": " ", "output": "A"}, "`instruction` is empty"),
-    ],
-)
-def test_parse_record_says_which_key_cannot_be_read(record, message):
-    with pytest.raises(DataError, match=message):
-        parse_record(record)
+def test_make_document_reads_the_formats_of_data_sets(record, content):
+    assert make_document(record, 0).content == content
 
 
 def test_make_document_names_the_record_and_what_changes_nothing():
@@ -238,14 +213,6 @@ def test_make_document_names_the_record_and_what_changes_nothing():
     assert make_document(record, 0)[2:] == ("p", ("prompt",))
     record = {"instruction": "Q", "input": "", "output": "A", "id": None}
     assert make_document(record, 0)[2:] == (None, ())
-
-
-def test_make_document_ranks_by_what_is_said_before_the_answer_alone():
-    asked = {"role": "user", "content": "Why?"}
-    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    plain = rank({"prompt": "Why?", "completion": "So."})
-    assert rank({"messages": [asked, called], "tools": [CALL]}) == plain
-    assert rank({"prompt": [asked], "completion": [TURNS[1]]}) == plain
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import random
-import re
+import shutil
 
 import numpy as np
 import pytest
@@ -18,195 +18,173 @@ from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
 from taid_jax.data.shards import read_manifest
 
 
-@pytest.fixture
-def ultrachat(make_conversations):
-    """`ultrachat(count, seed)`: records with the keys of HuggingFaceH4/ultrachat_200k.
-
-    The shortest conversations have 2 turns, the longest 8; all open with the user.
-    """
-
-    def make(count, *, seed=0):
-        records = []
-        for number, messages in enumerate(make_conversations(count, seed=seed)):
-            turns = [m for m in messages if m["role"] != "system"]
-            prompt = turns[0]["content"]
-            name = f"{seed:04}{number:060x}"
-            records.append({"prompt": prompt, "prompt_id": name, "messages": turns})
-        return records
-
-    return make
+def write_ultrachat(path, make_conversations, count, seed):
+    """Records as HuggingFaceH4/ultrachat_200k has them; all open with the user."""
+    lines = []
+    for number, messages in enumerate(make_conversations(count, seed=seed)):
+        turns = [m for m in messages if m["role"] != "system"]
+        name = f"{seed:04}{number:060x}"
+        record = {"prompt": turns[0]["content"], "prompt_id": name, "messages": turns}
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
 
 
-@pytest.fixture
-def folder(tmp_path, ultrachat):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, make_conversations):
     """A copy of the data set's folder: two splits, and one that nobody asks for."""
-    folder = tmp_path / "source"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("source")
     for name, count, seed in [
         ("train_sft-00000", 60, 1),
         ("train_sft-00001", 40, 2),
         ("test_sft-00000", 20, 3),
         ("train_gen-00000", 10, 4),
     ]:
-        records = ultrachat(count, seed=seed)
-        lines = [json.dumps(record) for record in records]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_ultrachat(folder / f"{name}.jsonl", make_conversations, count, seed)
     return folder
 
 
 @pytest.fixture
-def ask():
-    """`ask(folder, output)`: options to prepare the folder with."""
-
-    def make(folder, output, **options):
-        values = {"split": "train_sft", "validation_split": "test_sft", "jobs": 1}
-        return PrepareOptions(str(folder), str(output), **values | options)
-
-    return make
+def folder(source, tmp_path):
+    """The same, to be changed."""
+    return pathlib.Path(shutil.copytree(source, tmp_path / "source"))
 
 
-@pytest.fixture
-def conversations():
-    """`conversations(dataset, tokenizer, side)`: how often each text is on a side."""
-
-    def count(dataset, tokenizer, side):
-        side = getattr(dataset, side)
-        numbers = [number for row in side.rows for number in row]
-        return collections.Counter(
-            tokenizer.decode(side.table[number].ids.tolist()) for number in numbers
-        )
-
-    return count
+def ask(folder, output, **options):
+    values = {"split": "train_sft", "validation_split": "test_sft", "jobs": 1}
+    return PrepareOptions(str(folder), str(output), **values | options)
 
 
-@pytest.fixture
-def rendered():
-    """`rendered(folder, pattern, tokenizer)`: the same as the template writes files."""
-
-    def count(folder, pattern, tokenizer):
-        texts = collections.Counter()
-        for path in folder.glob(pattern):
-            for line in path.read_text().splitlines():
-                messages = json.loads(line)["messages"]
-                texts[tokenizer.apply_chat_template(messages, tokenize=False)] += 1
-        return texts
-
-    return count
+@pytest.fixture(scope="module")
+def prepared(source, tokenizer, tmp_path_factory):
+    """What is made of the folder, not to be changed."""
+    output = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(ask(source, output), tokenizer)
+    return output
 
 
-@pytest.fixture
-def lines_of():
-    """`lines_of(output)`: the records of the report."""
+def texts_of(names, tokenizer, side, **options):
+    """The text of each example on a side, in order."""
+    dataset = load_dataset(names, tokenizer, seq_len=2048, pack=False, **options)
+    examples = getattr(dataset, side)
+    return [
+        tokenizer.decode(examples.table[number].ids.tolist())
+        for (number,) in examples.rows
+    ]
 
-    def read(output):
-        return [json.loads(line) for line in (output / REPORT).read_text().splitlines()]
 
-    return read
+def rendered(folder, pattern, tokenizer):
+    """The texts that the template makes of files, in order."""
+    return [
+        tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        for path in sorted(folder.glob(pattern))
+        for line in path.read_text().splitlines()
+    ]
+
+
+def lines_of(output):
+    return [json.loads(line) for line in (output / REPORT).read_text().splitlines()]
 
 
 def contents(output):
     return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
 
 
-def test_prepare_keeps_every_conversation_on_its_side(
-    folder, tmp_path, tokenizer, ask, conversations, rendered
-):
-    manifest = prepare(ask(folder, tmp_path / "out"), tokenizer)
+def test_prepare_puts_every_conversation_on_its_side(source, prepared, tokenizer):
+    manifest = read_manifest(prepared)
     assert manifest.records == 120
     assert manifest.left_out == {}
-    dataset = load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
     for side, pattern in [("train", "train_sft*"), ("held_out", "test_sft*")]:
-        found = conversations(dataset, tokenizer, side)
-        assert found == rendered(folder, pattern, tokenizer)
-    assert dataset.info.train.examples == 100
+        found = texts_of(prepared, tokenizer, side)
+        given = rendered(source, pattern, tokenizer)
+        assert sorted(found) == sorted(given)
+        assert found != given  # shuffled
     assert sum(f.examples for f in manifest.files if f.side == "validation") == 20
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "manifest.json",
-        REPORT,
-        *(file.name for file in manifest.files),
-    }
+    names = {"manifest.json", REPORT, *(file.name for file in manifest.files)}
+    assert set(contents(prepared)) == names
+
+
+def test_prepare_shuffles_by_its_seed_and_validates_on_so_many(
+    source, prepared, tokenizer, tmp_path
+):
+    asked = ask(source, tmp_path / "out", seed=1, validation_limit=5)
+    assert prepare(asked, tokenizer).left_out == {"beyond_limit": 15}
+    first, other = (
+        texts_of(output, tokenizer, "train") for output in (prepared, tmp_path / "out")
+    )
+    assert first != other
+    assert sorted(first) == sorted(other)
+    validated = texts_of(tmp_path / "out", tokenizer, "held_out")
+    assert len(validated) == 5
+    given = collections.Counter(rendered(source, "test_sft*", tokenizer))
+    assert not collections.Counter(validated) - given
 
 
 @pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_prepare_gives_what_reading_the_files_gives(
-    tokenizers, folder, tmp_path, train_on_prompts, ask
+    source, prepared, tokenizer, tmp_path, train_on_prompts
 ):
     """The same tokens, the same counted ones, the same last answers; other order."""
+    if train_on_prompts:
+        prepared = tmp_path / "out"
+        preset = {**PRESETS["ultrachat"], "data": str(source), "jobs": 1}
+        manifest = prepare(PrepareOptions(output=str(prepared), **preset), tokenizer)
+        assert manifest.records == 120
+        with pytest.raises(DataError, match="prepared with --train-on-prompts"):
+            load_dataset(prepared, tokenizer, seq_len=2048)
     options = {"seq_len": 2048, "train_on_prompts": train_on_prompts}
-    tokenizer = tokenizers["phi3"]
-    source = [folder / f"train_sft-0000{n}.jsonl" for n in (0, 1)]
-    raw = load_dataset(source, tokenizer, held_out_fraction=0.0, **options)
-    asked = ask(folder, tmp_path / "out", train_on_prompts=train_on_prompts)
-    prepare(asked, tokenizer)
-    shards = load_dataset(tmp_path / "out", tokenizer, **options)
-
-    def examples(dataset):
+    files = [source / f"train_sft-0000{n}.jsonl" for n in (0, 1)]
+    raw = load_dataset(files, tokenizer, held_out_fraction=0.0, **options)
+    shards = load_dataset(prepared, tokenizer, **options)
+    found = []
+    for dataset in (shards, raw):
         table, rows = dataset.train.table, dataset.train.rows
-        numbers = [number for row in rows for number in row]
-        return sorted(
-            (ids.tolist(), counted.tolist(), prompt, end)
-            for ids, counted, prompt, end in map(table.__getitem__, numbers)
+        examples = [table[number] for row in rows for number in row]
+        found.append(
+            sorted(
+                (ids.tolist(), counted.tolist(), prompt, end)
+                for ids, counted, prompt, end in examples
+            )
         )
-
-    assert examples(shards) == examples(raw)
-
-
-def test_prepare_shuffles(folder, tmp_path, tokenizer, ask, conversations, rendered):
-    def order(name, **options):
-        prepare(ask(folder, tmp_path / name, **options), tokenizer)
-        dataset = load_dataset(tmp_path / name, tokenizer, seq_len=2048, pack=False)
-        return list(conversations(dataset, tokenizer, "train"))
-
-    first, other = order("a"), order("b", seed=1)
-    assert sorted(first) == sorted(other)
-    assert first != other
-    assert list(rendered(folder, "train_sft*", tokenizer)) not in (first, other)
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
 def test_prepare_gives_the_same_bytes_however_it_is_shared_out(
-    folder, tmp_path, tokenizer, ask
+    source, tmp_path, tokenizer
 ):
-    options = {"shard_tokens": 2000}
-    prepare(ask(folder, tmp_path / "one", **options), tokenizer)
-    prepare(ask(folder, tmp_path / "two", **options, jobs=2), tokenizer)
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert one == two
-    assert sum(name.startswith("train-") for name in one) > 3
-    # Of about the size that was asked for.
-    sizes = [f.tokens for f in read_manifest(tmp_path / "one").files[:-1]]
-    assert max(sizes) < 2000 * 1.5
-    assert min(sizes) > 2000 / 2
+    for name, jobs in (("one", 1), ("two", 2)):
+        asked = ask(source, tmp_path / name, shard_tokens=2000, jobs=jobs)
+        prepare(asked, tokenizer)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_prepare_gives_the_same_examples_in_any_shards(
-    folder, tmp_path, tokenizer, ask
+    source, prepared, tmp_path, tokenizer
 ):
-    """The order of the shuffle does not hang on pieces and shards either."""
-    orders = []
-    for name, options in [
-        ("small", {"shard_tokens": 1500}),
-        ("large", {}),
-    ]:
-        prepare(ask(folder, tmp_path / name, **options), tokenizer)
-        table = load_dataset(tmp_path / name, tokenizer, seq_len=2048).train.table
-        orders.append(table)
-    np.testing.assert_array_equal(orders[0].ids, orders[1].ids)
-    np.testing.assert_array_equal(orders[0].starts, orders[1].starts)
+    """The order of the shuffle does not hang on the shards."""
+    prepare(ask(source, tmp_path / "out", shard_tokens=2000), tokenizer)
+    # Of about the size that was asked for.
+    sizes = [f.tokens for f in read_manifest(tmp_path / "out").files[:-1]]
+    assert len(sizes) > 3
+    assert max(sizes) < 2000 * 1.5
+    assert min(sizes) > 2000 / 2
+    small, large = (
+        load_dataset(output, tokenizer, seq_len=2048).train.table
+        for output in (tmp_path / "out", prepared)
+    )
+    np.testing.assert_array_equal(small.ids, large.ids)
+    np.testing.assert_array_equal(small.starts, large.starts)
 
 
 class Killed(BaseException):
     """As if the process had gone."""
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_prepare_goes_on_after_being_killed(
-    folder, tmp_path, tokenizer, monkeypatch, seed, ask
-):
+def test_prepare_goes_on_after_being_killed(source, tmp_path, tokenizer, monkeypatch):
     """Killed at some writes, whole or with half a file left behind."""
     options = {"shard_tokens": 3000}
-    prepare(ask(folder, tmp_path / "whole", **options), tokenizer)
-    draw = random.Random(seed)
+    prepare(ask(source, tmp_path / "whole", **options), tokenizer)
+    draw = random.Random(0)
     replace, rows_of = pathlib.Path.replace, rows._rows_of
     left = 0
 
@@ -236,7 +214,7 @@ def test_prepare_goes_on_after_being_killed(
         for _ in range(100):
             left = draw.randint(1, 50)
             try:
-                prepare(ask(folder, tmp_path / "killed", **options), tokenizer)
+                prepare(ask(source, tmp_path / "killed", **options), tokenizer)
                 break
             except Killed:
                 killed += 1
@@ -246,55 +224,42 @@ def test_prepare_goes_on_after_being_killed(
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_prepare_does_not_encode_finished_pieces_again(
-    folder, tmp_path, tokenizer, monkeypatch, ask
+def test_prepare_goes_on_with_the_same_alone_and_encodes_nothing_again(
+    folder, tmp_path, tokenizer, monkeypatch
 ):
     options = ask(folder, tmp_path / "out")
     monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(options, tokenizer)
     monkeypatch.undo()
+    with pytest.raises(DataError, match=r"begun otherwise.*seed was 0, now 1"):
+        prepare(ask(folder, tmp_path / "out", seed=1), tokenizer)
+    path = folder / "train_sft-00000.jsonl"
+    before, text = path.stat(), path.read_text()
+    path.write_text(text + "\n")
+    with pytest.raises(DataError, match="files of the source have changed"):
+        prepare(options, tokenizer)
+    path.write_text(text)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     monkeypatch.setattr(rows._Encode, "__call__", None)  # not to be called
     assert prepare(options, tokenizer).records == 120
 
 
-def test_prepare_is_done_when_it_is_done(folder, tmp_path, tokenizer, monkeypatch, ask):
-    options = ask(folder, tmp_path / "out")
-    manifest = prepare(options, tokenizer)
-    before = contents(tmp_path / "out")
+def test_prepare_is_done_when_it_is_done_and_refuses_something_else(
+    source, prepared, tmp_path, tokenizer, monkeypatch
+):
+    output = pathlib.Path(shutil.copytree(prepared, tmp_path / "out"))
     monkeypatch.setattr(module, "find_source", None)  # not to be called
-    assert prepare(options, tokenizer) == manifest
-    assert contents(tmp_path / "out") == before
-
-
-def test_prepare_refuses_a_folder_with_something_else(folder, tmp_path, tokenizer, ask):
-    output = tmp_path / "out"
-    prepare(ask(folder, output), tokenizer)
-    before = contents(output)
+    assert prepare(ask(source, output), tokenizer) == read_manifest(prepared)
     with pytest.raises(DataError, match=r"options\.max_tokens was 2048, now 100"):
-        prepare(ask(folder, output, max_tokens=100), tokenizer)
-    assert contents(output) == before
+        prepare(ask(source, output, max_tokens=100), tokenizer)
+    assert contents(output) == contents(prepared)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("a")
     with pytest.raises(DataError, match="is not empty"):
-        prepare(ask(folder, tmp_path / "other"), tokenizer)
+        prepare(ask(source, tmp_path / "other"), tokenizer)
     with pytest.raises(DataError, match="is not a folder"):
-        prepare(ask(folder, tmp_path / "other" / "precious.txt"), tokenizer)
-
-
-def test_prepare_refuses_to_go_on_with_something_else(
-    folder, tmp_path, tokenizer, monkeypatch, ask
-):
-    options = ask(folder, tmp_path / "out")
-    monkeypatch.setattr(module, "choose", lambda *_: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        prepare(options, tokenizer)
-    with pytest.raises(DataError, match=r"begun otherwise.*seed was 0, now 1"):
-        prepare(ask(folder, tmp_path / "out", seed=1), tokenizer)
-    path = folder / "train_sft-00000.jsonl"
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(DataError, match="files of the source have changed"):
-        prepare(options, tokenizer)
+        prepare(ask(source, tmp_path / "other" / "precious.txt"), tokenizer)
 
 
 def test_ultrachat_preset_is_the_published_recipe():
@@ -307,30 +272,12 @@ def test_ultrachat_preset_is_the_published_recipe():
     assert options.train_on_prompts
 
 
-def test_ultrachat_preset_prepares_a_copy_of_the_folder(folder, tmp_path, tokenizer):
-    preset = {**PRESETS["ultrachat"], "data": str(folder)}
-    manifest = prepare(
-        PrepareOptions(output=str(tmp_path / "out"), jobs=1, **preset), tokenizer
-    )
-    assert manifest.train_on_prompts
-    assert manifest.records == 120
-    with pytest.raises(DataError, match="prepared with --train-on-prompts"):
-        load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
-    info = load_dataset(
-        tmp_path / "out", tokenizer, seq_len=2048, train_on_prompts=True
-    ).info
-    assert info.train.counted_tokens == info.train.tokens - info.train.examples
-
-
-def test_prepare_limits_conversations_and_says_why(
-    folder, tmp_path, tokenizer, ask, lines_of
-):
-    whole = prepare(ask(folder, tmp_path / "whole"), tokenizer)
+def test_prepare_limits_conversations_and_says_why(source, tmp_path, tokenizer):
     limits = {"max_tokens": 240, "max_prompt": 200, "max_answer": 25}
-    manifest = prepare(ask(folder, tmp_path / "out", **limits), tokenizer)
+    manifest = prepare(ask(source, tmp_path / "out", **limits), tokenizer)
     assert set(manifest.left_out) == {"too_long", "prompt_too_long", "answer_too_long"}
-    kept = sum(file.examples for file in manifest.files)
-    assert kept + sum(manifest.left_out.values()) == whole.records == 120
+    saved = sum(file.examples for file in manifest.files)
+    assert saved + sum(manifest.left_out.values()) == 120
     table = load_dataset(tmp_path / "out", tokenizer, seq_len=2048).train.table
     for number in range(len(table)):
         ids, _, prompt, end = table[number]
@@ -341,63 +288,62 @@ def test_prepare_limits_conversations_and_says_why(
     assert reasons == manifest.left_out
 
 
-def test_prepare_validates_on_so_many(
-    folder, tmp_path, tokenizer, ask, conversations, rendered
-):
-    manifest = prepare(ask(folder, tmp_path / "out", validation_limit=5), tokenizer)
-    assert manifest.left_out == {"beyond_limit": 15}
-    dataset = load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
-    found = conversations(dataset, tokenizer, "held_out")
-    assert found.total() == 5
-    assert not found - rendered(folder, "test_sft*", tokenizer)
-    assert dataset.info.train.examples == 100
-
-
 def test_prepare_holds_out_by_prompts_without_a_validation_source(
-    folder, tmp_path, tokenizer, ask, conversations
+    source, tmp_path, tokenizer
 ):
-    asked = ask(folder, tmp_path / "out", validation_split=None, held_out_fraction=0.2)
+    """The same documents as `load_dataset`."""
+    asked = ask(source, tmp_path / "out", validation_split=None, held_out_fraction=0.2)
     manifest = prepare(asked, tokenizer)
     assert manifest.noted == {}
-    raw = load_dataset(
-        [folder / f"train_sft-0000{n}.jsonl" for n in (0, 1)],
-        tokenizer,
-        seq_len=2048,
-        held_out_fraction=0.2,
-    )
-    shards = load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
+    files = [source / f"train_sft-0000{n}.jsonl" for n in (0, 1)]
     for side in ("train", "held_out"):
-        ours, theirs = (conversations(d, tokenizer, side) for d in (shards, raw))
-        assert ours == theirs
+        ours = texts_of(tmp_path / "out", tokenizer, side)
+        theirs = texts_of(files, tokenizer, side, held_out_fraction=0.2)
+        assert sorted(ours) == sorted(theirs)
 
 
-def test_prepare_takes_validation_data_from_elsewhere(folder, tmp_path, tokenizer, ask):
+def test_prepare_takes_validation_data_from_elsewhere(source, tmp_path, tokenizer):
+    options = {"split": None, "validation_split": None}
     asked = ask(
-        folder / "train_sft-00000.jsonl",
+        source / "train_sft-00000.jsonl",
         tmp_path / "out",
-        split=None,
-        validation_split=None,
-        validation_data=str(folder / "test_sft-00000.jsonl"),
+        validation_data=str(source / "test_sft-00000.jsonl"),
+        **options,
     )
     manifest = prepare(asked, tokenizer)
     assert [source["side"] for source in manifest.sources] == ["train", "validation"]
     assert manifest.records == 80
+    both = ask(source, tmp_path / "other", validation_data=str(source), **options)
     with pytest.raises(DataError, match="both trained and validated on"):
-        prepare(
-            ask(
-                folder,
-                tmp_path / "other",
-                validation_split=None,
-                validation_data=str(folder),
-                split=None,
-            ),
-            tokenizer,
-        )
+        prepare(both, tokenizer)
 
 
-def test_prepare_drops_copies_and_keeps_other_answers_to_a_prompt(
-    folder, tmp_path, tokenizer, ask, lines_of
-):
+def chat_line(*turns):
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return json.dumps({"messages": messages}).encode()
+
+
+BAD_LINES = {
+    "starts_with_assistant": chat_line(("assistant", "So."), ("user", "Why?")),
+    "empty_turn": chat_line(("user", "Why?"), ("assistant", " \n")),
+    "unknown_role": chat_line(("user", "Why?"), ("narrator", "He said")),
+    "no_answer": chat_line(("user", "Why?")),
+    "not_utf8": b'{"messages": [{"role": "user", "content": "\xff"}]}',
+    "not_json": b'{"messages": [{"role": "user", "con',
+    "wrong_shape": b'{"conversation": []}',
+    "too_large": b'{"text": "' + b"x" * 10_000_000 + b'"}',
+}
+
+
+def test_prepare_names_every_record_that_it_leaves_out(folder, tmp_path, tokenizer):
+    path = folder / "train_sft-00000.jsonl"
+    good = path.read_bytes().splitlines()
+    lines = list(good)
+    # Between good ones, the last one cut short without an end of line.
+    for number, line in enumerate(BAD_LINES.values()):
+        lines.insert(1 + 3 * number, line)
+    path.write_bytes(b"\n".join([*lines, good[0][:50]]))
+    # Copies, another answer to a prompt, and one that is validated on.
     path = folder / "train_sft-00001.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     changed = json.loads(json.dumps(records[4]))
@@ -407,108 +353,43 @@ def test_prepare_drops_copies_and_keeps_other_answers_to_a_prompt(
     records = [*records, records[2], changed, records[2], leaked]
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     manifest = prepare(ask(folder, tmp_path / "out"), tokenizer)
-    assert manifest.left_out == {"copy": 2}
+    assert set(BAD_LINES) < set(REASONS)
+    wanted = dict.fromkeys(BAD_LINES, 1) | {"not_json": 2, "copy": 2}
+    assert manifest.left_out == wanted
     assert manifest.noted == {"same_name": 1, "prompt_on_both_sides": 1}
-    train = load_dataset(tmp_path / "out", tokenizer, seq_len=2048).info.train
-    assert train.examples == 102
-    places = {
-        (line["reason"], line["origin"].rpartition("/")[2])
-        for line in lines_of(tmp_path / "out")
-    }
-    assert places == {
-        ("copy", "train_sft-00001.jsonl, line 41"),
-        ("same_name", "train_sft-00001.jsonl, line 42"),
-        ("copy", "train_sft-00001.jsonl, line 43"),
+    assert manifest.records == 120 + len(BAD_LINES) + 1 + 4
+    assert len(texts_of(tmp_path / "out", tokenizer, "train")) == 102
+    report = lines_of(tmp_path / "out")
+    assert all(line["message"] for line in report)
+    found = [
+        (line["reason"], line["origin"].rpartition("/")[2].removesuffix(".jsonl"))
+        for line in report
+    ]
+    bad, more = "train_sft-00000.jsonl, line", "train_sft-00001.jsonl, line"
+    numbered = [(reason, f"{bad} {2 + 3 * n}") for n, reason in enumerate(BAD_LINES)]
+    assert found[: len(BAD_LINES) + 1] == [
+        *numbered,
+        ("not_json", f"{bad} {len(lines) + 1}"),
+    ]
+    assert set(found[len(BAD_LINES) + 1 :]) == {
+        ("copy", f"{more} 41"),
+        ("same_name", f"{more} 42"),
+        ("copy", f"{more} 43"),
         ("prompt_on_both_sides", "test_sft-00000.jsonl, line 1"),
     }
 
 
-BAD_LINES = {
-    "starts_with_assistant": [("assistant", "So."), ("user", "Why?")],
-    "empty_turn": [("user", "Why?"), ("assistant", " \n")],
-    "unknown_role": [("user", "Why?"), ("narrator", "He said"), ("assistant", "So.")],
-    "no_answer": [("user", "Why?")],
-}
-
-
-def bad_lines():
-    lines = {
-        reason: json.dumps(
-            {"messages": [{"role": role, "content": text} for role, text in turns]}
-        ).encode()
-        for reason, turns in BAD_LINES.items()
-    }
-    return lines | {
-        "not_utf8": b'{"messages": [{"role": "user", "content": "\xff"}]}',
-        "not_json": b'{"messages": [{"role": "user", "con',
-        "wrong_shape": b'{"conversation": []}',
-        "too_large": b'{"text": "' + b"x" * 10_000_000 + b'"}',
-    }
-
-
-def test_prepare_counts_bad_records_by_line_and_goes_on(
-    folder, tmp_path, tokenizer, ask, lines_of
-):
-    path = folder / "train_sft-00000.jsonl"
-    good = path.read_bytes().splitlines()
-    bad = bad_lines()
-    lines = list(good)
-    # Between good ones, the last one cut short without an end of line.
-    for number, line in enumerate(bad.values()):
-        lines.insert(1 + 3 * number, line)
-    path.write_bytes(b"\n".join([*lines, good[0][:50]]))
-    manifest = prepare(ask(folder, tmp_path / "out"), tokenizer)
-    wanted = dict.fromkeys(bad, 1) | {"not_json": 2}
-    assert manifest.left_out == wanted
-    assert set(wanted) < set(REASONS)
-    assert manifest.records == 120 + len(bad) + 1
-    dataset = load_dataset(tmp_path / "out", tokenizer, seq_len=2048)
-    assert dataset.info.train.examples == 100
-    found = [
-        (line["reason"], int(re.search(r"line (\d+)$", line["origin"])[1]))
-        for line in lines_of(tmp_path / "out")
-    ]
-    numbered = [(reason, 2 + 3 * n) for n, reason in enumerate(bad)]
-    assert found == [*numbered, ("not_json", len(lines) + 1)]
-    assert all(line["message"] for line in lines_of(tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"messages": []}\n', r"no example is left .*no_answer: 1"),
-        ("", "is empty"),
-    ],
-)
-def test_prepare_says_when_nothing_is_left(tmp_path, tokenizer, text, message):
-    path = tmp_path / "a.jsonl"
-    path.write_text(text)
-    asked = PrepareOptions(str(path), str(tmp_path / "out"), jobs=1)
-    with pytest.raises(DataError, match=message):
-        prepare(asked, tokenizer)
-
-
 def test_prepare_says_when_all_are_too_long_and_can_be_asked_again(
-    folder, tmp_path, tokenizer, ask, lines_of
+    folder, tmp_path, tokenizer
 ):
     output = tmp_path / "out"
     with pytest.raises(DataError, match=r"too_long: 120.* shortest .* has \d+ tokens"):
         prepare(ask(folder, output, max_tokens=4), tokenizer)
     assert [path.name for path in output.iterdir()] == [REPORT]
     assert len(lines_of(output)) == 120
-    assert prepare(ask(folder, output), tokenizer).records == 120
-
-
-def test_prepare_says_when_a_side_is_empty(folder, tmp_path, tokenizer, ask):
     (folder / "test_sft-00000.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(DataError, match="nothing is left on the validation side"):
-        prepare(ask(folder, tmp_path / "out"), tokenizer)
-
-
-def test_prepare_needs_a_template(folder, tmp_path, base_tokenizer, ask):
-    asked = ask(folder, tmp_path / "out")
-    with pytest.raises(DataError, match=r"--chat-template FILE"):
-        prepare(asked, base_tokenizer)
+        prepare(ask(folder, output), tokenizer)
 
 
 def test_prepare_takes_text_and_completions(tmp_path, base_tokenizer):
@@ -529,7 +410,7 @@ def test_prepare_takes_text_and_completions(tmp_path, base_tokenizer):
 
 
 def test_prepare_tells_what_is_not_used_and_goes_on_with_its_date(
-    tmp_path, tokenizer, ask, monkeypatch
+    tmp_path, tokenizer, monkeypatch
 ):
     turns = [{"role": "user", "content": "Q", "name": "Ann"}]
     turns.append({"role": "assistant", "content": "A"})
@@ -545,20 +426,16 @@ def test_prepare_tells_what_is_not_used_and_goes_on_with_its_date(
     begun = dataclasses.replace(asked, template_date="2001-01-31")
     manifest = prepare(begun, tokenizer)
     assert manifest.unused_keys == {"n": 3, "name": 3}
-    assert sorted(map(os.path.basename, manifest.skipped_files)) == [
-        "README.txt",
-        "test-0.jsonl",
-    ]
+    skipped = sorted(map(os.path.basename, manifest.skipped_files))
+    assert skipped == ["README.txt", "test-0.jsonl"]
     assert "split train" in manifest.notes[0]
     # Asked for again without a date: all is done, with the first one.
     assert prepare(asked, tokenizer) == manifest
-    data = load_dataset(
-        tmp_path / "out", tokenizer, seq_len=64, held_out_fraction=0.0
-    ).train
-    assert tokenizer.decode(data.table[0].ids.tolist()).startswith("2001 ")
+    [*texts] = texts_of(tmp_path / "out", tokenizer, "train")
+    assert texts[0].startswith("2001 ")
 
 
-def test_prepare_reads_a_data_set_of_the_hub(tmp_path, tokenizer, monkeypatch, ask):
+def test_prepare_reads_a_data_set_of_the_hub(tmp_path, tokenizer, monkeypatch):
     import datasets
 
     splits = {

@@ -5,7 +5,7 @@ import pytest
 
 from taid_jax.data import load_dataset
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import parse_record
+from taid_jax.data.documents import make_document
 from taid_jax.data.tokens import Encoder
 
 pytestmark = pytest.mark.real_model
@@ -25,7 +25,9 @@ def smollm2():
 def test_smollm2_counts_exactly_the_answers(smollm2, make_conversations):
     renderer = ChatRenderer(smollm2, train_on_prompts=False)
     conversations = make_conversations(200)
-    items = [renderer.chat(parse_record({"messages": m})) for m in conversations]
+    items = [
+        renderer.chat(make_document({"messages": m}, 0).content) for m in conversations
+    ]
     for messages, example in zip(
         conversations, Encoder(smollm2).examples(items), strict=True
     ):
@@ -37,7 +39,7 @@ def test_smollm2_counts_exactly_the_answers(smollm2, make_conversations):
 def test_smollm2_keeps_the_ids_of_the_whole_text(smollm2, make_conversations):
     renderer = ChatRenderer(smollm2, train_on_prompts=False)
     for messages in make_conversations(50, edges=[""]):
-        item = renderer.chat(parse_record({"messages": messages}))
+        item = renderer.chat(make_document({"messages": messages}, 0).content)
         [example] = Encoder(smollm2).examples([item])
         whole = smollm2.apply_chat_template(messages, return_dict=False)
         assert example.ids.tolist() == whole

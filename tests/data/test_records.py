@@ -254,7 +254,6 @@ def test_read_file_reads_more_rows_than_one_read_takes(tmp_path):
 @pytest.mark.parametrize("kind", ["copies", "alone", "together"])
 def test_read_file_holds_few_large_rows_at_a_time(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(rec, "_ROW_BYTES", 3_000_000)
-    monkeypatch.setattr(rec, "_CODED_BYTES", 3_000_000)
     path = tmp_path / "a.parquet"
     row, rows = 1_000_000, 40
     # Copies of one text are written once, and were all held at a time.

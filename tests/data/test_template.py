@@ -58,11 +58,6 @@ def test_set_chat_template_says_what_is_wrong(
     assert base_tokenizer.chat_template is None
 
 
-FOREVER = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-)
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -70,14 +65,12 @@ FOREVER = (
         ("{% for m in messages %}", "cannot be used: .*TemplateSyntaxError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be used: .*Recurs"),
         ("{{ ''.__class__.__mro__ }}", "cannot be used: .*SecurityError"),
-        (FOREVER, r"stopped after [\d.]+ seconds of computing"),
         ("{{ 10 ** (10 ** 9) }}", r"stopped after [\d.]+ seconds of computing"),
-        ("{{ 'a' * 10 ** 10 }}", "asks for too much memory"),
+        ("{{ 'a' * 10 ** 10 if add_generation_prompt }}", "asks for too much memory"),
         (
             "{{ ('a' * 10 ** 8) | length }}{{ 'a' * 33000000 }}",
             "writes 33,000,009 char",
         ),
-        ("{% if add_generation_prompt %}{{ 'a' * 10 ** 10 }}{% endif %}", "memory"),
     ],
 )
 def test_template_that_breaks_or_takes_too_much_is_one_message(
@@ -97,36 +90,31 @@ def test_template_that_breaks_or_takes_too_much_is_one_message(
     assert len(load_dataset(source, tokenizer, **options).train)
 
 
+@pytest.mark.parametrize(
+    ("addition", "reason", "message"),
+    [
+        ("{{ '' if 1 / (messages | length - 3) }}", "template_refuses", "ZeroDivision"),
+        ("{{ '\\ud800' if messages | length == 3 }}", "not_utf8", "surrogate"),
+    ],
+)
 def test_template_that_breaks_on_some_records_leaves_out_those(
-    tokenizer, monkeypatch, write_jsonl
+    tokenizer, monkeypatch, write_jsonl, addition, reason, message
 ):
-    picky = "{{ '' if 1 / (messages | length - 3) }}" + tokenizer.chat_template
-    monkeypatch.setattr(tokenizer, "chat_template", picky)
+    template = tokenizer.chat_template + addition
+    monkeypatch.setattr(tokenizer, "chat_template", template)
     three = [{"role": "system", "content": "Be."}, *TURNS]
     source = write_jsonl([{"messages": TURNS}, {"messages": three}])
     options = {"seq_len": 64, "held_out_fraction": 0.0, "bad_records": "count"}
     info = load_dataset(source, tokenizer, **options).info
-    assert info.dropped == {"template_refuses": 1}
-    assert "ZeroDivisionError" in info.problems[0]
-
-
-def test_template_that_writes_no_text_leaves_the_record_out(
-    tokenizer, monkeypatch, write_jsonl
-):
-    half = tokenizer.chat_template + "{{ '\\ud800' if messages | length == 3 }}"
-    monkeypatch.setattr(tokenizer, "chat_template", half)
-    three = [{"role": "system", "content": "Be."}, *TURNS]
-    source = write_jsonl([{"messages": TURNS}, {"messages": three}])
-    options = {"seq_len": 64, "held_out_fraction": 0.0, "bad_records": "count"}
-    info = load_dataset(source, tokenizer, **options).info
-    assert info.dropped == {"not_utf8": 1}
+    assert info.dropped == {reason: 1}
+    assert message in info.problems[0]
 
 
 def test_template_that_a_user_stops_is_not_the_answer_to_the_next(
     tokenizer, monkeypatch
 ):
     template = ChatTemplate(tokenizer)
-    [wanted] = template.render([Conversation(TURNS)], [Cut()])
+    [wanted] = template.render(Conversation(TURNS), [Cut()])
     process = te._Renderer.process
     assert process is not None
 
@@ -136,8 +124,8 @@ def test_template_that_a_user_stops_is_not_the_answer_to_the_next(
 
     monkeypatch.setattr(process, "stdout", type("Pipe", (), {"readline": stop}))
     with pytest.raises(KeyboardInterrupt):
-        template.render([Conversation(TURNS[:1])], [Cut()])
-    assert template.render([Conversation(TURNS)], [Cut()]) == [wanted]
+        template.render(Conversation(TURNS[:1]), [Cut()])
+    assert template.render(Conversation(TURNS), [Cut()]) == [wanted]
 
 
 def test_template_is_rendered_in_any_thread(tokenizer):
@@ -145,7 +133,7 @@ def test_template_is_rendered_in_any_thread(tokenizer):
     template = ChatTemplate(tokenizer)
     threads = [
         threading.Thread(
-            target=lambda: found.extend(template.render([Conversation(TURNS)], [Cut()]))
+            target=lambda: found.extend(template.render(Conversation(TURNS), [Cut()]))
         )
         for _ in range(4)
     ]

@@ -64,13 +64,10 @@ def value_and_gradients(attention, arrays):
     ("length", "packed", "window", "softcap", "traced"),
     [
         (1, False, None, None, False),
-        (3, True, None, None, False),
         (130, False, None, None, False),
-        (257, True, None, None, False),
         (17, True, 1, None, False),
         (130, True, 5, 2.0, True),
         (257, True, 100, 0.5, False),
-        (17, False, 17, 1.0, True),
     ],
 )
 def test_causal_attention_is_the_definition(length, packed, window, softcap, traced):
@@ -125,9 +122,9 @@ def temp_bytes(length):
 
 
 def test_causal_attention_memory_grows_with_the_length(monkeypatch):
-    monkeypatch.setattr(attention_module, "_PIECE", 32)
+    monkeypatch.setattr(attention_module, "_PIECE", 16)
     # Twice the length: twice the memory. With the square it would be four times.
-    assert temp_bytes(1024) < 2.4 * temp_bytes(512)
+    assert temp_bytes(512) < 2.4 * temp_bytes(256)
 
 
 @pytest.mark.slow
@@ -137,17 +134,16 @@ def test_causal_attention_memory_of_long_sequences_grows_with_the_length():
 
 def test_causal_attention_of_enormous_scores_is_finite():
     queries, keys, values = draw(9)
-    attended, pull = jax.vjp(causal_attention, 1e4 * queries, 1e4 * keys, values)
-    np.testing.assert_allclose(
-        attended, reference(1e4 * queries, 1e4 * keys, values), atol=1e-5
-    )
-    assert all(np.isfinite(part).all() for part in pull(attended))
+    arrays = 1e4 * queries, 1e4 * keys, values
+    attended, *gradients = value_and_gradients(causal_attention, arrays)
+    np.testing.assert_allclose(attended, reference(*arrays), atol=1e-5)
+    assert all(np.isfinite(part).all() for part in gradients)
 
 
 def test_causal_attention_of_bfloat16_sums_in_float32():
     arrays = draw(64, dtype=jnp.bfloat16)
     wide = [array.astype(jnp.float32) for array in arrays]
-    attended = causal_attention(*arrays)
+    attended = jax.jit(causal_attention)(*arrays)
     assert attended.dtype == jnp.bfloat16
     # Weights and the result are rounded to 8 bits once each; values reach 4.
     np.testing.assert_allclose(
@@ -157,7 +153,8 @@ def test_causal_attention_of_bfloat16_sums_in_float32():
 
 def test_causal_attention_keeps_nothing_that_grows_with_the_square():
     arrays = draw(257, head_dim=8)
-    kept = jax.tree.leaves(jax.vjp(causal_attention, *arrays)[1])
+    pull = jax.eval_shape(lambda *a: jax.vjp(causal_attention, *a)[1], *arrays)
+    kept = jax.tree.leaves(pull)
     assert max(leaf.size for leaf in kept) <= arrays[0].size
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 from typing import Any
 
 import jax
@@ -44,19 +43,24 @@ def scanned_params(tiny_params):
     return prepare(tiny_params, TINY, unroll=False)
 
 
+LENGTHS, NEW = (3, 10, 6), 12
+OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": 0}
+"""One shape, so that one program serves most tests."""
+DRAWN: dict[str, Any] = OPTIONS | {
+    "eos_token_ids": (5,),
+    "sampling": SamplingParams(0.8, 20, 0.9),
+}
+
+
+def greedy(params, ids, mask, ends=()):
+    return generate(params, TINY, ids, mask, eos_token_ids=ends, **OPTIONS)
+
+
 def test_generate_with_a_cache_gives_the_tokens_of_a_whole_pass(
     tiny_params, scanned_params
 ):
-    ids, mask = prompts(TINY, (3, 7))
-    new = generate(
-        scanned_params,
-        TINY,
-        ids,
-        mask,
-        max_new_tokens=9,
-        eos_token_ids=(),
-        pad_token_id=0,
-    ).tokens
+    ids, mask = prompts(TINY, LENGTHS)
+    new = greedy(scanned_params, ids, mask).tokens
     # One pass over prompt and answer: every position has to ask for the next token.
     whole = {
         "input_ids": jnp.concatenate([ids, new], axis=1),
@@ -67,51 +71,22 @@ def test_generate_with_a_cache_gives_the_tokens_of_a_whole_pass(
     asked = jnp.argmax(logits, axis=-1)[:, ids.shape[1] - 1 : -1]
     np.testing.assert_array_equal(new, asked)
     assert len(np.unique(new)) > 3
-
-
-def test_generate_does_not_depend_on_the_padding(scanned_params):
-    options = {"max_new_tokens": 12, "eos_token_ids": (), "pad_token_id": 0}
-    ids, mask = prompts(TINY, (4, 10))
-    both = generate(scanned_params, TINY, ids, mask, **options).tokens
-    other = jnp.where(mask == 0, 5, ids)
-    again = generate(scanned_params, TINY, other, mask, **options).tokens
-    np.testing.assert_array_equal(both, again)
-    alone = generate(
-        scanned_params, TINY, ids[:1, -4:], mask[:1, -4:], **options
-    ).tokens
-    np.testing.assert_array_equal(both[:1], alone)
-
-
-def test_generate_stops_when_every_row_has_ended(tiny_params):
-    config = dataclasses.replace(TINY, max_position_embeddings=10**6)
-    ids, mask = prompts(TINY, (3, 7))
-    # Any token ends a row. Were all of these tokens computed, this would take hours.
-    new = generate(
-        prepare(tiny_params, config, unroll=False),
-        config,
-        ids,
-        mask,
-        max_new_tokens=10**5,
-        eos_token_ids=tuple(range(TINY.vocab_size)),
-        pad_token_id=66,
-    ).tokens
-    assert (np.asarray(new[:, 1:]) == 66).all()
+    # What stands in the padding does not matter.
+    again = greedy(scanned_params, jnp.where(mask == 0, 5, ids), mask).tokens
+    np.testing.assert_array_equal(again, new)
 
 
 def test_generate_counts_the_tokens_of_each_row_and_computes_no_more(scanned_params):
-    ids, mask = prompts(TINY, (3, 7, 5))
-    options: dict[str, Any] = {"max_new_tokens": 40, "pad_token_id": 0}
-    free = generate(scanned_params, TINY, ids, mask, eos_token_ids=(), **options)
-    np.testing.assert_array_equal(free.lengths, [40, 40, 40])
-    assert int(free.steps) == 40
-    # Tokens that first come after 4, 9 and 2 steps or so, and one that never comes.
+    ids, mask = prompts(TINY, LENGTHS)
+    free = greedy(scanned_params, ids, mask)
+    np.testing.assert_array_equal(free.lengths, [NEW] * 3)
+    assert int(free.steps) == NEW
+    # Tokens that first come after 4, 9 and 2 steps or so.
     tokens = np.asarray(free.tokens)
     ends = {int(row[place]) for row, place in zip(tokens, (3, 8, 1), strict=True)}
-    found = generate(
-        scanned_params, TINY, ids, mask, eos_token_ids=sorted(ends), **options
-    )
+    found = greedy(scanned_params, ids, mask, sorted(ends))
     expected = [1 + next(i for i, t in enumerate(row) if t in ends) for row in tokens]
-    assert max(expected) < 40
+    assert max(expected) < NEW
     np.testing.assert_array_equal(found.lengths, expected)
     assert int(found.steps) == max(expected)
     for row, whole, length in zip(found.tokens, tokens, expected, strict=True):
@@ -119,38 +94,26 @@ def test_generate_counts_the_tokens_of_each_row_and_computes_no_more(scanned_par
         assert (np.asarray(row[length:]) == 0).all()
 
 
-@pytest.mark.parametrize(
-    "sampling", [SamplingParams(1.0), SamplingParams(0.8, 20, 0.9)]
-)
-def test_generate_drawn_depends_on_the_row_alone(scanned_params, sampling):
-    options = {
-        "max_new_tokens": 10,
-        "eos_token_ids": (5,),
-        "pad_token_id": 0,
-        "sampling": sampling,
-    }
-    ids, mask = prompts(TINY, (4, 10, 6))
+def test_generate_drawn_depends_on_the_row_alone(scanned_params):
+    ids, mask = prompts(TINY, LENGTHS)
     keys = jax.random.split(jax.random.key(1), 3)
-    three = generate(scanned_params, TINY, ids, mask, key=keys, **options)
-    again = generate(scanned_params, TINY, ids, mask, key=keys, **options)
-    np.testing.assert_array_equal(three.tokens, again.tokens)
-    other = generate(scanned_params, TINY, ids, mask, key=jax.random.key(2), **options)
-    assert (three.tokens != other.tokens).any()
-    # Alone, in another order, and with less and with more padding.
-    for left in (4, 15):
-        row = jnp.pad(ids[:1, -4:], ((0, 0), (left - 4, 0)))
-        real = jnp.pad(mask[:1, -4:], ((0, 0), (left - 4, 0)))
-        alone = generate(scanned_params, TINY, row, real, key=keys[:1], **options)
-        np.testing.assert_array_equal(alone.tokens, three.tokens[:1])
+
+    def drawn(ids, mask, key):
+        return generate(scanned_params, TINY, ids, mask, key=key, **DRAWN).tokens
+
+    three = drawn(ids, mask, keys)
+    assert (three != drawn(ids, mask, jax.random.key(2))).any()
+    # In another order; and alone, with more padding.
     order = np.array([2, 0, 1])
-    turned = generate(
-        scanned_params, TINY, ids[order], mask[order], key=keys[order], **options
+    np.testing.assert_array_equal(
+        drawn(ids[order], mask[order], keys[order]), three[order]
     )
-    np.testing.assert_array_equal(turned.tokens, three.tokens[order])
+    row, real = (jnp.pad(each[:1], ((0, 0), (5, 0))) for each in (ids, mask))
+    np.testing.assert_array_equal(drawn(row, real, keys[:1]), three[:1])
 
 
 def test_generate_draws_with_the_probabilities_of_the_model(tiny_params):
-    rows = 4000
+    rows = 1000
     ids, mask = prompts(TINY, (6,))
     hidden = jax.jit(hidden_states, static_argnums=2)(
         tiny_params, {"input_ids": ids}, TINY
@@ -174,21 +137,6 @@ def test_generate_draws_with_the_probabilities_of_the_model(tiny_params):
     assert statistic < 66 + 5 * 11.5
 
 
-def test_generate_needs_a_key_to_draw(scanned_params):
-    ids, mask = prompts(TINY, (3,))
-    with pytest.raises(ModelError, match="need a random key"):
-        generate(
-            scanned_params,
-            TINY,
-            ids,
-            mask,
-            max_new_tokens=2,
-            eos_token_ids=(),
-            pad_token_id=0,
-            sampling=SamplingParams(1.0),
-        )
-
-
 def test_generate_computes_in_bfloat16_when_asked(tiny_params):
     ids, mask = prompts(TINY, (3, 7))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params)
@@ -208,53 +156,27 @@ def test_generate_computes_in_bfloat16_when_asked(tiny_params):
 
 
 @pytest.mark.parametrize("new_tokens", [0, 120])
-def test_generate_refuses_what_the_context_does_not_hold(new_tokens, tiny_params):
-    ids, mask = prompts(TINY, (9,))
+def test_generate_refuses_what_cannot_be_done(new_tokens, tiny_params):
+    ids, mask = prompts(TINY, (9, 2))
+    options = OPTIONS | {"max_new_tokens": new_tokens}
     with pytest.raises(ModelError, match=f"9 tokens and {new_tokens} new.*128"):
-        generate(
-            tiny_params,
-            TINY,
-            ids,
-            mask,
-            max_new_tokens=new_tokens,
-            eos_token_ids=(),
-            pad_token_id=0,
-        )
-
-
-def test_generate_refuses_prompts_padded_on_the_right(tiny_params):
-    ids, mask = prompts(TINY, (2, 5))
+        generate(tiny_params, TINY, ids, mask, eos_token_ids=(), **options)
     with pytest.raises(ModelError, match="pad on the left"):
-        generate(
-            tiny_params,
-            TINY,
-            ids[:, ::-1],
-            mask[:, ::-1],
-            max_new_tokens=3,
-            eos_token_ids=(),
-            pad_token_id=0,
-        )
+        greedy(tiny_params, ids[:, ::-1], mask[:, ::-1])
+    with pytest.raises(ModelError, match="need a random key"):
+        generate(tiny_params, TINY, ids, mask, **DRAWN)
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.7, top_k=5)])
-def test_generate_refuses_logits_that_are_not_finite(tiny_params, value, sampling):
+@pytest.mark.parametrize("options", [OPTIONS | {"eos_token_ids": ()}, DRAWN])
+def test_generate_refuses_logits_that_are_not_finite(tiny_params, value, options):
     # Not token 0, as the place of the greatest of nothing would be. The second prompt
     # alone has the token whose embedding is broken.
-    params = jax.tree.map(lambda leaf: leaf, tiny_params)
-    embedding = params["embed"]["embedding"].at[7].set(value)
-    params["embed"] = {"embedding": embedding}
-    ids, mask = prompts(TINY, (3, 3))
-    ids = jnp.where(ids == 7, 8, ids).at[1, 1].set(7)
-    with pytest.raises(ModelError, match=r"not finite .* in 1 of 2 completions"):
-        generate(
-            prepare(params, TINY, unroll=False),
-            TINY,
-            ids,
-            mask,
-            max_new_tokens=2,
-            eos_token_ids=(),
-            pad_token_id=0,
-            sampling=sampling,
-            key=jax.random.key(0),
-        )
+    params = dict(tiny_params)
+    params["embed"] = {"embedding": params["embed"]["embedding"].at[7].set(value)}
+    params = prepare(params, TINY, unroll=False)
+    ids, mask = prompts(TINY, LENGTHS)
+    ids = jnp.where(ids == 7, 8, ids).at[1, -1].set(7)
+    key = jax.random.key(0) if "sampling" in options else None
+    with pytest.raises(ModelError, match=r"not finite .* in 1 of 3 completions"):
+        generate(params, TINY, ids, mask, key=key, **options)

@@ -12,7 +12,7 @@ from taid_jax.sharding import activations_on, make_mesh
 
 pytestmark = pytest.mark.optimised
 
-LENGTH = 256
+LENGTH = 128
 
 
 def _arrays(head_dim, kv_heads=2, batch=2):

@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-TINY = {"batch_size": 8, "seq_len": 32, "remat": "full"}
+TINY = {"batch_size": 16, "seq_len": 32, "remat": "full"}
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +39,33 @@ def make_settings():
 
 
 @pytest.fixture(scope="session")
-def planned(tiny, make_settings):
-    """The plan of a tiny step on eight devices, with loops in loops."""
-    from taid_jax.plan import find_machine, plan_step
+def folder(tiny, tmp_path_factory):
+    """A config.json of the tiny teacher, without weights."""
+    from taid_jax.models.families import write_config
 
-    settings = make_settings(grad_accum=2, batch_size=16)
-    return plan_step(settings, *tiny, find_machine("local:8"))
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "config.json").write_text(json.dumps(write_config(tiny[0])))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(folder, make_settings, tmp_path_factory):
+    """The plan of a tiny step on eight devices, with loops in loops, and its file."""
+    from taid_jax.plan import make_plan
+    from taid_jax.plan.report import FORMAT
+
+    output = tmp_path_factory.mktemp("plan")
+    (output / "plan.json").write_text(json.dumps({"format": FORMAT}))
+    settings = make_settings(
+        teacher=str(folder), student_layers=2, output=str(output), grad_accum=2
+    )
+    plan = make_plan(settings, "local:8", Console(quiet=True))
+    return plan, json.loads((output / "plan.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def planned(made):
+    return made[0]
 
 
 @pytest.fixture(scope="session")
@@ -53,15 +74,4 @@ def cramped(tiny, make_settings):
     from taid_jax.plan import find_machine, plan_step
 
     machine = dataclasses.replace(find_machine("local:8"), hbm_bytes=1000)
-    return plan_step(make_settings(grad_accum=1, batch_size=16), *tiny, machine)
-
-
-@pytest.fixture
-def folder(tiny, tmp_path):
-    """A config.json of the tiny teacher, without weights."""
-    from taid_jax.models.families import write_config
-
-    (tmp_path / "teacher").mkdir()
-    config = json.dumps(write_config(tiny[0]))
-    (tmp_path / "teacher" / "config.json").write_text(config)
-    return tmp_path / "teacher"
+    return plan_step(make_settings(), *tiny, machine)

@@ -32,7 +32,7 @@ def test_plan_step_memory_is_that_of_the_step_that_runs(make_settings, planned, 
     from taid_jax.plan.compiled import abstract_step, plan_mesh
     from taid_jax.plan.machine import find_machine
 
-    settings = make_settings(grad_accum=2, batch_size=16)
+    settings = make_settings(grad_accum=2)
     mesh = plan_mesh(settings.run.mesh, find_machine("local:8"))
     step, shapes = abstract_step(settings, *tiny, mesh)
 

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 pytestmark = pytest.mark.optimised
@@ -19,32 +17,28 @@ PROMISED = {
 }
 
 
-def test_make_plan_writes_what_it_promises_and_replaces_only_plans(
-    make_settings, folder, tmp_path, quiet
-):
-    from taid_jax.plan import PlanError, make_plan
-    from taid_jax.plan.report import FORMAT
-
-    output = tmp_path / "out"
-    settings = make_settings(
-        teacher=str(folder / "config.json"), student_layers=2, output=str(output)
-    )
-    output.mkdir()
-    (output / "plan.json").write_text(json.dumps({"format": FORMAT}))
-    make_plan(settings, "local:8", quiet)
-    values = json.loads((output / "plan.json").read_text())
+def test_make_plan_writes_what_it_promises(made, folder):
+    plan, values = made
     assert values.keys() >= PROMISED
     assert values["chips"] == 8
     assert values["fits"] is True
+    assert values["peak_bytes"] == plan.peak_bytes
     gather = values["collectives"]["all-gather"]
-    assert gather["count"] > 0
+    assert gather["count"] == plan.collectives.count["all-gather"] > 0
     assert gather["bytes"] > 0
-    assert values["settings"]["model"]["teacher"] == str(folder / "config.json")
+    assert values["settings"]["model"]["teacher"] == str(folder)
 
-    (output / "plan.json").write_text('{"mine": 1}')
+
+def test_make_plan_replaces_only_plans(folder, make_settings, tmp_path, quiet):
+    from taid_jax.plan import PlanError, make_plan
+
+    (tmp_path / "plan.json").write_text('{"mine": 1}')
+    settings = make_settings(
+        teacher=str(folder), student_layers=2, output=str(tmp_path)
+    )
     with pytest.raises(PlanError, match="left alone"):
         make_plan(settings, "local:8", quiet)
-    assert (output / "plan.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "plan.json").read_text() == '{"mine": 1}'
 
 
 def test_make_plan_leaves_room_for_the_run_itself(make_settings, tmp_path):

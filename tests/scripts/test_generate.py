@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from taid_jax.data.documents import parse_prompt, parse_record
+from taid_jax.data.documents import make_document, parse_prompt
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def test_generate_writes_what_training_reads(run, write_prompts, capsys):
     assert [row["number"] for row in rows] == [0, 1, 2, 3]
     assert [row["prompt"] for row in rows][:3] == [p["prompt"] for p in PROMPTS]
     for row in rows:
-        content = parse_record(row)
+        content = make_document(row, 0).content
         assert content.completion.strip()
         assert content.completion != "old"
     assert "4 answers written" in capsys.readouterr().out
@@ -186,9 +186,8 @@ def test_encode_prompts_gives_the_ids_that_training_has_before_the_answer(talker
 
     tokenizer = load_tokenizer(str(talker))
     record = {"messages": [{"role": "user", "content": "The bird likes"}]}
-    answered = parse_record(
-        {"messages": [*record["messages"], {"role": "assistant", "content": "it"}]}
-    )
+    turns = [*record["messages"], {"role": "assistant", "content": "it"}]
+    answered = make_document({"messages": turns}, 0).content
     rendered = ChatRenderer(tokenizer, train_on_prompts=False).chat(answered)
     [example] = Encoder(tokenizer).examples([rendered])
     asked = Prompt(0, "here", parse_prompt(record))

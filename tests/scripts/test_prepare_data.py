@@ -213,7 +213,7 @@ def test_train_tpu_refuses_shards_of_another_tokenizer(
 
 def test_train_tpu_refuses_shards_without_their_template(train_tpu, training, capsys):
     flags = [f for f in training("run") if not f.startswith("--chat-template")]
-    expect(train_tpu.main, capsys, flags, "the chat template (none here")
+    expect(train_tpu.main, capsys, flags, "none here; give one by --chat-template")
 
 
 @pytest.mark.slow

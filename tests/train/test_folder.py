@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from taid_jax.models.files import export
+from taid_jax import files
 from taid_jax.settings import SettingsError, from_dict
 from taid_jax.train import folder as f
 
@@ -105,8 +105,6 @@ def test_claim_makes_the_folder_and_lets_nobody_else_in(tmp_path):
 
 HOLDER = """
 import sys
-import types
-from taid_jax.models.files import export
 from taid_jax.settings import from_dict
 from taid_jax.train.folder import RunFolder
 output = RunFolder(from_dict({"output": sys.argv[1]}).run)
@@ -146,7 +144,7 @@ def test_claim_where_there_are_no_locks_says_so(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(f.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     output = _open(tmp_path)
     output.claim()
     output.close()
@@ -178,10 +176,10 @@ def test_claim_clears_an_export_that_was_killed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pathlib.Path, "rename", first_alone)
         none = types.SimpleNamespace(rmtree=lambda path, ignore_errors: None)
-        patch.setattr(export, "shutil", none)
+        patch.setattr(files, "shutil", none)
         with (
             pytest.raises(KeyboardInterrupt),
-            export._aside(tmp_path / "student", replace=True),
+            files.folder_aside(tmp_path / "student", lambda: None),
         ):
             pass
     assert len(list(tmp_path.iterdir())) == 2

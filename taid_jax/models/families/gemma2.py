@@ -1,12 +1,12 @@
 """Gemma 2: norms on both sides, soft caps, a window in every other layer."""
 
-from taid_jax.models.families import usual
+from taid_jax.models.families import llama
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.rope import rope
 from taid_jax.models.families.windows import alternating_windows
 
 SETTINGS = (
-    *usual.SIZES,
+    *llama.SIZES,
     Setting("head_dim", "head_dim", 256),
     Setting("norm_eps", "rms_norm_eps", 1e-6),
     Setting("tie_embeddings", "tie_word_embeddings", True),
@@ -55,12 +55,12 @@ GEMMA2 = Family(
     fixed=FIXED,
     harmless=HARMLESS,
     weights=(
-        usual.EMBED,
+        llama.EMBED,
         *BOTH_NORMS,
-        *usual.ATTENTION,
-        *usual.MLP,
+        *llama.ATTENTION,
+        *llama.MLP,
         FINAL_NORM,
-        usual.LAST[1],
+        llama.LAST[1],
     ),
-    buffers=usual.ROTARY_BUFFERS,
+    buffers=llama.ROTARY_BUFFERS,
 )

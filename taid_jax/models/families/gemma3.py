@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from taid_jax.models.families import usual
+from taid_jax.models.families import llama
 from taid_jax.models.families.family import Family, Setting
 from taid_jax.models.families.gemma2 import (
     BOTH_NORMS,
@@ -37,13 +37,13 @@ GEMMA3 = Family(
     fixed={**FIXED, "attn_logit_softcapping": ()},
     harmless=HARMLESS,
     weights=(
-        usual.EMBED,
+        llama.EMBED,
         *BOTH_NORMS,
-        *usual.ATTENTION,
-        *(dataclasses.replace(norm, gguf_offset=1.0) for norm in usual.HEAD_NORMS),
-        *usual.MLP,
+        *llama.ATTENTION,
+        *(dataclasses.replace(norm, gguf_offset=1.0) for norm in llama.HEAD_NORMS),
+        *llama.MLP,
         FINAL_NORM,
-        usual.LAST[1],
+        llama.LAST[1],
     ),
-    buffers=usual.ROTARY_BUFFERS,
+    buffers=llama.ROTARY_BUFFERS,
 )

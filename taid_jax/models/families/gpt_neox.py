@@ -2,8 +2,8 @@
 
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.layout import Part
+from taid_jax.models.families.llama import SIZES_BUT_KV_HEADS
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import SIZES
 
 _RESIDUAL = {True: "parallel", False: "sequential"}
 # Of each head, in one tensor: the rows of its queries, its keys and its values.
@@ -18,7 +18,7 @@ GPT_NEOX = Family(
     name="gpt_neox",
     architecture="GPTNeoXForCausalLM",
     settings=(
-        *(setting for setting in SIZES if setting.field != "num_kv_heads"),
+        *SIZES_BUT_KV_HEADS,
         Setting("num_kv_heads", None, lambda got: got["num_heads"]),
         Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
         Setting("max_position_embeddings", "max_position_embeddings", 2048),

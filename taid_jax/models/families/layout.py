@@ -12,8 +12,8 @@ Some checkpoints store the parameters of several modules in one tensor, side by 
 
 import dataclasses
 import functools
-import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -47,10 +47,6 @@ class Layout:
     def stored_shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Returns the shape that the checkpoint's tensor has to have."""
         return _shape(self.stored, sizes)
-
-    def param_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """Returns the shape of the parameter of one layer."""
-        return _shape(self.param, sizes)
 
     def of_bias(self) -> "Layout":
         """Returns the layout of the bias of a linear map stored with this one.
@@ -88,7 +84,6 @@ class Layout:
         }
         there: list[slice] = []
         split: list[int] = []
-        cut_already: set[str] = set()
         # Of axes that are stored as one, a part of the first is a range of the whole;
         # parts of the others are cut out in memory.
         for first, *rest in self.stored:
@@ -97,14 +92,14 @@ class Layout:
             inner = math.prod(sizes[letter] for letter in rest)
             there.append(slice(cut.start * inner, cut.stop * inner))
             split += [cut.stop - cut.start, *(sizes[letter] for letter in rest)]
-            cut_already.add(first)
         letters = _flat(self.stored)
         order = [letters.index(letter) for letter in _flat(self.param)]
         block = fetch(tuple(there)).reshape(split).transpose(order)
         length = dict(zip(letters, split, strict=True))
         block = block.reshape(_shape(self.param, length))
+        firsts = [(axis[0],) for axis in self.stored]
         rest = tuple(
-            slice(None) if len(axis) == 1 and axis[0] in cut_already else cut
+            slice(None) if axis in firsts else cut
             for axis, cut in zip(self.param, index, strict=True)
         )
         return block[rest]
@@ -144,45 +139,36 @@ class Part:
 
     def fetch_from(self, fetch: Fetch, sizes: Sizes) -> Fetch:
         """Returns what fetches parts of the piece from the stored tensor."""
-        lengths, groups = self._lengths(sizes)
-        *ends, length = itertools.accumulate(lengths)
-        own, start = lengths[self.index], sum(lengths[: self.index])
+        places = self._places(sizes)
 
         def fetch_piece(index: Index) -> np.ndarray:
-            before, cut, after = self._around(index)
-            if groups == 1:
-                here = slice(start + cut.start, start + cut.stop)
-                return fetch((*before, here, *after))
-            first, last = cut.start // own, -(-cut.stop // own)
-            block = fetch((*before, slice(first * length, last * length), *after))
-            pieces = np.split(self._split(block, last - first), ends, self.axis + 1)
-            inside = slice(cut.start - first * own, cut.stop - first * own)
-            skipped = (slice(None),) * self.axis
-            return self._joint(pieces[self.index])[(*skipped, inside)]
+            there = places[index[self.axis]]
+            first, last = int(there[0]), int(there[-1]) + 1
+            before, after = index[: self.axis], index[self.axis + 1 :]
+            block = fetch((*before, slice(first, last), *after))
+            if len(there) == last - first:
+                return block
+            return block.take(there - first, self.axis)
 
         return fetch_piece
 
     def join(self, pieces: Sequence[np.ndarray], sizes: Sizes) -> np.ndarray:
         """Returns the stored tensor that is made of all pieces, in their order."""
-        _, groups = self._lengths(sizes)
-        split = [self._split(piece, groups) for piece in pieces]
-        return self._joint(np.concatenate(split, axis=self.axis + 1))
+        parts = [dataclasses.replace(self, index=n) for n in range(len(self.sizes))]
+        places = np.concatenate([part._places(sizes) for part in parts])
+        return np.concatenate(pieces, self.axis).take(np.argsort(places), self.axis)
+
+    def _places(self, sizes: Sizes) -> np.ndarray:
+        """Returns where each row of the piece lies in the stored tensor, ascending."""
+        lengths, groups = self._lengths(sizes)
+        start = sum(lengths[: self.index])
+        whole = np.arange(groups * sum(lengths)).reshape(groups, -1)
+        return whole[:, start : start + lengths[self.index]].reshape(-1)
 
     def _lengths(self, sizes: Sizes) -> tuple[list[int], int]:
         """Returns the length of each piece in a group, and the number of groups."""
         lengths = [math.prod(sizes[x] for x in text.split()) for text in self.sizes]
         return lengths, 1 if self.groups is None else sizes[self.groups]
-
-    def _around(self, index: Index) -> tuple[Index, slice, Index]:
-        return index[: self.axis], index[self.axis], index[self.axis + 1 :]
-
-    def _split(self, block: np.ndarray, groups: int) -> np.ndarray:
-        before, after = block.shape[: self.axis], block.shape[self.axis + 1 :]
-        return block.reshape(*before, groups, -1, *after)
-
-    def _joint(self, split: np.ndarray) -> np.ndarray:
-        before, after = split.shape[: self.axis], split.shape[self.axis + 2 :]
-        return split.reshape(*before, -1, *after)
 
 
 @functools.cache
@@ -201,19 +187,9 @@ def parse_layout(text: str) -> Layout:
 
 
 def _groups(side: str) -> tuple[tuple[str, ...], ...]:
-    groups: list[tuple[str, ...]] = []
-    inside: list[str] | None = None
-    for token in side.replace("(", " ( ").replace(")", " ) ").split():
-        if token == "(":
-            inside = []
-        elif token == ")":
-            groups.append(tuple(inside or ()))
-            inside = None
-        elif inside is not None:
-            inside.append(token)
-        else:
-            groups.append((token,))
-    return tuple(groups)
+    """Returns the axes of a side, each as the letters in its brackets or as its own."""
+    found = re.findall(r"\(([^()]*)\)|(\w+)", side)
+    return tuple(tuple((inside or letter).split()) for inside, letter in found)
 
 
 def _flat(groups: tuple[tuple[str, ...], ...]) -> list[str]:

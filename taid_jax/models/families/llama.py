@@ -1,29 +1,91 @@
-"""Llama 1 to 3, and what is built like it: TinyLlama, SmolLM2, ..."""
+"""Llama 1 to 3 and what is built like it (TinyLlama, SmolLM2, ...); its names for all.
 
-from taid_jax.models.families.family import Family, Setting, Weight
+Settings and tensors that other families share with Llama stand here by themselves.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from taid_jax.models.families.family import Buffer, Family, Setting, Weight
 from taid_jax.models.families.fields import REQUIRED
 from taid_jax.models.families.rope import rope
-from taid_jax.models.families.usual import ROTARY_BUFFERS
+
+SIZES_BUT_KV_HEADS = (
+    Setting("padded_vocab_size", "vocab_size", REQUIRED),
+    Setting("d_model", "hidden_size", REQUIRED),
+    Setting("mlp_dim", "intermediate_size", REQUIRED),
+    Setting("num_layers", "num_hidden_layers", REQUIRED),
+    Setting("num_heads", "num_attention_heads", REQUIRED),
+    Setting("initializer_range", "initializer_range", 0.02),
+)
+
+SIZES = (
+    *SIZES_BUT_KV_HEADS,
+    Setting("num_kv_heads", "num_key_value_heads", REQUIRED),
+)
+
+HEAD_DIM = Setting(
+    "head_dim", "head_dim", lambda got: got["d_model"] // got["num_heads"]
+)
+
+EMBED = Weight("embed", "model.embed_tokens", "token_embd", "v d -> v d")
+
+NORMS = (
+    Weight("layers.attention_norm", "input_layernorm", "attn_norm", "d -> d"),
+    Weight("layers.mlp_norm", "post_attention_layernorm", "ffn_norm", "d -> d"),
+)
+
+ATTENTION = (
+    Weight("layers.attention.q_proj", "self_attn.q_proj", "attn_q", "(n h) d -> d n h"),
+    Weight("layers.attention.k_proj", "self_attn.k_proj", "attn_k", "(k h) d -> d k h"),
+    Weight("layers.attention.v_proj", "self_attn.v_proj", "attn_v", "(k h) d -> d k h"),
+    Weight(
+        "layers.attention.o_proj", "self_attn.o_proj", "attn_output", "d (n h) -> n h d"
+    ),
+)
+
+HEAD_NORMS = (
+    Weight("layers.attention.q_norm", "self_attn.q_norm", "attn_q_norm", "h -> h"),
+    Weight("layers.attention.k_norm", "self_attn.k_norm", "attn_k_norm", "h -> h"),
+)
+
+MLP = (
+    Weight("layers.mlp.gate_proj", "mlp.gate_proj", "ffn_gate", "f d -> d f"),
+    Weight("layers.mlp.up_proj", "mlp.up_proj", "ffn_up", "f d -> d f"),
+    Weight("layers.mlp.down_proj", "mlp.down_proj", "ffn_down", "d f -> f d"),
+)
+
+LAST = (
+    Weight("final_norm", "model.norm", "output_norm", "d -> d"),
+    Weight("lm_head", "lm_head", "output", "v d -> d v"),
+)
+
+ROTARY_BUFFERS: Mapping[str, Buffer] = {
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq": (
+        "rope_frequencies"
+    )
+}
+"""Some checkpoints carry them though they follow from the config."""
 
 # llama.cpp keeps the two halves (c) of each rotary pair side by side; Hugging Face has
 # the first halves of all pairs (r) of a head before the second ones.
-_QUERIES, _KEYS = "(n r c) d -> d n (c r)", "(k r c) d -> d k (c r)"
+_QUERIES, _KEYS = (
+    dataclasses.replace(weight, gguf_layout=layout)
+    for weight, layout in zip(
+        ATTENTION, ("(n r c) d -> d n (c r)", "(k r c) d -> d k (c r)"), strict=False
+    )
+)
 
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     gguf="llama",
     settings=(
-        Setting("padded_vocab_size", "vocab_size", REQUIRED),
-        Setting("d_model", "hidden_size", REQUIRED),
-        Setting("mlp_dim", "intermediate_size", REQUIRED),
-        Setting("num_layers", "num_hidden_layers", REQUIRED),
-        Setting("num_heads", "num_attention_heads", REQUIRED),
+        *SIZES_BUT_KV_HEADS,
         Setting("num_kv_heads", "num_key_value_heads", lambda got: got["num_heads"]),
-        Setting("head_dim", "head_dim", lambda got: got["d_model"] // got["num_heads"]),
+        HEAD_DIM,
         Setting("max_position_embeddings", "max_position_embeddings", 2048),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
-        Setting("initializer_range", "initializer_range", 0.02),
         Setting("tie_embeddings", "tie_word_embeddings", False),
         Setting("attention_bias", "attention_bias", False),
         Setting("mlp_bias", "mlp_bias", False),
@@ -31,39 +93,7 @@ LLAMA = Family(
     groups=(rope(),),
     fixed={"hidden_act": ("silu", "swish")},
     harmless=frozenset({"is_llama_config"}),
-    weights=(
-        Weight("embed", "model.embed_tokens", "token_embd", "v d -> v d"),
-        Weight("layers.attention_norm", "input_layernorm", "attn_norm", "d -> d"),
-        Weight(
-            "layers.attention.q_proj",
-            "self_attn.q_proj",
-            "attn_q",
-            "(n h) d -> d n h",
-            gguf_layout=_QUERIES,
-        ),
-        Weight(
-            "layers.attention.k_proj",
-            "self_attn.k_proj",
-            "attn_k",
-            "(k h) d -> d k h",
-            gguf_layout=_KEYS,
-        ),
-        Weight(
-            "layers.attention.v_proj", "self_attn.v_proj", "attn_v", "(k h) d -> d k h"
-        ),
-        Weight(
-            "layers.attention.o_proj",
-            "self_attn.o_proj",
-            "attn_output",
-            "d (n h) -> n h d",
-        ),
-        Weight("layers.mlp_norm", "post_attention_layernorm", "ffn_norm", "d -> d"),
-        Weight("layers.mlp.gate_proj", "mlp.gate_proj", "ffn_gate", "f d -> d f"),
-        Weight("layers.mlp.up_proj", "mlp.up_proj", "ffn_up", "f d -> d f"),
-        Weight("layers.mlp.down_proj", "mlp.down_proj", "ffn_down", "d f -> f d"),
-        Weight("final_norm", "model.norm", "output_norm", "d -> d"),
-        Weight("lm_head", "lm_head", "output", "v d -> d v"),
-    ),
+    weights=(EMBED, *NORMS, _QUERIES, _KEYS, *ATTENTION[2:], *MLP, *LAST),
     buffers=ROTARY_BUFFERS,
     gguf_settings=frozenset({"rope_freqs.weight"}),
 )

@@ -1,6 +1,6 @@
 """Mistral 7B and its kin: Llama with a sliding window."""
 
-from taid_jax.models.families import usual
+from taid_jax.models.families import llama
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting
 from taid_jax.models.families.rope import rope
 
@@ -8,8 +8,8 @@ MISTRAL = Family(
     name="mistral",
     architecture="MistralForCausalLM",
     settings=(
-        *usual.SIZES,
-        usual.HEAD_DIM,
+        *llama.SIZES,
+        llama.HEAD_DIM,
         Setting("max_position_embeddings", "max_position_embeddings", 4096 * 32),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
         Setting("tie_embeddings", "tie_word_embeddings", False),
@@ -17,6 +17,6 @@ MISTRAL = Family(
         Setting("window", "sliding_window", 4096),
     ),
     groups=(rope(),),
-    weights=(usual.EMBED, *usual.NORMS, *usual.ATTENTION, *usual.MLP, *usual.LAST),
-    buffers=usual.ROTARY_BUFFERS,
+    weights=(llama.EMBED, *llama.NORMS, *llama.ATTENTION, *llama.MLP, *llama.LAST),
+    buffers=llama.ROTARY_BUFFERS,
 )

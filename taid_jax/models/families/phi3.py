@@ -1,6 +1,6 @@
 """Phi-3 to 4: queries, keys and values in one tensor, gate and up in another."""
 
-from taid_jax.models.families import usual
+from taid_jax.models.families import llama
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.layout import Part
 from taid_jax.models.families.rope import rope
@@ -19,8 +19,8 @@ PHI3 = Family(
     architecture="Phi3ForCausalLM",
     gguf="phi3",
     settings=(
-        *usual.SIZES,
-        usual.HEAD_DIM,
+        *llama.SIZES,
+        llama.HEAD_DIM,
         Setting("max_position_embeddings", "max_position_embeddings", 4096),
         Setting("norm_eps", "rms_norm_eps", 1e-5),
         Setting("tie_embeddings", "tie_word_embeddings", False),
@@ -36,8 +36,8 @@ PHI3 = Family(
         }
     ),
     weights=(
-        usual.EMBED,
-        *usual.NORMS,
+        llama.EMBED,
+        *llama.NORMS,
         *(
             Weight(
                 f"layers.attention.{name}",
@@ -48,7 +48,7 @@ PHI3 = Family(
             )
             for index, (name, layout) in enumerate(_LAYOUTS.items())
         ),
-        usual.ATTENTION[-1],
+        llama.ATTENTION[-1],
         *(
             Weight(
                 f"layers.mlp.{name}",
@@ -59,9 +59,9 @@ PHI3 = Family(
             )
             for index, name in enumerate(("gate_proj", "up_proj"))
         ),
-        usual.MLP[-1],
-        *usual.LAST,
+        llama.MLP[-1],
+        *llama.LAST,
     ),
-    buffers=usual.ROTARY_BUFFERS,
+    buffers=llama.ROTARY_BUFFERS,
     gguf_settings=frozenset({"rope_factors_long.weight", "rope_factors_short.weight"}),
 )

@@ -1,6 +1,6 @@
 """Qwen 3: each head's queries and keys are normed; heads have a width of their own."""
 
-from taid_jax.models.families import usual
+from taid_jax.models.families import llama
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting
 from taid_jax.models.families.rope import rope
 from taid_jax.models.families.windows import LAST_WINDOWS
@@ -10,7 +10,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     gguf="qwen3",
     settings=(
-        *usual.SIZES,
+        *llama.SIZES,
         Setting("head_dim", "head_dim", 128),
         Setting("max_position_embeddings", "max_position_embeddings", 32768),
         Setting("norm_eps", "rms_norm_eps", 1e-6),
@@ -21,12 +21,12 @@ QWEN3 = Family(
     groups=(rope(), LAST_WINDOWS),
     constants={"qk_norm": "head"},
     weights=(
-        usual.EMBED,
-        *usual.NORMS,
-        *usual.ATTENTION,
-        *usual.HEAD_NORMS,
-        *usual.MLP,
-        *usual.LAST,
+        llama.EMBED,
+        *llama.NORMS,
+        *llama.ATTENTION,
+        *llama.HEAD_NORMS,
+        *llama.MLP,
+        *llama.LAST,
     ),
-    buffers=usual.ROTARY_BUFFERS,
+    buffers=llama.ROTARY_BUFFERS,
 )

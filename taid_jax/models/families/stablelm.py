@@ -1,6 +1,6 @@
 """StableLM: LayerNorm, partly turned heads, and where asked parallel residuals."""
 
-from taid_jax.models.families import usual
+from taid_jax.models.families import llama
 from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
 from taid_jax.models.families.rope import rope
 
@@ -8,7 +8,7 @@ STABLELM = Family(
     name="stablelm",
     architecture="StableLmForCausalLM",
     settings=(
-        *usual.SIZES,
+        *llama.SIZES,
         Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
         Setting("max_position_embeddings", "max_position_embeddings", 4096),
         Setting("norm_eps", "layer_norm_eps", 1e-5),
@@ -26,9 +26,9 @@ STABLELM = Family(
     groups=(rope(partial=0.25),),
     constants={"norm": "layer"},
     weights=(
-        usual.EMBED,
-        *usual.NORMS,
-        *usual.ATTENTION,
+        llama.EMBED,
+        *llama.NORMS,
+        *llama.ATTENTION,
         # One tensor for each head.
         Weight(
             "layers.attention.q_norm",
@@ -42,8 +42,8 @@ STABLELM = Family(
             "",
             "k h -> k h",
         ),
-        *usual.MLP,
-        *usual.LAST,
+        *llama.MLP,
+        *llama.LAST,
     ),
-    buffers=usual.ROTARY_BUFFERS,
+    buffers=llama.ROTARY_BUFFERS,
 )

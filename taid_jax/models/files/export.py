@@ -1,16 +1,17 @@
 """Hugging Face folders out: written aside, then given their name."""
 
-import contextlib
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from taid_jax.errors import ModelError, explain, parsing, show
+from taid_jax.files import folder_aside
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.families import write_config
 from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
@@ -88,7 +90,7 @@ def export_model(
         params = resize_vocabulary(params, config.vocab_size)
         config = dataclasses.replace(config, padded_vocab_size=config.vocab_size)
     tensors = list(stored_tensors(config, params))
-    kind = jnp.dtype(tensors[0].dtype if dtype is None else dtype)
+    kind = jnp.dtype(params["embed"]["embedding"].dtype if dtype is None else dtype)
     if kind.name not in _DTYPES:
         raise ModelError(f"weights are written as one of {_DTYPES}, got {kind.name}")
     # Null where nothing is known: absent, they would be the defaults of the class, ids
@@ -101,8 +103,9 @@ def export_model(
         generation.pop("pad_token_id", None)
     ids |= {key: value for key, value in generation.items() if "_token_id" in key}
     version = {"transformers_version": transformers.__version__}
+    refuse = functools.partial(_refuse_to_overwrite, folder, replace=replace)
     try:
-        with _aside(folder, replace=replace) as work:
+        with folder_aside(folder, refuse) as work:
             names = {"dtype": kind.name, "torch_dtype": kind.name}
             values = {**write_config(config), **ids, **names, "use_cache": True}
             _write_json(work / CONFIG, values | version)
@@ -110,34 +113,14 @@ def export_model(
             _write_weights(work, tensors, kind, max_shard_bytes)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, work)
+    except ModelError:
+        raise
     # A path that cannot be is a ValueError: one with a NUL, or that no bytes stand for.
     except (OSError, SafetensorError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(
             f"the model cannot be written to {show(str(folder))}: {explain(error)}; "
             "nothing was changed"
         ) from error
-
-
-def plan_shards(sizes: Sequence[int], max_bytes: int) -> list[range]:
-    """Returns which tensors go into which file, in order, each file within the limit.
-
-    A tensor above the limit has a file of its own.
-
-    Args:
-        sizes: Bytes of each tensor.
-        max_bytes: The limit.
-    """
-    starts, filled = [0], 0
-    for index, size in enumerate(sizes):
-        if filled and filled + size > max_bytes:
-            starts.append(index)
-            filled = 0
-        filled += size
-    return [
-        range(*pair) for pair in zip(starts, [*starts[1:], len(sizes)], strict=True)
-    ]
 
 
 class StoredTensor(NamedTuple):
@@ -146,13 +129,11 @@ class StoredTensor(NamedTuple):
     Attributes:
         name: In safetensors files.
         shape: As stored.
-        dtype: Of the parameter that it is made of.
         make: Returns it.
     """
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
     make: Callable[[], np.ndarray]
 
 
@@ -178,7 +159,6 @@ def stored_tensors(
     def tensors(group: list[Entry], layer: int) -> Iterator[StoredTensor]:
         # Several entries where one tensor holds the parameters of several modules.
         first, names = group[0], group[0].names[layer]
-        dtype = np.dtype(leaves[first.path].dtype)
         for index, name in enumerate(names):
 
             def make(index: int = index) -> np.ndarray:
@@ -188,20 +168,13 @@ def stored_tensors(
                 whole = pieces[0][index] if first.spread else pieces[0]
                 return np.ascontiguousarray(whole)
 
-            yield StoredTensor(name, first.tensor_shape(sizes), dtype, make)
+            yield StoredTensor(name, first.tensor_shape(sizes), make)
 
-    groups = _by_tensor(todo)
-    stacked = [index for index, group in enumerate(groups) if group[0].stacked]
-    first, last = (
-        (stacked[0], stacked[-1] + 1) if stacked else (len(groups), len(groups))
-    )
-    for group in groups[:first]:
-        yield from tensors(group, 0)
-    for layer in range(config.num_layers):
-        for group in groups[first:last]:
-            yield from tensors(group, layer)
-    for group in groups[last:]:
-        yield from tensors(group, 0)
+    for stacked, run in itertools.groupby(_by_tensor(todo), lambda g: g[0].stacked):
+        groups = list(run)
+        for layer in range(config.num_layers if stacked else 1):
+            for group in groups:
+                yield from tensors(group, layer)
 
 
 def _by_tensor(todo: Sequence[Entry]) -> list[list[Entry]]:
@@ -242,24 +215,25 @@ def _write_weights(
     kind: np.dtype,
     max_shard_bytes: int,
 ) -> None:
-    sizes = [int(np.prod(tensor.shape)) * kind.itemsize for tensor in tensors]
-    shards = plan_shards(sizes, max_shard_bytes)
+    named = {tensor.name: tensor for tensor in tensors}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * kind.itemsize,
+        filename_pattern=WEIGHTS.replace(".", "{suffix}."),
+        max_shard_size=max_shard_bytes,
+    )
     mode = (work / CONFIG).stat().st_mode
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        path = work / (WEIGHTS if len(shards) == 1 else name)
-        group = [tensors[index] for index in shard]
+    for file, names in split.filename_to_tensors.items():
         with np.errstate(over="ignore"):
             arrays = {
-                tensor.name: tensor.make().astype(kind, copy=False) for tensor in group
+                name: named[name].make().astype(kind, copy=False) for name in names
             }
         _refuse_nonfinite(arrays, kind)
-        save_file(arrays, path, metadata=_METADATA)
-        path.chmod(mode)  # safetensors would let nobody but the owner read it.
-        weight_map |= dict.fromkeys(arrays, path.name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        save_file(arrays, work / file, metadata=_METADATA)
+        # safetensors would let nobody but the owner read it.
+        (work / file).chmod(mode)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(work / INDEX, index)
 
 
@@ -291,39 +265,3 @@ def _refuse_to_overwrite(folder: pathlib.Path, *, replace: bool) -> None:
             f"{folder} is not empty (it has {', '.join(sorted(foreign)[:3]) or CONFIG})"
             "; the model is not written over what is there. Choose another folder"
         )
-
-
-@contextlib.contextmanager
-def _aside(folder: pathlib.Path, *, replace: bool) -> Iterator[pathlib.Path]:
-    """Yields a new folder that becomes `folder` if nothing goes wrong."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Without the folder's name, which may be as long as names can be.
-    work = folder.with_name(f".export-{secrets.token_hex(4)}.partial")
-    old = work.with_suffix(".old")
-    work.mkdir()
-    try:
-        yield work
-        for path in (*work.rglob("*"), work):
-            _flush(path)
-        # Again: it may have been filled while the model was written.
-        _refuse_to_overwrite(folder, replace=replace)
-        if folder.is_dir() and any(folder.iterdir()):
-            folder.rename(old)
-        work.rename(folder)
-        _flush(folder.parent)
-    except BaseException:
-        if old.is_dir() and not folder.exists():
-            old.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: pathlib.Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

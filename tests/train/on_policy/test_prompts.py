@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from taid_jax.data import DataError
-from taid_jax.data.documents import Completion, parse_record
+from taid_jax.data.documents import Completion, make_document
 from taid_jax.train.on_policy.prompts import (
     Prompt,
     digest,
@@ -74,7 +74,7 @@ def test_prompt_completed_says_all_that_the_record_said(tokenizer, tmp_path):
     [prompt] = read_prompts(path)
     [encoded] = encode_prompts([prompt], tokenizer)
     assert encoded.ids == [3, 4]
-    read = parse_record(prompt.completed("A"))
+    read = make_document(prompt.completed("A"), 0).content
     assert [message.trained for message in read.messages] == [True, False, True, True]
     assert read.options == (("said", "hi"),)
 

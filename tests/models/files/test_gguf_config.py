@@ -182,7 +182,7 @@ def export_model(folder, config, state):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "gemma2-largest"])
 def test_load_model_reads_gguf_as_the_folder_of_the_same_weights(tmp_path, name):
     config = config_of(name)
     kind = gguf.GGMLQuantizationType.Q8_0

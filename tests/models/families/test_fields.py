@@ -1,11 +1,8 @@
 """Settings of untrusted files: types, bounds, and nothing overlooked."""
 
-import json
 import os
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from taid_jax.errors import ModelError
 from taid_jax.models.families.fields import REQUIRED, Fields, read_json
@@ -104,11 +101,3 @@ def test_read_json_refuses_what_never_ends(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ModelError, match="is no file"):
         read_json(tmp_path / "config.json")
-
-
-@settings(max_examples=50, deadline=None)
-@given(values=st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
-def test_read_json_returns_the_object(tmp_path_factory, values):
-    path = tmp_path_factory.mktemp("json") / "config.json"
-    path.write_text(json.dumps(values))
-    assert read_json(path) == values

@@ -105,9 +105,8 @@ def test_load_model_leaves_arrays_free_to_move(folder):
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
-def test_load_model_places_every_part_where_it_belongs(folder, mesh):
-    make = sharded_like_training(make_mesh(mesh))
+def test_load_model_places_every_part_where_it_belongs(folder):
+    make = sharded_like_training(make_mesh("data=2,fsdp=2,tensor=2"))
     whole = load_model(folder).params
     placed = load_model(folder, shardings=make).params
     same(placed, whole)
@@ -168,14 +167,6 @@ def test_load_params_reads_each_part_once_and_no_more(folder):
 
 
 @pytest.mark.multidevice
-def test_load_model_reads_gguf_onto_a_mesh(tmp_path, write_gguf):
-    write_gguf(tmp_path / "m.gguf", kind="Q8_0")
-    make = sharded_like_training(make_mesh("fsdp=4,tensor=2"))
-    whole = load_model(tmp_path / "m.gguf").params
-    same(load_model(tmp_path / "m.gguf", shardings=make).params, whole)
-
-
-@pytest.mark.multidevice
 def test_random_init_needs_no_weights_and_creates_them_where_they_belong(
     tmp_path, golden_teacher
 ):
@@ -189,11 +180,9 @@ def test_random_init_needs_no_weights_and_creates_them_where_they_belong(
     np.testing.assert_allclose(kernel.std(), 0.25, rtol=0.02)
     embedding = model.params["embed"]["embedding"]
     assert embedding.sharding.shard_shape(embedding.shape) == (512, 96 // 8)
-    # The same numbers on one device, rounded; others by another key.
+    # The same numbers on one device, rounded.
     narrow = random_init(tmp_path, jax.random.key(0), dtype="bfloat16").params
     same(narrow, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params))
-    other = random_init(tmp_path, jax.random.key(1), dtype="bfloat16").params
-    assert bool(jnp.any(narrow["embed"]["embedding"] != other["embed"]["embedding"]))
 
 
 def test_load_model_never_makes_weights_up(tmp_path, golden_teacher):
@@ -209,13 +198,7 @@ def test_export_model_expands_the_home_folder(tmp_path, monkeypatch, random_para
     assert (tmp_path / "model" / "config.json").is_file()
 
 
-def test_export_model_gathers_what_is_spread_over_devices(tmp_path, folder):
-    make = sharded_like_training(make_mesh("fsdp=4,tensor=2"))
-    model = load_model(folder, shardings=make)
-    export_model(tmp_path / "copy", model.config, model.params)
-    same(load_model(tmp_path / "copy").params, load_model(folder).params)
-
-
+@pytest.mark.slow
 def test_importing_the_front_door_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"

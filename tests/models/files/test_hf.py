@@ -8,13 +8,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig, RopeConfig
-from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.export import export_model
 from taid_jax.models.files.hf import INDEX, WEIGHTS, open_folder
 from taid_jax.models.files.load import load_config, load_model
@@ -65,86 +62,39 @@ def refusal(folder):
     return str(caught.value)
 
 
-def expected_params(state, config):
-    """The parameter tree, spelled out by hand from PyTorch's names and shapes."""
-    heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
-    layers = range(config.num_layers)
-
-    def stack(name, turn=lambda array: array):
-        return np.stack([turn(state[f"model.layers.{i}.{name}"]) for i in layers])
-
-    def into_heads(count):
-        return lambda matrix: matrix.T.reshape(config.d_model, count, width)
-
-    def linear(name, turn, bias):
-        found = {"kernel": stack(f"{name}.weight", turn)}
-        if f"model.layers.0.{name}.bias" in state:
-            found["bias"] = stack(f"{name}.bias", bias)
-        return found
-
-    def projection(name, count):
-        return linear(name, into_heads(count), lambda b: b.reshape(count, width))
-
-    def turned(name):
-        return linear(name, lambda matrix: matrix.T, lambda bias: bias)
-
-    output = linear(
-        "self_attn.o_proj",
-        lambda matrix: matrix.T.reshape(heads, width, config.d_model),
-        lambda bias: bias,
-    )
-    params = {
-        "embed": {"embedding": state["model.embed_tokens.weight"]},
-        "layers": {
-            "attention_norm": {"scale": stack("input_layernorm.weight")},
-            "attention": {
-                "q_proj": projection("self_attn.q_proj", heads),
-                "k_proj": projection("self_attn.k_proj", groups),
-                "v_proj": projection("self_attn.v_proj", groups),
-                "o_proj": output,
-            },
-            "mlp_norm": {"scale": stack("post_attention_layernorm.weight")},
-            "mlp": {
-                "gate_proj": turned("mlp.gate_proj"),
-                "up_proj": turned("mlp.up_proj"),
-                "down_proj": turned("mlp.down_proj"),
-            },
-        },
-        "final_norm": {"scale": state["model.norm.weight"]},
-    }
-    if not config.tie_embeddings:
-        params["lm_head"] = {"kernel": state["lm_head.weight"].T}
-    return params
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tie_word_embeddings": True},
-        {"attention_bias": True, "mlp_bias": True, "head_dim": 6},
-        {"num_key_value_heads": 1, "num_hidden_layers": 1},
-        {"dtype": "bfloat16"},
-        {"dtype": "float16", "max_shard_size": "2KB"},
-        {"max_shard_size": "4KB", "tie_word_embeddings": True},
-    ],
-    ids=["plain", "tied", "biases", "one-layer", "bf16", "f16-shards", "tied-shards"],
-)
-def test_load_model_gives_the_weights_that_pytorch_has(write_llama, tmp_path, changes):
-    model = write_llama(tmp_path / "model", **changes)
-    loaded = load_model(tmp_path / "model")
-    state = {name: t.float().numpy() for name, t in model.state_dict().items()}
-    expected = expected_params(state, loaded.config)
-    assert jax.tree.structure(loaded.params) == jax.tree.structure(expected)
-    # Bit for bit: float16 and bfloat16 are float32 numbers too.
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_load_model_keeps_every_bit_that_pytorch_wrote(write_llama, tmp_path, dtype):
+    write_llama(tmp_path / "m", dtype=dtype, max_shard_size="2KB", attention_bias=True)
+    loaded = load_model(tmp_path / "m")
+    # float16 and bfloat16 are float32 numbers too.
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {"float32"}
+    export_model(tmp_path / "n", loaded.config, loaded.params, dtype=dtype)
+    found = {}
+    for path in (tmp_path / "m").glob("*.safetensors"):
+        found |= load_file(path)
+    written = load_file(tmp_path / "n" / WEIGHTS)
+    assert found.keys() == written.keys()
+    for name, array in found.items():
+        assert array.dtype == written[name].dtype
+        np.testing.assert_array_equal(array, written[name])
 
 
-def test_load_model_reads_the_recorded_folder_bit_for_bit(golden_teacher):
-    loaded = load_model(golden_teacher)
-    expected = expected_params(load_file(golden_teacher / WEIGHTS), loaded.config)
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+def test_load_model_reads_the_recorded_folder(golden_teacher):
+    loaded, stored = load_model(golden_teacher), load_file(golden_teacher / WEIGHTS)
+    layers, width = loaded.params["layers"], loaded.config.head_dim
+    at = "model.layers.1."
+    for head in range(loaded.config.num_heads):
+        rows = slice(head * width, (head + 1) * width)
+        kernel = layers["attention"]["q_proj"]["kernel"][1, :, head]
+        stored_rows = stored[at + "self_attn.q_proj.weight"][rows]
+        np.testing.assert_array_equal(kernel, stored_rows.T)
+        kernel = layers["attention"]["o_proj"]["kernel"][1, head]
+        columns = stored[at + "self_attn.o_proj.weight"][:, rows]
+        np.testing.assert_array_equal(kernel, columns.T)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        np.testing.assert_array_equal(
+            layers["mlp"][name]["kernel"][1], stored[f"{at}mlp.{name}.weight"].T
+        )
 
 
 def test_load_model_rounds_to_the_dtype_asked_for(golden_teacher):
@@ -206,10 +156,9 @@ def test_load_model_tolerates_tensors_that_say_nothing_new(folder):
     np.testing.assert_array_equal(loaded.params["embed"]["embedding"], embedding)
 
 
-@pytest.mark.parametrize("block", [1 << 24, 8], ids=["whole", "row by row"])
 @pytest.mark.parametrize("end", ["head", "last number", "other dtype", "none"])
-def test_load_model_follows_a_head_that_differs(folder, monkeypatch, block, end):
-    monkeypatch.setattr("taid_jax.models.files.weights._BLOCK", block)
+def test_load_model_follows_a_head_that_differs(folder, monkeypatch, end):
+    monkeypatch.setattr("taid_jax.models.files.weights._BLOCK", 8)  # Row by row.
     tie(folder)
     values = load_file(folder / WEIGHTS)
     head = values["lm_head.weight"]
@@ -233,35 +182,25 @@ def test_load_model_follows_a_head_that_differs(folder, monkeypatch, block, end)
 
 
 def test_load_model_untied_by_its_files_is_what_transformers_loads(folder, tmp_path):
-    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
+    pytest.importorskip("torch", reason="transformers loads models with PyTorch")
     transformers = pytest.importorskip("transformers")
     tie(folder)
     loaded = load_model(folder)
     export_model(tmp_path / "again", loaded.config, loaded.params)
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
-    ids = np.random.default_rng(0).integers(0, 12, (2, 9))
-    functions = decoder_functions(loaded.config)
-    hidden = functions.hidden(loaded.params, {"input_ids": ids.astype(np.int32)})
-    ours = np.asarray(functions.head(loaded.params).logits(hidden))
     for path in (folder, tmp_path / "again"):
         model = transformers.AutoModelForCausalLM.from_pretrained(path)
-        with torch.no_grad():
-            theirs = model(torch.tensor(ids)).logits.numpy()
-        # Both sides round in their own order; a head that is lost shows by far more.
-        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+        theirs = model.lm_head.weight.detach().numpy().T
+        np.testing.assert_array_equal(loaded.params["lm_head"]["kernel"], theirs)
 
 
 @pytest.mark.parametrize(
     "tensor",
     [
         "model.layers.0.self_attn.rotary_emb.inv_freq",
-        "model.rotary_emb.original_inv_freq",
-        "model.layers.7.self_attn.rotary_emb.inv_freq",
         "model.layers.0.self_attn.q_proj.bias",
-        "model.layers.1.self_attn.q_norm.weight",
         "model.layers.2.input_layernorm.weight",
-        "model.layers.0.mlp.gate.weight",
         "lm_head.bias",
     ],
 )
@@ -278,12 +217,9 @@ def test_load_model_drops_no_tensor_without_a_word(folder, tensor):
     "prefix",
     [
         "module.",
-        "_orig_mod.",
-        "base_model.model.",
-        "module._orig_mod.",
         "_orig_mod.module.",
+        "base_model.model.",
         "model.",
-        "student.",
     ],
 )
 def test_load_model_leaves_out_what_all_names_begin_with(folder, prefix):
@@ -361,12 +297,6 @@ def test_load_model_never_waits_for_what_is_no_file(folder, name, kind):
     assert f"{path} is no file" in refusal(folder)
 
 
-def test_load_model_says_that_a_folder_is_no_file(folder):
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).mkdir()
-    assert f"{folder / WEIGHTS} is no file" in refusal(folder)
-
-
 def test_load_model_survives_long_names_in_an_index(sharded):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = "x" * 5000 + ".safetensors"
@@ -376,22 +306,17 @@ def test_load_model_survives_long_names_in_an_index(sharded):
     assert len(text) < 600
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.bool_])
-def test_load_model_refuses_weights_that_are_no_floats(folder, dtype):
-    change(folder, model__norm__weight=np.ones(8, dtype))
+def test_load_model_refuses_weights_that_are_no_floats(folder):
+    change(folder, model__norm__weight=np.ones(8, np.int8))
     assert "model.norm.weight in model.safetensors is" in refusal(folder)
 
 
-def test_load_model_refuses_an_empty_folder(tmp_path):
-    assert "has no config.json" in refusal(tmp_path)
-    assert "it is empty" in refusal(tmp_path)
-
-
-def test_load_model_refuses_a_folder_without_config(folder):
+def test_load_model_refuses_a_folder_without_config(folder, tmp_path):
     (folder / "config.json").unlink()
-    text = refusal(folder)
-    assert "has no config.json" in text
+    assert "has no config.json" in (text := refusal(folder))
     assert WEIGHTS in text
+    (tmp_path / "empty").mkdir()
+    assert "it is empty" in refusal(tmp_path / "empty")
 
 
 def test_load_model_refuses_a_folder_without_weights(folder):
@@ -399,7 +324,7 @@ def test_load_model_refuses_a_folder_without_weights(folder):
     assert "has no weights: need model.safetensors" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-1.bin", "x.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model-1.bin", "x.pt"])
 def test_load_model_refuses_pickles_and_says_how_to_convert(folder, name):
     (folder / WEIGHTS).rename(folder / name)
     text = refusal(folder)
@@ -420,7 +345,7 @@ def test_load_model_refuses_a_missing_shard(sharded):
 
 
 @pytest.mark.parametrize(
-    "file", ["../model.safetensors", "/etc/passwd", "a\\b.safetensors", "x.bin", 3, ""]
+    "file", ["../model.safetensors", "a\\b.safetensors", "x.bin", 3]
 )
 def test_load_model_never_follows_an_index_out_of_the_folder(sharded, file):
     index = json.loads((sharded / INDEX).read_text())
@@ -429,7 +354,7 @@ def test_load_model_never_follows_an_index_out_of_the_folder(sharded, file):
     assert "only .safetensors files in the same folder" in refusal(sharded)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}'])
 def test_load_model_refuses_an_index_without_map(sharded, content):
     (sharded / INDEX).write_text(content)
     assert "has no weight_map" in refusal(sharded)
@@ -459,45 +384,7 @@ def test_open_folder_reads_no_weights(folder):
         tensors.read("lm_head.weight", (slice(0, 1), slice(0, 8)))
 
 
-@pytest.fixture(scope="module")
-def victims(tmp_path_factory, random_params):
-    """Two folders that are damaged and mended again, with their sound content."""
-    root = tmp_path_factory.mktemp("victims")
-    params = random_params(SMALL)
-    export_model(root / "whole", SMALL, params)
-    export_model(root / "sharded", SMALL, params, max_shard_bytes=1000)
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
-    return [(path, path.read_bytes()) for path in paths]
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_load_model_survives_any_damage(victims, data):
-    path, sound = data.draw(st.sampled_from(victims))
-    kind = data.draw(st.sampled_from(["cut", "flip", "flip", "drop", "add"]))
-    # Headers are where damage can be told; the numbers themselves carry no sum.
-    at = data.draw(st.integers(0, min(len(sound), 3000) - 1))
-    if kind == "cut":
-        broken = sound[:at]
-    elif kind == "flip":
-        value = data.draw(st.integers(1, 255))
-        broken = sound[:at] + bytes([sound[at] ^ value]) + sound[at + 1 :]
-    elif kind == "drop":
-        broken = sound[:at] + sound[at + data.draw(st.integers(1, 9)) :]
-    else:
-        broken = sound[:at] + data.draw(st.binary(min_size=1, max_size=9)) + sound[at:]
-    path.write_bytes(broken)
-    try:
-        loaded = load_model(path.parent)
-    except ModelError:
-        pass
-    else:
-        assert loaded.params["embed"]["embedding"].ndim == 2
-    finally:
-        path.write_bytes(sound)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.999])
 def test_load_model_refuses_a_truncated_file(folder, share):
     path = folder / WEIGHTS
     size = path.stat().st_size
