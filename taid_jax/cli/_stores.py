@@ -24,7 +24,7 @@ _QUANTILES = (1, 5, 25, 50, 75, 95)
 
 Command = TypeVar("Command")
 Output = Annotated[pathlib.Path, tyro.conf.arg(metavar="OUTPUT")]
-Folder = Annotated[pathlib.Path, tyro.conf.arg(metavar="STORE")]
+Folder = Annotated[str, tyro.conf.arg(metavar="STORE")]
 Folders = Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="PART ...")]
 Files = Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE ...")]
 
@@ -46,7 +46,23 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True)
-class Import(Checked):
+class ImportOptions(Checked):
+    """What is stored of what the files have.
+
+    Attributes:
+        k: So many of the most probable tokens.
+        shard_mib: Size of a file, about, in MiB.
+        allow_unknown_keys: Read the model though its config has settings that nobody
+            here knows.
+    """
+
+    k: int = setting(64, ge=1, lt=2**20)
+    shard_mib: int = setting(256, ge=1, le=2**20)
+    allow_unknown_keys: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
     """Makes a store of Parquet files that an inference server has filled.
 
     A row is an example: input_ids, top_ids and top_logprobs; docs/store.md has the
@@ -57,18 +73,15 @@ class Import(Checked):
         teacher: The model that gave the outputs, as in training; of its files only
             config and tokenizer are read.
         output: The store.
-        k: So many of the most probable tokens are stored.
-        shard_mib: Size of a file, about, in MiB.
-        allow_unknown_keys: Read the model though its config has settings that nobody
-            here knows.
+        options: What is stored.
     """
 
     files: tyro.conf.Positional[Files]
     teacher: str
     output: pathlib.Path
-    k: int = setting(64, ge=1, lt=2**20)
-    shard_mib: int = setting(256, ge=1, le=2**20)
-    allow_unknown_keys: bool = False
+    options: Annotated[ImportOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ImportOptions
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +124,10 @@ def run_import(arguments: Sequence[str]) -> int:
             command.files,
             command.teacher,
             command.output,
-            k=command.k,
-            shard_bytes=command.shard_mib << 20,
+            k=command.options.k,
+            shard_bytes=command.options.shard_mib << 20,
             console=console,
-            allow_unknown_keys=command.allow_unknown_keys,
+            allow_unknown_keys=command.options.allow_unknown_keys,
         )
         _say(console, _stored(manifest, command.output))
         return 0
@@ -166,12 +179,13 @@ def _inspect(command: Inspect, console: Console) -> int:
     from taid_jax.store.inspect import favourites, find_faults, mass_quantiles
     from taid_jax.store.read import Store
 
-    faults = find_faults(command.store) if command.verify else []
+    folder = pathlib.Path(command.store)
+    faults = find_faults(folder) if command.verify else []
     for fault in faults:
         refuse(fault)
     if faults:
         return 2
-    store = Store(command.store)
+    store = Store(folder)
     about = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _describe(store.manifest):
         about.add_row(name, Text(shorten(value, 500)))

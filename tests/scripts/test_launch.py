@@ -107,7 +107,7 @@ def test_launch_slurm_store_is_jobs_and_their_merge(tmp_path, load_script):
     def run(*words, **variables):
         (tmp_path / "called").write_text("")
         done = subprocess.run(
-            [LAUNCH / "slurm_store.sbatch", store, *words],
+            ["bash", LAUNCH / "slurm_store.sbatch", store, *words],
             env={"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
             | {f"SLURM_ARRAY_TASK_{name}": value for name, value in variables.items()},
             capture_output=True,
