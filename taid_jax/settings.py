@@ -18,51 +18,25 @@ from taid_jax._fields import (
     Checked,
     SettingsError,
     cast,
-    check_file,
-    check_text,
     need,
     setting,
     typed_fields,
     without_effect,
 )
-from taid_jax._yaml import dump_yaml, parse_yaml, read_values
+from taid_jax._fields import check_file as check_file
+from taid_jax._fields import check_text as check_text
+from taid_jax._yaml import dump_yaml, read_values
+from taid_jax._yaml import parse_yaml as parse_yaml
 from taid_jax.errors import parsing, shorten, show
 
-__all__ = [
-    "BASE",
-    "DEFAULT_STUDENT_LAYERS",
-    "Checked",
-    "DataSettings",
-    "DistributedSettings",
-    "EvaluationSettings",
-    "ModelSettings",
-    "ObjectiveName",
-    "ObjectiveSettings",
-    "OnPolicySettings",
-    "OptimizerSettings",
-    "RunSettings",
-    "SelectionMetric",
-    "Settings",
-    "SettingsError",
-    "changed",
-    "check_file",
-    "check_text",
-    "contradictions",
-    "flatten",
-    "from_dict",
-    "is_date",
-    "make_room",
-    "parse_yaml",
-    "read_settings",
-    "setting",
-    "to_dict",
-    "to_yaml",
-    "with_steps",
-]
+_IMPORTED = {*globals()} - {
+    *("Checked", "SettingsError", "check_file", "check_text", "parse_yaml", "setting")
+}
 
 
 def __dir__() -> list[str]:
-    return __all__
+    """Returns what this module offers, without what it is made with."""
+    return [name for name in globals() if name[0] != "_" and name not in _IMPORTED]
 
 
 DEFAULT_STUDENT_LAYERS = 10

@@ -448,6 +448,11 @@ def test_every_setting_has_a_help_of_its_own():
             assert f"        {field}: " in kind.__doc__, (name, field)
 
 
+def test_settings_show_what_they_offer_alone():
+    assert {"Settings", "setting", "read_settings"} <= {*dir(s)}
+    assert not {"cast", "math", "typed_fields"} & {*dir(s)}
+
+
 def test_settings_import_neither_jax_nor_what_it_brings():
     code = "import sys, taid_jax.settings; print(*sys.modules)"
     found = subprocess.run(

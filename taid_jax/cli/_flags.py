@@ -1,8 +1,9 @@
 """What the commands have in common: settings as flags, and where programs are kept."""
 
 import argparse
+import pathlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -23,12 +24,13 @@ def first_flags(arguments: Sequence[str], *names: str) -> argparse.Namespace:
     return parser.parse_known_args(arguments)[0]
 
 
-def read_config(path: str | None, base: Settings | None = None) -> Settings:
+def read_config(arguments: Sequence[str], base: Settings | None = None) -> Settings:
     """Returns the settings of `--config`, laid over `base`, or `base` without it.
 
     Raises:
         SettingsError: If the file cannot be used.
     """
+    path = first_flags(arguments, "config").config
     return (base or Settings()) if path is None else read_settings(path, base)
 
 
@@ -39,7 +41,6 @@ def parse(
     settings: Settings | None = None,
     *,
     name: str | None = None,
-    **defaults: Any,
 ) -> Command:
     """Returns the flags as a `kind`.
 
@@ -47,9 +48,9 @@ def parse(
         kind: A dataclass.
         arguments: The words of the command line.
         description: Of the command.
-        settings: What its field `settings` is laid over, when it has one.
+        settings: What its field `settings` is laid over, when it has one; then it has
+            a field `config` too.
         name: Of the command; that of its module when None.
-        **defaults: Of other fields.
 
     Raises:
         SystemExit: If they are no flags of it, or ask for help.
@@ -60,8 +61,11 @@ def parse(
         given = [word.split("=")[0][2:].replace("-", "_") for word in arguments]
         if {"teacher", "teacher_store"} <= {*given}:
             raise SettingsError("teacher_store: need no teacher beside it, got both")
-        made: Any = kind
-        options["default"] = made(settings=make_room(settings, given), **defaults)
+        config = first_flags(arguments, "config").config
+        options["default"] = cast(Any, kind)(
+            settings=make_room(settings, given),
+            config=None if config is None else pathlib.Path(config),
+        )
     return tyro.cli(
         kind,
         # The file that is run would be named otherwise, which has no such flags.

@@ -47,14 +47,12 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
         SettingsError: If the file cannot be used, or no student is named.
     """
-    config = _flags.first_flags(arguments, "config").config
-    base = _flags.read_config(config)
+    base = _flags.read_config(arguments)
     no_student = dataclasses.replace(
         base.model, student=None, student_layers=None, student_config=None
     )
     base = dataclasses.replace(base, model=no_student)
-    path = None if config is None else pathlib.Path(config)
-    command = _flags.parse(Command, arguments, __doc__, base, config=path)
+    command = _flags.parse(Command, arguments, __doc__, base)
     if command.settings.model.student is None:
         raise SettingsError("student: need the folder of the student to be scored")
     if command.json is not None:

@@ -50,10 +50,8 @@ def show(settings: Settings, machine: str) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
     try:
-        config = _flags.first_flags(arguments, "config").config
-        base = _flags.read_config(config)
-        path = None if config is None else pathlib.Path(config)
-        command = _flags.parse(Command, arguments, __doc__, base, config=path)
+        base = _flags.read_config(arguments)
+        command = _flags.parse(Command, arguments, __doc__, base)
         return show(command.settings, command.machine)
     except InputError as error:
         return refuse(error)

@@ -53,10 +53,9 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
         SettingsError: If the file cannot be used, or no output is named.
     """
-    given = _flags.first_flags(arguments, "config", "output")
-    base = _flags.read_config(given.config)
-    config = None if given.config is None else pathlib.Path(given.config)
-    command = _flags.parse(Command, arguments, __doc__, base, config=config)
+    given = _flags.first_flags(arguments, "output")
+    base = _flags.read_config(arguments)
+    command = _flags.parse(Command, arguments, __doc__, base)
     if given.output is None:
         raise SettingsError("output: need the folder of the store")
     if command.settings.model.teacher_store is not None:

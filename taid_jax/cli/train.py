@@ -52,8 +52,8 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
         SettingsError: If the file cannot be used.
     """
-    given = _flags.first_flags(arguments, "config", "output")
-    base = _flags.read_config(given.config)
+    given = _flags.first_flags(arguments, "output")
+    base = _flags.read_config(arguments)
     if base.run.resume if given.resume is None else given.resume:
         from taid_jax.train.resume import saved_settings
 
@@ -68,9 +68,8 @@ def parse(arguments: Sequence[str]) -> Command:
             )
             own = base.distributed
             base = dataclasses.replace(saved, run=run, distributed=own)
-            base = _flags.read_config(given.config, base)
-    config = None if given.config is None else pathlib.Path(given.config)
-    return _flags.parse(Command, arguments, __doc__, base, config=config)
+            base = _flags.read_config(arguments, base)
+    return _flags.parse(Command, arguments, __doc__, base)
 
 
 def with_mesh_for_here(settings: Settings, console: Console) -> Settings:

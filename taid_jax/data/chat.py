@@ -34,18 +34,6 @@ _MOST_KEYS = 50
 _WHOLE_WORD = re.compile(r"(?:.*[\s>\])}])?", re.DOTALL)
 
 
-class MissingTemplateError(DataError):
-    """There are conversations, and the tokenizer has no chat template."""
-
-    def __init__(self):
-        super().__init__(
-            "conversations need a chat template and this tokenizer has none; give one "
-            "by --chat-template FILE (a Jinja template), or put a chat_template.jinja "
-            "(or the key `chat_template` in tokenizer_config.json) into the model's "
-            "folder"
-        )
-
-
 class ChatRenderer:
     """Renders conversations through the tokenizer's chat template.
 
@@ -103,7 +91,7 @@ class ChatRenderer:
         it begins with the start token: it was rendered before.
 
         Raises:
-            MissingTemplateError: If there is no template for a conversation.
+            DataError: If there is no template for a conversation.
             RecordError: If the template refuses the conversation.
         """
         if isinstance(content, Completion):
@@ -124,7 +112,7 @@ class ChatRenderer:
         problem if it is not found.
 
         Raises:
-            MissingTemplateError: If there is no template.
+            DataError: If there is no template.
             RecordError: If the template refuses the conversation or leaves a turn out,
                 or the answers are not found in what it renders, or nothing ends them.
         """
@@ -133,7 +121,12 @@ class ChatRenderer:
     def _merging(self, content: Chat, render: Callable[[Chat], Rendered]) -> Rendered:
         """Renders a conversation, its system turn put elsewhere if that is asked."""
         if not self.has_template:
-            raise MissingTemplateError()
+            raise DataError(
+                "conversations need a chat template and this tokenizer has none; give "
+                "one by --chat-template FILE (a Jinja template), or put a "
+                "chat_template.jinja (or the key `chat_template` in "
+                "tokenizer_config.json) into the model's folder"
+            )
         try:
             return render(content)
         except RecordError as error:

@@ -5,6 +5,7 @@ piece, and keeps what is done in the folder's `.unfinished`: stopped at any poin
 goes on from there. Then it is decided which examples are saved, and shards are written.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -230,10 +231,8 @@ def _write_report(output: pathlib.Path, problems: Sequence[Problem]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
+    found: dict[str, str] = dict.fromkeys(_PACKAGES, "not installed")
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
     return found

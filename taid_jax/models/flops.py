@@ -19,14 +19,7 @@ class ForwardFlops(NamedTuple):
     head: int
 
 
-def forward_flops(config: DecoderConfig, batch: int, length: int) -> int:
-    """Returns the floating-point operations of one forward pass, head included."""
-    return sum(forward_flops_by_part(config, batch, length))
-
-
-def forward_flops_by_part(
-    config: DecoderConfig, batch: int, length: int
-) -> ForwardFlops:
+def forward_flops(config: DecoderConfig, batch: int, length: int) -> ForwardFlops:
     """Returns the floating-point operations of one forward pass, by part.
 
     A product of n and m numbers counts 2 n m. Attention counts the half of the square

@@ -51,14 +51,6 @@ def attend(
     a GPU cuDNN's. Both need bfloat16 and a window that is the same in all layers. The
     products that they sum in float32 are the same; a scale that is no power of two is
     multiplied into the queries before, which rounds them once more.
-
-    Args:
-        queries: `(batch, kv_heads, group, length, head_dim)`.
-        keys: `(batch, kv_heads, length, head_dim)`.
-        values: Same shape.
-        segments: `(batch, length)`; all one segment when None.
-        window: As in `causal_attention`.
-        scoring: How products become scores.
     """
     mesh = activation_mesh()
     platform = _platform(mesh)
@@ -149,16 +141,9 @@ def splash_attention(
 ) -> Queries:
     """Returns `causal_attention` by JAX's splash attention for TPUs.
 
-    Args:
-        queries: `(batch, kv_heads, group, length, head_dim)`; the length is a multiple
-            of 128.
-        keys: `(batch, kv_heads, length, head_dim)`.
-        values: Same shape.
-        segments: `(batch, length)`; all one segment when None.
-        window: Tokens that a token sees, itself included; all when None.
-        scoring: How products become scores.
-        mesh: Where the arrays lie: batch over `data` and `fsdp`, heads over `tensor`.
-        interpret: Compute on any platform what the kernel would.
+    The length is a multiple of 128. Arrays lie on the mesh with the batch over `data`
+    and `fsdp` and the heads over `tensor`. Interpreted, it computes on any platform
+    what the kernel would.
     """
     group, length = queries.shape[2:4]
     kernel = _splash_kernel(group, length, window, scoring.softcap, interpret)
@@ -208,16 +193,7 @@ def cudnn_attention(
     window: int | None,
     scoring: Scoring,
 ) -> Queries:
-    """Returns `causal_attention` by cuDNN, through `jax.nn.dot_product_attention`.
-
-    Args:
-        queries: `(batch, kv_heads, group, length, head_dim)`.
-        keys: `(batch, kv_heads, length, head_dim)`.
-        values: Same shape.
-        segments: `(batch, length)`; all one segment when None.
-        window: Tokens that a token sees, itself included; all when None.
-        scoring: How products become scores; cuDNN has no soft cap.
-    """
+    """Returns `causal_attention` by cuDNN, which has no soft cap."""
     batch, kv_heads, group, length, head_dim = queries.shape
     mask = None
     if segments is not None:

@@ -62,16 +62,11 @@ def params_need(
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         sharding = sharding_of(where, [str(key.key) for key in path])
         width = copies * jax.numpy.dtype(dtype).itemsize
-        if sharding is None:
-            found[jax.local_devices()[0]] += width * math.prod(leaf.shape)
-            continue
-        for device, index in sharding.addressable_devices_indices_map(
-            leaf.shape
-        ).items():
-            cuts = zip(index or (), leaf.shape, strict=True)
-            found[device] += width * math.prod(
-                len(range(*cut.indices(size))) for cut, size in cuts
-            )
+        devices, shape = jax.local_devices()[:1], leaf.shape
+        if sharding is not None:
+            devices, shape = sharding.addressable_devices, sharding.shard_shape(shape)
+        for device in devices:
+            found[device] += width * math.prod(shape)
     return Need(what, found)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from taid_jax.chips import peak_flops
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.flops import forward_flops_by_part
+from taid_jax.models.flops import forward_flops
 from taid_jax.settings import Settings
 
 MEASURED = (
@@ -85,8 +85,8 @@ def step_flops(
     References:
         Chowdhery et al., PaLM, 2022 (arXiv:2204.02311), appendix B: MFU.
     """
-    mine = forward_flops_by_part(student, batch, length)
-    theirs = forward_flops_by_part(teacher, batch, length)
+    mine = forward_flops(student, batch, length)
+    theirs = forward_flops(teacher, batch, length)
     # The scores are always computed again, "dots" and "full" do so with the values, and
     # "full" repeats all but the last product of each layer, which nothing depends on.
     last = 2 * batch * length * student.num_layers * student.d_model * student.mlp_dim

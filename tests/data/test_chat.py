@@ -109,17 +109,6 @@ def test_chat_counts_exactly_the_answers(
         assert styled_tokenizer.decode(last.tolist()).endswith(turn_end)
 
 
-def test_chat_finds_marks_in_a_conversation_with_private_characters(
-    tokenizer, monkeypatch
-):
-    template = marked_template("chatml", "<|im_end|>")
-    monkeypatch.setattr(tokenizer, "chat_template", template)
-    answer = Message("assistant", "\ue000that\ue001 is all.\ue002")
-    example = encode(tokenizer, Chat((QUESTION, answer)))
-    [found] = counted_texts(tokenizer, example)
-    assert found == answer.content + "<|im_end|>"
-
-
 def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):
     marked = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -128,11 +117,13 @@ def test_chat_uses_the_marks_of_the_template(tokenizer, monkeypatch):
         "{{ '<|im_end|>\n' }}{% endfor %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", marked)
-    chat = Chat((QUESTION, ANSWER, QUESTION, ANSWER))
+    # Characters that marks are made of.
+    private = Message("assistant", "\ue000that\ue001 is all.\ue002")
+    chat = Chat((QUESTION, private, QUESTION, ANSWER))
     example = encode(tokenizer, chat)
-    assert counted_texts(tokenizer, example) == ["that is all."] * 2
+    assert counted_texts(tokenizer, example) == [private.content, ANSWER.content]
     last = example.ids[example.prompt : example.answer_end].tolist()
-    assert tokenizer.decode(last) == "that is all."
+    assert tokenizer.decode(last) == ANSWER.content
     everything = encode(tokenizer, chat, train_on_prompts=True)
     assert everything.counted[1:].all()
     assert everything[2:] == example[2:]

@@ -55,15 +55,6 @@ def test_read_file_passes_over_blank_lines_but_counts_them(tmp_path):
     assert origins == [f"{path}, line 1", f"{path}, line 3"]
 
 
-def test_read_file_passes_over_a_large_row(tmp_path):
-    path = tmp_path / "a.parquet"
-    texts = ["one", "x" * 5000, "three"]
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
-    found, [problem] = read(path)
-    assert texts_of(found) == ["one", "three"]
-    assert problem[:2] == (f"{path}, row 2", "too_large")
-
-
 def test_read_file_names_the_row_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.parquet"
     bytes_ = pyarrow.array([b"one", b"t\xffwo", b"three"], pyarrow.binary())

@@ -19,6 +19,7 @@ def oracle_losses(name: str, student, teacher, labels=None, **settings) -> Pair:
     """Value and gradient of `parity.torch_exact`, in float64."""
     reason = "the float64 oracle needs PyTorch: '.[parity]'"
     torch = pytest.importorskip("torch", reason=reason)
+    torch.set_num_threads(1)  # The arrays are small: more wait for each other.
     from parity.torch_exact import exact_losses
     from parity.torch_reference import Settings
 

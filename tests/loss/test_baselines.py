@@ -19,21 +19,16 @@ from taid_jax.loss import (
 pytestmark = pytest.mark.optimised
 
 
-def test_cross_entropy_of_two_entries_is_what_the_definition_says():
-    student = jnp.array([[0.0, 1.0]])
-    labels = jnp.array([1])
-    loss, gradient = jax.value_and_grad(lambda s: CrossEntropy()(s, None, labels)[0])(
-        student
-    )
-    np.testing.assert_allclose(loss, np.log1p(np.exp(-1.0)), rtol=1e-6)
-    q = 1 / (1 + np.e)
-    np.testing.assert_allclose(gradient[0], [q, -q], rtol=1e-6)
-
-
-def test_cross_entropy_of_a_certain_student_keeps_its_digits(evaluate):
+def test_cross_entropy_closed_form_and_its_digits(evaluate):
     """1 - q of the label is 1e-13 here; a subtraction would give 0 or 6e-8."""
+    label = np.array([0], np.int32)
+    student = np.array([[1.0, 0.0, -np.inf]], np.float32)
+    losses, gradient = evaluate(CrossEntropy(), student, student, label)
+    np.testing.assert_allclose(losses[0], np.log1p(np.exp(-1.0)), rtol=1e-6)
+    q = 1 / (1 + np.e)
+    np.testing.assert_allclose(gradient[0], [-q, q, 0], rtol=1e-6)
     student = np.array([[30.0, 0.0, -1.0]], np.float32)
-    _, gradient = evaluate(CrossEntropy(), student, student, np.array([0], np.int32))
+    _, gradient = evaluate(CrossEntropy(), student, student, label)
     rest = np.exp([-30.0, -31.0])
     np.testing.assert_allclose(gradient[0, 0], -rest.sum(), rtol=1e-6)
     np.testing.assert_allclose(gradient[0, 1:], rest, rtol=1e-6)
@@ -42,14 +37,18 @@ def test_cross_entropy_of_a_certain_student_keeps_its_digits(evaluate):
 LABELLED = [CrossEntropy(), DKD(), Mix(ForwardKL(), 0.5)]
 
 
-@pytest.mark.parametrize("objective", LABELLED)
-@pytest.mark.parametrize("dtype", [np.int32, np.int8])
+@pytest.mark.parametrize(
+    ("objective", "vocab", "dtype"),
+    [
+        *((objective, 33, np.int32) for objective in LABELLED),
+        (CrossEntropy(), 300, np.int8),  # more entries than int8 has numbers
+    ],
+)
 def test_labels_that_do_not_count_give_neither_loss_nor_gradient(
-    make_inputs, evaluate, objective, dtype
+    make_inputs, evaluate, objective, vocab, dtype
 ):
-    # More entries than int8 has numbers.
-    inputs = make_inputs((2, 5, 300))
-    labels = inputs.labels % 128
+    inputs = make_inputs((2, 5, vocab))
+    labels = (inputs.labels % 128).astype(dtype)
     expected = evaluate(objective, inputs.student, inputs.teacher, labels)
     labels = np.where([[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]], -100, labels).astype(dtype)
     losses, gradient = evaluate(objective, inputs.student, inputs.teacher, labels)
@@ -87,9 +86,10 @@ def test_missing_labels_are_reported_with_the_shapes(objective):
 def test_cross_entropy_needs_no_teacher(make_inputs):
     inputs = make_inputs()
     student, labels = jnp.asarray(inputs.student), jnp.asarray(inputs.labels)
+    run = jax.jit(CrossEntropy())
     np.testing.assert_array_equal(
-        CrossEntropy()(student, None, labels),
-        CrossEntropy()(student, jnp.full_like(student, jnp.nan), labels),
+        run(student, None, labels),
+        run(student, jnp.full_like(student, jnp.nan), labels),
     )
 
 
@@ -97,7 +97,7 @@ def test_cross_entropy_needs_no_teacher(make_inputs):
 TEMPERATURE_SLOPE = 20 * np.exp(-1) / (1 + np.exp(-1)) ** 2
 
 
-@pytest.mark.parametrize("name", ["small", "wide", "peaked", "neg_inf"])
+@pytest.mark.parametrize("name", ["small", "neg_inf"])
 def test_ctkd_slope_agrees_with_the_recorded_one(recorded, golden_losses, name):
     inputs = recorded(name)
     # Recorded in epoch 3 of 10 with the published ramp, which runs from 1 to 0.
@@ -120,27 +120,27 @@ def test_ctkd_slope_agrees_with_the_recorded_one(recorded, golden_losses, name):
 
 
 @pytest.mark.parametrize("noise", [None, 0.1])
-@pytest.mark.parametrize("temperature", [1.5, 4.0, 20.0])
-def test_ctkd_slope_in_its_temperature_is_exact(
-    make_inputs, oracle, noise, temperature
-):
+def test_ctkd_slope_in_its_temperature_is_exact(make_inputs, oracle, noise):
     inputs = make_inputs((4, 33), noise=noise)
     strength = 0.7
 
-    def loss(objective):
+    @jax.jit
+    @jax.grad
+    def slope_of(objective):
         return jnp.sum(
             objective(jnp.asarray(inputs.student), jnp.asarray(inputs.teacher))
         )
 
-    gradient = jax.grad(loss)(CTKD(jnp.float32(temperature), jnp.float32(strength)))
-    arguments = ("ctkd", inputs.student, inputs.teacher)
-    high, low = (
-        oracle(*arguments, temperature=temperature + step)[0].sum()
-        for step in (1e-5, -1e-5)
-    )
-    slope = (high - low) / 2e-5
-    # Two terms of opposite sign, each some hundred nats.
-    np.testing.assert_allclose(gradient.temperature, -strength * slope, rtol=1e-5)
+    for temperature in (1.5, 4.0, 20.0):
+        found = slope_of(CTKD(jnp.float32(temperature), jnp.float32(strength)))
+        arguments = ("ctkd", inputs.student, inputs.teacher)
+        high, low = (
+            oracle(*arguments, temperature=temperature + step)[0].sum()
+            for step in (1e-5, -1e-5)
+        )
+        slope = (high - low) / 2e-5
+        # Two terms of opposite sign, each some hundred nats.
+        np.testing.assert_allclose(found.temperature, -strength * slope, rtol=1e-5)
 
 
 def test_ctkd_leaves_the_students_gradient_alone(make_inputs, evaluate):
@@ -183,14 +183,14 @@ def test_ctkd_strength_rises_by_a_cosine_over_ten_epochs():
     assert ctkd_strength(1, num_epochs=2) == pytest.approx(0.5)
 
 
-def test_dkd_of_three_entries_is_what_the_definition_says():
+def test_dkd_of_three_entries_is_what_the_definition_says(evaluate):
     q, p = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.4, 0.4])
     label = 0
     tckd = p[0] * np.log(p[0] / q[0]) + (1 - p[0]) * np.log((1 - p[0]) / (1 - q[0]))
     rest_q, rest_p = q[1:] / (1 - q[0]), p[1:] / (1 - p[0])
     nckd = (rest_p * np.log(rest_p / rest_q)).sum()
-    logits = [jnp.log(jnp.asarray(x, jnp.float32))[None] for x in (q, p)]
-    loss = DKD(alpha=2.0, beta=3.0)(*logits, jnp.array([label]))
+    logits = [np.log(x).astype(np.float32)[None] for x in (q, p)]
+    loss, _ = evaluate(DKD(2.0, 3.0), *logits, np.array([label], np.int32))
     np.testing.assert_allclose(loss[0], 2 * tckd + 3 * nckd, rtol=1e-5)
 
 

@@ -25,14 +25,14 @@ def relative_error(gradient: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return error / np.linalg.norm(expected, axis=-1)
 
 
-def test_taid_of_two_entries_is_what_the_definition_says():
-    student, teacher = jnp.array([[0.0, 1.0]]), jnp.array([[3.0, 0.0]])
+def test_taid_of_two_entries_is_what_the_definition_says(evaluate):
+    student, teacher = np.float32([[0.0, 1.0]]), np.float32([[3.0, 0.0]])
     t = 0.25
     mixed = np.array([0.75 * 0 + 0.25 * 3, 0.75 * 1 + 0.25 * 0])
     p = np.exp(mixed) / np.exp(mixed).sum()
     q = np.exp([0, 1]) / np.exp([0, 1]).sum()
-    loss, gradient = jax.value_and_grad(lambda s: TAID(t)(s, teacher)[0])(student)
-    np.testing.assert_allclose(loss, -(p * np.log(q)).sum(), rtol=1e-6)
+    losses, gradient = evaluate(TAID(t), student, teacher)
+    np.testing.assert_allclose(losses[0], -(p * np.log(q)).sum(), rtol=1e-6)
     np.testing.assert_allclose(gradient[0], q - p, rtol=1e-6)
 
 
@@ -61,8 +61,8 @@ def test_taid_of_bfloat16_follows_float32_not_the_recorded_rounding(
 @pytest.mark.parametrize("noise", NOISES)
 def test_taid_gradient_is_exact_to_float32(make_inputs, evaluate, oracle, scale, noise):
     """Every token by its own norm, also where that is 1e-20."""
-    for seed, shape in enumerate([(8, 257), (8, 257), (4, 17)]):
-        inputs = make_inputs(shape, scale, noise, seed)
+    for seed in range(2):
+        inputs = make_inputs((8, 257), scale, noise, seed)
         for t in T_VALUES:
             t32 = np.float32(t)
             losses, gradient = evaluate(
@@ -93,7 +93,7 @@ def test_subtracting_softmaxes_would_not_be_exact(make_inputs, oracle):
         mixed = 0.999 * jax.lax.stop_gradient(student) + 1e-3 * inputs.teacher
         return -jnp.sum(jax.nn.softmax(mixed) * jax.nn.log_softmax(student))
 
-    gradient = jax.grad(plain)(jnp.asarray(inputs.student))
+    gradient = jax.jit(jax.grad(plain))(jnp.asarray(inputs.student))
     _, exact = oracle("taid", inputs.student, inputs.teacher, t=1e-3)
     assert relative_error(np.asarray(gradient), exact).min() > 1e-2
 
@@ -111,20 +111,21 @@ def test_taid_of_enormous_differences_is_finite(evaluate, size):
         np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("t", [0.0, 1e-3, 0.5, 1.0])
-def test_taid_leaves_out_entries_of_minus_infinity(make_inputs, evaluate, oracle, t):
-    inputs = make_inputs((6, 33))
-    student, teacher = inputs.student, inputs.teacher
+def test_taid_leaves_out_entries_of_minus_infinity(make_inputs, evaluate, oracle):
+    inputs = make_inputs()
+    student, teacher = (x.reshape(10, 33) for x in (inputs.student, inputs.teacher))
     student[0, 3] = student[1, :20] = -np.inf
     teacher[0, 4] = teacher[2, :20] = -np.inf
     student[3, 5:9] = teacher[3, 5:9] = -np.inf
     # The student's likeliest entry, and all but one entry.
     teacher[4, student[4].argmax()] = -np.inf
     student[5, 1:] = -np.inf
-    losses, gradient = evaluate(TAID(jnp.float32(t)), student, teacher)
-    expected, exact = oracle("taid", student, teacher, t=float(np.float32(t)))
-    np.testing.assert_allclose(losses, expected, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-8)
+    for t in (0.0, 1e-3, 0.5, 1.0):
+        both = inputs.student, inputs.teacher
+        losses, gradient = evaluate(TAID(jnp.float32(t)), *both)
+        expected, exact = oracle("taid", *both, t=float(np.float32(t)))
+        np.testing.assert_allclose(losses, expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-8)
 
 
 def test_taid_curvature_is_finite_where_the_rows_have_nothing_in_common():
@@ -132,7 +133,7 @@ def test_taid_curvature_is_finite_where_the_rows_have_nothing_in_common():
     student = jnp.array([[0.0, 400.0, -400.0]])
     teacher = jnp.array([[0.0, -400.0, 400.0]])
     gradient = jax.grad(lambda s: jnp.sum(TAID(1.0)(s, teacher)))
-    curvature = jax.grad(lambda s: jnp.sum(gradient(s) ** 2))(student)
+    curvature = jax.jit(jax.grad(lambda s: jnp.sum(gradient(s) ** 2)))(student)
     assert np.isfinite(curvature).all()
 
 
@@ -140,9 +141,7 @@ def test_taid_at_zero_has_no_gradient_and_no_divergence(make_inputs, evaluate):
     inputs = make_inputs()
     losses, gradient = evaluate(TAID(jnp.float32(0)), inputs.student, inputs.teacher)
     assert not gradient.any()
-    metrics = TAID(0.0).metrics(
-        jnp.asarray(inputs.student), jnp.asarray(inputs.teacher)
-    )
+    metrics = jax.jit(TAID.metrics)(TAID(0.0), inputs.student, inputs.teacher)
     np.testing.assert_array_equal(metrics["kl_target"], np.zeros_like(losses))
 
 
@@ -154,17 +153,18 @@ def test_taid_at_one_is_forward_kl(make_inputs, evaluate):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("t", [1e-3, 0.4, 1.0])
-def test_taid_metrics_give_kl_to_the_target(make_inputs, oracle, t):
+def test_taid_metrics_give_kl_to_the_target(make_inputs, oracle):
     inputs = make_inputs()
-    metrics = TAID(t).metrics(jnp.asarray(inputs.student), jnp.asarray(inputs.teacher))
-    cross, _ = oracle("taid", inputs.student, inputs.teacher, t=t)
-    mixed = (1 - t) * inputs.student.astype(float) + t * inputs.teacher.astype(float)
-    entropy, _ = oracle("forward_kl", mixed, mixed)
-    # The entropy of the target is taken off a cross-entropy of about 3 nats.
-    np.testing.assert_allclose(
-        metrics["kl_target"], cross - entropy, rtol=1e-5, atol=1e-6
-    )
+    for t in (1e-3, 0.4, 1.0):
+        metrics = jax.jit(TAID.metrics)(TAID(t), inputs.student, inputs.teacher)
+        cross, _ = oracle("taid", inputs.student, inputs.teacher, t=t)
+        mixed = (1 - t) * inputs.student.astype(float)
+        mixed += t * inputs.teacher.astype(float)
+        entropy, _ = oracle("forward_kl", mixed, mixed)
+        # The entropy of the target is taken off a cross-entropy of about 3 nats.
+        np.testing.assert_allclose(
+            metrics["kl_target"], cross - entropy, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_taid_does_not_compile_again_for_another_t(make_inputs):
@@ -218,21 +218,24 @@ def test_objectives_agree_in_every_mode_of_differentiation(kind, make_inputs):
         return gradient, forward, saved, rows, curvature
 
     gradient, forward, saved, rows, curvature = modes(student)
-    eager = jax.grad(loss)(student)
+    with jax.disable_jit():
+        eager = jax.grad(loss)(student)
     # The same formulas, fused in other ways.
     np.testing.assert_allclose(forward, jnp.vdot(gradient, direction), rtol=1e-4)
     for other in (saved, rows, eager):
         np.testing.assert_allclose(other, gradient, rtol=1e-4, atol=1e-6)
     step = 1e-2
-    change = jax.grad(loss)(student + step * direction)
-    change -= jax.grad(loss)(student - step * direction)
+    change = modes(student + step * direction)[0]
+    change -= modes(student - step * direction)[0]
     # A difference quotient of float32 gradients keeps about three digits.
     np.testing.assert_allclose(
         curvature, change / (2 * step), rtol=2e-2, atol=2e-3 * abs(curvature).max()
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16]
+)
 def test_objectives_of_half_precision_are_computed_in_float32(
     kind, make_inputs, evaluate, dtype
 ):
@@ -254,45 +257,47 @@ def test_objectives_of_half_precision_are_computed_in_float32(
     )
 
 
-def _on_a_mesh(kind, inputs, axis_type):
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2)
-    logits = NamedSharding(mesh, P("data", None, "tensor"))
-    tokens = NamedSharding(mesh, P("data", None))
-    with jax.set_mesh(mesh):
-
-        @jax.jit
-        def run(objective, student, teacher, labels):
-            def loss(student):
-                return jnp.sum(objective(student, teacher, labels))
-
-            return jax.value_and_grad(loss)(student)
-
-        return run(
-            kind.make(),
-            jax.device_put(inputs.student, logits),
-            jax.device_put(inputs.teacher, logits),
-            jax.device_put(inputs.labels, tokens),
-        )
-
-
 @pytest.mark.multidevice
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_objectives_take_a_sharded_vocabulary(kind, make_inputs, evaluate, axis_type):
-    inputs = make_inputs((2, 3, 32))
-    expected = evaluate(kind.make(), inputs.student, inputs.teacher, inputs.labels)
-    loss, gradient = _on_a_mesh(kind, inputs, axis_type)
-    # Sums over four devices, in another order.
-    np.testing.assert_allclose(loss, expected[0].sum(), rtol=1e-5)
-    np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-7)
+def test_objectives_take_a_sharded_vocabulary(kind, make_inputs, evaluate):
+    inputs = make_inputs((2, 5, 32))
+
+    @jax.jit
+    def run(objective, student, teacher, labels):
+        def loss(student):
+            return jnp.sum(objective(student, teacher, labels))
+
+        return jax.value_and_grad(loss)(student)
+
+    for axis_type in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2)
+        logits = NamedSharding(mesh, P("data", None, "tensor"))
+        labels = jax.device_put(inputs.labels, NamedSharding(mesh, P("data", None)))
+        with jax.set_mesh(mesh):
+            both = jax.device_put((inputs.student, inputs.teacher), logits)
+            lowered = run.lower(kind.make(), *both, labels)
+            if axis_type == AxisType.Explicit and kind.name != "taid":
+                continue  # What the types of the axes forbid is seen before this.
+            loss, gradient = lowered.compile()(kind.make(), *both, labels)
+        expected = evaluate(kind.make(), inputs.student, inputs.teacher, inputs.labels)
+        # Sums over four devices, in another order.
+        np.testing.assert_allclose(loss, expected[0].sum(), rtol=1e-5)
+        np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-7)
 
 
 def test_taid_loss_is_the_mean_of_taid(make_inputs):
     inputs = make_inputs()
     mask = jnp.array([[1, 1, 0, 1, 0], [0, 1, 1, 0, 1]])
     args = (jnp.asarray(inputs.student), jnp.asarray(inputs.teacher), mask)
-    for t in (0, 0.3, jnp.float32(1)):
-        assert taid_loss(*args, t=t) == distillation_loss(TAID(t), *args)
-    assert taid_loss(*args[:2], t=0.3).shape == ()
+    one, other = (
+        jax.jit(f)
+        for f in (
+            lambda t: taid_loss(*args, t=t),
+            lambda t: distillation_loss(TAID(t), *args),
+        )
+    )
+    for t in (0.0, 0.3, 1.0):
+        assert one(t) == other(t)
+    assert jax.eval_shape(lambda: taid_loss(*args[:2], t=0)).shape == ()
     with pytest.raises(ValueError, match=r"t = 1.5"):
         taid_loss(*args, t=1.5)
 

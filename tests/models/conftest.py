@@ -2,6 +2,7 @@
 
 import pathlib
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,146 +52,158 @@ def tiny_settings():
     return dict(TINY)
 
 
-@pytest.fixture(scope="session")
-def write_llama():
-    """Returns a function that writes a random Llama as transformers does."""
-    reason = "PyTorch writes the reference model, and this environment has none"
-    torch = pytest.importorskip("torch", reason=reason)
-    transformers = pytest.importorskip("transformers")
+GGUF_SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+}
 
-    def write(folder, *, dtype="float32", max_shard_size="5GB", seed=0, **changes):
-        torch.manual_seed(seed)
-        config = transformers.LlamaConfig(**{**TINY, **changes})
-        model = transformers.LlamaForCausalLM(config).eval()
-        with torch.no_grad():
-            for tensor in model.parameters():
-                # Norms start at one and biases at zero, which would hide mistakes.
-                if tensor.ndim == 1:
-                    tensor.add_(0.3 * torch.randn_like(tensor))
-        model = model.to(getattr(torch, dtype))
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return model
 
-    return write
+def interleaved(matrix, heads):
+    """As llama.cpp's converter has a Llama's heads: halves of rotary pairs in turn."""
+    split = matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, -1)
+    return split.swapaxes(1, 2).reshape(matrix.shape)
+
+
+def apart(matrix, heads):
+    split = matrix.reshape(heads, matrix.shape[0] // heads // 2, 2, -1)
+    return split.swapaxes(1, 2).reshape(matrix.shape)
+
+
+def blocks_of(generator, array, kind):
+    """The array in blocks, or random blocks of types that only decode."""
+    try:
+        return gguf.quantize(array, kind)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        shape = (*array.shape[:-1], array.shape[-1] // block * size)
+        return generator.integers(0, 256, shape, np.uint8)
+
+
+def write_keys(writer, config):
+    """The metadata that `convert_hf_to_gguf.py` writes for each family."""
+    family, rope = config.family, config.rope
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    if family == "llama":
+        writer.add_vocab_size(config.vocab_size)
+    if family in ("llama", "phi3"):
+        writer.add_rope_dimension_count(rope.width(config.head_dim))
+    if family != "gemma2":
+        writer.add_rope_freq_base(rope.theta)
+    if family in ("qwen3", "gemma2", "gemma3_text"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if family == "gemma2":
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+        writer.add_final_logit_softcapping(config.head_softcap)
+    if family in ("gemma2", "gemma3_text", "phi3"):
+        writer.add_sliding_window(config.window or 0)
+    original = rope.original_max_position_embeddings
+    if family == "phi3" and rope.kind != "longrope":
+        writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
+    elif family == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(rope.attention_factor)
+        for name in ("long", "short"):
+            factors = np.array(getattr(rope, f"{name}_factor"), np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", factors)
+    elif rope.kind != "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope.kind))
+        writer.add_rope_scaling_factor(rope.factor)
+        if rope.kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(original)
 
 
 @pytest.fixture(scope="session")
 def write_gguf():
-    """Returns a function that writes a random Llama as llama.cpp's converter does.
+    """Returns a function that writes a random model as llama.cpp's converter does.
 
-    It returns what the file holds, dequantised, under Hugging Face's names and in its
-    order; the order of llama.cpp is spelled out here and not taken from the package.
+    It returns the model's config, and what the file holds, dequantised, under Hugging
+    Face's names and in its order. Names of tensors come from the `gguf` package; what
+    the converter does to the numbers is spelled out here.
     """
-    import gguf
-
-    def permute(matrix, heads):
-        # As llama.cpp's converter: the halves of each rotary pair side by side.
-        split = matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, -1)
-        return split.swapaxes(1, 2).reshape(matrix.shape)
-
-    def unpermute(matrix, heads):
-        split = matrix.reshape(heads, matrix.shape[0] // heads // 2, 2, -1)
-        return split.swapaxes(1, 2).reshape(matrix.shape)
-
-    def encode(generator, array, kind):
-        """Returns the array in blocks, or random blocks of types that only decode."""
-        try:
-            return gguf.quantize(array, kind)
-        except NotImplementedError:
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            shape = (*array.shape[:-1], array.shape[-1] // block * size)
-            return generator.integers(0, 256, shape, np.uint8)
+    from taid_jax.models.families import read_config
+    from taid_jax.models.files.weights import axis_sizes, entries
 
     def write(
         path,
+        model_type="llama",
         *,
-        vocab=40,
-        width=64,
-        layers=2,
-        heads=4,
-        groups=2,
-        mlp=96,
         kind="F32",
-        tied=False,
-        bias=False,
-        tokens=None,
         keys=(),
+        tokens=None,
         extra=None,
+        **settings,
     ):
-        kind = gguf.GGMLQuantizationType[kind]
-        generator = np.random.default_rng(0)
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_block_count(layers)
-        writer.add_context_length(128)
-        writer.add_embedding_length(width)
-        writer.add_feed_forward_length(mlp)
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(groups)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_dimension_count(width // heads)
-        writer.add_rope_freq_base(1e5)
-        writer.add_vocab_size(vocab)
-        for name, value in dict(keys).items():
-            writer.add_key_value(name, *value)
+        values = {"model_type": model_type, **GGUF_SIZES}
+        if model_type == "llama":
+            values |= {"tie_word_embeddings": False, "rope_theta": 1e5}
+        values |= settings
+        config, kind = read_config(values, "gguf"), gguf.GGMLQuantizationType[kind]
+        generator, sizes = np.random.default_rng(0), axis_sizes(config)
+        architecture = ARCHITECTURES[model_type]
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+        write_keys(writer, config)
+        for key, value in dict(keys).items():
+            writer.add_key_value(key, *value)
         if tokens is not None:
             tokens(writer)
+        names = gguf.get_tensor_name_map(architecture, config.num_layers)
+        shapes = {
+            name: entry.tensor_shape(sizes)
+            for entry in entries(config, "hf")
+            for layer in entry.names
+            for name in layer
+        }
         state = {}
-
-        def add(hf, name, shape, permuted_heads=None):
-            array = generator.normal(size=shape).astype(np.float32)
-            if len(shape) == 1:
-                stored = array[:, None]
-                if permuted_heads:
-                    stored = permute(stored, permuted_heads)
-                writer.add_tensor(name, np.ascontiguousarray(stored[:, 0]))
-            else:
-                if permuted_heads:
-                    array = permute(array, permuted_heads)
-                blocks = encode(generator, array, kind)
-                writer.add_tensor(name, blocks, raw_dtype=kind)
+        for name, shape in shapes.items():
+            # Numbers to which 1 can be added and taken off again without rounding.
+            array = np.round(generator.normal(size=shape) * 64).astype(np.float32) / 64
+            heads = config.num_heads if "q_proj" in name else config.num_kv_heads
+            turned = model_type == "llama" and ("q_proj" in name or "k_proj" in name)
+            stored = interleaved(array, heads) if turned else array
+            if model_type.startswith("gemma") and name.endswith("norm.weight"):
+                stored = stored + 1
+            if stored.ndim == 2:
+                stored = blocks_of(generator, stored, kind)
                 with np.errstate(all="ignore"):
-                    array = gguf.dequantize(blocks, kind)
-                if permuted_heads:
-                    array = unpermute(array, permuted_heads)
-            state[hf] = array
-
-        add("model.embed_tokens.weight", "token_embd.weight", (vocab, width))
-        rows = groups * width // heads
-        for i in range(layers):
-            hf, ggml = f"model.layers.{i}.", f"blk.{i}."
-            add(hf + "input_layernorm.weight", ggml + "attn_norm.weight", (width,))
-            for name, key, shape, turned in (
-                ("self_attn.q_proj", "attn_q", (width, width), heads),
-                ("self_attn.k_proj", "attn_k", (rows, width), groups),
-                ("self_attn.v_proj", "attn_v", (rows, width), None),
-                ("self_attn.o_proj", "attn_output", (width, width), None),
-            ):
-                add(hf + name + ".weight", ggml + key + ".weight", shape, turned)
-                if bias:
-                    add(hf + name + ".bias", ggml + key + ".bias", shape[:1], turned)
-            add(
-                hf + "post_attention_layernorm.weight",
-                ggml + "ffn_norm.weight",
-                (width,),
-            )
-            for name, key, shape in (
-                ("mlp.gate_proj", "ffn_gate", (mlp, width)),
-                ("mlp.up_proj", "ffn_up", (mlp, width)),
-                ("mlp.down_proj", "ffn_down", (width, mlp)),
-            ):
-                add(hf + name + ".weight", ggml + key + ".weight", shape)
-        add("model.norm.weight", "output_norm.weight", (width,))
-        if not tied:
-            add("lm_head.weight", "output.weight", (vocab, width))
+                    array = gguf.dequantize(stored, kind)
+                array = apart(array, heads) if turned else array
+            own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(own, stored, raw_dtype=kind if stored.ndim == 2 else None)
+            state[name] = array
         for name, array in (extra or {}).items():
             writer.add_tensor(name, array)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return state
+        close(writer)
+        return config, state
 
     return write
+
+
+def close(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,10 @@ def test_decoder_config_is_a_key_of_compiled_functions():
     assert first != DecoderConfig(**{**SIZES, "rope": RopeConfig(theta=5.0)})
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_decoder_config_refuses_sizes_below_one(name):
-    with pytest.raises(ModelError, match=f"{name} >= 1, got 0"):
-        DecoderConfig(**{**SIZES, name: 0})
+def test_decoder_config_refuses_sizes_below_one():
+    for name in SIZES:
+        with pytest.raises(ModelError, match=f"{name} >= 1, got 0"):
+            DecoderConfig(**{**SIZES, name: 0})
 
 
 def test_decoder_config_lists_everything_that_is_wrong():

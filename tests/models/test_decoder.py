@@ -77,6 +77,14 @@ def as_batch(**arrays):
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
+def test_hidden_states_jitted_are_those_run_step_by_step():
+    params, batch = tiny_params(), as_batch(input_ids=ids_of(TINY))
+    with jax.disable_jit():
+        eager = hidden_states(params, batch, TINY)
+    # The compiler sums in another order.
+    np.testing.assert_allclose(eager, run_tiny(params, batch), atol=2e-6)
+
+
 def test_hidden_states_see_no_later_token():
     params = tiny_params()
     # Each token occurs once, so a row of the embedding is one position.
@@ -169,13 +177,6 @@ def test_hidden_states_with_rematerialisation_have_the_same_gradient():
     )
 
 
-def test_hidden_states_refuse_an_unknown_rematerialisation():
-    params = tiny_params()
-    message = "need one of .*none.*dots.*full.*, got 'some'"
-    with pytest.raises(ModelError, match=message):
-        hidden_states(params, as_batch(input_ids=ids_of(TINY)), TINY, remat="some")
-
-
 def test_hidden_states_program_does_not_grow_with_the_layers():
     def size(num_layers):
         layers = tuple(index % 3 > 0 for index in range(num_layers))
@@ -256,11 +257,16 @@ def test_select_layers_takes_what_is_the_layers_own_along():
     assert select_layers(params, PATTERN, 3)[1] == PATTERN
 
 
-@pytest.mark.parametrize("number", [0, 4, -1])
-def test_select_layers_refuses_numbers_that_are_not_there(number):
-    params = tiny_params()
-    with pytest.raises(ModelError, match=f"need 1 to 3.*got {number}"):
-        select_layers(params, TINY, number)
+def test_decoder_refuses_what_cannot_be_done():
+    config, batch = CONFIGS["no_gate"], as_batch(input_ids=ids_of(TINY, length=65))
+    params = tiny_params(config)
+    with pytest.raises(ModelError, match=r"65 tokens is too long: .* learned 64"):
+        hidden_states(params, batch, config)
+    with pytest.raises(ModelError, match=r"need one of .*full.*, got 'some'"):
+        hidden_states(params, batch, TINY, remat="some")
+    for number in (0, 4):
+        with pytest.raises(ModelError, match=f"need 1 to 3.*got {number}"):
+            select_layers(params, config, number)
 
 
 def test_hidden_states_with_learned_positions_count_from_the_first_token():
@@ -275,13 +281,6 @@ def test_hidden_states_with_learned_positions_count_from_the_first_token():
     np.testing.assert_allclose(
         run_tiny(params, padded, config)[:, 3:], alone, atol=1e-5
     )
-
-
-def test_hidden_states_refuse_more_tokens_than_learned_positions():
-    config = CONFIGS["no_gate"]
-    params, ids = tiny_params(config), ids_of(config, length=65)
-    with pytest.raises(ModelError, match=r"65 tokens is too long: .* learned 64"):
-        hidden_states(params, as_batch(input_ids=ids), config)
 
 
 def test_head_has_the_kernel_the_bias_and_the_cap_of_the_model():

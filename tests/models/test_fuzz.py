@@ -260,7 +260,7 @@ def readers(tmp_path_factory, random_params, write_gguf):
         "llama.rope.scaling.factor": (2.0, gguf.GGUFValueType.FLOAT32),
         "llama.rope.scaling.yarn_beta_fast": (16.0, gguf.GGUFValueType.FLOAT32),
     }
-    sizes = {"vocab": 8, "width": 32, "layers": 1, "heads": 2, "groups": 2, "mlp": 32}
+    sizes = {**SIZES, "hidden_size": 32, "intermediate_size": 32}
 
     def tokens(writer):
         writer.add_tokenizer_model("gpt2")

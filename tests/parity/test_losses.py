@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,7 @@ BY_NAME = {subject.name: subject for subject in SUBJECTS}
 TINY = Grid(scales=(1.0,), vocabs=(7,), dtypes=("float32",))
 
 
-FEW = [BY_NAME[name] for name in ("TAID, t = 0.4", "reverse KL", "DKD")]
-SCALES = (0.1, 3.0, 30.0)
+SYMMETRIC = ("TVD", "JS, weight 0.5", "cross-entropy")
 
 
 def test_reference_rows_fail_for_another_loss(golden):
@@ -32,85 +30,6 @@ def test_reference_rows_fail_for_another_loss(golden):
 
 
 # Deliberately broken copies. Each has to make the table fail.
-
-
-def _log_softmaxes(student, teacher):
-    return jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-
-
-def _kl(log_p, log_q):
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
-
-
-def _swapped_forward(student, teacher):
-    log_q, log_p = _log_softmaxes(student, teacher)
-    return _kl(log_q, log_p)
-
-
-def _swapped_reverse(student, teacher):
-    log_q, log_p = _log_softmaxes(student, teacher)
-    return -jnp.sum(jnp.exp(log_p) * log_q, -1)
-
-
-def _swapped_taid(t, student, teacher):
-    mixture = (1 - t) * jax.lax.stop_gradient(student) + t * teacher
-    return _swapped_forward(student, mixture)
-
-
-def _swapped_mixture(weight, kind, student, teacher):
-    """Teacher and student change places in the mixture's weights."""
-    log_q, log_p = _log_softmaxes(student, teacher)
-    mixture = jnp.log((1 - weight) * jnp.exp(log_p) + weight * jnp.exp(log_q))
-    if kind == "forward":
-        return -jnp.sum(jnp.exp(log_p) * mixture, -1)
-    if kind == "reverse":
-        return _kl(log_q, mixture)
-    return (1 - weight) * _kl(log_p, mixture) + weight * _kl(log_q, mixture)
-
-
-def _swapped_ctkd(temperature, student, teacher):
-    inner = _swapped_forward(student / temperature, teacher / temperature)
-    return temperature**2 * inner
-
-
-def _swapped_adaptive(student, teacher):
-    from taid_jax.loss import AdaptiveKL
-
-    both = _swapped_forward(student, teacher) + _swapped_reverse(student, teacher)
-    return both - AdaptiveKL()(student, teacher, None)
-
-
-def _swapped_dkd(student, teacher, labels):
-    log_q, log_p = _log_softmaxes(student, teacher)
-    label = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
-
-    def parts(log_all):
-        others = jnp.where(label, -1e30, log_all)
-        mass = jax.nn.logsumexp(others, -1)
-        return (
-            jnp.sum(jnp.where(label, log_all, 0.0), -1),
-            mass,
-            others - mass[..., None],
-        )
-
-    q_label, q_rest, q_others = parts(log_q)
-    p_label, p_rest, p_others = parts(log_p)
-    target = jnp.exp(q_label) * (q_label - p_label) + jnp.exp(q_rest) * (
-        q_rest - p_rest
-    )
-    return target + 0.5 * _kl(q_others, p_others)
-
-
-SWAPPED = {
-    "TAID, t = 0.4": functools.partial(_swapped_taid, 0.4),
-    "forward KL": _swapped_forward,
-    "reverse KL": _swapped_reverse,
-    "JS": functools.partial(_swapped_mixture, 0.1, "both"),
-    "skew forward KL": functools.partial(_swapped_mixture, 0.1, "forward"),
-    "skew reverse KL": functools.partial(_swapped_mixture, 0.9, "reverse"),
-    "adaptive KL": _swapped_adaptive,
-    "CTKD": functools.partial(_swapped_ctkd, 15.62),
-}
 
 
 @jax.tree_util.register_static
@@ -148,19 +67,13 @@ def test_table_fails_for(name, defect):
     assert failed(_table_with(name, defect))
 
 
-@pytest.mark.parametrize("name", SWAPPED)
+@pytest.mark.parametrize("name", [n for n in BY_NAME if n not in SYMMETRIC])
 def test_table_fails_for_the_other_direction(name):
     def swapped(right, student, teacher, labels):
-        return SWAPPED[name](student, teacher)
+        return right(teacher, student, labels)
 
-    assert failed(_table_with(name, swapped))
-
-
-def test_table_fails_for_the_other_direction_of_dkd():
-    def swapped(right, student, teacher, labels):
-        return _swapped_dkd(student, teacher, labels)
-
-    assert failed(_table_with("DKD", swapped))
+    rows = failed(_table_with(name, swapped))
+    assert any("value" in row.quantity for row in rows)
 
 
 def _padding_counted(objective, student, teacher, mask, labels):

@@ -45,8 +45,11 @@ def run(generate, teacher, tmp_path):
 PROMPTS = [{"prompt": f"The {animal} sees the"} for animal in ("cat", "dog", "bird")]
 
 
-def test_generate_writes_what_training_reads(run, write_prompts, capsys):
-    status, rows = run(write_prompts([*PROMPTS, {"prompt": "x", "completion": "old"}]))
+def test_generate_writes_what_training_reads_and_overwrites_nothing(
+    run, write_prompts, tmp_path, capsys
+):
+    path = write_prompts([*PROMPTS, {"prompt": "x", "completion": "old"}])
+    status, rows = run(path)
     assert status == 0
     assert [row["number"] for row in rows] == [0, 1, 2, 3]
     assert [row["prompt"] for row in rows][:3] == [p["prompt"] for p in PROMPTS]
@@ -55,6 +58,16 @@ def test_generate_writes_what_training_reads(run, write_prompts, capsys):
         assert content.completion.strip()
         assert content.completion != "old"
     assert "4 answers written" in capsys.readouterr().out
+
+    status, kept = run(path, "--max-new-tokens=5")
+    assert status == 2
+    assert kept == rows
+    message = capsys.readouterr().err
+    assert "max_new_tokens: the file has 6, now 5" in message
+    assert "--overwrite" in message
+    (tmp_path / "answers.jsonl.job.json").unlink()
+    assert run(path)[0] == 2
+    assert run(path, "--overwrite") == (0, rows)
 
 
 def test_generate_cut_off_goes_on_where_it_was(run, write_prompts, tmp_path):
@@ -75,22 +88,6 @@ def test_generate_cut_off_goes_on_where_it_was(run, write_prompts, tmp_path):
     assert run(path, *drawn) == (0, whole)
     _, other = run(path, "--temperature=1.0", "--seed=4", "--overwrite")
     assert other != whole
-
-
-def test_generate_overwrites_nothing_without_being_told(
-    run, write_prompts, tmp_path, capsys
-):
-    path = write_prompts(PROMPTS)
-    _, rows = run(path)
-    status, kept = run(path, "--max-new-tokens=5")
-    assert status == 2
-    assert kept == rows
-    message = capsys.readouterr().err
-    assert "max_new_tokens: the file has 6, now 5" in message
-    assert "--overwrite" in message
-    (tmp_path / "answers.jsonl.job.json").unlink()
-    assert run(path)[0] == 2
-    assert run(path, "--overwrite") == (0, rows)
 
 
 @pytest.mark.parametrize(

@@ -110,24 +110,14 @@ def test_parse_lays_flags_over_the_preset(prepare_data):
     assert (options.max_tokens, options.train_on_prompts) == (9, False)
 
 
-def expect(main, capsys, flags, *messages):
-    assert main(flags) == 2
-    shown = capsys.readouterr().err
-    assert "Traceback" not in shown
-    for message in messages:
-        assert message in shown.replace("\n", " ")
-
-
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        ("--data=/nowhere.jsonl", ["/nowhere.jsonl does not exist"]),
         ("--tokenizer=/nowhere", ["/nowhere"]),
         ("--chat-template=/nowhere.jinja", ["/nowhere.jinja cannot be read"]),
-        ("--max-tokens=1", ["max_tokens: need >= 2, got 1"]),
         ("--max-tokens=3", ["no example is left", "too_long: 40"]),
         ("--split=train_rl", ["beginning with 'train_rl'"]),
-        ("--held-out-fraction=1", ["held_out_fraction", "got 1.0"]),
+        ("--held-out-fraction=1", ["0 <= held_out_fraction < 1, got 1.0"]),
     ],
 )
 def test_prepare_data_refuses_bad_input(
@@ -144,19 +134,10 @@ def test_prepare_data_refuses_bad_input(
     name = change.partition("=")[0] + "="
     flags = [change if flag.startswith(name) else flag for flag in flags]
     flags += [] if change in flags else [change]
-    expect(prepare_data.main, capsys, flags, *messages)
-
-
-def test_prepare_data_says_how_to_give_a_template(
-    prepare_data, teacher, chats, tmp_path, capsys
-):
-    flags = [
-        f"--data={chats}",
-        f"--tokenizer={teacher}",
-        f"--output={tmp_path / 'out'}",
-        "--jobs=1",
-    ]
-    expect(prepare_data.main, capsys, flags, "has none; give one by --chat-template")
+    assert prepare_data.main(flags) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert all(message in shown.replace("\n", " ") for message in messages)
 
 
 @pytest.fixture
@@ -203,19 +184,6 @@ def test_train_tpu_trains_on_shards_in_buckets_and_resumes_mid_epoch(
     assert all((first[key] == second[key]).all() for key in first)
 
 
-def test_train_tpu_refuses_shards_of_another_tokenizer(
-    train_tpu, training, make_model, capsys
-):
-    other = make_model(vocab_size=290)
-    flags = [*training("run"), f"--teacher={other}"]
-    expect(train_tpu.main, capsys, flags, "another tokenizer", "the vocabulary (")
-
-
-def test_train_tpu_refuses_shards_without_their_template(train_tpu, training, capsys):
-    flags = [f for f in training("run") if not f.startswith("--chat-template")]
-    expect(train_tpu.main, capsys, flags, "none here; give one by --chat-template")
-
-
 @pytest.mark.slow
 def test_train_tpu_counts_bad_lines_and_goes_on(train_tpu, training, tmp_path, capsys):
     source = tmp_path / "chats.jsonl"
@@ -248,14 +216,15 @@ def test_prepare_data_goes_on_after_kill_9(teacher, template, tmp_path):
             text=True,
         )
 
-    process = start("killed", 1)
+    process = start("killed", 2)
     until = time.monotonic() + 200
     while time.monotonic() < until and process.poll() is None:
         if list((tmp_path / "killed" / ".unfinished").glob("tmp*")):  # encoding
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    # To its end: as long as a worker lives, it has this pipe open.
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "manifest.json").exists()
     for name, jobs in (("killed", 1), ("whole", 2)):

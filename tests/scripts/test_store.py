@@ -232,7 +232,7 @@ def test_columns_of_a_store_are_the_teachers(stored, teacher, data):
 def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(
     store, teacher, data, stored, tmp_path, monkeypatch, capsys
 ):
-    from taid_jax.store import write
+    from taid_jax.store import folder, write
 
     output = tmp_path / "store"
     _small_files(monkeypatch)
@@ -245,7 +245,8 @@ def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         whole(path, content)
 
-    monkeypatch.setattr(write, "write_whole", interrupted)
+    for module in (folder, write):
+        monkeypatch.setattr(module, "write_whole", interrupted)
     stops = set(range(1, 12, 3)) | {30}
     for _ in range(12):
         try:
@@ -335,9 +336,14 @@ def test_a_damaged_record_is_named_when_it_is_read(stored, broken, text, teacher
     from taid_jax.store.format import StoreError
 
     path = broken / "outputs-00000.arrayrecord"
-    content = bytearray(path.read_bytes())
-    content[5000:5064] = os.urandom(64)  # Amid the first records.
-    path.write_bytes(bytes(content))
+    content = path.read_bytes()
+    record = next(
+        Store(stored).record(n)
+        for n, place in enumerate(map(Store(stored).place, range(99)))
+        if place == (0, 3)
+    )
+    place = content.index(record) + len(record) // 2
+    path.write_bytes(content[:place] + os.urandom(8) + content[place + 8 :])
     opened, whole = Store(broken), Store(stored)
     dataset = load_dataset(
         str(text), load_model(teacher).tokenizer, seq_len=16, held_out_fraction=0.3

@@ -75,39 +75,31 @@ def test_train_tpu_leaves_what_it_promises(finished):
     assert list((finished / "tensorboard").iterdir())
 
 
-def test_train_tpu_student_is_what_the_report_says(finished, text):
-    torch = pytest.importorskip("torch", reason="compares with PyTorch")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_student_rows_of_a_finished_run_agree(finished):
+    """`python -m parity student`: weights, logits and perplexity by PyTorch."""
+    pytest.importorskip("torch", reason="parity needs PyTorch: '.[parity]'")
+    from parity.rows import failed
+    from parity.student import student_rows
 
-    from taid_jax.data import held_out_batches, load_dataset
+    rows = student_rows(finished)
+    quantities = [row.quantity for row in rows]
+    assert quantities == ["weights", "logits", "held-out perplexity"]
+    assert failed(rows) == []
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        finished / "student", output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    tokenizer = AutoTokenizer.from_pretrained(finished / "student")
-    data = load_dataset(str(text), tokenizer, seq_len=16, held_out_fraction=0.3)
-    nll = count = 0.0
-    for batch in held_out_batches(data.held_out, 1, limit=64):  # 8 batches of 8
-        segments = batch["segment_ids"][0]
-        for segment in range(1, segments.max() + 1):
-            where = segments == segment
-            ids = torch.from_numpy(batch["input_ids"][:, where]).long()
-            labels = torch.from_numpy(batch["labels"][:, where]).long()
-            with torch.no_grad():
-                logits = model(input_ids=ids).logits[0, :-1]
-            counted = labels[0, 1:] != -100
-            loss = torch.nn.functional.cross_entropy(
-                logits[counted], labels[0, 1:][counted], reduction="sum"
-            )
-            nll, count = nll + float(loss), count + int(counted.sum())
-    report = json.loads((finished / "report.json").read_text())
-    assert report["held_out_tokens"] == count
-    # Float32 on both sides; the issue's bound is 0.5%.
-    np.testing.assert_allclose(
-        report["student_perplexity_after"], np.exp(nll / count), rtol=1e-4
-    )
+
+@pytest.mark.parity
+def test_student_rows_fail_for_another_report_or_none(run):
+    from parity.rows import failed
+    from parity.student import RunError, student_rows
+
+    report = json.loads((run / "report.json").read_text())
+    report["student_perplexity_after"] *= 1.01
+    (run / "report.json").write_text(json.dumps(report))
+    found = [row.quantity for row in failed(student_rows(run))]
+    assert found == ["held-out perplexity"]
+    (run / "report.json").unlink()
+    with pytest.raises(RunError, match="no finished run"):
+        student_rows(run)
 
 
 def test_train_tpu_output_with_something_in_it_is_left_alone(
@@ -126,25 +118,6 @@ def _expect(train_tpu, capsys, flags, *messages):
     assert "Traceback" not in err
     for message in messages:
         assert message in err
-
-
-@pytest.mark.parametrize(
-    ("flags", "messages"),
-    [
-        (["--seq-len=65"], ["65", "context of 64"]),
-        (["--student-layers=5"], ["4 layers", "got 5"]),
-        (["--mesh=data=3"], ["data=3", "8 device"]),
-        (["--mesh=model=2"], ["no axis is called 'model'"]),
-        (["--batch-size=6"], ["6 sequences", "8 devices"]),
-        (["--resume", "--resume-step=3"], ["no checkpoint 3; there are none"]),
-        (["--output=/proc/nothing"], ["/proc/nothing"]),
-    ],
-)
-def test_train_tpu_bad_input_is_one_message(
-    train_tpu, arguments, tmp_path, capsys, flags, messages
-):
-    _expect(train_tpu, capsys, arguments + flags, *messages)
-    assert not (tmp_path / "run").exists()
 
 
 def test_train_tpu_damaged_teacher_is_named(
@@ -315,49 +288,28 @@ def test_train_tpu_resume_with_another_teacher_is_refused(
     assert sorted((run / "checkpoints").iterdir()) == before
 
 
-def test_train_tpu_finished_run_is_made_longer(train_tpu, run, finished, capsys):
+def test_train_tpu_run_is_ended_earlier_and_then_made_longer(
+    train_tpu, run, finished, capsys
+):
     flags = ["--resume", f"--output={run}"]
     _expect(train_tpu, capsys, [*flags, "--steps=11"], "need at least 12")
-    assert train_tpu.main(flags) == 0
-    assert "all 12 steps are done" in capsys.readouterr().out
-    _same(_weights(run), _weights(finished))
-    assert train_tpu.main([*flags, "--steps=14"]) == 0
-    assert "14 steps in place of 12" in capsys.readouterr().out
-    rows = _rows(run)
-    assert rows[:12] == _rows(finished)
-    assert [row["step"] for row in rows] == list(range(1, 15))
-    rates = [row["learning_rate"] for row in rows]
-    expected = [0.01 * (1 + np.cos(np.pi * step / 14)) / 2 for step in (12, 13)]
-    np.testing.assert_allclose(rates[12:], expected, rtol=1e-5)
-    assert (
-        json.loads((run / "report.json").read_text())["settings"]["run"]["steps"] == 14
-    )
-
-
-def test_train_tpu_resume_step_ends_a_run_at_an_earlier_checkpoint(train_tpu, run):
-    flags = ["--resume", f"--output={run}", "--resume-step=9", "--steps=9"]
-    assert train_tpu.main(flags) == 0
-    assert [row["step"] for row in _rows(run)] == list(range(1, 10))
+    assert train_tpu.main([*flags, "--resume-step=9", "--steps=9"]) == 0
+    assert _rows(run) == _rows(finished)[:9]
     lines = (run / "evaluations.jsonl").read_text().splitlines()
     # That checkpoint was not evaluated before.
     assert [json.loads(line)["step"] for line in lines] == [0, 4, 8, 9]
-    assert [path.name for path in (run / "set_aside").iterdir()] == ["12"]
+    assert {path.name for path in (run / "set_aside").iterdir()} == {"12"}
 
-
-def test_train_tpu_killed_before_the_first_save_starts_anew(
-    train_tpu, arguments, finished, tmp_path, capsys
-):
-    run = tmp_path / "run"
-    (run / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-    for name in ("settings.json", "metrics.jsonl", "evaluations.jsonl"):
-        text = (finished / name).read_text()
-        (run / name).write_text(text.replace('"kl_teacher": 0', '"kl_teacher": 9'))
-    _expect(train_tpu, capsys, arguments, "--resume starts it anew")
-    assert train_tpu.main([*arguments, "--resume"]) == 0
-    assert "the run starts anew" in capsys.readouterr().out
-    _same(_weights(run), _weights(finished))
-    name = "evaluations.jsonl"
-    assert (run / name).read_text() == (finished / name).read_text()
+    assert train_tpu.main([*flags, "--steps=14"]) == 0
+    assert "14 steps in place of 12" in " ".join(capsys.readouterr().out.split())
+    rows = _rows(run)
+    assert rows[:9] == _rows(finished)[:9]
+    assert [row["step"] for row in rows] == list(range(1, 15))
+    rates = [row["learning_rate"] for row in rows]
+    expected = [0.01 * (1 + np.cos(np.pi * step / 14)) / 2 for step in range(9, 14)]
+    np.testing.assert_allclose(rates[9:], expected, rtol=1e-5)
+    report = json.loads((run / "report.json").read_text())
+    assert report["settings"]["run"]["steps"] == 14
 
 
 def test_train_tpu_two_runs_in_one_folder_are_refused(train_tpu, run, capsys):
@@ -371,59 +323,77 @@ def test_train_tpu_two_runs_in_one_folder_are_refused(train_tpu, run, capsys):
     other.close()
 
 
+def _fill_the_disk(monkeypatch, owner, name, when=lambda *arguments: True):
+    real = getattr(owner, name)
+
+    def failing(*arguments, **options):
+        if when(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def _is_one_message_and_the_way_on(captured, message, last):
+    assert "Traceback" not in captured.out + captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert message in captured.err
+    assert f"The last good checkpoint is {last} in" in captured.err
+    assert "with --resume goes on" in captured.err
+
+
+def test_train_tpu_starts_anew_and_goes_on_after_a_full_disk(
+    train_tpu, arguments, finished, tmp_path, capsys, monkeypatch
+):
+    """What a kill before the first save left is in the folder already."""
+    from taid_jax.train import checkpoint
+
+    run = tmp_path / "run"
+    (run / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    shutil.copy(finished / "settings.json", run)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (run / name).write_text((finished / name).read_text().replace(": 0.", ": 9."))
+    _expect(train_tpu, capsys, arguments, "--resume starts it anew")
+
+    with monkeypatch.context() as patch:
+        _fill_the_disk(patch, checkpoint, "write_digests", lambda at, step: step == 6)
+        assert train_tpu.main([*arguments, "--resume"]) == 1
+    captured = capsys.readouterr()
+    assert "the run starts anew" in captured.out
+    _is_one_message_and_the_way_on(captured, "checkpoint 6 cannot be written to", 4)
+
+    assert train_tpu.main([*arguments, "--resume"]) == 0
+    _same(_weights(run), _weights(finished))
+    name = "evaluations.jsonl"
+    assert (run / name).read_text() == (finished / name).read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("checkpoint", "checkpoint 6 cannot be written to"),
         ("metrics", "metrics.jsonl cannot be written: No space left on device"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("student", "student': [Errno 28] No space left on device"),
-                ("curves", "curves.png cannot be written: No space left on device"),
-            )
-        ),
+        ("student", "student': [Errno 28] No space left on device"),
+        ("curves", "curves.png cannot be written: No space left on device"),
     ],
 )
 def test_train_tpu_full_disk_is_one_message_and_the_way_on(
     train_tpu, arguments, finished, tmp_path, capsys, monkeypatch, what, message
 ):
     from taid_jax.models.files import export
-    from taid_jax.train import checkpoint, report
+    from taid_jax.train import report
 
-    full = OSError(errno.ENOSPC, "No space left on device")
-
-    def fail(when):
-        def method(owner, name):
-            real = getattr(owner, name)
-
-            def failing(*args, **options):
-                if when(*args):
-                    raise full
-                return real(*args, **options)
-
-            monkeypatch.setattr(owner, name, failing)
-
-        return method
-
-    if what == "checkpoint":
-        fail(lambda at, step: step == 6)(checkpoint, "write_digests")
-    elif what == "metrics":
-        fail(lambda row: row["step"] == 5 and "loss" in row)(report, "_line")
-    elif what == "student":
-        fail(lambda *args: True)(export, "save_file")
-    else:
-        owner = report.matplotlib.figure.Figure
-        fail(lambda *args: True)(owner, "savefig")
-    assert train_tpu.main(arguments) == 1
-    out, err = capsys.readouterr()
-    assert "Traceback" not in out + err
-    assert len(err.splitlines()) == 1
-    assert message in err
-    last = {"checkpoint": 4, "metrics": 4}.get(what, 12)
-    assert f"The last good checkpoint is {last} in" in err
-    assert "with --resume goes on" in err
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        if what == "metrics":
+            at_step = lambda row: row["step"] == 5 and "loss" in row  # noqa: E731
+            _fill_the_disk(patch, report, "_line", at_step)
+        elif what == "student":
+            _fill_the_disk(patch, export, "save_file")
+        else:
+            _fill_the_disk(patch, report.matplotlib.figure.Figure, "savefig")
+        assert train_tpu.main(arguments) == 1
+    last = 4 if what == "metrics" else 12
+    _is_one_message_and_the_way_on(capsys.readouterr(), message, last)
     assert train_tpu.main([*arguments, "--resume"]) == 0
     _same(_weights(tmp_path / "run"), _weights(finished))
 
@@ -449,7 +419,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     "at",
     [
         "jax",
-        "tyro",
+        pytest.param("tyro", marks=pytest.mark.slow),
         pytest.param("load_pair", marks=pytest.mark.slow),
         pytest.param("export_model", marks=pytest.mark.slow),
     ],
@@ -570,3 +540,8 @@ def test_train_tpu_killed_and_resumed_is_the_uninterrupted_run(arguments, tmp_pa
         json.loads((folder / "report.json").read_text()) for folder in (whole, cut)
     )
     assert first["kl_after"] == second["kl_after"]
+    process = _start([*flags, "--resume"])
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "all 40 steps are done" in output
+    _same(_weights(cut), _weights(whole))

@@ -21,6 +21,7 @@ def _params(seed: int, width: int = WIDTH):
     }
 
 
+@functools.cache
 def _functions():
     # Imported late: the annotation checks have to be installed first.
     from taid_jax.types import Head, ModelFunctions
@@ -83,14 +84,14 @@ def make_batch():
 
 
 @functools.cache
-def _taid_step(steps):
+def _taid_step(steps, rate):
     """The default step, compiled once for all tests of this folder."""
     from taid_jax import loss
     from taid_jax.schedule import TAIDScheduler
     from taid_jax.train.state import learning_rate_schedule, make_optimizer
     from taid_jax.train.step import make_train_step
 
-    rate = learning_rate_schedule(1e-2, steps)
+    rate = learning_rate_schedule(rate, steps)
     return make_train_step(
         _functions(),
         _functions(),
@@ -115,14 +116,14 @@ def make_trainer(functions, make_params):
     def make(
         make_objective=None,
         *,
-        steps=20,
+        steps=12,
         rate=1e-2,
         seed=1,
         learned=None,
         optimizer=None,
         **options,
     ):
-        shared = not (make_objective or optimizer or options or rate != 1e-2)
+        shared = not (make_objective or optimizer or options)
         if make_objective is None:
             make_objective = lambda schedule, learned, step: loss.TAID(schedule.t)  # noqa: E731
         schedule = learning_rate_schedule(rate, steps)
@@ -137,7 +138,7 @@ def make_trainer(functions, make_params):
         )
         state = make_state(jax.tree.map(jnp.array, make_params(seed)))
         if shared:
-            return _taid_step(steps), state
+            return _taid_step(steps, rate), state
         step = make_train_step(
             functions,
             functions,

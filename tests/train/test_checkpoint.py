@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from taid_jax.settings import Settings, from_dict
-from taid_jax.sharding import make_mesh, place_batch, replicated, tree_shardings
+from taid_jax.sharding import make_mesh, tree_shardings
 from taid_jax.train import checkpoint as c
 from taid_jax.train.folder import WriteError, step_folders
 
@@ -72,57 +72,31 @@ def test_checkpoints_keep_no_more_than_asked_where_nothing_was_judged(tmp_path, 
 
 
 @pytest.mark.multidevice
-def test_checkpoints_move_to_other_meshes_and_device_counts(
-    tmp_path, make_trainer, make_params, make_batch
-):
-    teacher = make_params(2)
-
+def test_checkpoints_move_to_other_meshes_and_device_counts(tmp_path, state):
     def axes(leaf):
         width = leaf.shape.index(8) if 8 in leaf.shape else None
         return tuple("embed" if axis == width else None for axis in range(leaf.ndim))
 
-    def train(mesh, state, start, step):
-        for index in range(start, start + 2):
-            batch = place_batch(make_batch(index), mesh)
-            state, metrics = step(state, teacher_there(mesh), batch)
-        return state, metrics
-
-    def teacher_there(mesh):
-        return jax.device_put(teacher, replicated(mesh))
-
-    alone = make_mesh("data=1", jax.devices()[:1])
-    step, state = make_trainer(mesh=alone)
-    expected, wanted = train(alone, jax.device_put(state, replicated(alone)), 0, step)
-    expected, wanted = train(alone, expected, 2, step)
-
-    store, place = c.Checkpoints(tmp_path), 0
-    for text, count in (("fsdp=4,data=2", 8), ("data=2,fsdp=2", 4)):
+    def shapes_on(text, count):
         mesh = make_mesh(text, jax.devices()[:count])
-        step, state = make_trainer(mesh=mesh)
-        names = jax.tree.map(axes, state)
-        where = tree_shardings(names, state, mesh)
-        if place:
-            shapes = jax.tree.map(
-                lambda leaf, at: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=at
-                ),
-                state,
-                where,
-            )
-            state = store.restore(shapes, place)
-            kernel = state.params["mix"]["kernel"]
-            assert len(kernel.sharding.device_set) == count
-        else:
-            state = jax.device_put(state, where)
-        state, metrics = train(mesh, state, place, step)
-        place += 2
-        store.save(place, state, {}, Settings())
+        return jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            state,
+            tree_shardings(jax.tree.map(axes, state), state, mesh),
+        )
+
+    there = jax.tree.map(lambda leaf: leaf.sharding, shapes_on("fsdp=4,data=2", 8))
+    with c.Checkpoints(tmp_path) as store:
+        store.save(1, jax.device_put(state, there), {}, Settings())
         store.wait()
-    store.close()
-    for key in ("loss", "kl_teacher", "t", "grad_norm"):
-        # The order of sums differs between the meshes.
-        np.testing.assert_allclose(metrics[key], wanted[key], rtol=1e-5, err_msg=key)
-    np.testing.assert_array_equal(state.schedule.t, expected.schedule.t)
+        for text, count in (("data=2,fsdp=2", 4), ("data=1", 1)):
+            wanted = shapes_on(text, count)
+            found = store.restore(wanted, 1)
+            _equal(found, state)
+            for leaf, shape in zip(
+                jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True
+            ):
+                assert leaf.sharding == shape.sharding
 
 
 def test_checkpoints_half_written_one_is_not_seen(tmp_path, state):

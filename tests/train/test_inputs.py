@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from taid_jax.data import DataError
 from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import init_params
+from taid_jax.models.decoder import abstract_params
 from taid_jax.models.files.load import export_model, load_model
 from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings, Settings, SettingsError, from_dict
@@ -58,7 +59,11 @@ def make_folder(tmp_path_factory):
         config = dataclasses.replace(
             CONFIG, vocab_size=vocab_size, padded_vocab_size=0, **changes
         )
-        params = init_params(config, jax.random.key(seed))
+        rng = np.random.default_rng(seed)
+        params = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32)),
+            abstract_params(config),
+        )
         tokenizer = tokenizer or make_tokenizer(tokens)
         export_model(folder, config, params, tokenizer, generation=generation)
         return str(folder)

@@ -6,52 +6,40 @@ import numpy as np
 import pytest
 
 from taid_jax import loss
-from taid_jax.settings import ObjectiveName, ObjectiveSettings, from_dict
+from taid_jax.settings import ObjectiveName, ObjectiveSettings
 from taid_jax.train.objective import make_objective, make_scheduler
 
-NAMES = typing.get_args(ObjectiveName)
+WARM = {"temperature": 2.0}
+OBJECTIVES = {
+    "taid": ({"t_start": 0.2}, loss.TAID(np.float32(0.2))),
+    "sft": ({}, loss.CrossEntropy()),
+    "forward_kl": (WARM, loss.ForwardKL(2.0)),
+    "reverse_kl": (WARM, loss.ReverseKL(2.0)),
+    "jensen_shannon": (WARM | {"teacher_weight": 0.3}, loss.JensenShannon(0.3, 2.0)),
+    "total_variation": ({}, loss.TotalVariation()),
+    "skew_forward_kl": (WARM | {"skew": 0.2}, loss.SkewForwardKL(0.2, 2.0)),
+    "skew_reverse_kl": (WARM | {"skew": 0.2}, loss.SkewReverseKL(0.2, 2.0)),
+    "adaptive_kl": (WARM | {"head_threshold": 0.7}, loss.AdaptiveKL(0.7, 2.0)),
+    "ctkd": (
+        {"ctkd_ramp_steps": 10},
+        loss.CTKD(loss.ctkd_temperature(np.float32(1)), np.float32(0.5)),
+    ),
+    "dkd": (WARM | {"dkd_alpha": 0.9, "dkd_beta": 0.4}, loss.DKD(0.9, 0.4, 2.0)),
+}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_make_objective_every_name_has_a_loss_and_a_gradient(name):
-    rng = np.random.default_rng(0)
-    student, teacher = jnp.asarray(rng.normal(size=(2, 5, 11)), "float32")
-    labels = jnp.arange(5, dtype=jnp.int32)
-    for ratio in (1.0, 0.5) if name != "sft" else (1.0,):
-        settings = ObjectiveSettings(objective=name, distil_ratio=ratio)
-        make, learned = make_objective(settings)
-        schedule = make_scheduler(settings, 10).init()
-        objective = make(schedule, learned, jnp.int32(3))
-        value, gradient = jax.value_and_grad(loss.distillation_loss, argnums=1)(
-            objective, student, teacher, labels=labels
-        )
-        assert np.isfinite(value)
-        assert np.isfinite(gradient).all()
-        assert np.abs(gradient).max() > 0
-        mixed = isinstance(objective, loss.Mix)
-        assert mixed == (ratio < 1)
-
-
-def test_make_objective_settings_arrive():
-    settings = from_dict(
-        {
-            "objective": "jensen_shannon",
-            "teacher_weight": 0.3,
-            "temperature": 2.0,
-            "distil_ratio": 0.25,
-        }
-    ).objective
-    make, _ = make_objective(settings)
-    schedule = make_scheduler(settings, 10).init()
-    objective = make(schedule, {}, jnp.int32(0))
-    assert objective == loss.Mix(loss.JensenShannon(0.3, 2.0), 0.25)
-
-
-def test_make_objective_taid_follows_the_schedule():
-    settings = ObjectiveSettings(t_start=0.2)
-    make, _ = make_objective(settings)
-    schedule = make_scheduler(settings, 10).init()
-    assert make(schedule, {}, jnp.int32(0)).t == np.float32(0.2)
+@pytest.mark.parametrize("name", typing.get_args(ObjectiveName))
+def test_make_objective_every_name_and_setting_arrives(name):
+    values, objective = OBJECTIVES[name]
+    for ratio in (1.0,) if name == "sft" else (1.0, 0.25):
+        chosen = ObjectiveSettings(objective=name, distil_ratio=ratio, **values)
+        make, learned = make_objective(chosen)
+        found = make(make_scheduler(chosen, 10).init(), learned, jnp.int32(5))
+        expected = loss.Mix(objective, ratio) if ratio < 1 else objective
+        # Kind, settings, and the numbers that are traced.
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        leaves = jax.tree.leaves(found)
+        np.testing.assert_allclose(leaves, jax.tree.leaves(expected), rtol=1e-6)
 
 
 def test_make_objective_ctkd_learns_its_temperature(
@@ -60,7 +48,7 @@ def test_make_objective_ctkd_learns_its_temperature(
     settings = ObjectiveSettings(objective="ctkd", ctkd_ramp_steps=2)
     make, learned = make_objective(settings)
     step, state = make_trainer(make, learned=learned)
-    for index in range(4):
+    for index in range(2):
         state, _ = step(state, make_params(2), make_batch(index))
     assert state.learned["raw_temperature"] != 1.0
     assert jax.tree.structure(state.learned) == jax.tree.structure(learned)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from taid_jax.chips import peak_flops
-from taid_jax.models.flops import forward_flops_by_part
+from taid_jax.models.flops import forward_flops
 from taid_jax.models.presets import preset
 from taid_jax.plan import count_flops, find_machine, pair_configs
 from taid_jax.plan.compiled import abstract_step
@@ -35,8 +35,8 @@ def test_step_flops_are_those_of_the_program(values):
     # where the half is counted: a quarter more than 3.5 passes of the student (4.5
     # where they are repeated) and one of the teacher.
     passes = 3.5 if settings.model.remat == "none" else 4.5
-    attention = passes * forward_flops_by_part(student, 4, 256).attention
-    attention += forward_flops_by_part(teacher, 4, 256).attention
+    attention = passes * forward_flops(student, 4, 256).attention
+    attention += forward_flops(teacher, 4, 256).attention
     # What is left: sums over positions that RoPE and the norms write as products.
     np.testing.assert_allclose(found + attention / 4, program, rtol=2e-3)
     # And so without any correction, by less than the 1.5% that are promised.
@@ -47,7 +47,7 @@ def test_step_flops_of_a_teacher_that_is_not_used():
     student, teacher = preset("llama-3.2-1b"), preset("llama-3-8b")
     with_it = tp.step_flops(student, teacher, batch=2, length=64)
     without = tp.step_flops(student, teacher, batch=2, length=64, teacher_used=False)
-    part = forward_flops_by_part(teacher, 2, 64)
+    part = forward_flops(teacher, 2, 64)
     assert with_it.total(128.0) - without.total(128.0) == sum(part)
     # Tokens that do not count cost their layers alone.
     layers = part.projections + part.attention

@@ -1,7 +1,7 @@
 """What a family of models declares: its settings, its weights, and what it ignores."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from taid_jax.models.config import DecoderConfig
@@ -94,6 +94,28 @@ class Weight:
     gguf_layout: str | None = None
     part: Part | None = None
     gguf_offset: float = 0.0
+
+
+def side_by_side(
+    weights: Sequence[Weight],
+    hf: str,
+    gguf: str,
+    sizes: tuple[str, ...],
+    **options: Any,
+) -> tuple[Weight, ...]:
+    """Returns weights that one tensor holds, as its pieces in this order.
+
+    Args:
+        weights: As they would be on their own.
+        hf: Name of the tensor in safetensors files.
+        gguf: The same in GGUF files.
+        sizes: As in `Part`.
+        **options: Of `Part`.
+    """
+    return tuple(
+        dataclasses.replace(each, hf=hf, gguf=gguf, part=Part(n, sizes, **options))
+        for n, each in enumerate(weights)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """GPT-2: learned positions, and matrices that are stored with their inputs first."""
 
-from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
-from taid_jax.models.families.layout import Part
+from taid_jax.models.families.family import (
+    ACTIVATIONS,
+    Family,
+    Setting,
+    Weight,
+    side_by_side,
+)
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", **ACTIVATIONS}
-_THIRDS = ("n h", "k h", "k h")
-_LAYOUTS = {
-    "q_proj": "d (n h) -> d n h",
-    "k_proj": "d (k h) -> d k h",
-    "v_proj": "d (k h) -> d k h",
-}
+# Stored with their inputs first, and so side by side in columns.
+_QKV = tuple(
+    Weight(f"layers.attention.{letter}_proj", "", "", f"d ({heads} h) -> d {heads} h")
+    for letter, heads in zip("qkv", "nkk", strict=True)
+)
 
 GPT2 = Family(
     name="gpt2",
@@ -52,16 +56,7 @@ GPT2 = Family(
         Weight("embed", "transformer.wte", "", "v d -> v d"),
         Weight("positions", "transformer.wpe", "", "p d -> p d"),
         Weight("layers.attention_norm", "ln_1", "", "d -> d"),
-        *(
-            Weight(
-                f"layers.attention.{name}",
-                "attn.c_attn",
-                "",
-                layout,
-                part=Part(index, _THIRDS, axis=1),
-            )
-            for index, (name, layout) in enumerate(_LAYOUTS.items())
-        ),
+        *side_by_side(_QKV, "attn.c_attn", "", ("n h", "k h", "k h"), axis=1),
         Weight("layers.attention.o_proj", "attn.c_proj", "", "(n h) d -> n h d"),
         Weight("layers.mlp_norm", "ln_2", "", "d -> d"),
         Weight("layers.mlp.up_proj", "mlp.c_fc", "", "d f -> d f"),

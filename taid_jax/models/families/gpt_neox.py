@@ -1,18 +1,16 @@
 """GPT-NeoX and Pythia: parallel residual, partial rotary positions, biases, GELU."""
 
-from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
-from taid_jax.models.families.layout import Part
-from taid_jax.models.families.llama import SIZES_BUT_KV_HEADS
+from taid_jax.models.families.family import (
+    ACTIVATIONS,
+    Family,
+    Setting,
+    Weight,
+    side_by_side,
+)
+from taid_jax.models.families.llama import ATTENTION, SIZES_BUT_KV_HEADS
 from taid_jax.models.families.rope import rope
 
 _RESIDUAL = {True: "parallel", False: "sequential"}
-# Of each head, in one tensor: the rows of its queries, its keys and its values.
-_OF_A_HEAD = ("h", "h", "h")
-_LAYOUTS = {
-    "q_proj": "(n h) d -> d n h",
-    "k_proj": "(k h) d -> d k h",
-    "v_proj": "(k h) d -> d k h",
-}
 
 GPT_NEOX = Family(
     name="gpt_neox",
@@ -33,15 +31,9 @@ GPT_NEOX = Family(
     weights=(
         Weight("embed", "gpt_neox.embed_in", "", "v d -> v d"),
         Weight("layers.attention_norm", "input_layernorm", "", "d -> d"),
-        *(
-            Weight(
-                f"layers.attention.{name}",
-                "attention.query_key_value",
-                "",
-                layout,
-                part=Part(index, _OF_A_HEAD, groups="n"),
-            )
-            for index, (name, layout) in enumerate(_LAYOUTS.items())
+        # Of each head the rows of its queries, its keys and its values.
+        *side_by_side(
+            ATTENTION[:3], "attention.query_key_value", "", ("h", "h", "h"), groups="n"
         ),
         Weight("layers.attention.o_proj", "attention.dense", "", "d (n h) -> n h d"),
         Weight("layers.mlp_norm", "post_attention_layernorm", "", "d -> d"),

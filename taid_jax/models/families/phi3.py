@@ -1,16 +1,14 @@
 """Phi-3 to 4: queries, keys and values in one tensor, gate and up in another."""
 
 from taid_jax.models.families import llama
-from taid_jax.models.families.family import ACTIVATIONS, Family, Setting, Weight
-from taid_jax.models.families.layout import Part
+from taid_jax.models.families.family import (
+    ACTIVATIONS,
+    Family,
+    Setting,
+    side_by_side,
+)
 from taid_jax.models.families.rope import rope
 
-_QKV, _GATE_UP = ("n h", "k h", "k h"), ("f", "f")
-_LAYOUTS = {
-    "q_proj": "(n h) d -> d n h",
-    "k_proj": "(k h) d -> d k h",
-    "v_proj": "(k h) d -> d k h",
-}
 # Early releases called it by other names.
 _LONG = dict.fromkeys(("longrope", "su", "yarn"), "longrope")
 
@@ -38,27 +36,14 @@ PHI3 = Family(
     weights=(
         llama.EMBED,
         *llama.NORMS,
-        *(
-            Weight(
-                f"layers.attention.{name}",
-                "self_attn.qkv_proj",
-                "attn_qkv",
-                layout,
-                part=Part(index, _QKV),
-            )
-            for index, (name, layout) in enumerate(_LAYOUTS.items())
+        *side_by_side(
+            llama.ATTENTION[:3],
+            "self_attn.qkv_proj",
+            "attn_qkv",
+            ("n h", "k h", "k h"),
         ),
         llama.ATTENTION[-1],
-        *(
-            Weight(
-                f"layers.mlp.{name}",
-                "mlp.gate_up_proj",
-                "ffn_up",
-                "f d -> d f",
-                part=Part(index, _GATE_UP),
-            )
-            for index, name in enumerate(("gate_proj", "up_proj"))
-        ),
+        *side_by_side(llama.MLP[:2], "mlp.gate_up_proj", "ffn_up", ("f", "f")),
         llama.MLP[-1],
         *llama.LAST,
     ),

@@ -405,16 +405,14 @@ def _place(
         # Not committed to its device, so that it goes along with whatever uses it.
         whole = tuple(slice(0, size) for size in shape)
         return jax.block_until_ready(jax.device_put(read(whole)))
-    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        cuts = [
-            cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True)
-        ]
-        holders.setdefault(tuple(cuts), []).append(device)
-    pieces = []
-    for cuts, devices in holders.items():
-        part = read(tuple(slice(*cut) for cut in cuts))
-        pieces += [jax.device_put(part, device) for device in devices]
-        # The buffer is given up only when the device has its copy.
-        jax.block_until_ready(pieces)
-    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Index | None) -> np.ndarray:
+        cuts = zip(index or (), shape, strict=True)
+        whole = tuple(slice(*cut.indices(size)[:2]) for cut, size in cuts)
+        # Copies of a part are read once.
+        if (key := str(whole)) not in parts:
+            parts[key] = read(whole)
+        return parts[key]
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))

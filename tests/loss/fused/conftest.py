@@ -1,10 +1,6 @@
-"""The fused head and the plain form side by side, and what a compiled program does."""
+"""The fused head and the plain form side by side."""
 
-import dataclasses
 import functools
-import math
-import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +28,7 @@ def arrays():
             "kernel": normal(STUDENT, vocab, scale=0.5),
             "teacher": normal(*tokens, TEACHER),
             "teacher_kernel": normal(TEACHER, teacher_vocab or vocab, scale=0.5),
+            "bias": jnp.linspace(-1, 1, vocab, dtype=dtype),
             "mask": jnp.asarray(rng.random(tokens) < 0.6),
             "labels": jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32),
         }
@@ -39,18 +36,30 @@ def arrays():
     return make
 
 
-def _head(kernel, options):
+def _head(a, kernel, options):
+    options = dict(options or ())
+    if options.get("bias") is True:
+        options["bias"] = a["bias"]
     return Head(kernel.T if options.get("transposed") else kernel, **options)
 
 
-def _fused(a, objective, hidden, kernel, *, mask="mask", **options):
-    head_options = options.pop("head", {})
+def _fused(
+    a,
+    objective,
+    hidden,
+    kernel,
+    *,
+    mask="mask",
+    head=None,
+    teacher_head=None,
+    **options,
+):
     return loss.fused_loss(
         objective,
         hidden,
-        _head(kernel, head_options),
+        _head(a, kernel, head),
         a["teacher"],
-        _head(a["teacher_kernel"], options.pop("teacher_head", head_options)),
+        _head(a, a["teacher_kernel"], teacher_head or head),
         a[mask] if isinstance(mask, str) else mask,
         a["labels"],
         **options,
@@ -58,8 +67,8 @@ def _fused(a, objective, hidden, kernel, *, mask="mask", **options):
 
 
 def _plain(a, objective, hidden, kernel, *, mask="mask", head=None, entries=None):
-    student = _head(kernel, head or {}).logits(hidden)
-    teacher = _head(a["teacher_kernel"], head or {}).logits(a["teacher"])
+    student = _head(a, kernel, head).logits(hidden)
+    teacher = _head(a, a["teacher_kernel"], head).logits(a["teacher"])
     return loss.distillation_sums(
         objective,
         student[..., :entries],
@@ -69,18 +78,33 @@ def _plain(a, objective, hidden, kernel, *, mask="mask", head=None, entries=None
     )
 
 
-def _both(function, a, objective, **options):
+# One program for each objective and shape, whatever test asks for it.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "function",
+        "head",
+        "teacher_head",
+        "entries",
+        "chunk_size",
+        "mesh",
+    ),
+)
+def _compiled(a, objective, mask, *, function, **options):
+    one = functools.partial(function, a, objective, mask=mask, **options)
+    (value, sums), grads = jax.value_and_grad(one, argnums=(0, 1), has_aux=True)(
+        a["student"], a["kernel"]
+    )
+    return value, sums, grads
+
+
+def _both(function, a, objective, *, mask="mask", **options):
     """Value, sums and gradients in hidden states and kernel."""
-
-    @jax.jit
-    def of(a, objective):
-        one = functools.partial(function, a, objective, **options)
-        (value, sums), grads = jax.value_and_grad(one, argnums=(0, 1), has_aux=True)(
-            a["student"], a["kernel"]
-        )
-        return value, sums, grads
-
-    return of(a, objective)
+    mask = a[mask] if isinstance(mask, str) else mask
+    for name in ("head", "teacher_head"):
+        if name in options:
+            options[name] = tuple(sorted(options[name].items()))
+    return _compiled(a, objective, mask, function=function, **options)
 
 
 def _agree(found, expected, *, value_rtol=1e-6, gradient=1e-5):
@@ -121,157 +145,9 @@ def agree():
 
 
 @pytest.fixture
-def products(read_program):
-    """Operations of a compiled function's products, for every token and entry."""
-
-    def count(function, *arguments, tokens):
-        text = jax.jit(function).lower(*arguments).compile().as_text()
-        return read_program(text).flops / (2 * tokens * VOCAB)
-
-    return count
-
-
-@pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 128 tokens and groups of 16, as a large vocabulary has them."""
     from taid_jax.loss import _fused
 
     monkeypatch.setitem(_fused._ENTRIES, "cpu", 128 * VOCAB)
     monkeypatch.setattr(_fused, "_CPU_ROWS", 16 * VOCAB)
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """An exchange between devices.
-
-    Attributes:
-        kind: Such as `all-reduce`.
-        elements: Of the largest array in its result.
-        looped: Whether it is inside a loop.
-    """
-
-    kind: str
-    elements: int
-    looped: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a compiled program does on one device.
-
-    Attributes:
-        flops: Of matrix products, as often as loops run them; of a conditional, those
-            of its dearest branch.
-        collectives: Each as it is written, however often it runs.
-    """
-
-    flops: int
-    collectives: tuple[Collective, ...]
-
-    @property
-    def looped(self) -> list[int]:
-        """Sizes of the collectives inside loops."""
-        return [one.elements for one in self.collectives if one.looped]
-
-
-_KINDS = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "reduce-scatter",
-)
-
-
-def _sizes(text: str) -> list[tuple[int, ...]]:
-    return [
-        tuple(int(n) for n in shape.split(",") if n)
-        for shape in re.findall(r"\b[a-z]+\d*\[([\d,]*)\]", text)
-    ]
-
-
-class _Reader:
-    """Reads the text of an XLA program: `name = type opcode(operands), attributes`."""
-
-    def __init__(self, text: str) -> None:
-        self.computations: dict[str, list[tuple[str, str, str, str]]] = {}
-        self.collectives: list[Collective] = []
-        self.entry, name = "", ""
-        for line in text.splitlines():
-            if begins := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-                name = begins[2]
-                self.computations[name] = []
-                self.entry = name if begins[1] else self.entry
-            elif found := re.match(
-                r"\s+(?:ROOT )?%?([\w.-]+) = (.*?)(?<= )([a-z][\w-]*)\((.*)", line
-            ):
-                self.computations[name].append(found.groups())
-
-    def flops(self, computation: str, looped: bool = False) -> int:
-        types = {name: kind for name, kind, *_ in self.computations[computation]}
-        total = 0
-        for _, kind, opcode, rest in self.computations[computation]:
-            if (opcode := opcode.removesuffix("-start")) in _KINDS:
-                largest = max(map(math.prod, _sizes(kind)))
-                self.collectives.append(Collective(opcode, largest, looped))
-            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
-            if opcode in ("dot", "convolution"):
-                total += (
-                    2
-                    * math.prod(_sizes(kind)[0])
-                    * self._depth(
-                        opcode, rest, *(_sizes(types[name])[0] for name in operands)
-                    )
-                )
-            called = self._called(rest)
-            if opcode == "while":
-                body, condition = called["body"], called["condition"]
-                trips = self._trips(rest, condition)
-                total += trips * self.flops(body, True)
-            elif opcode == "conditional":
-                total += max(self.flops(name, looped) for name in called.values())
-            elif opcode in ("fusion", "call", "async-start"):
-                total += sum(self.flops(name, looped) for name in called.values())
-        return total
-
-    @staticmethod
-    def _called(rest: str) -> dict[str, str]:
-        found = dict(re.findall(r"(\w+)=%([\w.-]+)", rest))
-        for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
-            found |= {name: name for name in re.findall(r"%([\w.-]+)", branches)}
-        return found
-
-    @staticmethod
-    def _depth(opcode: str, rest: str, left: tuple, right: tuple) -> int:
-        """Products that an entry of the result adds up."""
-        if opcode == "dot":
-            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1]
-            return math.prod(left[int(axis)] for axis in axes.split(","))
-        # A product is a convolution on a TPU, over windows of one entry.
-        window = re.search(r"window=\{size=([\dx]+)", rest)
-        assert window is None or set(window[1]) <= set("1x"), rest
-        return right[re.search(r"dim_labels=\w+_(\w+)->", rest)[1].index("i")]
-
-    def _trips(self, rest: str, condition: str) -> int:
-        """How often a loop runs; from 0 to a constant where it is not written."""
-        if told := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
-            return int(told[1])
-        bounds = [
-            int(rest.split(")")[0])
-            for _, kind, opcode, rest in self.computations[condition]
-            if opcode == "constant" and kind.startswith("s32[]")
-        ]
-        assert len(bounds) == 1, condition
-        return bounds[0]
-
-
-@pytest.fixture(scope="session")
-def read_program() -> Callable[[str], Program]:
-    """What a program does, from `compiled.as_text()`."""
-
-    def read(text: str) -> Program:
-        reader = _Reader(text)
-        flops = reader.flops(reader.entry)
-        return Program(flops, tuple(reader.collectives))
-
-    return read

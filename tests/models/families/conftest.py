@@ -94,17 +94,7 @@ VARIANTS = {
             "rope_theta": 1e2,
         }
     },
-    "llama-wide": {
-        "hidden_size": 60,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "num_hidden_layers": 2,
-        "attention_bias": True,
-        "hidden_act": "silu",
-    },
-    "mistral-all": {"sliding_window": None, "num_key_value_heads": 4},
     "mistral-one": {"sliding_window": 1, "tie_word_embeddings": True},
-    "qwen2-plain": {"num_attention_heads": 2, "num_hidden_layers": 1},
     "qwen2-pattern": {
         "use_sliding_window": True,
         "sliding_window": 5,
@@ -120,8 +110,6 @@ VARIANTS = {
             "truncate": False,
         }
     },
-    "qwen3-tied": {"head_dim": 6, "tie_word_embeddings": True},
-    "olmo2-groups": {"num_key_value_heads": 4, "attention_bias": True},
     "olmo2-linear": {"rope_parameters": {**LINEAR, "rope_theta": 1e3}},
     "smollm3-untied": {
         "tie_word_embeddings": False,

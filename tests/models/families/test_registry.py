@@ -12,7 +12,6 @@ from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import abstract_params
 from taid_jax.models.families import (
     FAMILIES,
-    buffer_kind,
     family_named,
     read_config,
 )
@@ -57,8 +56,6 @@ def test_read_config_reads_what_transformers_wrote(golden_teacher):
 @pytest.mark.parametrize(
     "style",
     [
-        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
-        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
         {"rope_theta": 5e5, "rope_parameters": LLAMA3},
         {
             "rope_theta": 5e5,
@@ -66,7 +63,7 @@ def test_read_config_reads_what_transformers_wrote(golden_teacher):
             "rope_parameters": {"rope_type": "default", "rope_theta": 1.0},
         },
     ],
-    ids=["v4", "v5", "mixed", "both"],
+    ids=["mixed", "both"],
 )
 def test_read_config_reads_rope_in_every_style(tiny_settings, style):
     config = read_config(llama(tiny_settings, **style), "config.json")
@@ -87,41 +84,21 @@ def test_read_config_reads_rope_in_every_style(tiny_settings, style):
         ({"rope_scaling": {"type": "linear"}}, "factor: is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor >= 1"),
         ({"rope_scaling": {**LLAMA3, "beta": 1}}, "rope_scaling.beta"),
-        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta"),
         ({"rope_parameters": {"full": {"rope_theta": 1.0}}}, "rope_parameters.full"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
         ({"sliding_window": 4096}, "sliding_window"),
-        ({"num_experts": 8}, "num_experts"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"attention_bias": "yes"}, "attention_bias: need true or false"),
-        ({"num_attention_heads": 0}, "num_heads >= 1"),
-        ({"num_key_value_heads": 3}, "num_kv_heads that divides num_heads"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: need at most"),
         ({"vocab_size": None}, "vocab_size: is missing"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised.*gptq"),
-        ({"quantization_config": "strange"}, "quantised.*strange"),
     ],
 )
 def test_read_config_names_what_cannot_be_done(tiny_settings, changes, words):
     with pytest.raises(ModelError, match=words):
         read_config(llama(tiny_settings, **changes), "config.json")
-
-
-@pytest.mark.parametrize(
-    "named",
-    [
-        {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
-        {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
-        {"architectures": [], "model_type": None},
-        {"architectures": "LlamaForCausalLM", "model_type": 3},
-    ],
-)
-def test_read_config_names_an_unsupported_architecture(tiny_settings, named):
-    text = problem({**tiny_settings, **named})
-    assert str(named["model_type"]) in text
-    assert "supported are: LlamaForCausalLM (llama)" in text
 
 
 @pytest.mark.parametrize("missing", ["architectures", "model_type"])
@@ -131,24 +108,11 @@ def test_read_config_needs_only_one_of_class_and_type(tiny_settings, missing):
     assert read_config(values, "config.json").family == "llama"
 
 
-def test_read_config_accepts_keys_that_change_nothing(tiny_settings):
-    values = llama(
-        tiny_settings,
-        _name_or_path="x",
-        is_llama_config=True,
-        pretraining_tp=2,
-        rope_interleaved=False,
-        torch_dtype="bfloat16",
-        use_cache=False,
-        eos_token_id=[1, 2],
-        attention_dropout=0.1,
-        sliding_window=None,
-        **{"transformers.js_config": {"dtype": "q4"}},
-    )
-    assert read_config(values, "config.json").d_model == 16
-
-
 INERT = {
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "attention_dropout": 0.1,
+    "eos_token_id": [1, 2],
     "use_mrope": False,
     "max_sequence_length": 256,
     "tokenizer_padding_side": "left",
@@ -183,9 +147,7 @@ def test_read_config_takes_keys_at_values_that_switch_nothing_on(tiny_settings):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_mrope", True),
         ("num_experts", 8),
-        ("strange", "x"),
         ("strange", [0]),
         ("strange", {"a": False}),
         ("strange", 1e-9),
@@ -228,11 +190,10 @@ def test_read_config_refuses_what_it_knows_to_matter(tiny_settings, key, value):
     "named",
     [
         {"architectures": {"a": "LlamaForCausalLM"}},
-        {"architectures": {}},
         {"architectures": [["LlamaForCausalLM"]]},
-        {"architectures": [None]},
-        {"architectures": 3},
-        {"architectures": ["Qwen2ForCausalLM"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
+        {"architectures": [], "model_type": None},
         {"architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM"]},
         {"architectures": ["x" * 10_000]},
         {"model_type": ["llama"]},
@@ -243,6 +204,7 @@ def test_read_config_refuses_what_it_knows_to_matter(tiny_settings, key, value):
 def test_read_config_refuses_names_that_do_not_fit(tiny_settings, named):
     text = problem({**llama(tiny_settings), **named})
     assert "need a list with one supported name" in text
+    assert "supported are: LlamaForCausalLM (llama)" in text
     assert len(text) < 1500
 
 
@@ -328,20 +290,3 @@ def test_entries_names_a_parameter_that_the_family_does_not_declare(monkeypatch)
     config = DecoderConfig(8, 4, 1, 1, 1, 4, 4, 8)
     with pytest.raises(ModelError, match=r"declares no tensors .* lm_head"):
         entries(config, "hf")
-
-
-def test_family_named_lists_those_there_are():
-    with pytest.raises(ModelError, match=r"'mamba'; there are: LlamaForCausalLM"):
-        family_named("mamba")
-
-
-def test_buffer_kind_knows_rotary_buffers_only():
-    family = family_named("llama")
-    for name in (
-        "model.layers.11.self_attn.rotary_emb.inv_freq",
-        "model.rotary_emb.inv_freq",
-        "model.rotary_emb.original_inv_freq",
-    ):
-        assert buffer_kind(family, name) == "rope_frequencies"
-    assert buffer_kind(family, "model.layers.0.self_attn.q_proj.weight") is None
-    assert buffer_kind(family, "x.model.rotary_emb.inv_freq") is None

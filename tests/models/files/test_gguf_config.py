@@ -1,10 +1,5 @@
-"""GGUF files of every family, written as llama.cpp's converter does, read as folders.
+"""GGUF files of every family, read as the folders of the same weights."""
 
-Names of tensors come from the `gguf` package; what the converter does to the numbers
-and which keys it writes is spelled out here.
-"""
-
-import dataclasses
 import json
 
 import gguf
@@ -15,26 +10,26 @@ from safetensors.numpy import save_file
 
 from taid_jax.errors import ModelError
 from taid_jax.models.config import RopeConfig
-from taid_jax.models.families import read_config, write_config
+from taid_jax.models.families import write_config
 from taid_jax.models.files.load import load_config, load_model
-from taid_jax.models.files.weights import axis_sizes, entries
+from taid_jax.models.rope import rope_frequencies
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
+TYPE = gguf.GGUFValueType
 LONG_ROPE = {
     "type": "longrope",
     "short_factor": [1.0, 1.0299999713897705, 1.5, 2.0, 2.5, 3.0],
     "long_factor": [1.5, 2.0, 4.0, 9.0, 20.0, 31.0],
 }
 MODELS = {
+    "llama": ("llama", {"kind": "F32", "rope_theta": 1e5, "num_key_value_heads": 1}),
+    "llama-biases": (
+        "llama",
+        {"kind": "BF16", "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama-wide": (
+        "llama",
+        {"kind": "Q4_K", "hidden_size": 256, "intermediate_size": 256},
+    ),
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
     "qwen2-yarn": (
         "qwen2",
@@ -51,10 +46,6 @@ MODELS = {
     "gemma2": (
         "gemma2",
         {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 16},
-    ),
-    "gemma2-largest": (
-        "gemma2",
-        {"head_dim": 24, "query_pre_attn_scalar": 16, "num_hidden_layers": 46},
     ),
     "gemma3": (
         "gemma3_text",
@@ -80,156 +71,69 @@ MODELS = {
         },
     ),
 }
-ARCH = gguf.MODEL_ARCH
-ARCHITECTURES = {
-    "qwen2": ARCH.QWEN2,
-    "qwen3": ARCH.QWEN3,
-    "gemma2": ARCH.GEMMA2,
-    "gemma3_text": ARCH.GEMMA3,
-    "phi3": ARCH.PHI3,
-}
 
 
-def config_of(name):
-    family, changes = MODELS[name]
-    return read_config({"model_type": family, **SIZES, **changes}, name)
-
-
-def random_state(config, kind):
-    """Tensors by Hugging Face's names; those of two axes as they come out of a GGUF."""
-    generator, sizes = np.random.default_rng(0), axis_sizes(config)
-    state = {}
-    for entry in entries(config, "hf"):
-        for name in (name for names in entry.names for name in names):
-            shape = entry.tensor_shape(sizes)
-            # Numbers to which 1 can be added and taken off again without rounding.
-            array = np.round(generator.normal(size=shape) * 64).astype(np.float32) / 64
-            if array.ndim == 2:
-                array = gguf.dequantize(gguf.quantize(array, kind), kind)
-            state[name] = array
-    return state
-
-
-def write_keys(writer, config, family):
-    """The metadata that `convert_hf_to_gguf.py` writes for each family."""
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.d_model)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.mlp_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    if family != "gemma2":
-        writer.add_rope_freq_base(config.rope.theta)
-    if family in ("qwen3", "gemma2", "gemma3_text"):
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-    if family == "gemma2":
-        writer.add_attn_logit_softcapping(config.attention_softcap)
-        writer.add_final_logit_softcapping(config.head_softcap)
-    if family in ("gemma2", "gemma3_text", "phi3"):
-        writer.add_sliding_window(config.window or 0)
-    if family == "phi3":
-        writer.add_rope_dimension_count(config.rope.width(config.head_dim))
-        long = config.rope.kind == "longrope"
-        original = (
-            config.rope.original_max_position_embeddings
-            if long
-            else config.max_position_embeddings
-        )
-        writer.add_rope_scaling_orig_ctx_len(original)
-        if long:
-            writer.add_rope_scaling_attn_factors(config.rope.attention_factor)
-            for name in ("long", "short"):
-                factors = getattr(config.rope, f"{name}_factor")
-                writer.add_tensor(
-                    f"rope_factors_{name}.weight", np.array(factors, np.float32)
-                )
-    elif config.rope.kind != "default":
-        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope.kind))
-        writer.add_rope_scaling_factor(config.rope.factor)
-        if config.rope.kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(
-                config.rope.original_max_position_embeddings
-            )
-
-
-def write_model(path, config, state, kind, extra=()):
-    architecture = ARCHITECTURES[config.family]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
-    write_keys(writer, config, config.family)
-    for key, value, of in extra:
-        writer.add_key_value(key, value, of)
-    names = gguf.get_tensor_name_map(architecture, config.num_layers)
-    for name, array in state.items():
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert stored is not None, name
-        if config.family.startswith("gemma") and name.endswith("norm.weight"):
-            array = array + 1
-        if array.ndim == 2:
-            writer.add_tensor(stored, gguf.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(stored, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def export_model(folder, config, state):
+def load_by_folder(folder, config, state):
+    """The same weights by way of a Hugging Face folder."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(write_config(config)))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    save_file(arrays, folder / "model.safetensors")
+    return load_model(folder)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "gemma2-largest"])
-def test_load_model_reads_gguf_as_the_folder_of_the_same_weights(tmp_path, name):
-    config = config_of(name)
-    kind = gguf.GGMLQuantizationType.Q8_0
-    state = random_state(config, kind)
-    write_model(tmp_path / "m.gguf", config, state, kind)
-    export_model(tmp_path / "folder", config, state)
-    found, expected = load_model(tmp_path / "m.gguf"), load_model(tmp_path / "folder")
+@pytest.mark.parametrize("name", MODELS)
+def test_load_model_reads_gguf_as_the_folder_of_the_same_weights(
+    tmp_path, write_gguf, name
+):
+    family, settings = MODELS[name]
+    config, state = write_gguf(
+        tmp_path / "m.gguf", family, **{"kind": "Q8_0", **settings}
+    )
+    found = load_model(tmp_path / "m.gguf")
+    expected = load_by_folder(tmp_path / "folder", config, state)
     assert found.config == expected.config == config
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
-def test_read_gguf_config_reads_the_rotary_factors_of_phi3(tmp_path):
-    config = config_of("phi3-long")
-    assert config.rope == RopeConfig(
+def test_read_gguf_config_reads_the_rotary_factors_of_phi3(tmp_path, write_gguf):
+    family, settings = MODELS["phi3-long"]
+    write_gguf(tmp_path / "m.gguf", family, **settings)
+    rope = load_config(tmp_path / "m.gguf").rope
+    assert rope == RopeConfig(
         kind="longrope",
         partial_rotary_factor=0.75,
         original_max_position_embeddings=32,
-        attention_factor=config.rope.attention_factor,
+        attention_factor=rope.attention_factor,
         short_factor=tuple(LONG_ROPE["short_factor"]),
         long_factor=tuple(LONG_ROPE["long_factor"]),
     )
     # Published: the root of 1 + log(4) / log(32), the extension and the original.
-    assert config.rope.attention_factor == pytest.approx(1.1832159566)
+    assert rope.attention_factor == pytest.approx(1.1832159566)
 
 
-def test_read_gguf_config_knows_the_largest_gemma_by_its_layers(tmp_path):
-    config = config_of("gemma2-largest")
-    kind = gguf.GGMLQuantizationType.F32
-    write_model(tmp_path / "m.gguf", config, {}, kind)
-    assert load_config(tmp_path / "m.gguf").query_pre_attn_scalar == 64 // 4
-    fewer = dataclasses.replace(config, num_layers=3, window=None, window_layers=None)
-    write_model(tmp_path / "n.gguf", fewer, {}, kind)
-    assert load_config(tmp_path / "n.gguf").query_pre_attn_scalar == 24
+@pytest.mark.parametrize(("layers", "expected"), [(46, 64 // 4), (3, 24)])
+def test_read_gguf_config_knows_the_largest_gemma_by_its_layers(
+    tmp_path, write_gguf, layers, expected
+):
+    sizes = {"head_dim": 24, "num_hidden_layers": layers}
+    write_gguf(tmp_path / "m.gguf", "gemma2", **sizes)
+    assert load_config(tmp_path / "m.gguf").query_pre_attn_scalar == expected
 
 
 @pytest.mark.parametrize(
     ("pattern", "windows"),
     [
-        ((2, gguf.GGUFValueType.UINT32), (16, None, 16)),
-        (([True, True, False], gguf.GGUFValueType.ARRAY), (16, 16, None)),
+        ((2, TYPE.UINT32), (16, None, 16)),
+        (([True, True, False], TYPE.ARRAY), (16, 16, None)),
     ],
 )
-def test_read_gguf_config_reads_the_pattern_of_windows(tmp_path, pattern, windows):
-    config = config_of("gemma3")
-    extra = [("gemma3.attention.sliding_window_pattern", *pattern)]
-    kind = gguf.GGMLQuantizationType.F32
-    write_model(tmp_path / "m.gguf", config, {}, kind, extra)
+def test_read_gguf_config_reads_the_pattern_of_windows(
+    tmp_path, write_gguf, pattern, windows
+):
+    family, settings = MODELS["gemma3"]
+    keys = {"gemma3.attention.sliding_window_pattern": pattern}
+    write_gguf(tmp_path / "m.gguf", family, keys=keys, **settings, num_hidden_layers=3)
     assert load_config(tmp_path / "m.gguf").windows == windows
 
 
@@ -244,27 +148,203 @@ def test_read_gguf_config_reads_the_pattern_of_windows(tmp_path, pattern, window
         ("gemma3", "gemma3.attention.sliding_window_pattern", 0),
     ],
 )
-def test_load_config_names_what_a_family_cannot_do(tmp_path, name, key, value):
-    of = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
-    kind = gguf.GGMLQuantizationType.F32
-    config = config_of(name)
-    extra = [(key, value, of[type(value)])]
-    write_model(tmp_path / "m.gguf", config, {}, kind, extra)
+def test_load_config_names_what_a_family_cannot_do(
+    tmp_path, write_gguf, name, key, value
+):
+    of = {int: TYPE.UINT32, float: TYPE.FLOAT32}
+    family, settings = MODELS[name]
+    keys = {key: (value, of[type(value)])}
+    write_gguf(tmp_path / "m.gguf", family, keys=keys, **settings)
     with pytest.raises(ModelError, match=key.split(".")[-1]):
         load_config(tmp_path / "m.gguf")
 
 
-def test_load_model_lists_fused_tensors_that_do_not_fit(tmp_path):
-    config = config_of("phi3")
-    kind = gguf.GGMLQuantizationType.F32
-    state = random_state(config, kind)
-    first, second = (f"model.layers.{i}.self_attn.qkv_proj.weight" for i in (0, 1))
-    state[first] = state[first][:-1]
-    del state[second]
-    write_model(tmp_path / "m.gguf", config, state, kind)
-    with pytest.raises(ModelError) as caught:
-        load_model(tmp_path / "m.gguf")
-    text = str(caught.value)
-    assert "missing: blk.1.attn_qkv.weight, shape (128, 64)" in text
-    assert "wrong shape: blk.0.attn_qkv.weight has (127, 64)" in text
-    assert "(2 differences)" in text
+def test_load_model_agrees_with_transformers(tmp_path, write_gguf):
+    pytest.importorskip("torch", reason="transformers reads GGUF with PyTorch only")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    write_gguf(tmp_path / "m.gguf", kind="Q4_1")
+    loaded = load_model(tmp_path / "m.gguf")
+    theirs = load_gguf_checkpoint(str(tmp_path / "m.gguf"))["config"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**theirs))
+    read = load_gguf_checkpoint(
+        str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=model
+    )
+    state = {name: tensor.numpy() for name, tensor in read["tensors"].items()}
+    expected = load_by_folder(tmp_path / "hf", loaded.config, state).params
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+def test_read_gguf_config_recognises_llama_3_by_its_rotary_factors(
+    tmp_path, write_gguf
+):
+    # Published formula (Llama 3.1): wavelengths over 8192 are divided by the factor,
+    # those under 8192 / 4 stay, between them it is interpolated.
+    factors = []
+    for pair in range(32):
+        wavelength = 2 * np.pi * 1e5 ** (2 * pair / 64)
+        share = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+        if wavelength < 8192 / 4.0:
+            factors.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            factors.append(32.0)
+        else:
+            factors.append(1 / ((1 - share) / 32.0 + share))
+    assert any(1.0 < factor < 32.0 for factor in factors)
+    extra = {"rope_freqs.weight": np.array(factors, np.float32)}
+    write_gguf(tmp_path / "m.gguf", hidden_size=256, extra=extra)
+    assert load_config(tmp_path / "m.gguf").rope == RopeConfig(
+        theta=1e5,
+        kind="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        (np.linspace(1, 8, 8), "not those of Llama 3"),
+        (np.full(8, np.nan), "not those of Llama 3"),
+        (np.ones(3), r"shape \(3,\)"),
+    ],
+)
+def test_read_gguf_config_refuses_other_rotary_factors(
+    tmp_path, write_gguf, factors, words
+):
+    write_gguf(
+        tmp_path / "m.gguf", extra={"rope_freqs.weight": factors.astype(np.float32)}
+    )
+    with pytest.raises(ModelError, match=words):
+        load_config(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.expert_count", (8, TYPE.UINT32), "llama.expert_count"),
+        ("llama.logit_scale", (0.5, TYPE.FLOAT32), "llama.logit_scale"),
+        ("llama.attention.key_length", (32, TYPE.UINT32), "rope.dimension_count"),
+        ("llama.rope.scaling.type", ("ntk", TYPE.STRING), "rope.scaling.type.*ntk"),
+        ("llama.rope.scaling.type", ("longrope", TYPE.STRING), "rope_factors_long"),
+        ("llama.rope.scaling.factor", (0.5, TYPE.FLOAT32), "factor >= 1"),
+        ("split.count", (3, TYPE.UINT16), "one of several parts"),
+    ],
+)
+def test_load_config_names_what_cannot_be_done(tmp_path, write_gguf, key, value, words):
+    write_gguf(tmp_path / "m.gguf", keys={key: value})
+    with pytest.raises(ModelError, match=words):
+        load_config(tmp_path / "m.gguf")
+
+
+def test_load_config_names_what_is_missing_or_not_supported(tmp_path):
+    for architecture, words in (
+        ("mamba", r"'mamba'.*supported are: llama"),
+        ("llama", r"llama\.block_count: is missing.*rms_epsilon: is missing"),
+    ):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(ModelError, match=words):
+            load_config(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        # Where nothing is scaled by YaRN they are what the converter wrote as it found.
+        ({"yarn_ext_factor": 0.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 7.0}, ""),
+        ({"yarn_log_multiplier": 0.0, "finetuned": True}, ""),
+        ({"yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+        ({"yarn_attn_factor": 0.5}, "yarn_attn_factor"),
+        ({"type": "yarn", "factor": 2.0, "yarn_ext_factor": 0.0}, "yarn_ext_factor"),
+        ({"type": "none", "factor": 2.0}, "contradicts"),
+    ],
+)
+def test_read_gguf_config_knows_the_keys_of_yarn(tmp_path, write_gguf, keys, words):
+    kinds = {str: TYPE.STRING, float: TYPE.FLOAT32, bool: TYPE.BOOL}
+    typed = {
+        f"llama.rope.scaling.{key}": (value, kinds[type(value)])
+        for key, value in keys.items()
+    }
+    write_gguf(tmp_path / "m.gguf", keys=typed)
+    if words:
+        with pytest.raises(ModelError, match=words):
+            load_config(tmp_path / "m.gguf")
+    else:
+        assert load_config(tmp_path / "m.gguf").rope == RopeConfig(theta=1e5)
+
+
+def test_read_gguf_config_reads_the_bounds_of_yarn(tmp_path, write_gguf):
+    keys = {
+        "llama.rope.scaling.type": ("yarn", TYPE.STRING),
+        "llama.rope.scaling.factor": (4.0, TYPE.FLOAT32),
+        "llama.rope.scaling.original_context_length": (32, TYPE.UINT32),
+        "llama.rope.scaling.yarn_ext_factor": (1.0, TYPE.FLOAT32),
+        "llama.rope.scaling.yarn_beta_fast": (16.0, TYPE.FLOAT32),
+        "llama.rope.scaling.yarn_beta_slow": (2.0, TYPE.FLOAT32),
+    }
+    write_gguf(tmp_path / "m.gguf", keys=keys)
+    rope = load_config(tmp_path / "m.gguf").rope
+    assert (rope.kind, rope.beta_fast, rope.beta_slow) == ("yarn", 16.0, 2.0)
+
+
+def test_load_model_names_unknown_keys_of_a_gguf_file(tmp_path, write_gguf):
+    keys = {"llama.strange": (3, TYPE.UINT32), "llama.inert": (0, TYPE.UINT32)}
+    extra = {"blk.0.strange.weight": np.ones(3, np.float32)}
+    write_gguf(tmp_path / "m.gguf", keys=keys, extra=extra)
+    with pytest.raises(ModelError, match=r"llama\.strange: is not .*--allow-unknown"):
+        load_config(tmp_path / "m.gguf")
+    [note] = load_model(tmp_path / "m.gguf", allow_unknown_keys=True).notes
+    assert note.endswith("left out: llama.strange, blk.0.strange.weight")
+
+
+def test_load_model_refuses_two_scalings_of_a_gguf_file(tmp_path, write_gguf):
+    keys = {
+        "llama.rope.scaling.type": ("linear", TYPE.STRING),
+        "llama.rope.scaling.factor": (2.0, TYPE.FLOAT32),
+    }
+    plain = RopeConfig(theta=1e5)
+    llama3 = RopeConfig(theta=1e5, kind="llama3", factor=8.0)
+    ones = np.ones(8, np.float32)
+    factors = rope_frequencies(plain, 16) / rope_frequencies(llama3, 16)
+    for name, values, words in (
+        ("rope_freqs", factors, "the decoder does one"),
+        ("rope_factors_long", ones, "rope_factors_long.weight"),
+    ):
+        write_gguf(tmp_path / name, keys=keys, extra={f"{name}.weight": values})
+        (tmp_path / name).rename(tmp_path / f"{name}.gguf")
+        with pytest.raises(ModelError, match=words):
+            load_model(tmp_path / f"{name}.gguf")
+    # Factors of one scale nothing, and what the metadata say is done.
+    write_gguf(tmp_path / "m.gguf", keys=keys, extra={"rope_freqs.weight": ones})
+    assert load_config(tmp_path / "m.gguf").rope.kind == "linear"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", 0),
+        ("attention.key_length", 0),
+        ("embedding_length", 0),
+        ("rope.dimension_count", 0),
+        ("context_length", 0),
+        ("block_count", 2**31),
+    ],
+)
+def test_load_config_refuses_sizes_of_nothing(tmp_path, write_gguf, key, value):
+    write_gguf(tmp_path / "m.gguf")
+    name = f"llama.{key}".encode()
+    old = (tmp_path / "m.gguf").read_bytes()
+    if name not in old:
+        write_gguf(tmp_path / "m.gguf", keys={name.decode(): (value, TYPE.UINT32)})
+    else:
+        at = old.index(name) + len(name) + 4
+        number = value.to_bytes(4, "little")
+        (tmp_path / "m.gguf").write_bytes(old[:at] + number + old[at + 4 :])
+    with pytest.raises(ModelError):
+        load_config(tmp_path / "m.gguf")
