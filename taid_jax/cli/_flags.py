@@ -39,6 +39,8 @@ def parse(
     arguments: Sequence[str],
     description: str | None,
     settings: Settings | None = None,
+    *,
+    name: str | None = None,
 ) -> Command:
     """Returns the flags as a `kind`.
 
@@ -48,6 +50,7 @@ def parse(
         description: Of the command.
         settings: What its field `settings` is laid over, when it has one; then it has
             a field `config` too.
+        name: Of the command; that of its module when None.
 
     Raises:
         SystemExit: If they are no flags of it, or ask for help.
@@ -66,7 +69,7 @@ def parse(
     return tyro.cli(
         kind,
         # The file that is run would be named otherwise, which has no such flags.
-        prog=f"taid-jax {kind.__module__.rpartition('.')[2]}",
+        prog=f"taid-jax {name or kind.__module__.rpartition('.')[2]}",
         args=arguments,
         description=f"{description}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),

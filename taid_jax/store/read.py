@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from jaxtyping import Int, Shaped, UInt32, UInt64
+from jaxtyping import Int, Int64, Shaped, UInt32, UInt64
 from safetensors.numpy import load_file
 
 from taid_jax.errors import InputError, explain, parsing
@@ -140,6 +140,34 @@ class Store:
             return unpack_record(found, key, self.manifest.columns, len(ids))
         except StoreError as error:
             raise self._damaged(shard, record, error) from error
+
+    def index(
+        self,
+    ) -> tuple[
+        UInt64[np.ndarray, "examples 2"],
+        UInt32[np.ndarray, "examples 2"],
+        UInt32[np.ndarray, " examples"],
+    ]:
+        """Returns of all examples the key, shard and record, and place in the row."""
+        return self._keys, self._places, self._starts
+
+    def in_order(self) -> Int64[np.ndarray, " examples"]:
+        """Returns the numbers in the index of all examples as the files have them."""
+        return np.lexsort((self._places[:, 1], self._places[:, 0]))
+
+    def columns(self, number: int) -> Mapping[str, Shaped[np.ndarray, "tokens _"]]:
+        """Returns the columns of an example by its number in the index.
+
+        Raises:
+            StoreError: If its record is damaged.
+        """
+        found, columns = self.record(number), self.manifest.columns
+        key = self._keys[number].astype(">u8").tobytes()
+        tokens = (len(found) - KEY_BYTES) // self.manifest.bytes_per_token
+        try:
+            return unpack_record(found, key, columns, tokens)
+        except StoreError as error:
+            raise self._damaged(*self.place(number), error) from error
 
     def record(self, number: int) -> bytes:
         """Returns a record, with its key, by its number in the index."""

@@ -3,16 +3,13 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int64
@@ -24,8 +21,8 @@ from taid_jax import distributed
 from taid_jax.data import Dataset
 from taid_jax.data.batches import ExampleSet
 from taid_jax.data.packing import EMPTY
-from taid_jax.errors import InputError, explain, parsing, show
-from taid_jax.files import LOCK, hold_folder, write_whole, written_aside
+from taid_jax.errors import InputError, parsing
+from taid_jax.files import write_whole
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
 from taid_jax.models.families import write_config
@@ -49,23 +46,27 @@ from taid_jax.sharding import (
     place_batch,
     tree_shardings,
 )
+from taid_jax.store.folder import (
+    DONE,
+    Sink,
+    begin_store,
+    check_room,
+    finish_store,
+    free_bytes,
+    show_size,
+    tidy,
+    writing,
+)
 from taid_jax.store.format import (
     HEAD,
-    INDEX,
     KEY_BYTES,
-    MANIFEST,
     TEACHER,
     Column,
     File,
     Kind,
     Manifest,
-    StoreError,
-    describe_file,
     example_key,
-    pack_record,
     read_manifest,
-    stored_mass,
-    write_manifest,
 )
 from taid_jax.store.options import StoreOptions
 from taid_jax.store.outputs import (
@@ -77,16 +78,10 @@ from taid_jax.store.outputs import (
     topk_outputs,
 )
 from taid_jax.store.teacher import head_params
-from taid_jax.train.folder import WriteError
 from taid_jax.train.inputs import OpenPair, check_memory, check_models, read_data
 from taid_jax.train.resume import digest_weights
 from taid_jax.types import Batch, Params
 
-JOB = "job.json"
-"""What an unfinished store is a store of."""
-
-_DONE = ".done.json"
-_WRITER = "group_size:1,uncompressed"
 _SPARE = 2**20
 """Bytes beside records and head: manifest, index, tokenizer."""
 
@@ -160,7 +155,7 @@ def store_teacher(
     )
     distributed.broadcast(lambda: _announce(files, recipe, console))
     with contextlib.ExitStack() as hold:
-        if distributed.broadcast(lambda: _begin(files.folder, facts, hold)):
+        if distributed.broadcast(lambda: begin_store(files.folder, facts, hold)):
             tidy(files.folder)
             return read_manifest(files.folder)
         for note in opened.teacher.notes:
@@ -168,7 +163,7 @@ def store_teacher(
         teacher = _load(settings, opened, mesh)
         _write_teacher(files.folder, teacher, recipe)
         _write_shards(files, recipe, teacher, mesh, console)
-        distributed.broadcast(lambda: _finish(files, facts, recipe))
+        distributed.broadcast(lambda: _finish(files, facts))
         if distributed.is_main_process():
             tidy(files.folder)
         return read_manifest(files.folder)
@@ -272,56 +267,6 @@ def _facts(
     }
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    flat = [{**facts, **facts.get("made", {}), "made": None} for facts in (one, other)]
-    return [name for name in flat[0] if flat[0][name] != flat[1].get(name)]
-
-
-def _begin(
-    folder: pathlib.Path, facts: Mapping[str, Any], hold: contextlib.ExitStack
-) -> bool:
-    """Makes the folder ready; returns whether all is done already.
-
-    Raises:
-        SettingsError: If it is another store's, or something else is in it.
-    """
-    job = folder / JOB
-    ends = None
-    if (folder / MANIFEST).exists():
-        ends = _plain(dataclasses.asdict(read_manifest(folder)))
-    elif folder.exists() and not folder.is_dir():
-        raise SettingsError(f"output: {folder} is no folder")
-    elif folder.is_dir():
-        names = {path.name for path in folder.iterdir()} - {LOCK}
-        if names and JOB not in names:
-            raise SettingsError(
-                f"output: {folder} is not empty (it has {show(min(names))}) and no "
-                "store; choose another --output"
-            )
-    handle, note = hold_folder(folder)
-    hold.callback(os.close, handle)
-    if note:
-        sys.stderr.write(f"note: {note}\n")
-    if ends is None and job.exists():
-        with parsing(f"{job} cannot be read", SettingsError):
-            begun = json.loads(job.read_bytes())
-    else:
-        begun = ends
-    if begun is not None and (wrong := _differences(facts, begun)):
-        raise SettingsError(
-            f"output: {folder} holds another store: {', '.join(wrong)} differ. Give "
-            "the same settings to go on with it, or choose another --output"
-        )
-    if ends is None:
-        write_whole(job, json.dumps(facts, indent=1).encode())
-    return ends is not None
-
-
-def _plain(values: Any) -> Any:
-    """Returns values as they come back from JSON: tuples as lists."""
-    return json.loads(json.dumps(values))
-
-
 class _Files(NamedTuple):
     """The files of a job, and whose records each has.
 
@@ -345,7 +290,7 @@ class _Files(NamedTuple):
 
     def done(self, path: pathlib.Path) -> File | None:
         """Returns what is known of a file that is whole; None of any other."""
-        note = path.with_name(path.name + _DONE)
+        note = path.with_name(path.name + DONE)
         if not (path.is_file() and note.is_file()):
             return None
         with contextlib.suppress(InputError), parsing(str(note)):
@@ -403,28 +348,15 @@ def _announce(files: _Files, recipe: _Recipe, console: Console) -> None:
     width = sum(column.bytes_per_token for column in recipe.columns)
     there = sum(path.stat().st_size for path in files.folder.glob("outputs-*"))
     total = tokens * width + len(numbers) * KEY_BYTES + head_bytes + _SPARE
-    parent = next(
-        each for each in (files.folder, *files.folder.parents) if each.exists()
-    )
-    free = shutil.disk_usage(parent).free
+    free = free_bytes(files.folder)
     console.print(
         f"{recipe.kind}: {len(numbers):,} examples, {tokens:,} tokens of {width:,} "
-        f"bytes, {_size(total)} in {len(files.shards)} files; {_size(free)} are free",
+        f"bytes, {show_size(total)} in {len(files.shards)} files; {show_size(free)} "
+        "are free",
         soft_wrap=True,
         highlight=False,
     )
-    if total - there > free:
-        raise StoreError(
-            f"output: the store needs {_size(total - there)} more and {files.folder} "
-            f"has {_size(free)}. Give another disk, --store-dtype bfloat16, --kind "
-            "topk or a share of the work (--part) on each of several"
-        )
-
-
-def _size(count: int) -> str:
-    return (
-        f"{count / 2**30:,.2f} GiB" if count >= 2**28 else f"{count / 2**20:,.1f} MiB"
-    )
+    check_room(files.folder, total - there)
 
 
 def _write_shards(
@@ -470,7 +402,7 @@ def _write_shards(
         )
         for shard in shards:
             path = files.path(shard, part)
-            sink = _Sink(path, recipe) if writes else None
+            sink = Sink(path, recipe.kind) if writes else None
             with sink or contextlib.nullcontext():
                 ahead = run(teacher.params, inputs(shard.lots[0]))
                 for place, lot in enumerate(shard.lots):
@@ -478,7 +410,11 @@ def _write_shards(
                     if more:  # The devices work while the host writes.
                         ahead = run(teacher.params, inputs(more[0]))
                     if sink:
-                        sink.write(files, lot, part, [_local(array) for array in here])
+                        arrays = [_local(array) for array in here]
+                        for row, start, number in files.examples(lot, part):
+                            ids = lot.side.table[number].ids
+                            token = slice(start, start + len(ids))
+                            sink.write(ids, [array[row, token] for array in arrays])
                     progress.advance(bar)
 
 
@@ -496,64 +432,6 @@ def _local(array: jax.Array) -> np.ndarray:
         shard.index[0].start or 0: shard.data for shard in array.addressable_shards
     }
     return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
-
-
-class _Sink:
-    """A file of records while it is written; it gets its name when it is whole."""
-
-    def __init__(self, path: pathlib.Path, recipe: _Recipe):
-        self._path, self._kind = path, recipe.kind
-        self._records = self._tokens = 0
-        self._mass = 0.0
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        self._stack.enter_context(_writing(self._path))
-        part = self._stack.enter_context(written_aside(self._path))
-        self._writer = ArrayRecordWriter(str(part), _WRITER)
-
-    def write(
-        self, files: _Files, lot: Lot, part: int, arrays: Sequence[np.ndarray]
-    ) -> None:
-        """Adds the records of a lot."""
-        for row, start, number in files.examples(lot, part):
-            ids = lot.side.table[number].ids
-            columns = [array[row, start : start + len(ids)] for array in arrays]
-            self._writer.write(pack_record(example_key(ids), columns))
-            self._records += 1
-            self._tokens += len(ids)
-            if self._kind == "topk":
-                self._mass += float(stored_mass(columns[2]).sum())
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            with _writing(self._path):
-                self._writer.close()
-        self._stack.__exit__(kind, error, trace)
-        if kind is None:
-            with _writing(self._path):
-                about = describe_file(self._path, self._records)
-                values = {
-                    "file": dataclasses.asdict(about),
-                    "tokens": self._tokens,
-                    "mass": self._mass,
-                }
-                note = self._path.with_name(self._path.name + _DONE)
-                write_whole(note, json.dumps(values).encode())
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    """Says which file cannot be written, whatever the writer of records raises."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, WriteError | InputError):
-            raise
-        raise WriteError(
-            f"{path} cannot be written: {explain(error)}. What is done is kept: the "
-            "same command goes on from it"
-        ) from error
 
 
 def _load(settings: Settings, opened: OpenPair, mesh: Mesh) -> LoadedModel:
@@ -575,7 +453,7 @@ def _write_teacher(folder: pathlib.Path, teacher: LoadedModel, recipe: _Recipe) 
         head = distributed.gather(head_params(teacher.params, recipe.config))
     if not distributed.is_main_process():
         return
-    with _writing(folder / HEAD):
+    with writing(folder / HEAD):
         if recipe.kind == "hidden":
             leaves = jax.tree_util.tree_leaves_with_path(head)
             arrays = {
@@ -604,18 +482,14 @@ def write_teacher_folder(folder: pathlib.Path, teacher: LoadedModel) -> None:
     work.rename(place)
 
 
-def _finish(
-    files: _Files,
-    facts: Mapping[str, Any],
-    recipe: _Recipe,
-) -> None:
+def _finish(files: _Files, facts: Mapping[str, Any]) -> None:
     """Writes index and manifest, and clears away what was for going on alone."""
     folder = files.folder
     found, entries, tokens, mass = [], [], 0, 0.0
     for shard in files.shards:
         for part in range(files.parts):
             path = files.path(shard, part)
-            about = json.loads(path.with_name(path.name + _DONE).read_bytes())
+            about = json.loads(path.with_name(path.name + DONE).read_bytes())
             numbers = [
                 (lot.side.table[number].ids, start)
                 for lot in shard.lots
@@ -628,52 +502,4 @@ def _finish(
             found.append(File(**about["file"]))
             tokens += about["tokens"]
             mass += about["mass"]
-    with _writing(folder / INDEX):
-        write_index(folder, entries)
-        manifest = Manifest(
-            kind=recipe.kind,
-            columns=recipe.columns,
-            vocab_size=facts["vocab_size"],
-            teacher=facts["teacher"],
-            tokenizer=facts["tokenizer"],
-            source=facts["source"],
-            examples=len(entries),
-            tokens=tokens,
-            shards=tuple(found),
-            others=describe_others(folder),
-            made=facts["made"],
-            mass=mass / tokens if recipe.kind == "topk" and tokens else None,
-            draws=facts["draws"],
-        )
-        write_manifest(folder, manifest)
-
-
-def describe_others(folder: pathlib.Path) -> tuple[File, ...]:
-    """Returns the files of a store beside its shards."""
-    paths = [folder / INDEX, folder / HEAD, *sorted((folder / TEACHER).rglob("*"))]
-    return tuple(
-        describe_file(path, name=path.relative_to(folder).as_posix())
-        for path in paths
-        if path.is_file()
-    )
-
-
-def write_index(
-    folder: pathlib.Path, entries: Sequence[tuple[bytes, int, int, int]]
-) -> None:
-    """Writes where each example is: keys, shards, records, and places in their rows."""
-    keys = np.frombuffer(b"".join(key for key, *_ in entries), ">u8").reshape(-1, 2)
-    keys = keys.astype(np.uint64)
-    numbers = np.array([rest for _, *rest in entries], np.uint32).reshape(-1, 3)
-    order = np.lexsort((numbers[:, 2], keys[:, 1], keys[:, 0]))
-    numbers = numbers[order]
-    index = {"keys": keys[order], "places": numbers[:, :2], "starts": numbers[:, 2]}
-    index = {name: np.ascontiguousarray(array) for name, array in index.items()}
-    write_whole(folder / INDEX, save(index))
-
-
-def tidy(folder: pathlib.Path) -> None:
-    """Removes what a job needs only until its manifest is there."""
-    for path in (*folder.glob(f"*{_DONE}"), folder / JOB, *folder.glob("*.partial")):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finish_store(folder, facts, entries, found, tokens, mass)

@@ -232,7 +232,7 @@ def test_columns_of_a_store_are_the_teachers(stored, teacher, data):
 def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(
     store, teacher, data, stored, tmp_path, monkeypatch, capsys
 ):
-    from taid_jax.store import write
+    from taid_jax.store import folder, write
 
     output = tmp_path / "store"
     _small_files(monkeypatch)
@@ -245,7 +245,8 @@ def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         whole(path, content)
 
-    monkeypatch.setattr(write, "write_whole", interrupted)
+    for module in (folder, write):
+        monkeypatch.setattr(module, "write_whole", interrupted)
     stops = set(range(1, 12, 3)) | {30}
     for _ in range(12):
         try:
