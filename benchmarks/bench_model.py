@@ -23,7 +23,7 @@ from jax import Array
 from taid_jax.loss import CrossEntropy, fused_loss
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import decoder_functions, init_params
-from taid_jax.models.families.registry import write_config
+from taid_jax.models.families import write_config
 from taid_jax.models.presets import preset
 from taid_jax.types import Params
 

@@ -21,7 +21,7 @@ import numpy as np
 from taid_jax import loss
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import decoder_functions, init_params
-from taid_jax.models.families.registry import write_config
+from taid_jax.models.families import write_config
 from taid_jax.models.presets import preset
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import Settings

@@ -11,8 +11,6 @@ from taid_jax.data.documents import (
     ANSWER_ROLE,
     OPENING_ROLES,
     Chat,
-    Completion,
-    Message,
 )
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Conversation, Cut
@@ -67,37 +65,15 @@ class ChatRenderer:
         ends = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._token = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
 
-    def completion(self, content: Completion) -> Rendered:
-        """Returns a prompt and its completion as one turn each of user and assistant.
-
-        A tokenizer without a chat template (a base model's) gets prompt and completion
-        joined as they stand, with start and end tokens. So does a prompt that begins
-        with the start token: it was rendered before.
-
-        Raises:
-            RecordError: If the template refuses it.
-        """
-        if self.has_template and not is_rendered(self._tokenizer, content.prompt):
-            user = Message("user", content.prompt)
-            return self.chat(Chat((user, Message(ANSWER_ROLE, content.completion))))
-        text = content.prompt + content.completion
-        answers = (Span(len(content.prompt), len(text)),)
-        return Rendered(text, answers, self._train_on_prompts, framed=True)
-
-    def prompt(self, content: Completion | Chat) -> Rendered:
-        """Returns what a model is given to answer a conversation, or a plain prompt.
-
-        A plain prompt is a user's turn of the chat template, unless there is none, or
-        it begins with the start token: it was rendered before.
+    def prompt(self, content: Chat) -> Rendered:
+        """Returns what a model is given to answer a conversation.
 
         Raises:
             DataError: If there is no template for a conversation.
             RecordError: If the template refuses the conversation.
         """
-        if isinstance(content, Completion):
-            if not self.has_template or is_rendered(self._tokenizer, content.prompt):
-                return Rendered(content.prompt, framed=True)
-            content = Chat((Message("user", content.prompt),))
+        if self._is_bare(content):
+            return Rendered(content.messages[0].content or "", framed=True)
 
         def rendered(content: Chat) -> Rendered:
             texts = self._texts(content, [Cut(generation=True)])
@@ -108,6 +84,11 @@ class ChatRenderer:
     def chat(self, content: Chat) -> Rendered:
         """Returns a conversation as text, with the characters of its answers.
 
+        A prompt and its completion are a turn each of user and assistant. A tokenizer
+        without a chat template (a base model's) gets the two joined as they stand, with
+        start and end tokens. So does a prompt that begins with the start token: it was
+        rendered before.
+
         Where prompts count too, only the last answer is looked for, and it is no
         problem if it is not found.
 
@@ -116,7 +97,18 @@ class ChatRenderer:
             RecordError: If the template refuses the conversation or leaves a turn out,
                 or the answers are not found in what it renders, or nothing ends them.
         """
-        return self._merging(content, self._chat)
+        if not self._is_bare(content):
+            return self._merging(content, self._chat)
+        prompt, completion = (turn.content or "" for turn in content.messages)
+        text = prompt + completion
+        answers = (Span(len(prompt), len(text)),)
+        return Rendered(text, answers, self._train_on_prompts, framed=True)
+
+    def _is_bare(self, content: Chat) -> bool:
+        """Whether a prompt gets no template."""
+        prompt = content.messages[0].content or ""
+        rendered = is_rendered(self._tokenizer, prompt)
+        return content.is_pair and (rendered or not self.has_template)
 
     def _merging(self, content: Chat, render: Callable[[Chat], Rendered]) -> Rendered:
         """Renders a conversation, its system turn put elsewhere if that is asked."""

@@ -51,14 +51,6 @@ class Text:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """A prompt and what should follow it."""
-
-    prompt: str
-    completion: str
-
-
 class Message(NamedTuple):
     """One turn of a chat.
 
@@ -86,13 +78,22 @@ class Chat:
     Attributes:
         messages: Its turns.
         options: What the template gets beside them, such as `tools`.
+        is_pair: Whether it is a prompt and what should follow, and no more: without a
+            template the two are joined as they stand.
     """
 
     messages: tuple[Message, ...]
     options: tuple[tuple[str, Any], ...] = ()
+    is_pair: bool = False
+
+    @classmethod
+    def pair(cls, prompt: str, *completion: str) -> "Chat":
+        """Returns a prompt, and what should follow if that is known."""
+        turns = map(Message, ("user", ANSWER_ROLE), (prompt, *completion))
+        return cls(tuple(turns), is_pair=True)
 
 
-Content = Text | Completion | Chat
+Content = Text | Chat
 
 
 class Document(NamedTuple):
@@ -119,7 +120,7 @@ def make_document(record: object, seed: int) -> Document:
 
     The rank comes from what it says, never from its place: it stays the same when files
     are renamed or put in another order, and copies share it. Case and the amount of
-    white space do not change it. A completion and a chat are ranked by their prompt
+    white space do not change it. A conversation is ranked by its prompt
     (all that is said before the first answer), so that no prompt is trained on with one
     answer, or one set of tools, and evaluated with another.
 
@@ -134,8 +135,6 @@ def make_document(record: object, seed: int) -> Document:
     content, used = _parse(record)
     if isinstance(content, Text):
         parts = [content.text]
-    elif isinstance(content, Completion):
-        parts = ["user", content.prompt]
     else:
         roles = [message.role for message in content.messages]
         _check_order(roles)
@@ -156,8 +155,8 @@ def make_document(record: object, seed: int) -> Document:
     return Document(content, rank, name, unused)
 
 
-def parse_prompt(record: object) -> Completion | Chat:
-    """Returns what a record asks: with an empty completion, or up to its last answer.
+def parse_prompt(record: object) -> Chat:
+    """Returns what a record asks: all up to its last answer.
 
     Of a conversation that ends with a question all of it is asked.
 
@@ -167,8 +166,6 @@ def parse_prompt(record: object) -> Completion | Chat:
     content, _ = _parse(record, asked=True)
     if isinstance(content, Text):
         raise _wrong_keys("`prompt` or `messages` with text", record)
-    if isinstance(content, Completion):
-        return content
     roles = [message.role for message in content.messages]
     end = len(roles)
     if ANSWER_ROLE in roles and roles[-1] not in ("user", "tool"):
@@ -215,7 +212,7 @@ def _wrong_keys(needed: str, record: Any) -> RecordError:
     )
 
 
-def _pair(record: Mapping[str, Any], keys: Sequence[str]) -> Completion | Chat:
+def _pair(record: Mapping[str, Any], keys: Sequence[str]) -> Chat:
     """Returns what is asked and what should follow, as a chat where it needs one."""
     options = _options(record)
     opening = _opening(record, record.get("history") or ())
@@ -239,10 +236,10 @@ def _pair(record: Mapping[str, Any], keys: Sequence[str]) -> Completion | Chat:
                 "empty_turn",
                 f"`{key}` is empty; a record without a prompt belongs under `text`",
             )
+    pair = Chat.pair(*texts)
     if opening or options:
-        turns = map(Message, ("user", ANSWER_ROLE), texts)
-        return Chat((*opening, *turns), options)
-    return Completion(texts[0], "".join(texts[1:]))
+        return Chat((*opening, *pair.messages), options)
+    return pair
 
 
 def _opening(record: Mapping[str, Any], history: object) -> tuple[Message, ...]:

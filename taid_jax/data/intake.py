@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Chat, Completion, Document, Text, make_document
+from taid_jax.data.documents import Chat, Document, Text, make_document
 from taid_jax.data.errors import RecordError
 from taid_jax.data.records import Record
 from taid_jax.data.tokens import Encoder, Example, Rendered, cut_windows
@@ -107,51 +107,45 @@ class Intake:
         """
         group, characters = [], 0
         for origin, document in documents:
-            rendered = self._render(document)
-            group.append((origin, document, rendered))
-            if isinstance(rendered, Rendered):
-                characters += len(rendered.text)
+            outcome, rendered = self._render(Outcome(origin, document))
+            group.append((outcome, rendered))
+            characters += len(rendered.text) if rendered is not None else 0
             if len(group) >= _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
                 yield from self._encode(group)
                 group, characters = [], 0
         yield from self._encode(group)
 
-    def _render(self, document: Document | RecordError) -> Rendered | RecordError:
+    def _render(self, outcome: Outcome) -> tuple[Outcome, Rendered | None]:
+        """Returns the outcome, and what is encoded where there is no error yet."""
+        document = outcome.document
+        if isinstance(document, RecordError):
+            return outcome._replace(error=document), None
         try:
-            match document:
-                case RecordError():
-                    return document
-                case Document(Chat() as content):
-                    return self._renderer.chat(content)
-                case Document(Completion() as content):
-                    return self._renderer.completion(content)
-                case Document(Text(text)) if text.strip():
-                    return Rendered(text, counts_all=True, framed=True)
-            return RecordError("empty", "white space only")
+            match document.content:
+                case Chat() as content:
+                    rendered = self._renderer.chat(content)
+                case Text(text):
+                    if not text.strip():
+                        raise RecordError("empty", "white space only")
+                    rendered = Rendered(text, counts_all=True, framed=True)
         except RecordError as error:
-            return error
+            keys = document.unused_keys
+            return outcome._replace(error=error, unused_keys=keys), None
+        keys = (*document.unused_keys, *rendered.unused_keys)
+        return outcome._replace(unused_keys=keys), rendered
 
     def _encode(
-        self,
-        group: Sequence[tuple[str, Document | RecordError, Rendered | RecordError]],
+        self, group: Sequence[tuple[Outcome, Rendered | None]]
     ) -> Iterator[Outcome]:
-        rendered = [item for *_, item in group if isinstance(item, Rendered)]
-        encoded = iter(self._encoder.examples(rendered))
-        for origin, document, item in group:
-            outcome = Outcome(origin, document)
-            if isinstance(document, Document):
-                outcome = outcome._replace(unused_keys=document.unused_keys)
-            found = item
-            if isinstance(item, Rendered):
-                keys = (*outcome.unused_keys, *item.unused_keys)
-                outcome, found = outcome._replace(unused_keys=keys), next(encoded)
-            if isinstance(found, Example):
-                yield self._fit(outcome, found)
-            else:
-                yield outcome._replace(error=found)
+        texts = [rendered for _, rendered in group if rendered is not None]
+        encoded = iter(self._encoder.examples(texts))
+        for outcome, rendered in group:
+            yield self._fit(outcome, next(encoded)) if rendered else outcome
 
-    def _fit(self, outcome: Outcome, example: Example) -> Outcome:
-        """Returns the outcome with the example, its windows, or why it does not fit."""
+    def _fit(self, outcome: Outcome, example: Example | RecordError) -> Outcome:
+        """Returns the outcome with the example, its windows, or why there are none."""
+        if isinstance(example, RecordError):
+            return outcome._replace(error=example)
         length, limits = len(example.ids), self._limits
         outcome = outcome._replace(tokens=length)
         if isinstance(outcome.document.content, Text):  # pyright: ignore

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Chat, Completion, Message, make_document
+from taid_jax.data.documents import Chat, Message, make_document
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Conversation, Cut
 from taid_jax.data.tokens import Encoder
@@ -19,9 +19,7 @@ def content_of(record):
 
 def encode(tokenizer, content, *, train_on_prompts=False, **options):
     renderer = ChatRenderer(tokenizer, train_on_prompts=train_on_prompts, **options)
-    chat = isinstance(content, Chat)
-    item = renderer.chat(content) if chat else renderer.completion(content)
-    [example] = Encoder(tokenizer).examples([item])
+    [example] = Encoder(tokenizer).examples([renderer.chat(content)])
     if isinstance(example, DataError):
         raise example
     return example
@@ -203,14 +201,14 @@ def test_chat_with_prompts_gives_a_crossing_token_to_the_answer(tokenizer):
 
 
 def test_completion_becomes_two_turns_with_a_template(tokenizer):
-    example = encode(tokenizer, Completion(QUESTION.content, ANSWER.content))
+    example = encode(tokenizer, Chat.pair(QUESTION.content, ANSWER.content))
     chat = encode(tokenizer, Chat((QUESTION, ANSWER)))
     np.testing.assert_array_equal(example.ids, chat.ids)
     np.testing.assert_array_equal(example.counted, chat.counted)
 
 
 def test_completion_is_joined_without_a_template(base_tokenizer):
-    completion = Completion("The cat", " sat on the mat")
+    completion = Chat.pair("The cat", " sat on the mat")
     example = encode(base_tokenizer, completion)
     assert counted_texts(base_tokenizer, example) == [" sat on the mat<|im_end|>"]
     assert base_tokenizer.decode(example.ids.tolist()).startswith("The cat sat")
@@ -226,7 +224,7 @@ def test_completion_that_shares_a_token_with_its_prompt_is_cut_there(base_tokeni
     [whole] = Encoder(base_tokenizer).ids(["the teacher"])
     [prompt] = Encoder(base_tokenizer).ids(["the tea"])
     assert whole[: len(prompt)] != prompt
-    example = encode(base_tokenizer, Completion("the tea", "cher"))
+    example = encode(base_tokenizer, Chat.pair("the tea", "cher"))
     assert example.ids[: len(prompt)].tolist() == prompt
     assert counted_texts(base_tokenizer, example) == ["cher<|im_end|>"]
 

@@ -4,7 +4,6 @@ import pytest
 
 from taid_jax.data.documents import (
     Chat,
-    Completion,
     Message,
     make_document,
     parse_prompt,
@@ -146,9 +145,9 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         # Alpaca
         (
             {"instruction": "Q", "input": "I", "output": "A", "text": "all"},
-            Completion("Q\n\nI", "A"),
+            Chat.pair("Q\n\nI", "A"),
         ),
-        ({"instruction": "Q", "output": "A"}, Completion("Q", "A")),
+        ({"instruction": "Q", "output": "A"}, Chat.pair("Q", "A")),
         (
             {
                 "instruction": "Q",
@@ -159,7 +158,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
             chat(("system", "S"), ("user", "Q0"), ("assistant", "A0"), USER, ANSWER),
         ),
         # Pairs
-        ({"prompt": "Q", "response": "A"}, Completion("Q", "A")),
+        ({"prompt": "Q", "response": "A"}, Chat.pair("Q", "A")),
         (
             {"prompt": TURNS[:1], "completion": TURNS[1:]},
             chat(USER, ANSWER),
@@ -218,8 +217,8 @@ def test_make_document_names_the_record_and_what_changes_nothing():
 @pytest.mark.parametrize(
     ("record", "content"),
     [
-        ({"prompt": "Q", "completion": "A"}, Completion("Q", "")),
-        ({"instruction": "Q", "input": "I"}, Completion("Q\n\nI", "")),
+        ({"prompt": "Q", "completion": "A"}, Chat.pair("Q")),
+        ({"instruction": "Q", "input": "I"}, Chat.pair("Q\n\nI")),
         ({"prompt": "Q", "system": "S"}, chat(("system", "S"), USER)),
         ({"messages": TURNS}, chat(USER)),
         ({"prompt": TURNS[:1]}, chat(USER)),

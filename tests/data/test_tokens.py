@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Completion
+from taid_jax.data.documents import Chat
 from taid_jax.data.errors import DataError
 from taid_jax.data.tokens import Encoder, Example, Rendered, Span, cut_windows
 
@@ -103,8 +103,8 @@ def test_encoder_has_the_start_token_of_a_text_once(llama, times, framed):
 
 @pytest.mark.parametrize("train_on_prompts", [True, False])
 def test_encoder_of_a_prompt_that_was_rendered_before(llama, train_on_prompts):
-    content = Completion("<s>[INST] hi [/INST]", " hello</s>")
-    item = ChatRenderer(llama, train_on_prompts=train_on_prompts).completion(content)
+    content = Chat.pair("<s>[INST] hi [/INST]", " hello</s>")
+    item = ChatRenderer(llama, train_on_prompts=train_on_prompts).chat(content)
     [example] = Encoder(llama).examples([item])
     text = llama.decode(example.ids.tolist())
     assert text.replace("<s> ", "<s>") == "<s>[INST] hi [/INST] hello</s>"

@@ -27,6 +27,10 @@ def test_cross_entropy_closed_form_and_its_digits(evaluate):
     np.testing.assert_allclose(losses[0], np.log1p(np.exp(-1.0)), rtol=1e-6)
     q = 1 / (1 + np.e)
     np.testing.assert_allclose(gradient[0], [-q, q, 0], rtol=1e-6)
+    # A label that the student has no entry for takes no part.
+    losses, gradient = evaluate(CrossEntropy(), student, student, label + 2)
+    assert losses[0] == 0
+    assert gradient[0, 2] == 0
     student = np.array([[30.0, 0.0, -1.0]], np.float32)
     _, gradient = evaluate(CrossEntropy(), student, student, label)
     rest = np.exp([-30.0, -31.0])

@@ -83,6 +83,7 @@ def test_plan_step_counts_the_products_of_both_models(planned, tiny):
     assert lower < planned.flops_per_chip <= lower + attention
 
 
+@pytest.mark.slow
 def test_plan_step_collectives_grow_with_accumulation(planned, cramped):
     # What two micro-batches exchange is counted twice; the update's is not.
     times = [sum(plan.collectives.count.values()) for plan in (planned, cramped)]
@@ -92,6 +93,7 @@ def test_plan_step_collectives_grow_with_accumulation(planned, cramped):
     assert planned.flops_per_chip == cramped.flops_per_chip
 
 
+@pytest.mark.slow
 def test_plan_step_over_the_limit_does_not_fit(planned, cramped):
     assert planned.fits
     assert cramped.peak_bytes > cramped.hbm_limit_bytes == 1000

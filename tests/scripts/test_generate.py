@@ -54,9 +54,9 @@ def test_generate_writes_what_training_reads_and_overwrites_nothing(
     assert [row["number"] for row in rows] == [0, 1, 2, 3]
     assert [row["prompt"] for row in rows][:3] == [p["prompt"] for p in PROMPTS]
     for row in rows:
-        content = make_document(row, 0).content
-        assert content.completion.strip()
-        assert content.completion != "old"
+        answer = make_document(row, 0).content.messages[1].content
+        assert answer.strip()
+        assert answer != "old"
     assert "4 answers written" in capsys.readouterr().out
 
     status, kept = run(path, "--max-new-tokens=5")

@@ -8,7 +8,7 @@ import pytest
 
 from taid_jax import loss
 from taid_jax.train import step as s
-from taid_jax.train.state import updates_applied
+from taid_jax.train.state import make_optimizer, updates_applied
 
 TEACHER_SEED = 2
 
@@ -178,6 +178,21 @@ def test_train_step_not_finite_is_skipped(make_trainer, make_params, make_batch,
     after, metrics = step(after, teacher, make_batch(2))
     assert metrics["skipped"] == 0
     assert updates_applied(after.opt_state) == 2
+
+
+def test_make_optimizer_decays_neither_biases_nor_layer_norms_nor_what_is_learned():
+    names = {"norm": ("scale", "bias"), "rms": ("scale",), "proj": ("kernel", "bias")}
+    params = {
+        part: {leaf: jnp.ones(2) for leaf in leaves} for part, leaves in names.items()
+    }
+    trainable = ({"layers": params}, {"temperature": jnp.ones(())})
+    optimizer = make_optimizer(0.5, weight_decay=0.1)
+    nothing = jax.tree.map(jnp.zeros_like, trainable)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(nothing, optimizer.init(trainable), trainable)
+    found = jax.tree_util.tree_leaves_with_path(updates)
+    moved = {jax.tree_util.keystr(path[-2:]) for path, leaf in found if np.any(leaf)}
+    assert moved == {"['rms']['scale']", "['proj']['kernel']"}
 
 
 def _nan_of_learned(updates, _):

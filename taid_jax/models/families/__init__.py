@@ -4,17 +4,11 @@ A new family is a file like `llama.py` and an entry in `registry.FAMILIES`; what
 differently from the others is a setting of `DecoderConfig`.
 """
 
-from taid_jax.models.families.family import ACTIVATIONS as ACTIVATIONS
 from taid_jax.models.families.family import Buffer as Buffer
 from taid_jax.models.families.family import Family as Family
-from taid_jax.models.families.family import Group as Group
-from taid_jax.models.families.family import Setting as Setting
-from taid_jax.models.families.family import Weight as Weight
-from taid_jax.models.families.layout import Part as Part
 from taid_jax.models.families.registry import FAMILIES as FAMILIES
 from taid_jax.models.families.registry import MOST_LAYERS as MOST_LAYERS
 from taid_jax.models.families.registry import buffer_kind as buffer_kind
 from taid_jax.models.families.registry import family_named as family_named
 from taid_jax.models.families.registry import read_config as read_config
-from taid_jax.models.families.registry import supported as supported
 from taid_jax.models.families.registry import write_config as write_config

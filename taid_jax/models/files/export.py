@@ -182,16 +182,6 @@ def _by_tensor(todo: Sequence[Entry]) -> list[list[Entry]]:
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in todo:
         groups.setdefault(entry.names[0], []).append(entry)
-    for names, group in groups.items():
-        part = group[0].part
-        wanted = list(range(len(part.sizes))) if part else [None]
-        group.sort(key=lambda entry: entry.part.index if entry.part else 0)
-        if [entry.part and entry.part.index for entry in group] != wanted:
-            raise ModelError(
-                f"{names[0]} is not made of the parameters "
-                f"{', '.join('.'.join(entry.path) for entry in group)}: the family has "
-                "to declare each of its pieces once"
-            )
     return list(groups.values())
 
 

@@ -193,8 +193,6 @@ def _read_rope(
             "rope.scaling.type",
             f"the decoder can do linear, yarn and longrope, not {show(kind)}",
         )
-    if not (theta > 0 and factor >= 1):
-        fields.problem("rope", f"need a base > 0 and a factor >= 1, got {factor}")
     if kind == "longrope" and not long:
         fields.problem(
             "rope.scaling.type", f"'longrope' needs {' and '.join(_LONG_ROPE)}"

@@ -8,6 +8,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
 
 from taid_jax.errors import ModelError, parsing, show
 
@@ -144,22 +145,12 @@ _KEYS: Mapping[str, str] = {
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
-class Built(NamedTuple):
-    """What a tokenizer of `transformers` is made of.
+def build(
+    metadata: Mapping[str, object], origin: str
+) -> tuple[PreTrainedTokenizerFast, tuple[str, ...]] | None:
+    """Returns the tokenizer that a GGUF file describes, and what should be known of it.
 
-    Attributes:
-        backend: Text to ids.
-        options: Special tokens, the chat template, and whether texts are framed.
-        notes: What the user should know.
-    """
-
-    backend: Backend
-    options: dict[str, Any]
-    notes: tuple[str, ...]
-
-
-def build(metadata: Mapping[str, object], origin: str) -> Built | None:
-    """Returns the tokenizer that a GGUF file describes, None if it has none.
+    None if the file has none.
 
     Byte-level ones are built here, since what `transformers` makes of them has neither
     all rules of cutting nor always the file's ids. Of the others its own classes know
@@ -219,9 +210,9 @@ def build(metadata: Mapping[str, object], origin: str) -> Built | None:
             )
             adds_bos = entries.get("tokenizer_type") == "llama"
         backend = _checked(backend, tokens, origin)
-    if adds_bos and options["bos_token"] is not None:
-        options.setdefault("add_bos_token", True)  # As llama.cpp does.
-    return Built(backend, options, notes)
+        if adds_bos and options["bos_token"] is not None:
+            options.setdefault("add_bos_token", True)  # As llama.cpp does.
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **options), notes
 
 
 def _splitting(name: object, origin: str) -> tuple[Splitting, tuple[str, ...]]:

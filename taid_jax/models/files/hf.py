@@ -66,23 +66,23 @@ class FolderTensors:
 
 
 def read_folder_config(
-    folder: pathlib.Path, unknown: list[str] | None = None
+    source: pathlib.Path, unknown: list[str] | None = None
 ) -> DecoderConfig:
-    """Returns the architecture in a folder's config.json.
+    """Returns the architecture that a folder's config.json describes.
 
     Args:
-        folder: Holds it.
+        source: The folder, or the file itself.
         unknown: As in `read_config`.
 
     Raises:
         ModelError: If the folder has none that the decoder can follow.
     """
-    path = folder / CONFIG
+    path = source / CONFIG if source.is_dir() else source
     if not os.path.lexists(path):
-        there = sorted(entry.name for entry in folder.iterdir())[:10]
+        there = sorted(entry.name for entry in source.iterdir())[:10]
         holds = f"holds {', '.join(there)}" if there else "is empty"
         raise ModelError(
-            f"{folder} has no config.json, so it is no Hugging Face model folder; it "
+            f"{source} has no config.json, so it is no Hugging Face model folder; it "
             f"{holds}. Give the folder that `save_pretrained` wrote, or a .gguf file"
         )
     return read_config(read_json(path), str(path), unknown=unknown)

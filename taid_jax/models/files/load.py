@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import init_params
-from taid_jax.models.families import family_named, read_config
+from taid_jax.models.families import family_named
 from taid_jax.models.families.fields import read_json
 from taid_jax.models.files.export import export_model as export_model
 from taid_jax.models.files.gguf import GgufFile, open_gguf
@@ -174,12 +174,7 @@ def open_model(
         tensors = file = open_gguf(found.path)
         config = read_gguf_config(file, unknown)
     else:
-        if found.kind == "config":
-            config = read_config(
-                read_json(found.path), str(found.path), unknown=unknown
-            )
-        else:
-            config = read_folder_config(found.path, unknown)
+        config = read_folder_config(found.path, unknown)
         if weights or (weights is None and has_weights(found.folder)):
             tensors = files = open_folder(found.folder, family_named(config.family))
             followed = own_head(config, files)
@@ -202,25 +197,21 @@ def open_model(
 
 
 def load_config(
-    source: str | os.PathLike[str],
-    *,
-    weights: bool = True,
-    allow_unknown_keys: bool = False,
+    source: str | os.PathLike[str], *, allow_unknown_keys: bool = False
 ) -> DecoderConfig:
     """Returns the architecture of a model, without its weights.
 
+    Where the files of the weights are on this machine, they are followed: a head that
+    differs from the embedding is one though the config ties them.
+
     Args:
         source: See `hub.resolve`.
-        weights: Follow the files of the weights, where they are on this machine: a
-            head that differs from the embedding is one though the config ties them.
         allow_unknown_keys: As in `load_model`.
 
     Raises:
         ModelError: If there is no such model, or the decoder cannot be it.
     """
-    look = None if weights else False
-    found = open_model(source, weights=look, allow_unknown_keys=allow_unknown_keys)
-    return found.config
+    return open_model(source, allow_unknown_keys=allow_unknown_keys).config
 
 
 def load_model(

@@ -439,8 +439,5 @@ def gguf_tokenizer(metadata: Mapping[str, object], origin: str) -> Tokenizer | N
     built = gguf.build(metadata, origin)
     if built is None:
         return None
-    with parsing(f"the tokenizer in {origin} cannot be used", ModelError):
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=built.backend, **built.options
-        )
-    return choose_pad_token(_noted(tokenizer, *built.notes))
+    tokenizer, notes = built
+    return choose_pad_token(_noted(tokenizer, *notes))

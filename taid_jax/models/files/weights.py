@@ -128,20 +128,12 @@ def entries(config: DecoderConfig, file_format: FileFormat) -> tuple[Entry, ...]
     """Returns every parameter of a model with the tensors that hold it.
 
     In the order in which the family declares them.
-
-    Raises:
-        ModelError: If the family declares no tensor for a parameter.
     """
     family = family_named(config.family)
     found: dict[str, list[Entry]] = {weight.module: [] for weight in family.weights}
     for path, shape in _parameters(config).items():
-        module = ".".join(path[:-1])
-        if module not in found:
-            raise ModelError(
-                f"the family {family.name} declares no tensors for the parameters of "
-                f"{module}"
-            )
-        found[module].append(_entry(config, family, path, shape, file_format))
+        entry = _entry(config, family, path, shape, file_format)
+        found[".".join(path[:-1])].append(entry)
     return tuple(entry for group in found.values() for entry in group)
 
 

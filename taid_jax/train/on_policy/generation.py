@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Completion
+from taid_jax.data.documents import Chat
 from taid_jax.data.errors import RecordError
 from taid_jax.data.tokens import Encoder
 from taid_jax.errors import show
@@ -234,7 +234,7 @@ def template_end(tokenizer: Tokenizer) -> TemplateEnd | None:
         return None
     try:
         # A character that no header of a template has.
-        asked = renderer.completion(Completion("a", "\ue000"))
+        asked = renderer.chat(Chat.pair("a", "\ue000"))
     except DataError as error:
         no_end = isinstance(error, RecordError) and error.reason == "no_end"
         return TemplateEnd("", None) if no_end else None

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from taid_jax.data import DataError, ExampleSet, held_out_batches
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import ANSWER_ROLE, Chat, Completion, parse_prompt
+from taid_jax.data.documents import ANSWER_ROLE, Chat, parse_prompt
 from taid_jax.data.errors import RecordError
 from taid_jax.data.records import kind_of, read_file
 from taid_jax.data.tokens import Encoder, Tokenizer
@@ -71,14 +71,14 @@ class Prompt(NamedTuple):
 
     number: int
     origin: str
-    content: Completion | Chat
+    content: Chat
     ids: Sequence[int] = ()
 
     def completed(self, text: str) -> dict[str, Any]:
         """Returns the record that training reads, with a completion."""
         content = self.content
-        if isinstance(content, Completion):
-            return {"prompt": content.prompt, "completion": text}
+        if content.is_pair:
+            return {"prompt": content.messages[0].content, "completion": text}
         turns = [
             message.for_template() | ({} if message.trained else {"weight": 0})
             for message in content.messages

@@ -1,6 +1,5 @@
 """config.json to DecoderConfig and back; tables of weights that fit the decoder."""
 
-import dataclasses
 import json
 import math
 
@@ -12,7 +11,6 @@ from taid_jax.models.config import DecoderConfig, RopeConfig
 from taid_jax.models.decoder import abstract_params
 from taid_jax.models.families import (
     FAMILIES,
-    family_named,
     read_config,
 )
 from taid_jax.models.files.weights import axis_sizes, entries
@@ -281,12 +279,3 @@ def test_layouts_of_every_weight_give_the_decoders_shapes(family, file_format):
         layer = entry.shape[1:] if entry.stacked else entry.shape
         axes = (math.prod(sizes[x] for x in axis) for axis in entry.layout.param)
         assert tuple(axes) == layer
-
-
-def test_entries_names_a_parameter_that_the_family_does_not_declare(monkeypatch):
-    family = family_named("llama")
-    poor = dataclasses.replace(family, weights=family.weights[:-1])
-    monkeypatch.setattr("taid_jax.models.families.registry.FAMILIES", (poor,))
-    config = DecoderConfig(8, 4, 1, 1, 1, 4, 4, 8)
-    with pytest.raises(ModelError, match=r"declares no tensors .* lm_head"):
-        entries(config, "hf")

@@ -17,7 +17,6 @@ from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
     abstract_params,
-    decoder_functions,
     param_axes,
 )
 from taid_jax.models.files.hf import open_folder
@@ -218,35 +217,6 @@ def test_smollm2_exported_and_read_again_is_the_same(teacher, exported):
     again = load_model(exported)
     assert again.config == teacher.config
     same(again.params, teacher.params)
-
-
-@pytest.mark.real_model
-def test_smollm2_gives_the_logits_of_pytorch(teacher, exported):
-    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
-    transformers = pytest.importorskip("transformers")
-    texts = ["Water boils at a lower temperature on a mountain because", "def f(x):"]
-    encoded = teacher.tokenizer(texts, padding=True, return_tensors="np")
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    functions = decoder_functions(teacher.config)
-
-    @jax.jit
-    def logits(params, batch):
-        return functions.head(params).logits(functions.hidden(params, batch))
-
-    batch = {
-        "input_ids": jnp.asarray(ids, jnp.int32),
-        "attention_mask": jnp.asarray(mask, jnp.int32),
-    }
-    ours = np.asarray(logits(teacher.params, batch))
-    # The exported folder holds the dequantised weights, bit for bit (tested above).
-    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
-    with torch.no_grad():
-        theirs = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
-    counted = mask.astype(bool)
-    # Asked for: 2e-3, over 30 layers of float32 in another order of summation.
-    np.testing.assert_allclose(
-        ours[counted], theirs.numpy()[counted], atol=2e-3, rtol=0
-    )
 
 
 @pytest.mark.real_model

@@ -263,15 +263,12 @@ def test_choose_pad_token_takes_the_end_token_only_where_there_is_none():
     assert choose_pad_token(given).pad_token_id == 0
 
 
-def test_same_tokenizer_tells_equal_sizes_with_other_ids():
+def test_same_tokenizer_tells_other_ids_and_added_tokens():
     with pytest.raises(ModelError) as caught:
         same_tokenizer(make_tokenizer(("a", "b", "c")), make_tokenizer(("a", "c", "b")))
     text = str(caught.value)
     assert "(3 tokens) and student (3 tokens) differ in 2 ids" in text
     assert "1 is 'b' and 'c'; 2 is 'c' and 'b'" in text
-
-
-def test_same_tokenizer_tells_other_sizes_and_added_tokens():
     longer = make_tokenizer()
     longer.add_tokens(["<new>"])
     with pytest.raises(ModelError, match=r"differ in 1 ids: 3 is None and '<new>'"):

@@ -1,7 +1,5 @@
 """Tensors that hold several modules: on a mesh, under other names, and damaged."""
 
-import dataclasses
-
 import jax
 import ml_dtypes
 import numpy as np
@@ -11,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from taid_jax.errors import ModelError
 from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.models.families import family_named, read_config
-from taid_jax.models.files.export import export_model, stored_tensors
+from taid_jax.models.files.export import export_model
 from taid_jax.models.files.hf import WEIGHTS
 from taid_jax.models.files.load import load_model
 from taid_jax.models.rope import rope_frequencies
@@ -68,40 +66,6 @@ def write(tmp_path, random_params):
         return tmp_path / name, config, params
 
     return make
-
-
-def test_load_model_reads_the_thirds_of_each_head_of_gpt_neox(write):
-    folder, config, _ = write("gpt_neox")
-    stored = load_file(folder / WEIGHTS)
-    name = "gpt_neox.layers.1.attention.query_key_value"
-    weight, bias = stored[f"{name}.weight"], stored[f"{name}.bias"]
-    attention = load_model(folder).params["layers"]["attention"]
-    width = config.head_dim
-    for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
-        for head in range(config.num_heads):
-            start = (3 * head + index) * width
-            rows = slice(start, start + width)
-            kernel = attention[part]["kernel"][1, :, head]
-            np.testing.assert_array_equal(kernel, weight[rows].T)
-            np.testing.assert_array_equal(attention[part]["bias"][1, head], bias[rows])
-
-
-def test_load_model_reads_queries_before_keys_before_values_of_phi3(write):
-    folder, _, _ = write("phi3")
-    stored = load_file(folder / WEIGHTS)
-    weight = stored["model.layers.1.self_attn.qkv_proj.weight"]
-    gate_up = stored["model.layers.1.mlp.gate_up_proj.weight"]
-    layers = load_model(folder).params["layers"]
-    first = 16  # Four heads of width 4, then two, then two.
-    for part, rows in (
-        ("q_proj", weight[:first]),
-        ("k_proj", weight[first : first + 8]),
-        ("v_proj", weight[first + 8 :]),
-    ):
-        kernel = layers["attention"][part]["kernel"][1].reshape(16, -1)
-        np.testing.assert_array_equal(kernel, rows.T)
-    for part, rows in (("gate_proj", gate_up[:24]), ("up_proj", gate_up[24:])):
-        np.testing.assert_array_equal(layers["mlp"][part]["kernel"][1], rows.T)
 
 
 @pytest.mark.multidevice
@@ -199,19 +163,3 @@ def test_load_model_lists_the_heads_that_are_missing(write):
     text = refusal(folder)
     assert f"missing: {at(3)}, shape (4,)" in text
     assert f"wrong shape: {at(1)} has (5,), the config needs (4,)" in text
-
-
-def test_stored_tensors_needs_every_piece_of_a_tensor(monkeypatch, random_params):
-    family = family_named("phi3")
-    config = config_of("phi3")
-    whole = random_params(config)
-    doubled = tuple(
-        dataclasses.replace(weight, part=dataclasses.replace(weight.part, index=1))
-        if weight.module == "layers.mlp.gate_proj"
-        else weight
-        for weight in family.weights
-    )
-    poor = dataclasses.replace(family, weights=doubled)
-    monkeypatch.setattr("taid_jax.models.families.registry.FAMILIES", (poor,))
-    with pytest.raises(ModelError, match=r"gate_up_proj.*each of its pieces once"):
-        list(stored_tensors(config, whole))

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from taid_jax.data import DataError
-from taid_jax.data.documents import Completion, make_document
+from taid_jax.data.documents import Chat, make_document
 from taid_jax.train.on_policy.prompts import (
     Prompt,
     digest,
@@ -93,7 +93,7 @@ def tokenizer():
 
 
 def encode(tokenizer, text):
-    [found] = encode_prompts([Prompt(0, "here", Completion(text, ""))], tokenizer)
+    [found] = encode_prompts([Prompt(0, "here", Chat.pair(text))], tokenizer)
     return found.ids
 
 
