@@ -10,6 +10,7 @@ beside those from whole rows.
 import argparse
 import json
 import pathlib
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ OBJECTIVES = {
 
 def main() -> None:
     """Prints a table, and writes it where --json says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--student-layers", type=int, nargs="+", default=[28, 20, 10])
     parser.add_argument("--k", type=int, nargs="+", default=[16, 64, 256])
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     flags = parser.parse_args()
     model = load_model(flags.model)
-    data = load_dataset("pydoc", model.tokenizer, seq_len=256)
+    data = load_dataset("pydoc", cast(Any, model.tokenizer), seq_len=256)
     batch = data.held_out.batch(range(flags.rows), flags.rows)
     config, params = model.config, model.params
     run = jax.jit(hidden_states, static_argnums=2)
@@ -72,7 +73,8 @@ def main() -> None:
                 zip((c.name for c in columns), jax.jit(outputs)({}, {}), strict=True)
             )
             stand_in = stored_functions("topk", config, tail=flags.tail)
-            known, known_head = stand_in.hidden({}, stored), stand_in.head({})
+            known = cast(Any, stand_in.hidden)({}, stored)
+            known_head = cast(Any, stand_in.head)({})
             mass = -jnp.expm1(known.tail[mask])
             for name, objective in OBJECTIVES.items():
                 live = look(objective, student, kernel, teacher, whole)
