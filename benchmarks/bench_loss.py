@@ -173,6 +173,54 @@ def masked(arrays: dict[str, jax.Array], fraction: float) -> dict[str, jax.Array
     return {**arrays, "mask": arrays["mask"].at[out].set(0)}
 
 
+def torch_columns(
+    name: str, arrays: dict[str, np.ndarray], args: argparse.Namespace
+) -> dict[str, Column]:
+    """Returns the published loss on whole logits, eager and compiled by PyTorch.
+
+    Raises:
+        ImportError: If PyTorch is not there.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    from parity.torch_reference import OBJECTIVES, Settings, published_loss
+
+    if name not in OBJECTIVES:
+        return {}
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = {key: torch.from_numpy(array).to(device) for key, array in arrays.items()}
+    for key, tensor in made.items():
+        if tensor.ndim == 2:
+            # PyTorch's linear layers hold their kernels as (vocab, d_model).
+            tensor = tensor.T.contiguous() if "kernel" in key else tensor
+            made[key] = tensor.to(getattr(torch, args.dtype))
+    mask, labels = made["mask"].float(), made["labels"].long()
+    moving = [
+        made[key].requires_grad_() for key in ("student_hidden", "student_kernel")
+    ]
+
+    def value(hidden: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher = linear(made["teacher_hidden"], made["teacher_kernel"])
+        logits = linear(hidden, kernel)
+        return published_loss(name, logits, teacher, mask, labels, Settings(t=args.t))
+
+    def step(value: Callable[..., torch.Tensor]) -> Step:
+        def run() -> float:
+            found = value(*moving)
+            torch.autograd.grad(found, moving)
+            return found.item()
+
+        return run
+
+    return {
+        "published, eager": Column(step(value)),
+        "published, compiled": Column(step(torch.compile(value))),
+    }
+
+
 def make_columns(size: Sequence[int], args: argparse.Namespace) -> dict[str, Column]:
     """Returns the columns to be measured, the limit first and the fused head next."""
     plain = make_arrays(size, args.seed)
@@ -202,12 +250,7 @@ def make_columns(size: Sequence[int], args: argparse.Namespace) -> dict[str, Col
                 )
     if not args.no_torch:
         try:
-            from parity.loss_speed import liger_columns, published_columns
-
-            found = published_columns(
-                name, plain, t=args.t, dtype=args.dtype, threads=args.threads
-            ) | liger_columns(plain, dtype=args.dtype)
-            columns |= {key: Column(step) for key, step in found.items()}
+            columns |= torch_columns(name, plain, args)
         except ImportError:
             print("PyTorch is not installed: pip install 'torch<2.14'", file=sys.stderr)
     return columns

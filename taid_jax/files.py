@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import socket
@@ -13,6 +14,9 @@ from taid_jax.errors import InputError, explain, show
 
 LOCK = ".lock"
 """In a folder that one living process holds."""
+
+HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.(partial|old)")
+"""Names of the folders that a killed `folder_aside` leaves behind."""
 
 
 @contextlib.contextmanager
@@ -81,7 +85,7 @@ def folder_aside(
     """Gives a new folder to fill, which takes the place of `path` when all is written.
 
     What stood there comes back if that fails; what is left of a writer that was killed
-    ends in `.partial`.
+    is called as `HALF_WRITTEN` says.
 
     Args:
         path: The folder; what it is in is made too.

@@ -123,6 +123,7 @@ def encode_records(
     if jobs > 1:
         # Not forked: the tokenizers have threads.
         multiprocess.set_start_method("spawn", force=True)  # pyright: ignore
+        multiprocess.get_context("spawn").Manager = _manager  # pyright: ignore
     pieces = [
         records.select(range(start, min(start + PIECE, len(records)))).map(
             _Encode(tokenizer, options),
@@ -156,7 +157,7 @@ class _Encode:
     def __call__(self, batch: Mapping[str, list[Any]]) -> pyarrow.Table:
         options = self._options
         if self._intake is None:
-            threading.Thread(target=_end_with_parent, daemon=True).start()
+            _watch_parent()
             self._intake = Intake(
                 Encoder(self._tokenizer),
                 Limits(options.max_tokens, options.max_prompt, options.max_answer),
@@ -235,6 +236,21 @@ def _hash(seed: int, *parts: object) -> int:
 def _text(text: str) -> str:
     """Returns text that a table can hold."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _manager() -> Any:
+    """Returns the server of the pool's queue, which ends with its parent as well."""
+    import multiprocess
+    from multiprocess.managers import SyncManager
+
+    context = multiprocess.get_context("spawn")  # pyright: ignore
+    manager = SyncManager(ctx=context)
+    manager.start(_watch_parent)
+    return manager
+
+
+def _watch_parent() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

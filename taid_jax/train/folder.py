@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 from taid_jax.errors import InputError, explain, shorten, show
-from taid_jax.files import LOCK, hold_folder
+from taid_jax.files import HALF_WRITTEN, LOCK, hold_folder
 from taid_jax.settings import RunSettings, SettingsError
 
 CHECKPOINTS = "checkpoints"
@@ -23,8 +23,6 @@ _FILES = re.compile(
 )
 _FOLDERS = re.compile(rf"{CHECKPOINTS}|tensorboard|student|{SET_ASIDE}")
 _DONE = ("report.json", "curves.png", "student")
-# As `files.folder_aside` calls a model's folder while it is written.
-_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.(partial|old)")
 # Of nobody: a plan of this run may lie there already.
 _HARMLESS = ("plan.json", LOCK)
 _STEP = re.compile(r"0|[1-9][0-9]*")
@@ -127,7 +125,7 @@ class RunFolder:
         if not names or (self._resume and self.has_checkpoints()):
             return
         done = [name for name in names if name in _DONE]
-        ours = (_FILES, _FOLDERS, _PARTIAL)
+        ours = (_FILES, _FOLDERS, HALF_WRITTEN)
         foreign = [
             name for name in names if not any(kind.fullmatch(name) for kind in ours)
         ]
@@ -174,7 +172,7 @@ class RunFolder:
     def _tidy(self) -> None:
         """Clears what a killed process left half done out of the way."""
         for entry in list(self.path.iterdir()):
-            if _PARTIAL.fullmatch(entry.name):
+            if HALF_WRITTEN.fullmatch(entry.name):
                 shutil.rmtree(entry, ignore_errors=True)
             elif _FILES.fullmatch(entry.name) and not entry.is_file():
                 self.set_aside(entry, "is no file")

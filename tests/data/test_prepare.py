@@ -16,6 +16,7 @@ from taid_jax.data import prepare as module
 from taid_jax.data.errors import REASONS
 from taid_jax.data.prepare import PRESETS, REPORT, PrepareOptions, prepare
 from taid_jax.data.shards import read_manifest
+from taid_jax.settings import SettingsError
 
 
 def write_ultrachat(path, make_conversations, count, seed):
@@ -313,6 +314,8 @@ def test_prepare_takes_validation_data_from_elsewhere(source, tmp_path, tokenize
     manifest = prepare(asked, tokenizer)
     assert [source["side"] for source in manifest.sources] == ["train", "validation"]
     assert manifest.records == 80
+    with pytest.raises(SettingsError, match="need no validation_split beside it"):
+        ask(source, tmp_path / "other", validation_data=str(source))
     both = ask(source, tmp_path / "other", validation_data=str(source), **options)
     with pytest.raises(DataError, match="both trained and validated on"):
         prepare(both, tokenizer)

@@ -183,7 +183,7 @@ def test_head_entries_are_those_of_a_sort(make_inputs, threshold):
 
 
 def test_head_entries_tell_neighbouring_floats_apart():
-    row = normalise(jnp.array([[0.0, -1.2e-7, -30.0]]))
+    row = normalise(jnp.array([[0.0, -6e-8, -30.0]]))
     np.testing.assert_array_equal(head_entries(row, 0.4), [[True, False, False]])
     np.testing.assert_array_equal(head_entries(row, 0.9), [[True, True, False]])
 

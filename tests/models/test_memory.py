@@ -117,8 +117,8 @@ def test_load_model_needs_no_second_copy(tmp_path, random_params):
         text=True,
         check=True,
     )
-    # The weights, 200 MiB, and one tensor.
-    assert 1 <= float(done.stdout) < 1.3
+    # The weights, 200 MiB, and what one layer of them takes.
+    assert 1 <= float(done.stdout) < 1.5
 
 
 def test_check_fits_adds_up_what_shares_a_host(monkeypatch):

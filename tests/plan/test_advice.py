@@ -2,6 +2,8 @@ import dataclasses
 
 import pytest
 
+from taid_jax.plan import advice, find_machine
+
 ALL_CHANGES = [
     {"mesh": "data=1,fsdp=8,tensor=1"},
     {"remat": "full"},
@@ -17,8 +19,6 @@ ALL_CHANGES = [
 def test_find_fit_adds_changes_until_it_fits(
     make_settings, planned, tiny, monkeypatch, fitting
 ):
-    from taid_jax.plan import advice, find_machine
-
     steps = []
 
     def plan_step(settings, *_):

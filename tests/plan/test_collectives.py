@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from taid_jax.plan import count_collectives, find_machine
+from taid_jax.plan.compiled import plan_mesh
+
 pytestmark = pytest.mark.optimised
 
 
 def test_count_collectives_multiplies_by_the_trips_of_nested_loops():
-    from taid_jax.plan import count_collectives, find_machine
-    from taid_jax.plan.compiled import plan_mesh
-
     mesh = plan_mesh("fsdp=8", find_machine("local:8"))
     rows = jax.NamedSharding(mesh, PartitionSpec("fsdp"))
 
@@ -64,8 +64,6 @@ ENTRY %main (x.1: bf16[8,256]) -> bf16[8,256] {
 
 
 def test_count_collectives_reads_the_way_of_tpu_programs():
-    from taid_jax.plan import count_collectives
-
     found = count_collectives(TPU_PROGRAM)
     assert found.count == {"all-gather": 7, "all-reduce": 7, "collective-permute": 1}
     small, large = 8 * 256 * 2, 32 * 256 * 2
@@ -79,8 +77,6 @@ def test_count_collectives_reads_the_way_of_tpu_programs():
 
 
 def test_count_collectives_counts_one_that_spans_fusions_once():
-    from taid_jax.plan import count_collectives
-
     gather = "  ROOT %g = bf16[32,256] all-gather(%x), channel_id={}\n"
     fusions = "".join(
         f"%f.{name} (x: bf16[8,256]) -> bf16[32,256] {{\n"
@@ -97,8 +93,6 @@ def test_count_collectives_counts_one_that_spans_fusions_once():
 
 
 def test_count_collectives_names_loops_without_a_fixed_length():
-    from taid_jax.plan import count_collectives
-
     text = TPU_PROGRAM.replace("constant(7)", "get-tuple-element(%p.2)")
     found = count_collectives(text)
     assert found.endless == 1
@@ -106,8 +100,6 @@ def test_count_collectives_names_loops_without_a_fixed_length():
 
 
 def test_count_collectives_of_loops_that_take_two_steps_a_turn():
-    from taid_jax.plan import count_collectives
-
     turned = (
         "  %i = s32[]{:T(128)} get-tuple-element(%p), index=0\n"
         "  %two = s32[]{:T(128)} constant(2)\n"

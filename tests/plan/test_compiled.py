@@ -3,12 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taid_jax.models.decoder import abstract_params, init_params
+from taid_jax.plan import find_machine, pair_configs, plan_step
+from taid_jax.plan.compiled import abstract_step, compiled_anew, plan_mesh
+
 pytestmark = pytest.mark.optimised
 
 
 def test_plan_step_counts_the_bytes_of_its_arguments(planned, tiny):
-    from taid_jax.models.decoder import abstract_params
-
     # 32 wide axes and 8 devices: every matrix is cut evenly; norms are whole.
     def share(config, size):
         leaves = jax.tree.leaves(abstract_params(config))
@@ -28,10 +30,6 @@ def test_plan_step_counts_the_bytes_of_its_arguments(planned, tiny):
 
 @pytest.mark.slow
 def test_plan_step_memory_is_that_of_the_step_that_runs(make_settings, planned, tiny):
-    from taid_jax.models.decoder import init_params
-    from taid_jax.plan.compiled import abstract_step, plan_mesh
-    from taid_jax.plan.machine import find_machine
-
     settings = make_settings(grad_accum=2)
     mesh = plan_mesh(settings.run.mesh, find_machine("local:8"))
     step, shapes = abstract_step(settings, *tiny, mesh)
@@ -103,8 +101,6 @@ def test_plan_step_over_the_limit_does_not_fit(planned, cramped):
 def test_compiled_anew_leaves_the_compile_cache_as_it_was(tmp_path):
     from jax.experimental.compilation_cache import compilation_cache
 
-    from taid_jax.plan.compiled import compiled_anew
-
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
@@ -127,8 +123,6 @@ def test_compiled_anew_leaves_the_compile_cache_as_it_was(tmp_path):
 
 @pytest.mark.tpu_compiler
 def test_plan_step_too_large_for_a_chip_does_not_fit(make_settings):
-    from taid_jax.plan import find_machine, pair_configs, plan_step
-
     pytest.importorskip("libtpu", reason="compiles for a TPU")
     settings = make_settings(
         teacher="llama-2-13b", student_layers=1, dtype="bfloat16", seq_len=128
@@ -155,8 +149,6 @@ def test_plan_step_too_large_for_a_chip_does_not_fit(make_settings):
 def test_plan_step_72b_teacher_fits(
     make_settings, machine, batch_size, seq_len, most_gib
 ):
-    from taid_jax.plan import find_machine, pair_configs, plan_step
-
     pytest.importorskip("libtpu", reason="compiles for a TPU")
     settings = make_settings(
         teacher="qwen2-72b",
@@ -176,8 +168,6 @@ def test_plan_step_72b_teacher_fits(
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_plan_step_exchanges_hardly_more_on_more_chips(make_settings):
-    from taid_jax.plan import find_machine, pair_configs, plan_step
-
     pytest.importorskip("libtpu", reason="compiles for a TPU")
     found = []
     for machine, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from taid_jax.models.attention import Scoring
+from taid_jax.models.kernels import splash_attention
+from taid_jax.plan import count_flops, find_machine
+from taid_jax.plan.compiled import plan_mesh
+
 
 def test_count_flops_of_scan_cond_and_shard_map():
-    from taid_jax.plan import count_flops, find_machine
-    from taid_jax.plan.compiled import plan_mesh
-
     mesh = plan_mesh("fsdp=8", find_machine("local:8"))
 
     def program(x, w):
@@ -37,10 +39,6 @@ def test_count_flops_of_scan_cond_and_shard_map():
     ],
 )
 def test_count_flops_of_a_kernel_counts_the_blocks_it_runs(window, blocks):
-    from taid_jax.models.attention import Scoring
-    from taid_jax.models.kernels import splash_attention
-    from taid_jax.plan import count_flops
-
     def attend(queries, keys, values):
         return splash_attention(
             queries, keys, values, None, window=window, scoring=Scoring(0.125)

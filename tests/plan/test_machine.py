@@ -4,20 +4,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from taid_jax.plan import PlanError, find_machine
+
 
 @pytest.mark.parametrize(
     "name", ["v5e:3x3", "v7:2x2", "v5p:2x2", "local:0", "local", "", "v4"]
 )
 def test_find_machine_unknown_lists_the_known(name):
-    from taid_jax.plan import PlanError, find_machine
-
     with pytest.raises(PlanError, match=r"no machine is called.*v5e:.*8x8.*local:N"):
         find_machine(name)
 
 
 def test_find_machine_more_local_devices_than_there_are():
-    from taid_jax.plan import PlanError, find_machine
-
     with pytest.raises(PlanError, match="JAX_NUM_CPU_DEVICES=9"):
         find_machine("local:9")
 
@@ -25,8 +23,6 @@ def test_find_machine_more_local_devices_than_there_are():
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_find_machine_limit_is_the_compilers(name):
-    from taid_jax.plan import find_machine
-
     pytest.importorskip("libtpu", reason="compiles for a TPU")
     machine = find_machine(name)
     assert len(machine.devices) == 4

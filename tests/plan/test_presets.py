@@ -1,11 +1,12 @@
 import jax
 import pytest
 
+from taid_jax.errors import ModelError
+from taid_jax.models.decoder import abstract_params
+from taid_jax.models.presets import preset
+
 
 def test_preset_unknown_lists_the_known():
-    from taid_jax.errors import ModelError
-    from taid_jax.models.presets import preset
-
     with pytest.raises(ModelError, match="tinyllama"):
         preset("gpt-5")
 
@@ -52,17 +53,11 @@ def test_preset_unknown_lists_the_known():
     ],
 )
 def test_preset_has_the_parameters_of_its_model(name, parameters):
-    from taid_jax.models.decoder import abstract_params
-    from taid_jax.models.presets import preset
-
     leaves = jax.tree.leaves(abstract_params(preset(name)))
     assert sum(leaf.size for leaf in leaves) == parameters
 
 
 def test_presets_of_qwen2_have_no_bias_but_that_of_queries_keys_and_values():
-    from taid_jax.models.decoder import abstract_params
-    from taid_jax.models.presets import preset
-
     layers = abstract_params(preset("qwen2-72b"))["layers"]
     biased = {name for name, part in layers["attention"].items() if "bias" in part}
     assert biased == {"q_proj", "k_proj", "v_proj"}

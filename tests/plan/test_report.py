@@ -1,5 +1,9 @@
 import pytest
 
+from taid_jax.models.presets import PRESETS
+from taid_jax.plan import PlanError, make_plan, pair_configs
+from taid_jax.train.folder import RunFolder
+
 pytestmark = pytest.mark.optimised
 
 PROMISED = {
@@ -30,8 +34,6 @@ def test_make_plan_writes_what_it_promises(made, folder):
 
 
 def test_make_plan_replaces_only_plans(folder, make_settings, tmp_path, quiet):
-    from taid_jax.plan import PlanError, make_plan
-
     (tmp_path / "plan.json").write_text('{"mine": 1}')
     settings = make_settings(
         teacher=str(folder), student_layers=2, output=str(tmp_path)
@@ -42,8 +44,6 @@ def test_make_plan_replaces_only_plans(folder, make_settings, tmp_path, quiet):
 
 
 def test_make_plan_leaves_room_for_the_run_itself(make_settings, tmp_path):
-    from taid_jax.train.folder import RunFolder
-
     (tmp_path / "plan.json").write_text("{}")
     settings = make_settings(output=str(tmp_path))
     assert RunFolder(settings.run).check() is None
@@ -59,15 +59,11 @@ def test_make_plan_leaves_room_for_the_run_itself(make_settings, tmp_path):
     ],
 )
 def test_pair_configs_refuses(make_settings, values, message):
-    from taid_jax.plan import PlanError, pair_configs
-
     with pytest.raises(PlanError, match=message):
         pair_configs(make_settings(**values))
 
 
 def test_pair_configs_of_presets(make_settings):
-    from taid_jax.plan import pair_configs
-
     teacher, student, notes = pair_configs(make_settings())
     assert (teacher.num_layers, student.num_layers, notes) == (30, 10, [])
     teacher, student, notes = pair_configs(
@@ -80,9 +76,6 @@ def test_pair_configs_of_presets(make_settings):
 
 
 def test_pair_configs_of_some_layers_keeps_what_differs_between_them(make_settings):
-    from taid_jax.models.presets import PRESETS
-    from taid_jax.plan import pair_configs
-
     for name in PRESETS:
         _, student, _ = pair_configs(make_settings(teacher=name, student_layers=3))
         assert student.num_layers == 3
@@ -90,8 +83,6 @@ def test_pair_configs_of_some_layers_keeps_what_differs_between_them(make_settin
 
 
 def test_pair_configs_of_resized_models_have_the_teachers_vocabulary(make_settings):
-    from taid_jax.plan import pair_configs
-
     teacher, student, _ = pair_configs(
         make_settings(
             teacher="phi-3-mini", student="pythia-410m", resize_embeddings=True
@@ -102,8 +93,6 @@ def test_pair_configs_of_resized_models_have_the_teachers_vocabulary(make_settin
 
 @pytest.mark.tpu_compiler
 def test_make_plan_of_a_tpu(make_settings, folder, tmp_path, quiet):
-    from taid_jax.plan import make_plan
-
     pytest.importorskip("libtpu", reason="compiles for a TPU")
     settings = make_settings(
         teacher=str(folder),
