@@ -25,6 +25,7 @@ def setting(
     *,
     when: Mapping[str, Any] | None = None,
     instead_of: tuple[str, ...] = (),
+    replaces: tuple[str, ...] = (),
     free: bool = False,
     **bounds: float | int,
 ) -> Any:
@@ -34,13 +35,21 @@ def setting(
         default: Of the field.
         when: What others of the group have to be, or it has no effect: by name the
             values that give it one, or bounds.
-        instead_of: Others that say the same in another way.
+        instead_of: Others that say the same in another way, and cannot stand beside it.
+        replaces: Others that lose what a file says of them when this one is given
+            without them, and the reverse; beside those of `instead_of`.
         free: Whether a resumed run may change it, as it does not touch the numbers that
             the run computes, or the checkpoint knows better.
         **bounds: `ge` or `gt`, then `le` or `lt`, as in the module `operator`.
     """
-    metadata = {"when": when or {}, "instead_of": instead_of, "free": free}
-    return dataclasses.field(default=default, metadata=metadata | {"bounds": bounds})
+    metadata = {
+        "when": when or {},
+        "instead_of": instead_of,
+        "replaces": (*instead_of, *replaces),
+        "free": free,
+        "bounds": bounds,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Checked:

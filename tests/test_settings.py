@@ -177,7 +177,7 @@ WITHOUT_EFFECT = [
     ("no eval_every beside it", {"evals_per_epoch": 2}, "eval_every=7"),
     ("no save_every beside it", {"saves_per_epoch": 2}, "save_every=7"),
     ("no ctkd_ramp_steps beside it", RAMP, "ctkd_ramp_steps=7"),
-    ("no student beside it", {"student": "a"}, "student_layers=4 student_config=b"),
+    ("no student beside it", {"student": "a"}, "student_config=b"),
     ("no student_layers beside it", {"student_layers": 4}, "student_config=b"),
 ]
 

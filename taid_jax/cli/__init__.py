@@ -1,4 +1,4 @@
-"""The commands: `taid-jax train | plan | evaluate | generate | prepare | compare`.
+"""The commands: `taid-jax train | plan | store | evaluate | ...`.
 
 Each is a module with a `main(arguments)` that returns the exit status. Only what the
 flags need is imported before they are read, so that `--help` answers at once.
@@ -20,6 +20,10 @@ COMMANDS = {
     "plan": (
         "compile the train step for a machine that need not be there",
         "Nothing was begun",
+    ),
+    "store": (
+        "store what a teacher says of a data set",
+        "What is done is kept: the same command goes on from it",
     ),
     "evaluate": ("score a student the way a run does", "Nothing was begun"),
     "generate": (

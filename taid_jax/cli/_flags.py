@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import tyro
 
-from taid_jax.settings import Settings, make_room, read_settings
+from taid_jax.settings import Settings, SettingsError, make_room, read_settings
 
 EXIT_STATUS = "\n\nExit status: 0 done, 2 bad input, 1 anything else."
 """The end of what every command says of itself."""
@@ -39,6 +39,8 @@ def parse(
     arguments: Sequence[str],
     description: str | None,
     settings: Settings | None = None,
+    *,
+    name: str | None = None,
 ) -> Command:
     """Returns the flags as a `kind`.
 
@@ -48,6 +50,7 @@ def parse(
         description: Of the command.
         settings: What its field `settings` is laid over, when it has one; then it has
             a field `config` too.
+        name: Of the command; that of its module when None.
 
     Raises:
         SystemExit: If they are no flags of it, or ask for help.
@@ -56,6 +59,8 @@ def parse(
     options: dict[str, Any] = {}
     if settings is not None:
         given = [word.split("=")[0][2:].replace("-", "_") for word in arguments]
+        if {"teacher", "teacher_store"} <= {*given}:
+            raise SettingsError("teacher_store: need no teacher beside it, got both")
         config = first_flags(arguments, "config").config
         options["default"] = cast(Any, kind)(
             settings=make_room(settings, given),
@@ -64,7 +69,7 @@ def parse(
     return tyro.cli(
         kind,
         # The file that is run would be named otherwise, which has no such flags.
-        prog=f"taid-jax {kind.__module__.rpartition('.')[2]}",
+        prog=f"taid-jax {name or kind.__module__.rpartition('.')[2]}",
         args=arguments,
         description=f"{description}{EXIT_STATUS}",
         config=(tyro.conf.OmitArgPrefixes,),

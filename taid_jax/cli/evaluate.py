@@ -78,7 +78,7 @@ def score(settings: Settings) -> "HeldOut":
     check_memory(settings, mesh)
     opened = check_models(settings.model, settings.data.seq_len)
     tokenizer = opened.tokenizer
-    dataset = read_data(settings, tokenizer)
+    dataset = read_data(settings, tokenizer, opened.store)
     settings = with_steps(settings, len(dataset.train))
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     pair = load_pair(settings, mesh, opened, copies=2)

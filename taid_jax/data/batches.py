@@ -1,19 +1,41 @@
 """Rows of examples to batches of one shape, endless and resumable for training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Shaped
 
 from taid_jax.data.errors import DataError
 from taid_jax.data.packing import EMPTY, BucketBatches, Rows, TokenTable, bucket_of
 from taid_jax.types import IGNORE_INDEX
 
-NumpyBatch = dict[str, Int32[np.ndarray, "batch *length"]]
+NumpyBatch = dict[str, Shaped[np.ndarray, "batch *length"]]
 """`input_ids`, `labels`, and `segment_ids` with `positions`, or `attention_mask`; where
-they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`."""
+they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`; and the columns
+of a store, `(batch, length, width)`. All int32 but the last."""
+
+
+@runtime_checkable
+class TokenColumns(Protocol):
+    """What else the tokens of an example have, such as the outputs of a teacher."""
+
+    def blank(self, shape: tuple[int, int]) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Returns the columns of a batch without tokens, `(*shape, width)` each."""
+        ...
+
+    def read(
+        self, ids: Int32[np.ndarray, " tokens"], start: int
+    ) -> Mapping[str, Shaped[np.ndarray, "tokens _"]]:
+        """Returns the columns of an example, `(tokens, width)` each.
+
+        Args:
+            ids: Its tokens.
+            start: The place of the first in its row.
+        """
+        ...
 
 
 def pad_left(
@@ -45,6 +67,7 @@ class ExampleSet:
         packed: Whether batches have segments and positions, or an attention mask.
         buckets: Lengths of batches, rising, the last of them `seq_len`; all are of
             `seq_len` when empty.
+        columns: What batches have beside the examples themselves.
     """
 
     table: TokenTable
@@ -53,6 +76,7 @@ class ExampleSet:
     pad_id: int
     packed: bool
     buckets: tuple[int, ...] = ()
+    columns: TokenColumns | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,6 +111,7 @@ class ExampleSet:
         segments = np.zeros(shape, np.int32)
         positions = np.zeros(shape, np.int32)
         steps = np.arange(self.seq_len, dtype=np.int32)
+        more = {} if self.columns is None else self.columns.blank(shape)
         for row, index in enumerate(indices):
             if index == EMPTY:
                 continue
@@ -98,13 +123,16 @@ class ExampleSet:
                 labels[row, span] = np.where(counted, ids, IGNORE_INDEX)
                 segments[row, span] = segment
                 positions[row, span] = steps[: len(ids)]
+                if self.columns is not None:
+                    for name, values in self.columns.read(ids, done).items():
+                        more[name][row, span] = values
                 done += len(ids)
         if self.packed:
             extra = {"segment_ids": segments, "positions": positions}
         else:
             # One example per row: its segment number, 1, is the mask.
             extra = {"attention_mask": segments}
-        return {"input_ids": input_ids, "labels": labels, **extra}
+        return {"input_ids": input_ids, "labels": labels, **extra, **more}
 
     def prompts(self, indices: Sequence[int] | np.ndarray, size: int) -> NumpyBatch:
         """Returns where the last answer of each row's first example begins and ends.
@@ -200,11 +228,33 @@ def held_out_batches(
     process_count: int = 1,
     with_prompts: bool = False,
 ) -> list[NumpyBatch]:
+    """Returns what `held_out_iterator` gives, all of it at once."""
+    return list(
+        held_out_iterator(
+            examples,
+            batch_size,
+            limit=limit,
+            process_index=process_index,
+            process_count=process_count,
+            with_prompts=with_prompts,
+        )
+    )
+
+
+def held_out_iterator(
+    examples: ExampleSet,
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    with_prompts: bool = False,
+) -> Iterator[NumpyBatch]:
     """Returns this process's part of the held-out batches, always in the same order.
 
-    Every row comes once. All batches have one shape: the last is filled up with rows
-    that are padding throughout and count nothing. With buckets a batch has the length
-    of the shortest that holds its rows.
+    Each is made when it is asked for. Every row comes once. All batches have one shape:
+    the last is filled up with rows that are padding throughout and count nothing. With
+    buckets a batch has the length of the shortest that holds its rows.
 
     Args:
         examples: The rows to evaluate on.
@@ -220,13 +270,14 @@ def held_out_batches(
     part = _part_of_batch(batch_size, process_index, process_count)
     numbers = range(len(examples))
     tokens = examples.tokens_of_rows() if examples.buckets else []
-    found = []
-    for start in numbers[::batch_size][:limit]:
+
+    def one(start: int) -> NumpyBatch:
         rows = numbers[start : start + batch_size]
         longest = max((tokens[row] for row in rows), default=0) if tokens else 0
         length = bucket_of(longest, examples.buckets) if tokens else None
-        found.append(_make(examples, rows[part], part, with_prompts, length))
-    return found
+        return _make(examples, rows[part], part, with_prompts, length)
+
+    return map(one, numbers[::batch_size][:limit])
 
 
 def _make(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from taid_jax.data.batches import ExampleSet
+from taid_jax.data.batches import ExampleSet, TokenColumns
 from taid_jax.data.errors import BadRecordPolicy, DataError, LeftOut, nothing_left
 from taid_jax.data.intake import Intake, Limits, read_documents
 from taid_jax.data.packing import TokenTable, check_buckets, make_table, pack_rows
@@ -83,6 +83,14 @@ class Dataset:
     train: ExampleSet
     held_out: ExampleSet
     info: DatasetInfo
+
+    def with_columns(self, columns: TokenColumns) -> "Dataset":
+        """Returns the same data set, whose batches have these columns too."""
+        train, held_out = (
+            dataclasses.replace(side, columns=columns)
+            for side in (self.train, self.held_out)
+        )
+        return Dataset(train, held_out, self.info)
 
 
 def load_dataset(

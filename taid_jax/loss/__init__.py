@@ -18,6 +18,7 @@ from taid_jax.loss._mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
 from taid_jax.loss._objective import Objective
 from taid_jax.loss._reduce import distillation_loss, distillation_sums
 from taid_jax.loss._taid import TAID, taid_loss
+from taid_jax.loss._topk import TopK, TopKHead
 from taid_jax.types import Head
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
+    "TopK",
+    "TopKHead",
     "TotalVariation",
     "ctkd_strength",
     "ctkd_temperature",

@@ -38,6 +38,7 @@ from taid_jax.loss._reduce import (
     token_weights,
     weighted_sum,
 )
+from taid_jax.loss._topk import TopK, TopKHead
 from taid_jax.types import Head
 
 _ENTRIES = {"cpu": 3 * 2**22, "gpu": 2**27, "tpu": 2**27}
@@ -73,8 +74,8 @@ def fused_loss(
     objective: Objective,
     student_hidden: Float[Array, "*tokens d_student"],
     student_head: Head,
-    teacher_hidden: Float[Array, "..."] | None,
-    teacher_head: Head | None,
+    teacher_hidden: Float[Array, "..."] | TopK | None,
+    teacher_head: Head | TopKHead | None,
     mask: Shaped[Array, "..."] | None = None,
     labels: Int[Array, "..."] | None = None,
     *,
@@ -107,8 +108,9 @@ def fused_loss(
             `needs_teacher` that is False is called with None for the teacher's logits.
         student_hidden: `(*tokens, d_student)`, any float dtype.
         student_head: Pass the embedding table itself for a tied head: `transposed`.
-        teacher_hidden: `(*tokens, d_teacher)`; receives no gradient. None only for an
-            objective that needs no teacher.
+        teacher_hidden: `(*tokens, d_teacher)`; receives no gradient. `TopK` with a
+            `TopKHead`, whose rows are made in each chunk. None only for an objective
+            that needs no teacher.
         teacher_head: Receives no gradient. Of unequal vocabularies the first entries,
             as many as the smaller has, are shared: only they count, in both softmaxes.
         mask: `(*tokens,)`, bool or number; a token counts by its weight, and one of
@@ -182,15 +184,24 @@ def fused_loss(
 def _check_kinds(
     student_hidden: Array,
     student_head: Head,
-    teacher_hidden: Array | None,
-    teacher_head: Head | None,
+    teacher_hidden: Array | TopK | None,
+    teacher_head: Head | TopKHead | None,
 ) -> None:
     """Raises TypeError unless hidden states and heads are floats, in a `Head`."""
     if student_hidden is None:
         raise ValueError("need student_hidden, got None")
-    check_kinds(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
+    check_kinds(student_hidden=student_hidden)
+    if isinstance(teacher_hidden, TopK):
+        check_kinds(logprobs=teacher_hidden.logprobs, tail=teacher_hidden.tail)
+    else:
+        check_kinds(teacher_hidden=teacher_hidden)
+    if isinstance(teacher_hidden, TopK) != isinstance(teacher_head, TopKHead):
+        raise TypeError(
+            "need TopK for teacher_hidden with a TopKHead for teacher_head, got "
+            f"{type(teacher_hidden).__name__} with {type(teacher_head).__name__}"
+        )
     for name, head in (("student", student_head), ("teacher", teacher_head)):
-        if head is None and name == "teacher":
+        if name == "teacher" and (head is None or isinstance(head, TopKHead)):
             continue
         if not isinstance(head, Head):
             raise TypeError(
@@ -211,8 +222,8 @@ def _check_kinds(
 def _check(
     student_hidden: Array,
     student_head: Head,
-    teacher_hidden: Array | None,
-    teacher_head: Head | None,
+    teacher_hidden: Array | TopK | None,
+    teacher_head: Head | TopKHead | None,
     mask: Array | None,
     labels: Array | None,
 ) -> int:
@@ -221,7 +232,21 @@ def _check(
     Raises:
         ValueError: With every shape in the message.
     """
-    if teacher_hidden is None or teacher_head is None:
+    if isinstance(teacher_hidden, TopK) and isinstance(teacher_head, TopKHead):
+        tokens, rows = student_hidden.shape[:-1], teacher_hidden
+        shapes = rows.ids.shape, rows.logprobs.shape, rows.tail.shape
+        wanted = (*tokens, rows.ids.shape[-1])
+        if shapes != (wanted, wanted, tokens) or teacher_head.vocab_size < 1:
+            raise ValueError(
+                "need ids and logprobs of shape (*tokens, k), tail of shape (*tokens,) "
+                f"and vocab_size >= 1, got {shapes}, tokens {tokens} and vocab_size "
+                f"{teacher_head.vocab_size}"
+            )
+        own = _check(student_hidden, student_head, None, None, mask, labels)
+        return min(own, teacher_head.vocab_size)
+    if isinstance(teacher_hidden, TopK | None) or isinstance(
+        teacher_head, TopKHead | None
+    ):
         both = [("student", student_hidden, student_head)]
     else:
         both = [
@@ -269,7 +294,7 @@ def _check(
 def _trace_objective(
     objective: Objective,
     student_hidden: Array,
-    teacher_hidden: Array | None,
+    teacher_hidden: Array | TopK | None,
     labels: Array | None,
     vocab_size: int,
 ) -> list[str]:
@@ -394,7 +419,7 @@ class _Tokens(NamedTuple):
     """What comes with every token."""
 
     student: Shaped[Array, "tokens d_student"]
-    teacher: Shaped[Array, "tokens d_teacher"] | None
+    teacher: Shaped[Array, "tokens d_teacher"] | TopK | None
     weight: Float[Array, " tokens"]
     labels: Int[Array, " tokens"] | None
 
@@ -405,7 +430,8 @@ class _Problem(NamedTuple):
     Attributes:
         objective: Gives the loss of every token.
         student: Head in the dtype of the hidden states, as wide as the teacher's.
-        teacher: The same of the teacher; None when the objective needs none.
+        teacher: The same of the teacher, or what makes its rows; None when the
+            objective needs none.
         vocab_size: Entries that count, of both.
         wanted: Which gradients are formed; none of the others' work is done.
         partition: Of the mesh, if there is one.
@@ -415,7 +441,7 @@ class _Problem(NamedTuple):
 
     objective: Objective
     student: Head
-    teacher: Head | None
+    teacher: Head | TopKHead | None
     vocab_size: int
     wanted: Gradients
     partition: Partition | None
@@ -433,7 +459,7 @@ def _local(
     """Returns the sums over the tokens of one device; the heads are whole."""
     hidden, vocab = moving.hidden, moving.head.axes[1]
     entries = width = moving.head.kernel.shape[vocab]
-    if fixed.head is not None:
+    if isinstance(fixed.head, Head):
         width = min(entries, fixed.head.kernel.shape[fixed.head.axes[1]])
 
     def cut(head: Head, dtype: Any) -> Head:
@@ -443,8 +469,8 @@ def _local(
         kernel = spread_vocabulary(kernel, axis, partition)
         return dataclasses.replace(head, kernel=kernel, bias=bias)
 
-    student, teacher = cut(moving.head, hidden.dtype), None
-    if fixed.head is not None and fixed.hidden is not None:
+    student, teacher = cut(moving.head, hidden.dtype), fixed.head
+    if isinstance(fixed.head, Head) and isinstance(fixed.hidden, Array):
         teacher = cut(fixed.head, fixed.hidden.dtype)
     tensor = 1 if partition is None else partition.tensor
     parts = 1 if width % tensor else tensor
@@ -597,7 +623,7 @@ class _Rows(NamedTuple):
     """Products of some tokens with both heads, and what comes with each."""
 
     student: Float[Array, "tokens vocab"]
-    teacher: Float[Array, "tokens vocab"] | None
+    teacher: Float[Array, "tokens vocab"] | TopK | None
     weight: Float[Array, " tokens"]
     labels: Int[Array, " tokens"] | None
 
@@ -608,10 +634,10 @@ def _chunk(
     """Returns the sums with a chunk added, and the gradient of its hidden states."""
     student, teacher, wanted = problem.student, problem.teacher, problem.wanted
     product = _dot(tokens.student, student.kernel, 1, student.axes[0])
-    teacher_product = None
-    if teacher is not None and tokens.teacher is not None:
-        teacher_product = _dot(tokens.teacher, teacher.kernel, 1, teacher.axes[0])
-    rows = _Rows(product, teacher_product, tokens.weight, tokens.labels)
+    teacher_rows = tokens.teacher
+    if isinstance(teacher, Head) and isinstance(teacher_rows, Array):
+        teacher_rows = _dot(teacher_rows, teacher.kernel, 1, teacher.axes[0])
+    rows = _Rows(product, teacher_rows, tokens.weight, tokens.labels)
     found, in_product = _evaluate(problem, rows)
     in_logits = in_product.astype(tokens.student.dtype)
     objective, _, kernel, bias = sums.gradients
@@ -658,7 +684,10 @@ def _evaluate_group(
 ) -> tuple[_Found, Float[Array, "tokens vocab"]]:
     # None for an objective that asks for it: hence Any.
     teacher: Any = None
-    if problem.teacher is not None and rows.teacher is not None:
+    if isinstance(rows.teacher, TopK) and isinstance(problem.teacher, TopKHead):
+        own = _logits(rows.student, problem.student, problem.vocab_size)
+        teacher = problem.teacher.logits(rows.teacher, own)
+    elif isinstance(problem.teacher, Head) and isinstance(rows.teacher, Array):
         teacher = _logits(rows.teacher, problem.teacher, problem.vocab_size)
     leaves, tree = jax.tree.flatten(problem.objective)
 

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Float, Shaped
 
 from taid_jax.loss._objective import Objective
+from taid_jax.loss._topk import TopK, TopKHead
 from taid_jax.types import DATA, FSDP, TENSOR, Head
 
 
@@ -27,8 +28,8 @@ class Moving(NamedTuple):
 class Fixed(NamedTuple):
     """What may not."""
 
-    hidden: Array | None
-    head: Head | None
+    hidden: Array | TopK | None
+    head: Head | TopKHead | None
     mask: Array | None
     labels: Array | None
 
@@ -162,7 +163,7 @@ def over_mesh(
 
     axes = moving.head.axes
     moving = moving._replace(head=gathered(moving.head, moving.hidden.dtype))
-    if fixed.head is not None and fixed.hidden is not None:
+    if isinstance(fixed.head, Head) and isinstance(fixed.hidden, Array):
         fixed = fixed._replace(head=gathered(fixed.head, fixed.hidden.dtype))
     tokens: Any = PartitionSpec(partition.tokens or None)
     loss, metrics, gradients = jax.shard_map(

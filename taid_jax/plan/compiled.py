@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import abstract_params, param_axes
+from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
 from taid_jax.plan.collectives import Collectives, count_collectives
 from taid_jax.plan.flops import count_flops
 from taid_jax.plan.machine import Machine, PlanError
@@ -30,6 +31,8 @@ from taid_jax.sharding import (
     make_mesh,
     tree_shardings,
 )
+from taid_jax.store.format import read_manifest
+from taid_jax.store.teacher import head_params, stored_functions
 from taid_jax.train.build import build_step, placed
 from taid_jax.train.state import DistillState
 from taid_jax.types import Params
@@ -163,23 +166,39 @@ def abstract_step(
         student: Its architecture; float32 weights.
         mesh: Where the arguments would lie.
     """
-    built = build_step(settings, student, teacher, mesh)
-    teacher_params = abstract_params(teacher, jnp.dtype(settings.model.dtype))
-    beside = ("segment_ids", "positions") if settings.data.pack else ("attention_mask",)
-    batch = {
-        key: jax.ShapeDtypeStruct(
-            (settings.data.batch_size, settings.data.seq_len),
-            jnp.int32,
-            sharding=batch_sharding(mesh),
-        )
-        for key in ("input_ids", "labels", *beside)
-    }
-    teacher_shardings = tree_shardings(
+    model, data = settings.model, settings.data
+    dtype = jnp.dtype(model.dtype)
+    teacher_params: Params = abstract_params(teacher, dtype)
+    teacher_shardings: Params = tree_shardings(
         param_axes(teacher),
         teacher_params,
         mesh,
-        TEACHER_RULES[settings.model.teacher_sharding],
+        TEACHER_RULES[model.teacher_sharding],
     )
+    functions, columns = decoder_functions(teacher, dtype=dtype), ()
+    if model.teacher_store is not None:
+        store = read_manifest(pathlib.Path(model.teacher_store))
+        columns = store.columns
+        functions = stored_functions(
+            store.kind, teacher, dtype=dtype, tail=model.tail, draws=store.draws
+        )
+        hidden = store.kind == "hidden"
+        teacher_params, teacher_shardings = (
+            head_params(tree, teacher) if hidden else {}
+            for tree in (teacher_params, teacher_shardings)
+        )
+    built = build_step(settings, student, functions, mesh)
+    beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
+    shape = data.batch_size, data.seq_len
+    batch = {
+        key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+        for key in ("input_ids", "labels", *beside)
+    } | {
+        column.name: jax.ShapeDtypeStruct(
+            (*shape, column.width), column.dtype, sharding=batch_sharding(mesh)
+        )
+        for column in columns
+    }
     teacher_params = placed(teacher_params, teacher_shardings)
     return built.step, (built.state, teacher_params, batch)
 

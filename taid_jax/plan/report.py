@@ -19,6 +19,7 @@ from taid_jax.plan.compiled import Plan, plan_mesh, plan_step
 from taid_jax.plan.machine import PlanError, find_machine
 from taid_jax.settings import Settings, to_dict
 from taid_jax.sharding import check_batch
+from taid_jax.store.format import TEACHER
 
 PLAN = "plan.json"
 FORMAT = "taid-jax plan 1"
@@ -98,20 +99,28 @@ def pair_configs(
             f"for a plan. Presets are: {', '.join(PRESETS)}"
         )
 
-    teacher = find("teacher", model.teacher)
+    if model.teacher_store is None:
+        teacher = find("teacher", model.teacher)
+    else:
+        teacher = find("teacher_store", str(pathlib.Path(model.teacher_store, TEACHER)))
     if model.student is not None:
         student = find("student", model.student)
     elif model.student_config is not None:
         student = find("student_config", model.student_config)
     else:
+        student = teacher
+    layers = model.student_layers
+    if model.student is None and model.student_config is None:
         layers = model.layers_of_teacher
-        if layers > teacher.num_layers:
+    if layers is not None and model.student_config is None:
+        if layers > student.num_layers:
+            whose = "teacher" if model.student is None else "student"
             raise PlanError(
-                f"student_layers: the teacher has {teacher.num_layers} layers, "
+                f"student_layers: the {whose} has {student.num_layers} layers, "
                 f"got {layers}"
             )
         # Layers may differ: only the choice of them says what the student's are.
-        _, student = select_layers({"layers": {}}, teacher, layers)
+        _, student = select_layers({"layers": {}}, student, layers)
     for flag, config in (("teacher", teacher), ("student", student)):
         if settings.data.seq_len > config.max_position_embeddings:
             raise PlanError(

@@ -29,7 +29,7 @@ from taid_jax.train.state import (
 )
 from taid_jax.train.step import TrainStep, make_train_step
 from taid_jax.train.throughput import make_throughput
-from taid_jax.types import Params
+from taid_jax.types import ModelFunctions, Params
 
 
 class BuiltStep(NamedTuple):
@@ -48,7 +48,7 @@ class BuiltStep(NamedTuple):
 
 
 def build_step(
-    settings: Settings, student: DecoderConfig, teacher: DecoderConfig, mesh: Mesh
+    settings: Settings, student: DecoderConfig, teacher: ModelFunctions, mesh: Mesh
 ) -> BuiltStep:
     """Returns the train step that settings ask for, without making an array."""
     run, opt, dtype = settings.run, settings.optimizer, settings.model.dtype
@@ -79,7 +79,7 @@ def build_step(
     )
     step = make_train_step(
         decoder_functions(student, dtype=jnp.dtype(dtype), remat=settings.model.remat),
-        decoder_functions(teacher, dtype=jnp.dtype(dtype)),
+        teacher,
         make_objective=objective,
         scheduler=scheduler,
         optimizer=optimizer,
@@ -125,7 +125,7 @@ def build_loop(
     Raises:
         CheckpointError: If the checkpoint does not fit, or cannot be read.
     """
-    built = build_step(settings, pair.student_config, pair.teacher.config, mesh)
+    built = build_step(settings, pair.student_config, pair.teacher_functions, mesh)
     part, parts = batch_part(mesh)
     batches = train_iterator(
         dataset.train,
@@ -157,7 +157,11 @@ def build_loop(
         checkpoints=checkpoints,
         mesh=mesh,
         throughput=make_throughput(
-            settings, pair.student_config, pair.teacher.config, mesh
+            settings,
+            pair.student_config,
+            pair.teacher.config,
+            mesh,
+            stored=None if pair.store is None else pair.store.manifest.kind,
         ),
         on_policy=on_policy,
         models=models or {},

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from taid_jax.data import Dataset, held_out_batches
+from taid_jax.data import Dataset
+from taid_jax.data.batches import NumpyBatch, held_out_iterator
 from taid_jax.errors import ModelError
 from taid_jax.loss import CrossEntropy, ForwardKL
 from taid_jax.loss._objective import Objective, register_objective
@@ -237,20 +238,23 @@ def make_evaluator(
     data, run, dtype = settings.data, settings.run, jnp.dtype(settings.model.dtype)
     eval_step = make_eval_step(
         decoder_functions(pair.student_config, dtype=dtype),
-        decoder_functions(pair.teacher.config, dtype=dtype),
+        pair.teacher_functions,
         make_objective(settings.objective)[0],
         chunk_size=run.chunk_size,
         mesh=mesh,
         fused=run.fused,
     )
     part, parts = batch_part(mesh)
-    held_out = held_out_batches(
-        dataset.held_out,
-        data.batch_size,
-        limit=data.held_out_batches,
-        process_index=part,
-        process_count=parts,
-    )
+
+    def held_out() -> Iterator[NumpyBatch]:
+        return held_out_iterator(
+            dataset.held_out,
+            data.batch_size,
+            limit=data.held_out_batches,
+            process_index=part,
+            process_count=parts,
+        )
+
     completions = None
     if prompts:
         completions = EvalCompletions(
@@ -266,7 +270,7 @@ def make_evaluator(
         )
 
     def evaluator(state: DistillState) -> HeldOut:
-        found = evaluate(eval_step, state, pair.teacher.params, held_out, mesh)
+        found = evaluate(eval_step, state, pair.teacher.params, held_out(), mesh)
         # A model that is no distribution completes nothing.
         if completions is None or nonfinite_figures(found._asdict()):
             return found

@@ -1,17 +1,15 @@
 """The output folder of a run: who may have it, and what is written into it."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 
-from taid_jax.errors import explain, shorten, show
-from taid_jax.files import HALF_WRITTEN
+from taid_jax.errors import InputError, explain, shorten, show
+from taid_jax.files import HALF_WRITTEN, LOCK, hold_folder
 from taid_jax.settings import RunSettings, SettingsError
 
 CHECKPOINTS = "checkpoints"
@@ -19,7 +17,6 @@ SETTINGS = "settings.json"
 SET_ASIDE = "set_aside"
 """What a resumed run cannot use is moved here; nothing is deleted."""
 
-_LOCK = ".lock"
 # What a run makes; some of it at its end only.
 _FILES = re.compile(
     r"((settings|report)\.json|(metrics|evaluations)\.jsonl|curves\.png)(\.partial)?"
@@ -27,7 +24,7 @@ _FILES = re.compile(
 _FOLDERS = re.compile(rf"{CHECKPOINTS}|tensorboard|student|{SET_ASIDE}")
 _DONE = ("report.json", "curves.png", "student")
 # Of nobody: a plan of this run may lie there already.
-_HARMLESS = ("plan.json", _LOCK)
+_HARMLESS = ("plan.json", LOCK)
 _STEP = re.compile(r"0|[1-9][0-9]*")
 
 
@@ -158,28 +155,12 @@ class RunFolder:
         """
         if self._lock is not None:
             return
-        lock = self.path / _LOCK
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"output: cannot make {show(str(lock))}: {explain(error)}"
-            ) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 200).decode(errors="replace").strip()
-            os.close(handle)
-            raise SettingsError(
-                f"output: another run writes into {self.path} ({holder or 'unknown'}); "
-                "wait for its end or stop it, or choose another --output"
-            ) from error
-        except OSError as error:
-            self.notes.append(
-                f"{lock} cannot be locked ({explain(error)}): take care that no other "
-                "run writes into this folder"
-            )
+            handle, note = hold_folder(self.path)
+        except InputError as error:
+            raise SettingsError(str(error)) from error
+        if note:
+            self.notes.append(note)
         self._lock = handle
         try:
             self.check()
@@ -187,10 +168,6 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
-        with contextlib.suppress(OSError):  # It only tells others who has the lock.
-            os.ftruncate(handle, 0)
-            text = f"process {os.getpid()} on {socket.gethostname()}\n"
-            os.write(handle, text.encode())
 
     def _tidy(self) -> None:
         """Clears what a killed process left half done out of the way."""

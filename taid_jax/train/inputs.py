@@ -12,9 +12,14 @@ from jax.sharding import Mesh
 from taid_jax.data import DataError, Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
 from taid_jax.data.template import set_chat_template
-from taid_jax.errors import ModelError
+from taid_jax.errors import ModelError, show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import abstract_params, param_axes, select_layers
+from taid_jax.models.decoder import (
+    abstract_params,
+    decoder_functions,
+    param_axes,
+    select_layers,
+)
 from taid_jax.models.files.load import LoadedModel, OpenModel, open_model
 from taid_jax.models.files.tokenizer import (
     Tokenizer,
@@ -31,7 +36,10 @@ from taid_jax.models.files.vocabulary import (
 from taid_jax.models.memory import check_fits, host_memory, params_need
 from taid_jax.settings import ModelSettings, Settings, SettingsError
 from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
-from taid_jax.types import Params
+from taid_jax.store.format import TEACHER, StoreError
+from taid_jax.store.read import Store
+from taid_jax.store.teacher import head_params, stored_functions
+from taid_jax.types import ModelFunctions, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,9 @@ class Pair:
         generation: Settings of generation, as in generation_config.json: the student's
             own, and of the teacher's what these lack.
         notes: What a user should know of how the models were read, a line each.
+        teacher_functions: What the train step needs of the teacher.
+        store: The teacher's outputs, where these stand for it: then `teacher.params`
+            are what its head needs.
     """
 
     teacher: LoadedModel
@@ -54,22 +65,36 @@ class Pair:
     student_params: Params
     shardings: Any
     teacher_path: pathlib.Path
+    teacher_functions: ModelFunctions
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    store: Store | None = None
 
 
 _BYTES_OF_TOKEN = 96
 """Of a batch on its host: four arrays of int32, read ahead, waiting and in use."""
 
 
-def check_memory(settings: Settings, mesh: Mesh) -> None:
+_BATCHES = 6
+"""Batches with a teacher's outputs that are there at once, read ahead and in use."""
+
+
+def check_memory(settings: Settings, mesh: Mesh, store: Store | None = None) -> None:
     """Raises unless the batches, and the completions that are kept, can be held at all.
+
+    Args:
+        settings: Of the run.
+        mesh: Its devices.
+        store: Where the teacher's outputs come from.
 
     Raises:
         SettingsError: If they need more memory than this machine has.
     """
     data, samples = settings.data, settings.on_policy
-    sizes = {"batch_size": data.batch_size // batch_part(mesh)[1] * _BYTES_OF_TOKEN}
+    width = _BYTES_OF_TOKEN
+    if store is not None:
+        width += _BATCHES * store.manifest.bytes_per_token
+    sizes = {"batch_size": data.batch_size // batch_part(mesh)[1] * width}
     if samples.on_policy != "none":
         sizes["buffer_capacity"] = samples.buffer_capacity * 5  # Ids, and what counts.
     for name, size in sizes.items():
@@ -93,12 +118,15 @@ class OpenPair(NamedTuple):
             teacher's, and the teacher's where the student is made of its layers, of a
             config, or for its tokenizer (`resize_embeddings`; without a chat template
             that gets the student's).
+        store: The teacher's outputs, where these stand for it; `teacher` is then the
+            model without weights that they are of.
     """
 
     teacher: OpenModel
     student: OpenModel | None
     student_config: DecoderConfig
     tokenizer: Tokenizer
+    store: Store | None = None
 
 
 def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
@@ -139,34 +167,56 @@ def open_pair(settings: ModelSettings) -> OpenPair:
         SettingsError: If the teacher has not the layers that the student is to have.
     """
     allow = settings.allow_unknown_keys
-    teacher = open_model(settings.teacher, allow_unknown_keys=allow)
+    store = None
+    if settings.teacher_store is None:
+        teacher = open_model(settings.teacher, allow_unknown_keys=allow)
+    else:
+        store = Store(settings.teacher_store)
+        if settings.tail != "student" and store.manifest.kind != "topk":
+            raise SettingsError(
+                "tail: has no effect with a store of kind "
+                f"{store.manifest.kind}; leave it out"
+            )
+        teacher = open_model(store.folder / TEACHER, weights=False)
     tokenizer = require_tokenizer(teacher.tokenizer, teacher.source)
+    whose, layers = "teacher", settings.layers_of_teacher
     if settings.student is not None:
         student = open_model(settings.student, allow_unknown_keys=allow)
+        whose, layers = "student", settings.student_layers
     elif settings.student_config is not None:
         student = open_model(
             settings.student_config, weights=False, allow_unknown_keys=allow
         )
+        layers = None
     else:
-        layers = settings.layers_of_teacher
-        if layers > teacher.config.num_layers:
+        student = None
+    config = teacher.config if student is None else student.config
+    if layers is not None:
+        if layers > config.num_layers:
             raise SettingsError(
-                f"student_layers: the teacher has {teacher.config.num_layers} layers, "
-                f"got {layers}"
+                f"student_layers: the {whose} has {config.num_layers} layers, got "
+                f"{layers}"
             )
         # Only the choice of layers says what the student's are.
-        _, config = select_layers({"layers": {}}, teacher.config, layers)
-        return OpenPair(teacher, None, config, tokenizer)
-    return OpenPair(teacher, student, student.config, tokenizer)
+        _, config = select_layers({"layers": {}}, config, layers)
+    return OpenPair(teacher, student, config, tokenizer, store)
 
 
-def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
+def read_data(
+    settings: Settings, tokenizer: Tokenizer, store: Store | None = None
+) -> Dataset:
     """Returns the training and held-out examples that the settings ask for.
 
     A chat template among the settings becomes the tokenizer's, and is exported with it.
 
+    Args:
+        settings: Of the run.
+        tokenizer: Of the run.
+        store: The teacher's outputs, which the batches then have too.
+
     Raises:
         DataError: If the data cannot be used, or have ids that the models lack.
+        StoreError: If the store lacks examples.
     """
     data = settings.data
     if data.chat_template is not None:
@@ -191,7 +241,55 @@ def read_data(settings: Settings, tokenizer: Tokenizer) -> Dataset:
             f"{data.data} has the token id {wrong}, and the tokenizer ids from 0 to "
             f"{count - 1}; prepare the data with the tokenizer of this teacher"
         )
-    return dataset
+    if store is None:
+        return dataset
+    objective = settings.objective.objective
+    if store.manifest.kind == "sampled" and objective not in ("forward_kl", "sft"):
+        raise SettingsError(
+            f"objective: need forward_kl with the drawn tokens of {store.folder}, got "
+            f"{objective}: draws are unbiased for its gradient alone"
+        )
+    _check_stored(settings, dataset, store)
+    return dataset.with_columns(store)
+
+
+def _check_stored(settings: Settings, dataset: Dataset, store: Store) -> None:
+    """Raises unless a store has all examples of a data set.
+
+    Raises:
+        StoreError: With how many it lacks, the first of them, and what may be why.
+    """
+    table, missing, first, total = dataset.train.table, 0, "", 0
+    sides = {"training": dataset.train, "held-out": dataset.held_out}
+    for name, side in sides.items():
+        for number in (number for row in side.rows for number in row):
+            total += 1
+            if not store.has(table[number].ids):
+                if not missing:
+                    ids = show(table[number].ids[:8].tolist())
+                    first = (
+                        f"{name} example {number} of {len(table[number].ids)} tokens, "
+                        f"which begins with {ids}"
+                    )
+                missing += 1
+    if not missing:
+        return
+    made, data = store.manifest.made, settings.data
+    here = {"data": data.data, "seq_len": data.seq_len}
+    others = [
+        f"{key} {show(made[key])}, here {show(value)}"
+        for key, value in here.items()
+        if made.get(key, value) != value
+    ]
+    part = made.get("part", "1/1")
+    if part != "1/1":
+        others.append(f"part {part} of the work")
+    hint = f"; it was made with {' and '.join(others)}" if others else ""
+    raise StoreError(
+        f"teacher_store: {store.folder} lacks {missing:,} of {total:,} examples, the "
+        f"first of them {first}{hint}. Store them with the data settings of this run, "
+        "or train with those of the store"
+    )
 
 
 def load_pair(
@@ -224,16 +322,24 @@ def load_pair(
 
     models = models or open_pair(model)
     known, learner = models.teacher.config, models.student_config
-    check_fits(
-        params_need("the teacher", known, model.dtype, teacher_shardings(known)),
+    needs = [
         params_need(
             "the student", learner, "float32", shardings(learner), copies=copies
-        ),
-    )
-    teacher = models.teacher.load(dtype=model.dtype, shardings=teacher_shardings)
+        )
+    ]
+    if models.store is None:
+        need = params_need("the teacher", known, model.dtype, teacher_shardings(known))
+        check_fits(need, *needs)
+        teacher = models.teacher.load(dtype=model.dtype, shardings=teacher_shardings)
+    else:
+        check_fits(*needs)
+        teacher = load_stored(
+            models.store, models.teacher, model.dtype, teacher_shardings
+        )
     notes = [f"teacher: {note}" for note in teacher.notes]
     generation = teacher.generation
     if models.student is not None and model.student is not None:
+        # A shallower student is cut out of one that lies as it does, all but in depth.
         student = models.student.load(shardings=shardings)
         own_settings = student.generation
         if model.resize_embeddings and teacher.tokenizer is not None:
@@ -249,6 +355,8 @@ def load_pair(
     if student is not None:
         params, config = student.params, student.config
         notes += [f"student: {note}" for note in student.notes]
+        if model.student is not None and model.student_layers is not None:
+            params, config = select_layers(params, config, model.student_layers)
     else:
         params, config = select_layers(
             teacher.params, teacher.config, model.layers_of_teacher
@@ -280,5 +388,66 @@ def load_pair(
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), resized(params))
 
     own_params = jax.jit(own, out_shardings=where)(params)
-    path = models.teacher.source.path
-    return Pair(teacher, config, own_params, where, path, generation, tuple(notes))
+    dtype = jnp.dtype(model.dtype)
+    if models.store is None:
+        functions = decoder_functions(teacher.config, dtype=dtype)
+    else:
+        about = models.store.manifest
+        functions = stored_functions(
+            about.kind,
+            teacher.config,
+            dtype=dtype,
+            tail=model.tail,
+            draws=about.draws,
+        )
+    return Pair(
+        teacher,
+        config,
+        own_params,
+        where,
+        models.teacher.source.path,
+        functions,
+        generation,
+        tuple(notes),
+        models.store,
+    )
+
+
+def load_stored(
+    store: Store, model: OpenModel, dtype: str, shardings: Any
+) -> LoadedModel:
+    """Returns a teacher of which only the head is loaded, if that is stored at all.
+
+    Raises:
+        StoreError: If the head is not that of the config.
+    """
+    tokenizer = require_tokenizer(model.tokenizer, model.source)
+    config, about = with_tokenizer(model.config, tokenizer), store.manifest
+    params: dict[str, Any] = {}
+    if about.kind == "hidden":
+        stored = store.head()
+
+        def one(path: Any, leaf: Any, where: Any) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            if name not in stored or stored[name].shape != leaf.shape:
+                raise StoreError(f"{store.folder}: {name} is not as the config has it")
+            array = stored[name].astype(dtype)
+            return jax.make_array_from_callback(leaf.shape, where, array.__getitem__)
+
+        shapes, places = (
+            head_params(tree, config)
+            for tree in (abstract_params(config), shardings(config))
+        )
+        params = jax.tree_util.tree_map_with_path(one, shapes, places)
+    notes = (
+        f"its outputs are read from {store.folder}: {about.kind} of {about.tokens:,} "
+        f"tokens, {about.bytes_per_token:,} bytes each",
+    )
+    if about.mass is not None:
+        notes += (
+            f"the stored tokens have {about.mass:.4f} of its probability on average; "
+            "the rest lies as the student spreads it, so that objectives which mix "
+            "both rows (TAID, skew, Jensen-Shannon) are approximations",
+        )
+    generation = model.generation
+    return LoadedModel(config, params, tokenizer, about.source, generation, notes)

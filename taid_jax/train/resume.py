@@ -190,14 +190,32 @@ _BLOCKS, _BLOCK = 64, 1 << 20
 def identify_models(pair: Pair) -> dict[str, str]:
     """Returns what tells whether a resumed run has the models that it began with.
 
-    It is the content, wherever the files lie. Of weights, size, beginning and end of
-    each file and 64 blocks of 1 MiB between are read: whoever trains on changes all.
+    It is the content, wherever the files lie.
 
     Returns:
-        Settings of both, and a sha256 of the teacher's weights.
+        Settings of both, and what identifies the teacher's weights or its store.
+    """
+    if pair.store is None:
+        weights = digest_weights(pair.teacher_path)
+    else:
+        weights = f"stored: {pair.store.identity()}"
+    return {
+        "the teacher's weights": weights,
+        **{f"the teacher's {k}": v for k, v in _fields(pair.teacher.config).items()},
+        **{f"the student's {k}": v for k, v in _fields(pair.student_config).items()},
+    }
+
+
+def digest_weights(path: pathlib.Path) -> str:
+    """Returns what identifies the weights of a model.
+
+    Size, beginning and end of each file and 64 blocks of 1 MiB between are read:
+    whoever trains on changes all.
+
+    Args:
+        path: A GGUF file, or a folder of safetensors files.
     """
     weights = hashlib.sha256()
-    path = pair.teacher_path
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         weights.update(f"{file.name if path.is_dir() else ''}:{size}\n".encode())
@@ -206,11 +224,7 @@ def identify_models(pair: Pair) -> dict[str, str]:
             for place in sorted({last * n // _BLOCKS for n in range(_BLOCKS + 1)}):
                 stream.seek(place)
                 weights.update(stream.read(_BLOCK))
-    return {
-        "the teacher's weights": weights.hexdigest(),
-        **{f"the teacher's {k}": v for k, v in _fields(pair.teacher.config).items()},
-        **{f"the student's {k}": v for k, v in _fields(pair.student_config).items()},
-    }
+    return weights.hexdigest()
 
 
 def _fields(config: DecoderConfig) -> dict[str, str]:

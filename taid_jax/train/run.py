@@ -142,7 +142,8 @@ def _distil(
     settings = dataclasses.replace(settings, data=data)
     opened = check_models(settings.model, settings.data.seq_len)
     tokenizer = opened.tokenizer
-    dataset = read_data(settings, tokenizer)
+    check_memory(settings, mesh, opened.store)
+    dataset = read_data(settings, tokenizer, opened.store)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
@@ -219,7 +220,7 @@ def _distil(
             folder / CURVES,
             metrics,
             evaluations,
-            title=f"{settings.objective.objective}: {settings.model.teacher} -> "
+            title=f"{settings.objective.objective}: {pair.teacher.source} -> "
             f"{pair.student_config.num_layers} layers",
         )
         return report
@@ -380,7 +381,7 @@ def show_completions(
     for name, weights, config in (
         ("teacher", pair.teacher.params, pair.teacher.config),
         ("student", params, pair.student_config),
-    ):
+    )[pair.store is not None :]:  # A stored teacher has only said what is stored.
         tokens = generate(
             weights,
             config,

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
-from taid_jax.loss import distillation_sums, fused_loss
+from taid_jax.loss import TopKHead, distillation_sums, fused_loss
 from taid_jax.sharding import activations_on
 from taid_jax.train.objective import MakeObjective, Objective
 from taid_jax.train.state import DistillState, all_finite, updates_applied
@@ -81,7 +81,7 @@ def batch_loss(
     both = (student, params), (teacher, teacher_params)
     fused = fused and all(model.hidden and model.head for model, _ in both)
 
-    def output(model: ModelFunctions, weights: Params) -> tuple[Array, Any]:
+    def output(model: ModelFunctions, weights: Params) -> tuple[Any, Any]:
         if model.hidden and model.head:
             return model.hidden(weights, batch), model.head(weights)
         if model.logits is None:
@@ -105,10 +105,13 @@ def batch_loss(
             chunk_size=chunk_size,
             mesh=mesh,
         )
-    student_logits, teacher_logits = (
-        out if head is None else head.logits(out)
-        for out, head in ((student_out, student_head), (teacher_out, teacher_head))
-    )
+    student_logits = student_head.logits(student_out) if student_head else student_out
+    if isinstance(teacher_head, TopKHead):
+        teacher_logits = teacher_head.logits(teacher_out, student_logits)
+    else:
+        teacher_logits = (
+            teacher_head.logits(teacher_out) if teacher_head else teacher_out
+        )
     if student_head is not None and teacher_head is not None:
         # As in the fused head: of padded vocabularies the entries that both share.
         shared = min(

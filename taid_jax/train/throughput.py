@@ -62,6 +62,7 @@ def step_flops(
     remat: str = "none",
     fused: bool = True,
     teacher_used: bool = True,
+    stored: str | None = None,
 ) -> StepFlops:
     """Returns the operations of a train step, from the two architectures.
 
@@ -78,6 +79,8 @@ def step_flops(
         remat: What the student's backward pass computes again, as in `hidden_states`.
         fused: The fused head is used; else the heads see every token.
         teacher_used: False for an objective that looks at no teacher.
+        stored: Kind of the store that the teacher's outputs come from, if they do: of
+            hidden states the head is still applied.
 
     References:
         Chowdhery et al., PaLM, 2022 (arXiv:2204.02311), appendix B: MFU.
@@ -93,8 +96,10 @@ def step_flops(
         "full": mine.attention + mine.attention // 2 + mine.projections - last,
     }[remat]
     layers = 3 * (mine.projections + mine.attention)
-    teacher_layers = teacher_used * (theirs.projections + theirs.attention)
-    head, teacher_head = 3 * mine.head, teacher_used * theirs.head
+    runs = teacher_used and stored is None
+    teacher_layers = runs * (theirs.projections + theirs.attention)
+    has_head = teacher_used and stored in (None, "hidden")
+    head, teacher_head = 3 * mine.head, has_head * theirs.head
     if not fused:
         return StepFlops(layers + head, teacher_layers + teacher_head, 0, 0, repeated)
     tokens = batch * length
@@ -218,9 +223,14 @@ class Throughput:
 
 
 def make_throughput(
-    settings: Settings, student: DecoderConfig, teacher: DecoderConfig, mesh: Mesh
+    settings: Settings,
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+    mesh: Mesh,
+    *,
+    stored: str | None = None,
 ) -> Throughput:
-    """Returns the throughput of a run, with nothing measured yet."""
+    """Returns the throughput of a run, with nothing measured yet; see `step_flops`."""
     flops = step_flops(
         student,
         teacher,
@@ -229,6 +239,7 @@ def make_throughput(
         remat=settings.model.remat,
         fused=settings.run.fused,
         teacher_used=settings.objective.objective != "sft",
+        stored=stored,
     )
     kinds = {device.device_kind for device in mesh.devices.flat}
     return Throughput(

@@ -21,7 +21,7 @@ SENTENCES = [
 @pytest.fixture(scope="session")
 def load_script():
     """`load_script(name)`: the module of a command, by its name or its script's."""
-    names = {"train_tpu": "train", "prepare_data": "prepare"}
+    names = {"train_tpu": "train", "prepare_data": "prepare", "store_teacher": "store"}
 
     def load(name):
         return importlib.import_module(f"taid_jax.cli.{names.get(name, name)}")

@@ -64,7 +64,7 @@ def test_package_and_scripts_have_the_same_commands():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, name = project["scripts"]["taid-jax"].partition(":")
     assert getattr(importlib.import_module(module), name) is cli.main
-    names = {"train_tpu": "train", "prepare_data": "prepare"}
+    names = {"train_tpu": "train", "prepare_data": "prepare", "store_teacher": "store"}
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
     assert {names.get(stem, stem) for stem in scripts} == set(cli.COMMANDS) - {"plan"}
     for stem, path in scripts.items():

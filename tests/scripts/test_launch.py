@@ -17,7 +17,8 @@ SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
 def test_launch_files_are_all_looked_at():
-    known = {"two_processes.sh", "tpu_vm.sh", "slurm_gpu.sbatch", "gke_tpu.yaml"}
+    scripts = {"two_processes.sh", "tpu_vm.sh", "slurm_gpu.sbatch"}
+    known = {*scripts, "slurm_store.sbatch", "gke_tpu.yaml"}
     assert {path.name for path in LAUNCH.iterdir()} == known
 
 
@@ -36,6 +37,8 @@ def test_launch_script_is_bash(path):
 
 def test_launch_flags_are_those_of_the_script(train_tpu):
     for path in SHELL:
+        if path.name == "slurm_store.sbatch":
+            continue  # Its command is parsed below.
         # From the script's name to the end of its command.
         calls = re.findall(r"train_tpu\.py((?:[^\n]*\\\n)*[^\n]*)", path.read_text())
         assert calls, path
@@ -91,6 +94,44 @@ def test_launch_tpu_vm_quotes_the_flags_for_the_other_side(tmp_path):
     words = shlex.split(called[-1])
     assert words[words.index("--output") + 1] == "/mnt/a run"
     assert words[-1] == "--mesh=fsdp=-1"
+
+
+def test_launch_slurm_store_is_jobs_and_their_merge(tmp_path, load_script):
+    # A Python that only writes down what it was called with.
+    tool = tmp_path / ".venv" / "bin" / "python"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path / "called"}\n')
+    tool.chmod(0o755)
+    store = f"{tmp_path}/a store"
+
+    def run(*words, **variables):
+        (tmp_path / "called").write_text("")
+        done = subprocess.run(
+            ["bash", LAUNCH / "slurm_store.sbatch", store, *words],
+            env={"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
+            | {f"SLURM_ARRAY_TASK_{name}": value for name, value in variables.items()},
+            capture_output=True,
+            text=True,
+        )
+        return done, (tmp_path / "called").read_text().splitlines()
+
+    flags = ["--teacher=t", "--data=d", "--kind=topk", "--dtype=bfloat16"]
+    for number in ("2", "10"):
+        done, called = run(*flags, ID=number, MIN="1", MAX="16")
+        assert done.returncode == 0, done.stderr
+        script, *words = called
+        assert script == "scripts/store_teacher.py"
+        command = load_script("store").parse(words)
+        assert command.options.place == (int(number), 16)
+        assert command.settings.run.output == f"{store}.parts/{number}"
+        pathlib.Path(command.settings.run.output).mkdir(parents=True)
+    done, called = run()
+    assert done.returncode == 0, done.stderr
+    parts = [f"{store}.parts/10", f"{store}.parts/2"]
+    assert called == ["scripts/store_teacher.py", "merge", store, *parts]
+    done, _ = run(*flags, ID="3", MIN="3", MAX="7")
+    assert done.returncode == 2
+    assert "PARTS" in done.stderr
 
 
 def _two_processes(arguments, tmp_path, *flags):

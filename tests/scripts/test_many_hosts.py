@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+DATA = ("--data", "--batch-size", "--seq-len", "--held-out-fraction")
 SCRIPT = ROOT / "scripts" / "train_tpu.py"
 
 
@@ -51,6 +52,7 @@ class Company:
         absent=(),
         wait=60,
         slurm=False,
+        script=SCRIPT,
     ):
         port = _free_port()
         self.processes = {}
@@ -80,7 +82,7 @@ class Company:
                 ]
             with self.logs[number].open("wb") as log:
                 self.processes[number] = subprocess.Popen(
-                    [sys.executable, SCRIPT, *flags, *own, *hosts],
+                    [sys.executable, script, *flags, *own, *hosts],
                     cwd=ROOT if cwds is None else cwds[number],
                     env=environment,
                     stdout=log,
@@ -135,6 +137,28 @@ def _forget_after(folder, step):
         if path.name.isdecimal() and int(path.name) > step:
             shutil.rmtree(path)
     (folder / "report.json").unlink()
+
+
+@pytest.mark.slow
+def test_two_processes_store_a_teacher_and_train_from_it(
+    train_tpu, wide_teacher, flags, tmp_path
+):
+    """Each writes the records of its own rows, and reads those that its rows need."""
+    live, store, run = tmp_path / "live", tmp_path / "store", tmp_path / "run"
+    data = [flag for flag in flags if flag.split("=")[0] in DATA]
+    job = [f"--teacher={wide_teacher}", *data, f"--output={store}"]
+    company = Company(
+        2, job, tmp_path, script=ROOT / "scripts" / "store_teacher.py", devices=4
+    )
+    assert company.wait() == [0, 0], company.said(0)
+    names = sorted(path.name for path in store.glob("outputs-*"))
+    assert names == ["outputs-00000-000.arrayrecord", "outputs-00000-001.arrayrecord"]
+    student = [f"--teacher-store={store}", f"--student={wide_teacher}"]
+    rest = [flag for flag in flags if not flag.startswith("--teacher=")]
+    company = Company(2, [*rest, *student, f"--output={run}"], tmp_path)
+    assert company.wait() == [0, 0], company.said(0)
+    assert train_tpu.main([*flags, f"--output={live}"]) == 0
+    _expect_same(run, live)
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_claim_where_there_are_no_locks_says_so(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(f.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     output = _open(tmp_path)
     output.claim()
     output.close()

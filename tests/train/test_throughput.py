@@ -1,14 +1,18 @@
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from taid_jax.chips import peak_flops
+from taid_jax.models.families import write_config
 from taid_jax.models.flops import forward_flops
 from taid_jax.models.presets import preset
-from taid_jax.plan import count_flops, find_machine, pair_configs
+from taid_jax.plan import count_flops, find_machine, pair_configs, plan_step
 from taid_jax.plan.compiled import abstract_step
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh
+from taid_jax.store import format as f
 from taid_jax.train import throughput as tp
 
 
@@ -41,6 +45,71 @@ def test_step_flops_are_those_of_the_program(values):
     np.testing.assert_allclose(found + attention / 4, program, rtol=2e-3)
     # And so without any correction, by less than the 1.5% that are promised.
     np.testing.assert_allclose(found, program, rtol=0.015)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_step_without_a_teacher_has_none_of_its_products(kind, tmp_path):
+    settings = from_dict({"batch_size": 2, "seq_len": 64, "student": "smollm2-135m"})
+    teacher, student, _ = pair_configs(settings)
+    _write_store(tmp_path, teacher, kind)
+    stored = from_dict(
+        {"batch_size": 2, "seq_len": 64, "student": "smollm2-135m"}
+        | {"teacher_store": str(tmp_path)}
+    )
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    live, found = (
+        count_flops(step.trace(*arguments).jaxpr)
+        for step, arguments in (
+            abstract_step(each, teacher, student, mesh) for each in (settings, stored)
+        )
+    )
+    part = forward_flops(teacher, 2, 64)
+    gone = part.projections + part.attention + (kind == "topk") * part.head
+    # One block covers the attention's whole square, of which the half is counted. What
+    # is left: sums over positions that RoPE and the norms write as products.
+    np.testing.assert_allclose(live - found, gone + part.attention, rtol=2e-3)
+    counted = tp.make_throughput(settings, student, teacher, mesh).flops.total(128.0)
+    without = tp.make_throughput(stored, student, teacher, mesh, stored=kind)
+    assert counted - without.flops.total(128.0) == gone
+
+
+def _write_store(folder, teacher, kind):
+    """As much of a store as a plan looks at."""
+    columns = f.hidden_columns(teacher.d_model, "bfloat16")
+    if kind == "topk":
+        columns = f.topk_columns(64, teacher.vocab_size)
+    manifest = f.Manifest(
+        kind=kind,
+        columns=columns,
+        vocab_size=teacher.vocab_size,
+        teacher="",
+        tokenizer="",
+        source="a teacher",
+        examples=0,
+        tokens=0,
+        shards=(),
+        others=(),
+        made={},
+    )
+    f.write_manifest(folder, manifest)
+    (folder / f.TEACHER).mkdir()
+    (folder / f.TEACHER / "config.json").write_text(json.dumps(write_config(teacher)))
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
+def test_a_72b_teachers_hidden_states_train_a_student_where_it_does_not_fit(tmp_path):
+    pytest.importorskip("libtpu", reason="compiles for a TPU")
+    _write_store(tmp_path, preset("qwen2-72b"), "hidden")
+    values = {"student": "qwen2-1.5b", "dtype": "bfloat16", "remat": "full"}
+    values |= {"batch_size": 8, "seq_len": 2048}
+    for teacher, fits in (
+        ({"teacher_store": str(tmp_path)}, True),
+        ({"teacher": "qwen2-72b"}, False),
+    ):
+        settings = from_dict(values | teacher)
+        known, student, _ = pair_configs(settings)
+        assert plan_step(settings, known, student, find_machine("v5e:2x4")).fits == fits
 
 
 def test_step_flops_of_a_teacher_that_is_not_used():

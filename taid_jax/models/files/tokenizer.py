@@ -1,5 +1,6 @@
 """Tokenizers of model folders and GGUF files, and whether two are the same."""
 
+import hashlib
 import importlib
 import json
 import logging
@@ -317,6 +318,12 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
                 f"in its special tokens, first in {show(text)}"
             ]
         )
+
+
+def digest_tokenizer(tokenizer: Tokenizer) -> str:
+    """Returns what identifies a tokenizer: its tokens, and how it cuts nasty texts."""
+    found = sorted(tokenizer.get_vocab().items()), _encoder(tokenizer)(list(TEXTS))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _added(tokenizer: Any) -> set[str]:

@@ -1,0 +1,105 @@
+"""Stores what a teacher says of a data set, to train on without the teacher.
+
+    taid-jax store --teacher MODEL --data FILES --output STORE
+    taid-jax train --teacher-store STORE --student MODEL --data FILES --output RUN
+
+Flags and --config are those of training: what decides which rows there are counts here,
+all else is passed over. A job that was stopped goes on when it is started again. Of
+several processes (one per host) each stores its own rows.
+
+    taid-jax store merge STORE PART ...   joins the shares of several jobs (--part)
+    taid-jax store import FILE ...        reads Parquet files of an inference server
+    taid-jax store inspect STORE          shows what a store holds
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from taid_jax import cli
+from taid_jax.cli import _flags
+from taid_jax.errors import InputError, refuse
+from taid_jax.settings import Settings, SettingsError
+from taid_jax.store.options import StoreOptions
+
+WAY_ON = "What is done is kept: the same command goes on from it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The flags.
+
+    Attributes:
+        settings: As in training; --output is the store.
+        options: What is stored.
+        config: A YAML or JSON file with settings, such as a run's settings.json; flags
+            go over it, and the output that it names is left out.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    options: Annotated[StoreOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=StoreOptions
+    )
+    config: pathlib.Path | None = None
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Returns the flags, laid over the settings of `--config`.
+
+    Raises:
+        SettingsError: If the file cannot be used, or no output is named.
+    """
+    given = _flags.first_flags(arguments, "output")
+    base = _flags.read_config(arguments)
+    command = _flags.parse(Command, arguments, __doc__, base)
+    if given.output is None:
+        raise SettingsError("output: need the folder of the store")
+    if command.settings.model.teacher_store is not None:
+        raise SettingsError("teacher_store: need a --teacher to be stored, got a store")
+    return command
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    if arguments and arguments[0] in ("merge", "import", "inspect"):
+        from taid_jax.cli import _stores
+
+        return getattr(_stores, f"run_{arguments[0]}")(arguments[1:])
+    try:
+        command = parse(arguments)
+    except InputError as error:
+        return refuse(error)
+    return _store(command)
+
+
+def _store(command: Command) -> int:
+    from taid_jax import distributed
+    from taid_jax.store.write import store_teacher
+    from taid_jax.train.folder import WriteError
+
+    settings, errors = command.settings, Console(stderr=True)
+    console = Console()
+    cli.say_way_on(lambda: WAY_ON)
+    _flags.keep_compiled()
+    try:
+        distributed.initialize(settings.distributed)
+        console.quiet = not distributed.is_main_process()
+        manifest = store_teacher(settings, command.options, console)
+    except InputError as error:
+        return refuse(error)
+    except (WriteError, distributed.PeerError) as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    distributed.shutdown()
+    console.print(
+        f"{manifest.examples:,} examples, {manifest.tokens:,} tokens are stored in "
+        f"{settings.run.output}; train with --teacher-store {settings.run.output} and "
+        "the same data settings",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0

@@ -1,0 +1,275 @@
+"""The folder of a store while it is made: begun, gone on with, finished."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Int, Shaped
+from safetensors.numpy import save
+
+from taid_jax.errors import InputError, explain, parsing, show
+from taid_jax.files import LOCK, hold_folder, write_whole, written_aside
+from taid_jax.settings import SettingsError
+from taid_jax.store.format import (
+    HEAD,
+    INDEX,
+    MANIFEST,
+    TEACHER,
+    Column,
+    File,
+    Kind,
+    Manifest,
+    StoreError,
+    describe_file,
+    example_key,
+    pack_record,
+    read_manifest,
+    stored_mass,
+    write_manifest,
+)
+from taid_jax.train.folder import WriteError
+
+JOB = "job.json"
+"""What an unfinished store is a store of."""
+
+DONE = ".done.json"
+"""End of the name of what is known of a file that is whole."""
+
+_WRITER = "group_size:1,uncompressed"
+
+Entry = tuple[bytes, int, int, int]
+"""Of an example: its key, shard, record, and place in its row."""
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    flat = [{**facts, **facts.get("made", {}), "made": None} for facts in (one, other)]
+    return [name for name in flat[0] if flat[0][name] != flat[1].get(name)]
+
+
+def begin_store(
+    folder: pathlib.Path, facts: Mapping[str, Any], hold: contextlib.ExitStack
+) -> bool:
+    """Makes the folder ready; returns whether all is done already.
+
+    Raises:
+        SettingsError: If it is another store's, or something else is in it.
+    """
+    job = folder / JOB
+    ends = None
+    if (folder / MANIFEST).exists():
+        ends = _plain(dataclasses.asdict(read_manifest(folder)))
+    elif folder.exists() and not folder.is_dir():
+        raise SettingsError(f"output: {folder} is no folder")
+    elif folder.is_dir():
+        begun = {LOCK, f"{JOB}.partial"}  # All that is there after an early kill.
+        names = {path.name for path in folder.iterdir()} - begun
+        if names and JOB not in names:
+            raise SettingsError(
+                f"output: {folder} is not empty (it has {show(min(names))}) and no "
+                "store; choose another --output"
+            )
+    handle, note = hold_folder(folder)
+    hold.callback(os.close, handle)
+    if note:
+        sys.stderr.write(f"note: {note}\n")
+    if ends is None and job.exists():
+        with parsing(f"{job} cannot be read", SettingsError):
+            begun = json.loads(job.read_bytes())
+    else:
+        begun = ends
+    if begun is not None and (wrong := _differences(facts, begun)):
+        raise SettingsError(
+            f"output: {folder} holds another store: {', '.join(wrong)} differ. Give "
+            "the same settings to go on with it, or choose another --output"
+        )
+    if ends is None:
+        write_whole(job, json.dumps(facts, indent=1).encode())
+    return ends is not None
+
+
+def _plain(values: Any) -> Any:
+    """Returns values as they come back from JSON: tuples as lists."""
+    return json.loads(json.dumps(values))
+
+
+class Sink:
+    """A file of records while it is written; it gets its name when it is whole.
+
+    Args:
+        path: Of the file.
+        kind: Of the store.
+
+    Attributes:
+        file: What it is, once it is whole.
+        tokens: In it so far.
+        mass: Probability of the stored ids, summed over them, of kind "topk".
+    """
+
+    file: File
+
+    def __init__(self, path: pathlib.Path, kind: Kind):
+        self._path, self._kind = path, kind
+        self._records = self.tokens = 0
+        self.mass = 0.0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Sink":
+        self._stack.enter_context(writing(self._path))
+        part = self._stack.enter_context(written_aside(self._path))
+        self._writer = ArrayRecordWriter(str(part), _WRITER)
+        return self
+
+    def write(
+        self,
+        ids: Int[np.ndarray, " tokens"],
+        columns: Sequence[Shaped[np.ndarray, "tokens _"]],
+    ) -> None:
+        """Adds the record of an example.
+
+        Args:
+            ids: Its tokens.
+            columns: As the manifest names them, in their stored dtypes.
+        """
+        self._writer.write(pack_record(example_key(ids), columns))
+        self._records += 1
+        self.tokens += len(ids)
+        if self._kind == "topk":
+            self.mass += float(stored_mass(columns[2]).sum())
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            with writing(self._path):
+                self._writer.close()
+        self._stack.__exit__(kind, error, trace)
+        if kind is None:
+            with writing(self._path):
+                self.file = describe_file(self._path, self._records)
+                values = {
+                    "file": dataclasses.asdict(self.file),
+                    "tokens": self.tokens,
+                    "mass": self.mass,
+                }
+                note = self._path.with_name(self._path.name + DONE)
+                write_whole(note, json.dumps(values).encode())
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Says which file cannot be written, whatever the writer of records raises.
+
+    Raises:
+        WriteError: In place of it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, WriteError | InputError):
+            raise
+        raise WriteError(
+            f"{path} cannot be written: {explain(error)}. What is done is kept: the "
+            "same command goes on from it"
+        ) from error
+
+
+def show_size(count: int) -> str:
+    """Returns so many bytes in words."""
+    return (
+        f"{count / 2**30:,.2f} GiB" if count >= 2**28 else f"{count / 2**20:,.1f} MiB"
+    )
+
+
+def free_bytes(folder: pathlib.Path) -> int:
+    """Returns the room on the disk of a folder, which need not be there yet."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_room(folder: pathlib.Path, need: int) -> None:
+    """Raises unless a disk has room for so many bytes more.
+
+    Raises:
+        StoreError: If it has not.
+    """
+    free = free_bytes(folder)
+    if need > free:
+        raise StoreError(
+            f"output: the store needs {show_size(need)} more and {folder} has "
+            f"{show_size(free)}. Give another disk, --store-dtype bfloat16, --kind "
+            "topk or a share of the work (--part) on each of several"
+        )
+
+
+def finish_store(
+    folder: pathlib.Path,
+    facts: Mapping[str, Any],
+    entries: Sequence[Entry],
+    shards: Sequence[File],
+    tokens: int,
+    mass: float,
+) -> Manifest:
+    """Writes index and manifest: the store is whole then.
+
+    Args:
+        folder: Of the store; all else is there.
+        facts: What decides what is stored, as `begin_store` was given it.
+        entries: Of all examples; shards by their place in `shards`.
+        shards: The files with records.
+        tokens: Of all examples.
+        mass: Probability of the stored ids, summed over tokens, of kind "topk".
+    """
+    with writing(folder / INDEX):
+        write_index(folder, entries)
+        manifest = Manifest(
+            kind=facts["kind"],
+            columns=tuple(Column(**column) for column in facts["columns"]),
+            vocab_size=facts["vocab_size"],
+            teacher=facts["teacher"],
+            tokenizer=facts["tokenizer"],
+            source=facts["source"],
+            examples=len(entries),
+            tokens=tokens,
+            shards=tuple(shards),
+            others=describe_others(folder),
+            made=facts["made"],
+            mass=mass / tokens if facts["kind"] == "topk" and tokens else None,
+            draws=facts["draws"],
+        )
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def describe_others(folder: pathlib.Path) -> tuple[File, ...]:
+    """Returns the files of a store beside its shards."""
+    paths = [folder / INDEX, folder / HEAD, *sorted((folder / TEACHER).rglob("*"))]
+    return tuple(
+        describe_file(path, name=path.relative_to(folder).as_posix())
+        for path in paths
+        if path.is_file()
+    )
+
+
+def write_index(folder: pathlib.Path, entries: Sequence[Entry]) -> None:
+    """Writes where each example is: keys, shards, records, and places in their rows."""
+    keys = np.frombuffer(b"".join(key for key, *_ in entries), ">u8").reshape(-1, 2)
+    keys = keys.astype(np.uint64)
+    numbers = np.array([rest for _, *rest in entries], np.uint32).reshape(-1, 3)
+    order = np.lexsort((numbers[:, 2], keys[:, 1], keys[:, 0]))
+    numbers = numbers[order]
+    index = {"keys": keys[order], "places": numbers[:, :2], "starts": numbers[:, 2]}
+    index = {name: np.ascontiguousarray(array) for name, array in index.items()}
+    write_whole(folder / INDEX, save(index))
+
+
+def tidy(folder: pathlib.Path) -> None:
+    """Removes what a job needs only until its manifest is there."""
+    for path in (*folder.glob(f"*{DONE}"), folder / JOB, *folder.glob("*.partial")):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,216 @@
+"""A store that is read: an example's outputs by its token ids."""
+
+import functools
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int, Int64, Shaped, UInt32, UInt64
+from safetensors.numpy import load_file
+
+from taid_jax.errors import InputError, explain, parsing
+from taid_jax.store.format import (
+    DTYPES,
+    HEAD,
+    INDEX,
+    KEY_BYTES,
+    MANIFEST,
+    Manifest,
+    StoreError,
+    describe_file,
+    example_key,
+    read_manifest,
+    unpack_record,
+)
+
+_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
+_OPEN_SHARDS = 256
+_COPY = "Copy it again, or remove it and start the job that stored it again"
+
+
+class Store:
+    """A teacher's stored outputs.
+
+    Args:
+        folder: What `taid-jax store` has made.
+
+    Attributes:
+        folder: Absolute.
+        manifest: What it is.
+
+    Raises:
+        StoreError: If it is no store, or a file of it is missing, of another size, or
+            another one's.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        self.folder = pathlib.Path(folder).expanduser().absolute()
+        self.manifest: Manifest = read_manifest(self.folder)
+        for file in (*self.manifest.shards, *self.manifest.others):
+            path = self.folder / file.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != file.bytes:
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                raise StoreError(
+                    f"{path} {found}; {MANIFEST} says {file.bytes:,} bytes. {_COPY}"
+                )
+        for file in self.manifest.others:
+            if describe_file(self.folder / file.name).sha256 != file.sha256:
+                raise StoreError(
+                    f"{self.folder / file.name} has other contents than {MANIFEST} "
+                    f"says. {_COPY}"
+                )
+        with parsing(f"{self.folder / INDEX} cannot be read", StoreError):
+            index = load_file(self.folder / INDEX)
+            self._keys: UInt64[np.ndarray, "examples 2"] = index["keys"]
+            self._places: UInt32[np.ndarray, "examples 2"] = index["places"]
+            self._starts: UInt32[np.ndarray, " examples"] = index["starts"]
+            sizes = np.array([shard.records for shard in self.manifest.shards])
+            shards, records = self._places.T
+            if not len(self._keys) == len(self._places) == len(self._starts) or (
+                len(shards) and not (records < sizes[shards]).all()
+            ):
+                raise StoreError("it names records beyond the shards")
+        self._check_shards()
+        self._reader = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _check_shards(self) -> None:
+        """Raises if a shard is another's: its first record has another key."""
+        shards, records = self._places.T
+        for place in np.flatnonzero(records == 0).tolist():
+            shard, key = int(shards[place]), self._keys[place].astype(">u8").tobytes()
+            found = self._record(self._open(shard), shard, 0)
+            if found[:KEY_BYTES] != key:
+                path = self.folder / self.manifest.shards[shard].name
+                raise StoreError(f"{path} is not the shard of that name. {_COPY}")
+
+    def identity(self) -> str:
+        """Returns what identifies the outputs, whatever files they lie in."""
+        about = self.manifest
+        columns = ", ".join(f"{c.name} {c.dtype} {c.width}" for c in about.columns)
+        return f"{about.kind} of {about.teacher} ({columns})"
+
+    def keys(self) -> Iterable[bytes]:
+        """Yields the key of every example, in the order of the index."""
+        for key in self._keys.astype(">u8"):
+            yield key.tobytes()
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Returns shard and record of an example by its number in the index."""
+        shard, record = self._places[number].tolist()
+        return shard, record
+
+    def has(self, ids: Int[np.ndarray, " tokens"]) -> bool:
+        """Returns whether an example is stored."""
+        return self._find(example_key(ids), 0) is not None
+
+    def blank(self, shape: tuple[int, int]) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Returns the columns of a batch without tokens, `(*shape, width)` each."""
+        return {
+            column.name: np.full(
+                (*shape, column.width), column.filler, DTYPES[column.dtype]
+            )
+            for column in self.manifest.columns
+        }
+
+    def read(
+        self, ids: Int[np.ndarray, " tokens"], start: int = 0
+    ) -> Mapping[str, Shaped[np.ndarray, "tokens _"]]:
+        """Returns the columns of an example, `(tokens, width)` each.
+
+        Args:
+            ids: Its tokens.
+            start: Their place in a row. An example that comes at several was stored at
+                each, as the last bits of an output depend on it; any will do otherwise.
+
+        Raises:
+            StoreError: If it is not in the store, or its record is damaged.
+        """
+        key = example_key(ids)
+        place = self._find(key, start)
+        if place is None:
+            raise StoreError(f"{self.folder} lacks an example of {len(ids)} tokens")
+        shard, record = place
+        found = self._record(self._reader(shard), shard, record)
+        try:
+            return unpack_record(found, key, self.manifest.columns, len(ids))
+        except StoreError as error:
+            raise self._damaged(shard, record, error) from error
+
+    def index(
+        self,
+    ) -> tuple[
+        UInt64[np.ndarray, "examples 2"],
+        UInt32[np.ndarray, "examples 2"],
+        UInt32[np.ndarray, " examples"],
+    ]:
+        """Returns of all examples the key, shard and record, and place in the row."""
+        return self._keys, self._places, self._starts
+
+    def in_order(self) -> Int64[np.ndarray, " examples"]:
+        """Returns the numbers in the index of all examples as the files have them."""
+        return np.lexsort((self._places[:, 1], self._places[:, 0]))
+
+    def columns(self, number: int) -> Mapping[str, Shaped[np.ndarray, "tokens _"]]:
+        """Returns the columns of an example by its number in the index.
+
+        Raises:
+            StoreError: If its record is damaged.
+        """
+        found, columns = self.record(number), self.manifest.columns
+        key = self._keys[number].astype(">u8").tobytes()
+        tokens = (len(found) - KEY_BYTES) // self.manifest.bytes_per_token
+        try:
+            return unpack_record(found, key, columns, tokens)
+        except StoreError as error:
+            raise self._damaged(*self.place(number), error) from error
+
+    def record(self, number: int) -> bytes:
+        """Returns a record, with its key, by its number in the index."""
+        shard, record = self.place(number)
+        return self._record(self._reader(shard), shard, record)
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        path = self.folder / self.manifest.shards[shard].name
+        with parsing(f"{path} cannot be read ({_COPY})", StoreError):
+            return ArrayRecordReader(str(path), _RANDOM)
+
+    def _record(self, reader: ArrayRecordReader, shard: int, record: int) -> bytes:
+        try:
+            (found,) = reader.read([record])
+        except Exception as error:  # Of C++, whatever it is.
+            raise self._damaged(shard, record, error) from error
+        return found
+
+    def _damaged(self, shard: int, record: int, error: Exception) -> InputError:
+        path = self.folder / self.manifest.shards[shard].name
+        return StoreError(
+            f"{path}: record {record} is damaged ({explain(error)}); the other shards "
+            f"are as they were. {_COPY}"
+        )
+
+    def _find(self, key: bytes, start: int) -> tuple[int, int] | None:
+        """Returns shard and record of an example, None where there is none."""
+        high, low = np.frombuffer(key, ">u8").tolist()
+        place = int(np.searchsorted(self._keys[:, 0], np.uint64(high)))
+        found = None
+        while place < len(self._keys) and self._keys[place, 0] == high:
+            if self._keys[place, 1] == low:
+                if self._starts[place] == start:
+                    return self.place(place)
+                found = found or self.place(place)
+            place += 1
+        return found
+
+    def head(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of the head of a store of hidden states, by dotted names.
+
+        Raises:
+            StoreError: If they cannot be read.
+        """
+        with parsing(f"{self.folder / HEAD} cannot be read", StoreError):
+            return load_file(self.folder / HEAD)

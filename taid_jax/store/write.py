@@ -1,0 +1,505 @@
+"""The job that stores a teacher's outputs: a file after the other, each once."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Int64
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.numpy import save
+
+from taid_jax import distributed
+from taid_jax.data import Dataset
+from taid_jax.data.batches import ExampleSet
+from taid_jax.data.packing import EMPTY
+from taid_jax.errors import InputError, parsing
+from taid_jax.files import write_whole
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
+from taid_jax.models.families import write_config
+from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG
+from taid_jax.models.files.load import LoadedModel
+from taid_jax.models.files.tokenizer import (
+    digest_tokenizer,
+    require_tokenizer,
+    save_tokenizer,
+    special_ids,
+)
+from taid_jax.models.files.vocabulary import with_tokenizer
+from taid_jax.models.memory import check_fits, params_need
+from taid_jax.settings import Settings, SettingsError
+from taid_jax.sharding import (
+    TEACHER_RULES,
+    activations_on,
+    batch_part,
+    check_batch,
+    make_mesh,
+    place_batch,
+    tree_shardings,
+)
+from taid_jax.store.folder import (
+    DONE,
+    Sink,
+    begin_store,
+    check_room,
+    finish_store,
+    free_bytes,
+    show_size,
+    tidy,
+    writing,
+)
+from taid_jax.store.format import (
+    HEAD,
+    KEY_BYTES,
+    TEACHER,
+    Column,
+    File,
+    Kind,
+    Manifest,
+    example_key,
+    read_manifest,
+)
+from taid_jax.store.options import StoreOptions
+from taid_jax.store.outputs import (
+    DRAWS,
+    Outputs,
+    draws_of,
+    hidden_outputs,
+    sampled_outputs,
+    topk_outputs,
+)
+from taid_jax.store.teacher import head_params
+from taid_jax.train.inputs import OpenPair, check_memory, check_models, read_data
+from taid_jax.train.resume import digest_weights
+from taid_jax.types import Batch, Params
+
+_SPARE = 2**20
+"""Bytes beside records and head: manifest, index, tokenizer."""
+
+
+class Lot(NamedTuple):
+    """Rows that go through the teacher together.
+
+    Attributes:
+        side: Of the data set.
+        rows: Their numbers; `EMPTY` where there is none.
+        length: Tokens of each, padding included.
+    """
+
+    side: ExampleSet
+    rows: Int64[np.ndarray, " rows"]
+    length: int
+
+
+class Shard(NamedTuple):
+    """A file and the lots whose records it has."""
+
+    number: int
+    lots: Sequence[Lot]
+
+
+def store_teacher(
+    settings: Settings, options: StoreOptions, console: Console
+) -> Manifest:
+    """Runs a teacher over a data set and stores what it gives for each token.
+
+    Rows and batches are those of a training run with the same data settings, and of the
+    size of its micro-batches, so that the outputs are the same to the last bit. Of
+    several processes each calls this; each writes the records of its own rows.
+
+    Args:
+        settings: As of a training run; `run.output` is the store.
+        options: What is stored.
+        console: Where progress is shown.
+
+    Raises:
+        SettingsError: If settings contradict each other, or the output is something
+            else's.
+        ModelError: If a model cannot be used.
+        DataError: If the data cannot be used.
+        StoreError: If it does not fit on the disk.
+    """
+    distributed.agree_on_settings(settings)
+    mesh = make_mesh(settings.run.mesh)
+    size = settings.data.batch_size // settings.optimizer.grad_accum
+    check_batch(size, mesh)
+    check_memory(settings, mesh)
+    model = settings.model
+    if model.student is None and model.student_config is None:
+        # It has the teacher's tokenizer, and that is all that matters of it here.
+        model = dataclasses.replace(model, student_layers=1)
+    opened = check_models(model, settings.data.seq_len)
+    dataset = read_data(settings, opened.tokenizer)
+    distributed.agree("data", dataclasses.asdict(dataset.info))
+    recipe = _recipe(settings, options, opened)
+    lots = [
+        lot for side in (dataset.train, dataset.held_out) for lot in _lots(side, size)
+    ]
+    files = _Files(
+        pathlib.Path(settings.run.output).absolute(),
+        plan_shards(lots, recipe.columns, options),
+        batch_part(mesh)[1],
+        _owned(lots),
+    )
+    facts = distributed.broadcast(
+        lambda: _facts(settings, options, opened, dataset, recipe, mesh)
+    )
+    distributed.broadcast(lambda: _announce(files, recipe, console))
+    with contextlib.ExitStack() as hold:
+        if distributed.broadcast(lambda: begin_store(files.folder, facts, hold)):
+            tidy(files.folder)
+            return read_manifest(files.folder)
+        for note in opened.teacher.notes:
+            console.print(f"note: {note}", soft_wrap=True, highlight=False)
+        teacher = _load(settings, opened, mesh)
+        _write_teacher(files.folder, teacher, recipe)
+        _write_shards(files, recipe, teacher, mesh, console)
+        distributed.broadcast(lambda: _finish(files, facts))
+        if distributed.is_main_process():
+            tidy(files.folder)
+        return read_manifest(files.folder)
+
+
+def plan_shards(
+    lots: Sequence[Lot], columns: Sequence[Column], options: StoreOptions
+) -> list[Shard]:
+    """Returns this job's share of the files, numbered over all jobs.
+
+    Args:
+        lots: Of all jobs.
+        columns: Of a record.
+        options: Size of a file, and the share.
+    """
+    width = sum(column.bytes_per_token for column in columns)
+    most = max((len(lot.rows) * lot.length for lot in lots), default=1)
+    each = max(1, (options.shard_mib << 20) // (most * width))
+    part, parts = options.place
+    starts = range(0, len(lots), each)
+    return [
+        Shard(number, lots[start : start + each])
+        for number, start in enumerate(starts)
+        if number % parts == part - 1
+    ]
+
+
+def _lots(side: ExampleSet, size: int) -> Iterator[Lot]:
+    rows = np.arange(len(side))
+    lengths, place = (side.seq_len,), np.zeros(len(side), np.int64)
+    if side.buckets:
+        lengths = side.buckets
+        place = np.searchsorted(lengths, np.asarray(side.tokens_of_rows()))
+    for number, length in enumerate(lengths):
+        chosen = rows[place == number]
+        chosen = np.pad(chosen, (0, -len(chosen) % size), constant_values=EMPTY)
+        for lot in chosen.reshape(-1, size):
+            yield Lot(side, lot, int(length))
+
+
+class _Recipe(NamedTuple):
+    """What is computed of every lot."""
+
+    kind: Kind
+    columns: tuple[Column, ...]
+    outputs: Outputs
+    config: DecoderConfig
+
+
+def _recipe(settings: Settings, options: StoreOptions, opened: OpenPair) -> _Recipe:
+    tokenizer = require_tokenizer(opened.teacher.tokenizer, opened.teacher.source)
+    config = with_tokenizer(opened.teacher.config, tokenizer)
+    dtype = settings.model.dtype
+    teacher = decoder_functions(config, dtype=dtype)
+    if options.kind == "hidden":
+        own = options.store_dtype
+        stored = dtype if own == "same" else own
+        made = hidden_outputs(teacher, config.d_model, stored)
+        return _Recipe("hidden", *made, config)
+    if options.sampled:
+        made = sampled_outputs(teacher, config.vocab_size, options.sampled)
+        return _Recipe("sampled", *made, config)
+    if options.k > config.vocab_size:
+        raise SettingsError(
+            f"k: need at most {config.vocab_size}, the entries of the teacher's "
+            f"vocabulary, got {options.k}"
+        )
+    made = topk_outputs(teacher, config.vocab_size, options.k)
+    return _Recipe("topk", *made, config)
+
+
+def _facts(
+    settings: Settings,
+    options: StoreOptions,
+    opened: OpenPair,
+    dataset: Dataset,
+    recipe: _Recipe,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Returns what decides what is stored, as JSON has it: a job goes on with it."""
+    data, teacher = settings.data, opened.teacher
+    tokenizer = require_tokenizer(teacher.tokenizer, teacher.source)
+    return {
+        "kind": recipe.kind,
+        "columns": [dataclasses.asdict(column) for column in recipe.columns],
+        "vocab_size": recipe.config.vocab_size,
+        "teacher": digest_weights(teacher.source.path),
+        "tokenizer": digest_tokenizer(tokenizer),
+        "source": teacher.source.name,
+        "draws": options.sampled,
+        "made": {
+            "data": data.data,
+            "fingerprint": dataset.info.fingerprint,
+            "seq_len": data.seq_len,
+            "rows": settings.data.batch_size // settings.optimizer.grad_accum,
+            "dtype": settings.model.dtype,
+            "part": options.part,
+            "shard_mib": options.shard_mib,
+            "processes": batch_part(mesh)[1],
+        },
+    }
+
+
+class _Files(NamedTuple):
+    """The files of a job, and whose records each has.
+
+    Attributes:
+        folder: Of the store.
+        shards: Of this job.
+        parts: Processes that share each lot.
+        owned: The examples that are stored, by their number in the table. Of equal
+            ones at equal places of their rows it is the first.
+    """
+
+    folder: pathlib.Path
+    shards: Sequence[Shard]
+    parts: int
+    owned: frozenset[int]
+
+    def path(self, shard: Shard, part: int) -> pathlib.Path:
+        """Returns the file of a process."""
+        which = f"-{part:03}" if self.parts > 1 else ""
+        return self.folder / f"outputs-{shard.number:05}{which}.arrayrecord"
+
+    def done(self, path: pathlib.Path) -> File | None:
+        """Returns what is known of a file that is whole; None of any other."""
+        note = path.with_name(path.name + DONE)
+        if not (path.is_file() and note.is_file()):
+            return None
+        with contextlib.suppress(InputError), parsing(str(note)):
+            found = File(**json.loads(note.read_bytes())["file"])
+            return found if found.bytes == path.stat().st_size else None
+        return None
+
+    def rows(self, lot: Lot, part: int) -> Int64[np.ndarray, " rows"]:
+        """Returns the rows of a process."""
+        each = len(lot.rows) // self.parts
+        return lot.rows[part * each : (part + 1) * each]
+
+    def examples(self, lot: Lot, part: int) -> Iterator[tuple[int, int, int]]:
+        """Yields row, first token and number of each example that is stored."""
+        for row, index in enumerate(self.rows(lot, part).tolist()):
+            start = 0
+            for number in lot.side.rows[index] if index != EMPTY else ():
+                if number in self.owned:
+                    yield row, start, number
+                start += int(lot.side.table.lengths[number])
+
+
+def _owned(lots: Sequence[Lot]) -> frozenset[int]:
+    """Returns the examples that are stored, by their numbers in the table."""
+    first: dict[tuple[bytes, int], int] = {}
+    for lot in lots:
+        for index in lot.rows.tolist():
+            start = 0
+            for number in lot.side.rows[index] if index != EMPTY else ():
+                ids = lot.side.table[number].ids
+                first.setdefault((example_key(ids), start), number)
+                start += len(ids)
+    return frozenset(first.values())
+
+
+def _announce(files: _Files, recipe: _Recipe, console: Console) -> None:
+    """Says how much will be stored, and refuses what the disk has no room for.
+
+    Raises:
+        StoreError: With how much is missing.
+    """
+    head_bytes = 0
+    if recipe.kind == "hidden":
+        head = head_params(abstract_params(recipe.config), recipe.config)
+        head_bytes = sum(4 * leaf.size for leaf in jax.tree.leaves(head))
+    numbers = [
+        number
+        for shard in files.shards
+        for lot in shard.lots
+        for part in range(files.parts)
+        for _, _, number in files.examples(lot, part)
+    ]
+    table = files.shards[0].lots[0].side.table if files.shards else None
+    tokens = 0 if table is None else int(table.lengths[numbers].sum())
+    width = sum(column.bytes_per_token for column in recipe.columns)
+    there = sum(path.stat().st_size for path in files.folder.glob("outputs-*"))
+    total = tokens * width + len(numbers) * KEY_BYTES + head_bytes + _SPARE
+    free = free_bytes(files.folder)
+    console.print(
+        f"{recipe.kind}: {len(numbers):,} examples, {tokens:,} tokens of {width:,} "
+        f"bytes, {show_size(total)} in {len(files.shards)} files; {show_size(free)} "
+        "are free",
+        soft_wrap=True,
+        highlight=False,
+    )
+    check_room(files.folder, total - there)
+
+
+def _write_shards(
+    files: _Files,
+    recipe: _Recipe,
+    teacher: LoadedModel,
+    mesh: Mesh,
+    console: Console,
+) -> None:
+    """Writes what is not done of the files, those of this process."""
+    part, _ = batch_part(mesh)
+    writes = _writes(part)
+
+    def left() -> list[int]:
+        return [
+            shard.number
+            for shard in files.shards
+            if not all(files.done(files.path(shard, p)) for p in range(files.parts))
+        ]
+
+    todo = set(distributed.broadcast(left))
+
+    @jax.jit
+    def run(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
+        with activations_on(mesh):
+            return recipe.outputs(params, batch)
+
+    def inputs(lot: Lot) -> dict[str, jax.Array]:
+        rows = files.rows(lot, part)
+        batch: dict[str, Any] = lot.side.batch(rows, len(rows), lot.length)
+        del batch["labels"]
+        if recipe.kind == "sampled":
+            batch[DRAWS] = np.zeros((len(rows), lot.length), np.float32)
+            for row, start, number in files.examples(lot, part):
+                ids = lot.side.table[number].ids
+                batch[DRAWS][row, start : start + len(ids)] = draws_of(ids)
+        return place_batch(batch, mesh)
+
+    shards = [shard for shard in files.shards if shard.number in todo]
+    with Progress(console=console, disable=not writes) as progress:
+        bar = progress.add_task(
+            "storing", total=sum(len(shard.lots) for shard in shards)
+        )
+        for shard in shards:
+            path = files.path(shard, part)
+            sink = Sink(path, recipe.kind) if writes else None
+            with sink or contextlib.nullcontext():
+                ahead = run(teacher.params, inputs(shard.lots[0]))
+                for place, lot in enumerate(shard.lots):
+                    here, more = ahead, shard.lots[place + 1 : place + 2]
+                    if more:  # The devices work while the host writes.
+                        ahead = run(teacher.params, inputs(more[0]))
+                    if sink:
+                        arrays = [_local(array) for array in here]
+                        for row, start, number in files.examples(lot, part):
+                            ids = lot.side.table[number].ids
+                            token = slice(start, start + len(ids))
+                            sink.write(ids, [array[row, token] for array in arrays])
+                    progress.advance(bar)
+
+
+def _writes(part: int) -> bool:
+    """Returns whether this process is the first of those that have the same rows."""
+    if jax.process_count() == 1:
+        return True
+    parts = np.asarray(multihost_utils.process_allgather(np.int32(part)))
+    return int(np.flatnonzero(parts == part)[0]) == jax.process_index()
+
+
+def _local(array: jax.Array) -> np.ndarray:
+    """Returns the rows that this process holds, in order."""
+    pieces = {
+        shard.index[0].start or 0: shard.data for shard in array.addressable_shards
+    }
+    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+
+def _load(settings: Settings, opened: OpenPair, mesh: Mesh) -> LoadedModel:
+    """Returns the teacher on its devices."""
+    rules, dtype = TEACHER_RULES[settings.model.teacher_sharding], settings.model.dtype
+
+    def shardings(config: DecoderConfig) -> Any:
+        return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
+
+    config = opened.teacher.config
+    check_fits(params_need("the teacher", config, dtype, shardings(config)))
+    return opened.teacher.load(dtype=dtype, shardings=shardings)
+
+
+def _write_teacher(folder: pathlib.Path, teacher: LoadedModel, recipe: _Recipe) -> None:
+    """Writes what training needs of a teacher beside its outputs."""
+    head = {}
+    if recipe.kind == "hidden":
+        head = distributed.gather(head_params(teacher.params, recipe.config))
+    if not distributed.is_main_process():
+        return
+    with writing(folder / HEAD):
+        if recipe.kind == "hidden":
+            leaves = jax.tree_util.tree_leaves_with_path(head)
+            arrays = {
+                jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+                for path, leaf in leaves
+            }
+            write_whole(folder / HEAD, save(arrays))
+        write_teacher_folder(folder, teacher)
+
+
+def write_teacher_folder(folder: pathlib.Path, teacher: LoadedModel) -> None:
+    """Writes config, generation settings and tokenizer of a teacher into a store."""
+    place, tokenizer = folder / TEACHER, teacher.tokenizer
+    if place.is_dir():
+        return
+    work = folder / f"{TEACHER}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    ids = special_ids(tokenizer) if tokenizer is not None else {}
+    values = {CONFIG: {**write_config(teacher.config), **ids}}
+    values[GENERATION_CONFIG] = dict(teacher.generation)
+    for name, value in values.items():
+        (work / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, work)
+    work.rename(place)
+
+
+def _finish(files: _Files, facts: Mapping[str, Any]) -> None:
+    """Writes index and manifest, and clears away what was for going on alone."""
+    folder = files.folder
+    found, entries, tokens, mass = [], [], 0, 0.0
+    for shard in files.shards:
+        for part in range(files.parts):
+            path = files.path(shard, part)
+            about = json.loads(path.with_name(path.name + DONE).read_bytes())
+            numbers = [
+                (lot.side.table[number].ids, start)
+                for lot in shard.lots
+                for _, start, number in files.examples(lot, part)
+            ]
+            entries += [
+                (example_key(ids), len(found), record, start)
+                for record, (ids, start) in enumerate(numbers)
+            ]
+            found.append(File(**about["file"]))
+            tokens += about["tokens"]
+            mass += about["mass"]
+    finish_store(folder, facts, entries, found, tokens, mass)
