@@ -158,6 +158,7 @@ def test_other_layouts_from_a_store_are_the_live_run_too(
     assert _rows(found) == _rows(live)
 
 
+@pytest.mark.slow
 def test_another_order_packing_and_batch_read_the_same_store(
     train_tpu, teacher, stored, data, tmp_path
 ):
@@ -171,8 +172,8 @@ def test_another_order_packing_and_batch_read_the_same_store(
     "flags",
     [
         ["--kind=topk", "--k=8"],
-        ["--kind=topk", "--sampled=12"],
-        ["--store-dtype=bfloat16"],
+        pytest.param(["--kind=topk", "--sampled=12"], marks=pytest.mark.slow),
+        pytest.param(["--store-dtype=bfloat16"], marks=pytest.mark.slow),
     ],
     ids=["topk", "sampled", "bfloat16"],
 )
