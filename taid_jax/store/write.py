@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int64
+from jaxtyping import Int, Int64, Shaped
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save
@@ -21,7 +21,7 @@ from taid_jax import distributed
 from taid_jax.data import Dataset
 from taid_jax.data.batches import ExampleSet
 from taid_jax.data.packing import EMPTY
-from taid_jax.errors import InputError, parsing
+from taid_jax.errors import InputError, ModelError, parsing, show
 from taid_jax.files import write_whole
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
@@ -74,6 +74,7 @@ from taid_jax.store.outputs import (
     Outputs,
     draws_of,
     hidden_outputs,
+    is_finite,
     sampled_outputs,
     topk_outputs,
 )
@@ -159,7 +160,9 @@ def store_teacher(
             tidy(files.folder)
             return read_manifest(files.folder)
         for note in opened.teacher.notes:
-            console.print(f"note: {note}", soft_wrap=True, highlight=False)
+            console.print(
+                f"note: {note}", soft_wrap=True, highlight=False, markup=False
+            )
         teacher = _load(settings, opened, mesh)
         _write_teacher(files.folder, teacher, recipe)
         _write_shards(files, recipe, teacher, mesh, console)
@@ -414,8 +417,30 @@ def _write_shards(
                         for row, start, number in files.examples(lot, part):
                             ids = lot.side.table[number].ids
                             token = slice(start, start + len(ids))
-                            sink.write(ids, [array[row, token] for array in arrays])
+                            values = [array[row, token] for array in arrays]
+                            _check_finite(recipe, ids, values)
+                            sink.write(ids, values)
                     progress.advance(bar)
+
+
+def _check_finite(
+    recipe: _Recipe,
+    ids: Int[np.ndarray, " tokens"],
+    values: Sequence[Shaped[np.ndarray, "tokens _"]],
+) -> None:
+    """Raises unless the outputs of an example are numbers.
+
+    Raises:
+        ModelError: With the tokens of which they are not.
+    """
+    names = (column.name for column in recipe.columns)
+    if not is_finite(dict(zip(names, values, strict=True))):
+        raise ModelError(
+            f"the teacher: not finite on an example of {len(ids)} tokens, which begins "
+            f"with {show(ids[:8].tolist())}. NaN or inf in the weights, or ones too "
+            "large for --dtype, are the usual cause; give sound weights, or --dtype "
+            "float32"
+        )
 
 
 def _writes(part: int) -> bool:
@@ -500,6 +525,6 @@ def _finish(files: _Files, facts: Mapping[str, Any]) -> None:
                 for record, (ids, start) in enumerate(numbers)
             ]
             found.append(File(**about["file"]))
-            tokens += about["tokens"]
+            tokens += sum(len(ids) for ids, _ in numbers)
             mass += about["mass"]
     finish_store(folder, facts, entries, found, tokens, mass)

@@ -443,10 +443,16 @@ def load_stored(
         f"its outputs are read from {store.folder}: {about.kind} of {about.tokens:,} "
         f"tokens, {about.bytes_per_token:,} bytes each",
     )
+    if about.kind == "sampled":
+        notes += (
+            "of the tokens that were drawn alone are held-out KL and the teacher's "
+            "perplexity: students can be compared by this KL, but it is too large, and "
+            "the perplexity says nothing of the teacher",
+        )
     if about.mass is not None:
         notes += (
             f"the stored tokens have {about.mass:.4f} of its probability on average; "
-            "the rest lies as the student spreads it, so that objectives which mix "
+            "the rest is spread over the others (--tail), so that objectives which mix "
             "both rows (TAID, skew, Jensen-Shannon) are approximations",
         )
     generation = model.generation
