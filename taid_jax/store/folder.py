@@ -143,6 +143,15 @@ def _note(path: pathlib.Path, file: File, mass: float) -> None:
     write_whole(path.with_name(path.name + DONE), json.dumps(values).encode())
 
 
+def made_before(folder: pathlib.Path) -> Mapping[str, Any]:
+    """Returns what the store in a folder, begun or finished, was made of, if any is."""
+    for path in (folder / MANIFEST, folder / JOB):
+        with contextlib.suppress(InputError), parsing(str(path)):
+            if path.is_file():
+                return dict(json.loads(path.read_bytes())["made"])
+    return {}
+
+
 def _plain(values: Any) -> Any:
     """Returns values as they come back from JSON: tuples as lists."""
     return json.loads(json.dumps(values))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import pathlib
 import shutil
@@ -53,6 +54,7 @@ from taid_jax.store.folder import (
     check_room,
     finish_store,
     free_bytes,
+    made_before,
     show_size,
     tidy,
     writing,
@@ -139,6 +141,7 @@ def store_teacher(
         # It has the teacher's tokenizer, and that is all that matters of it here.
         model = dataclasses.replace(model, student_layers=1)
     opened = check_models(model, settings.data.seq_len)
+    settings = _with_date(settings)
     dataset = read_data(settings, opened.tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     recipe = _recipe(settings, options, opened)
@@ -170,6 +173,18 @@ def store_teacher(
         if distributed.is_main_process():
             tidy(files.folder)
         return read_manifest(files.folder)
+
+
+def _with_date(settings: Settings) -> Settings:
+    """Returns settings with the day that the job began, which it goes on with."""
+
+    def find() -> str:
+        before = made_before(pathlib.Path(settings.run.output).absolute())
+        today = datetime.date.today().isoformat()
+        return settings.data.template_date or before.get("template_date") or today
+
+    data = dataclasses.replace(settings.data, template_date=distributed.broadcast(find))
+    return dataclasses.replace(settings, data=data)
 
 
 def plan_shards(
@@ -261,6 +276,7 @@ def _facts(
             "data": data.data,
             "fingerprint": dataset.info.fingerprint,
             "seq_len": data.seq_len,
+            "template_date": data.template_date,
             "rows": settings.data.batch_size // settings.optimizer.grad_accum,
             "dtype": settings.model.dtype,
             "part": options.part,

@@ -469,3 +469,29 @@ def test_a_teacher_that_is_not_finite_is_refused(
     job = [f"--teacher={broken}", *data, f"--output={tmp_path / 'out'}", *flags]
     assert store.main(job) == 2
     assert "the teacher: not finite on an example" in capsys.readouterr().err
+
+
+def test_a_store_and_its_runs_keep_the_day_of_the_chat_template(
+    store, train_tpu, teacher, tmp_path
+):
+    """Else what is stored today is not found tomorrow."""
+    template, chats = tmp_path / "chat.jinja", tmp_path / "chats.jsonl"
+    template.write_text(
+        "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    roles = ("user", "assistant")
+    records = [
+        {"messages": [{"role": r, "content": f"The ball {number}."} for r in roles]}
+        for number in range(20)
+    ]
+    chats.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = [f"--data={chats}", f"--chat-template={template}", "--batch-size=8"]
+    data += ["--seq-len=32", "--held-out-fraction=0.3"]
+    folder = tmp_path / "store"
+    job = [f"--teacher={teacher}", *data, f"--output={folder}"]
+    assert store.main([*job, "--template-date=2024-02-29"]) == 0
+    assert store.main(job) == 0
+    assert _train(train_tpu, teacher, folder, data, tmp_path / "run", "--steps=4") == 0
+    saved = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert "2024-02-29" in json.dumps(saved)
