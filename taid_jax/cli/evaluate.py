@@ -75,8 +75,8 @@ def score(settings: Settings) -> "HeldOut":
 
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
-    check_memory(settings, mesh)
     opened = check_models(settings.model, settings.data.seq_len)
+    check_memory(settings, mesh, opened.store)
     tokenizer = opened.tokenizer
     dataset = read_data(settings, tokenizer, opened.store)
     settings = with_steps(settings, len(dataset.train))

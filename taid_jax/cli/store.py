@@ -101,5 +101,6 @@ def _store(command: Command) -> int:
         "the same data settings",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int, Shaped
 from safetensors.numpy import save
 
@@ -21,6 +21,7 @@ from taid_jax.settings import SettingsError
 from taid_jax.store.format import (
     HEAD,
     INDEX,
+    KEY_BYTES,
     MANIFEST,
     TEACHER,
     Column,
@@ -33,6 +34,7 @@ from taid_jax.store.format import (
     pack_record,
     read_manifest,
     stored_mass,
+    unpack_record,
     write_manifest,
 )
 from taid_jax.train.folder import WriteError
@@ -59,13 +61,16 @@ def begin_store(
 ) -> bool:
     """Makes the folder ready; returns whether all is done already.
 
+    Of a store of which files are missing or cut, these are to be made again.
+
     Raises:
         SettingsError: If it is another store's, or something else is in it.
     """
     job = folder / JOB
-    ends = None
+    manifest = ends = None
     if (folder / MANIFEST).exists():
-        ends = _plain(dataclasses.asdict(read_manifest(folder)))
+        manifest = read_manifest(folder)
+        ends = _plain(dataclasses.asdict(manifest))
     elif folder.exists() and not folder.is_dir():
         raise SettingsError(f"output: {folder} is no folder")
     elif folder.is_dir():
@@ -90,9 +95,61 @@ def begin_store(
             f"output: {folder} holds another store: {', '.join(wrong)} differ. Give "
             "the same settings to go on with it, or choose another --output"
         )
-    if ends is None:
+    lacking = set() if manifest is None else _lacking(folder, manifest)
+    if ends is None or lacking:
         write_whole(job, json.dumps(facts, indent=1).encode())
-    return ends is not None
+    if manifest is not None and lacking:
+        _reopen(folder, manifest, lacking)
+    return ends is not None and not lacking
+
+
+def _lacking(folder: pathlib.Path, manifest: Manifest) -> set[str]:
+    """Returns the files that are not there, or not of their size."""
+    paths = {file: folder / file.name for file in (*manifest.shards, *manifest.others)}
+    return {
+        file.name
+        for file, path in paths.items()
+        if not path.is_file() or path.stat().st_size != file.bytes
+    }
+
+
+def _reopen(folder: pathlib.Path, manifest: Manifest, lacking: set[str]) -> None:
+    """Makes a store one that is not finished: all but what it lacks is done."""
+    for file in manifest.shards:
+        if file.name not in lacking:
+            _note(folder / file.name, file, _mass_of(folder / file.name, manifest))
+    if any(name.startswith(f"{TEACHER}/") for name in lacking):
+        shutil.rmtree(folder / TEACHER, ignore_errors=True)
+    (folder / MANIFEST).unlink()
+
+
+def _mass_of(path: pathlib.Path, manifest: Manifest) -> float:
+    """Returns the probability of the stored ids of a file, summed over tokens."""
+    total = 0.0
+    if manifest.kind == "topk":
+        reader = ArrayRecordReader(str(path))
+        for number in range(reader.num_records()):
+            (record,) = reader.read([number])
+            tokens = (len(record) - KEY_BYTES) // manifest.bytes_per_token
+            key, columns = record[:KEY_BYTES], manifest.columns
+            tail = unpack_record(record, key, columns, tokens)["teacher_tail"]
+            total += float(stored_mass(tail).sum())
+    return total
+
+
+def _note(path: pathlib.Path, file: File, mass: float) -> None:
+    """Writes what is known of a file that is whole."""
+    values = {"file": dataclasses.asdict(file), "mass": mass}
+    write_whole(path.with_name(path.name + DONE), json.dumps(values).encode())
+
+
+def made_before(folder: pathlib.Path) -> Mapping[str, Any]:
+    """Returns what the store in a folder, begun or finished, was made of, if any is."""
+    for path in (folder / MANIFEST, folder / JOB):
+        with contextlib.suppress(InputError), parsing(str(path)):
+            if path.is_file():
+                return dict(json.loads(path.read_bytes())["made"])
+    return {}
 
 
 def _plain(values: Any) -> Any:
@@ -152,13 +209,7 @@ class Sink:
         if kind is None:
             with writing(self._path):
                 self.file = describe_file(self._path, self._records)
-                values = {
-                    "file": dataclasses.asdict(self.file),
-                    "tokens": self.tokens,
-                    "mass": self.mass,
-                }
-                note = self._path.with_name(self._path.name + DONE)
-                write_whole(note, json.dumps(values).encode())
+                _note(self._path, self.file, self.mass)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
 """What of a teacher is stored: hidden states, or a few entries of each row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Shaped
 
 from taid_jax.store.format import (
     LOGPROB_STEP,
@@ -20,6 +20,9 @@ from taid_jax.types import Batch, Head, ModelFunctions, Params
 
 DRAWS = "draws"
 """In a batch: a number in [0, 1) for each token, `(batch, length)` float32."""
+
+_LEAST = 2**16 - 1
+"""Stands for NaN: in no vocabulary has the most probable entry so little."""
 
 _ENTRIES = 2**26
 """Logits that are built at once."""
@@ -89,6 +92,7 @@ def sampled_outputs(
         )
         ids = jnp.minimum(ids, vocab_size - 1).astype(jnp.int32)
         ids, counts = jax.vmap(_count_runs)(ids)
+        counts = jnp.where(jnp.isnan(flat[:, -1:]), 0, counts)
         unknown = jnp.uint32(columns[0].filler)
         ids = jnp.where(counts > 0, ids.astype(jnp.uint32), unknown)
         shape = (*logits.shape[:-1], draws)
@@ -106,6 +110,19 @@ def draws_of(ids: Int[np.ndarray, " tokens"]) -> Float32[np.ndarray, " tokens"]:
     return np.random.Generator(np.random.Philox(key=seed)).random(len(ids), np.float32)
 
 
+def is_finite(columns: Mapping[str, Shaped[np.ndarray, "tokens _"]]) -> bool:
+    """Returns whether a teacher gave numbers for all tokens, not NaN for some.
+
+    Args:
+        columns: Of an example, as they are stored.
+    """
+    if "teacher_hidden" in columns:
+        return bool(np.isfinite(columns["teacher_hidden"]).all())
+    if "teacher_counts" in columns:
+        return bool((columns["teacher_counts"][:, 0] > 0).all())
+    return bool((columns["teacher_logprobs"][:, 0] < _LEAST).all())
+
+
 def _count_runs(ids: Int[Array, " n"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
     """Returns each of the rising numbers once, and how often it comes; then zeros."""
     size = ids.shape[0]
@@ -119,9 +136,10 @@ def _count_runs(ids: Int[Array, " n"]) -> tuple[Int[Array, " n"], Int[Array, " n
 
 
 def _fixed_point(logprobs: Float[Array, "..."]) -> Array:
-    """Returns log-probabilities as `format.encode_logprobs` gives them."""
+    """Returns log-probabilities as `format.encode_logprobs` gives them; NaN as -inf."""
     steps = jnp.round(-logprobs.astype(jnp.float32) / LOGPROB_STEP)
-    return jnp.clip(steps, 0, 2**16 - 1).astype(jnp.uint16)
+    steps = jnp.where(jnp.isnan(steps), jnp.inf, steps)
+    return jnp.clip(steps, 0, _LEAST).astype(jnp.uint16)
 
 
 def _by_rows(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int64
+from jaxtyping import Int, Int64, Shaped
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save
@@ -21,7 +22,7 @@ from taid_jax import distributed
 from taid_jax.data import Dataset
 from taid_jax.data.batches import ExampleSet
 from taid_jax.data.packing import EMPTY
-from taid_jax.errors import InputError, parsing
+from taid_jax.errors import InputError, ModelError, parsing, show
 from taid_jax.files import write_whole
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
@@ -53,6 +54,7 @@ from taid_jax.store.folder import (
     check_room,
     finish_store,
     free_bytes,
+    made_before,
     show_size,
     tidy,
     writing,
@@ -74,6 +76,7 @@ from taid_jax.store.outputs import (
     Outputs,
     draws_of,
     hidden_outputs,
+    is_finite,
     sampled_outputs,
     topk_outputs,
 )
@@ -138,6 +141,7 @@ def store_teacher(
         # It has the teacher's tokenizer, and that is all that matters of it here.
         model = dataclasses.replace(model, student_layers=1)
     opened = check_models(model, settings.data.seq_len)
+    settings = _with_date(settings)
     dataset = read_data(settings, opened.tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     recipe = _recipe(settings, options, opened)
@@ -159,7 +163,9 @@ def store_teacher(
             tidy(files.folder)
             return read_manifest(files.folder)
         for note in opened.teacher.notes:
-            console.print(f"note: {note}", soft_wrap=True, highlight=False)
+            console.print(
+                f"note: {note}", soft_wrap=True, highlight=False, markup=False
+            )
         teacher = _load(settings, opened, mesh)
         _write_teacher(files.folder, teacher, recipe)
         _write_shards(files, recipe, teacher, mesh, console)
@@ -167,6 +173,18 @@ def store_teacher(
         if distributed.is_main_process():
             tidy(files.folder)
         return read_manifest(files.folder)
+
+
+def _with_date(settings: Settings) -> Settings:
+    """Returns settings with the day that the job began, which it goes on with."""
+
+    def find() -> str:
+        before = made_before(pathlib.Path(settings.run.output).absolute())
+        today = datetime.date.today().isoformat()
+        return settings.data.template_date or before.get("template_date") or today
+
+    data = dataclasses.replace(settings.data, template_date=distributed.broadcast(find))
+    return dataclasses.replace(settings, data=data)
 
 
 def plan_shards(
@@ -258,6 +276,7 @@ def _facts(
             "data": data.data,
             "fingerprint": dataset.info.fingerprint,
             "seq_len": data.seq_len,
+            "template_date": data.template_date,
             "rows": settings.data.batch_size // settings.optimizer.grad_accum,
             "dtype": settings.model.dtype,
             "part": options.part,
@@ -414,8 +433,30 @@ def _write_shards(
                         for row, start, number in files.examples(lot, part):
                             ids = lot.side.table[number].ids
                             token = slice(start, start + len(ids))
-                            sink.write(ids, [array[row, token] for array in arrays])
+                            values = [array[row, token] for array in arrays]
+                            _check_finite(recipe, ids, values)
+                            sink.write(ids, values)
                     progress.advance(bar)
+
+
+def _check_finite(
+    recipe: _Recipe,
+    ids: Int[np.ndarray, " tokens"],
+    values: Sequence[Shaped[np.ndarray, "tokens _"]],
+) -> None:
+    """Raises unless the outputs of an example are numbers.
+
+    Raises:
+        ModelError: With the tokens of which they are not.
+    """
+    names = (column.name for column in recipe.columns)
+    if not is_finite(dict(zip(names, values, strict=True))):
+        raise ModelError(
+            f"the teacher: not finite on an example of {len(ids)} tokens, which begins "
+            f"with {show(ids[:8].tolist())}. NaN or inf in the weights, or ones too "
+            "large for --dtype, are the usual cause; give sound weights, or --dtype "
+            "float32"
+        )
 
 
 def _writes(part: int) -> bool:
@@ -500,6 +541,6 @@ def _finish(files: _Files, facts: Mapping[str, Any]) -> None:
                 for record, (ids, start) in enumerate(numbers)
             ]
             found.append(File(**about["file"]))
-            tokens += about["tokens"]
+            tokens += sum(len(ids) for ids, _ in numbers)
             mass += about["mass"]
     finish_store(folder, facts, entries, found, tokens, mass)

@@ -221,6 +221,9 @@ def read_data(
     data = settings.data
     if data.chat_template is not None:
         set_chat_template(cast(DataTokenizer, tokenizer), data.chat_template)
+    date = data.template_date
+    if date is None and store is not None:
+        date = store.manifest.made.get("template_date")
     dataset = load_dataset(
         data.data,
         # transformers declares some of these methods on its subclasses alone.
@@ -232,7 +235,7 @@ def read_data(
         buckets=data.bucket_lengths,
         bad_records=data.bad_records,
         merge_system=data.merge_system,
-        template_date=data.template_date,
+        template_date=date,
     )
     ids, count = dataset.train.table.ids, count_tokens(tokenizer)
     if len(ids) and not 0 <= ids.min() <= ids.max() < count:
@@ -275,7 +278,9 @@ def _check_stored(settings: Settings, dataset: Dataset, store: Store) -> None:
     if not missing:
         return
     made, data = store.manifest.made, settings.data
-    here = {"data": data.data, "seq_len": data.seq_len}
+    here: dict[str, object] = {"data": data.data, "seq_len": data.seq_len}
+    if data.template_date is not None:
+        here["template_date"] = data.template_date
     others = [
         f"{key} {show(made[key])}, here {show(value)}"
         for key, value in here.items()
@@ -443,10 +448,16 @@ def load_stored(
         f"its outputs are read from {store.folder}: {about.kind} of {about.tokens:,} "
         f"tokens, {about.bytes_per_token:,} bytes each",
     )
+    if about.kind == "sampled":
+        notes += (
+            "of the tokens that were drawn alone are held-out KL and the teacher's "
+            "perplexity: students can be compared by this KL, but it is too large, and "
+            "the perplexity says nothing of the teacher",
+        )
     if about.mass is not None:
         notes += (
             f"the stored tokens have {about.mass:.4f} of its probability on average; "
-            "the rest lies as the student spreads it, so that objectives which mix "
+            "the rest is spread over the others (--tail), so that objectives which mix "
             "both rows (TAID, skew, Jensen-Shannon) are approximations",
         )
     generation = model.generation

@@ -135,12 +135,15 @@ def _distil(
     saved, place = None, {}
     if step is not None:
         saved, place = read_run(folder / CHECKPOINTS / str(step))
-    # Process 0's: another may begin after midnight.
+    opened = check_models(settings.model, settings.data.seq_len)
     given = settings.data.template_date or (saved and saved.data.template_date)
+    # Texts with another day in them would not be those that are stored.
+    if not given and opened.store is not None:
+        given = opened.store.manifest.made.get("template_date")
+    # Process 0's: another may begin after midnight.
     date = distributed.broadcast(lambda: given or datetime.date.today().isoformat())
     data = dataclasses.replace(settings.data, template_date=date)
     settings = dataclasses.replace(settings, data=data)
-    opened = check_models(settings.model, settings.data.seq_len)
     tokenizer = opened.tokenizer
     check_memory(settings, mesh, opened.store)
     dataset = read_data(settings, tokenizer, opened.store)

@@ -107,7 +107,9 @@ def batch_loss(
         )
     student_logits = student_head.logits(student_out) if student_head else student_out
     if isinstance(teacher_head, TopKHead):
-        teacher_logits = teacher_head.logits(teacher_out, student_logits)
+        # The rest of the probability lies on the entries that count, and no others.
+        counted = student_logits[..., : teacher_head.vocab_size]
+        teacher_logits = teacher_head.logits(teacher_out, counted)
     else:
         teacher_logits = (
             teacher_head.logits(teacher_out) if teacher_head else teacher_out

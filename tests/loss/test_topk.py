@@ -8,6 +8,8 @@ import pytest
 from taid_jax import loss
 from taid_jax.loss import Head, TopK, TopKHead, fused_loss
 from taid_jax.sharding import make_mesh
+from taid_jax.train.step import batch_loss
+from taid_jax.types import ModelFunctions
 
 TOKENS, WIDTH, VOCAB, K = (8, 3), 8, 40, 5
 
@@ -170,3 +172,29 @@ def test_what_does_not_fit_together_is_refused():
         call(rows, Head(kernel))
     with pytest.raises(ValueError, match="need ids and logprobs of shape"):
         call(rows._replace(tail=rows.tail[:4]), TopKHead(VOCAB))
+
+
+@pytest.mark.parametrize("rest", ["student", "uniform"])
+def test_batch_loss_of_top_k_without_the_fused_head_is_the_same(rest):
+    """Of a student with more entries than the teacher: these get none of the rest."""
+    hidden, kernel, teacher, _ = _case()
+    size = VOCAB - 10
+    rows, head = _rows(teacher[..., :size], K), TopKHead(size, rest)
+    functions = (
+        ModelFunctions(lambda params, batch: params["x"], lambda _: Head(kernel)),
+        ModelFunctions(lambda params, batch: rows, lambda params: head),
+    )
+    batch = {"labels": jnp.ones(TOKENS, jnp.int32)}
+    fused, plain = (
+        batch_loss(
+            loss.ReverseKL(),
+            functions[0],
+            {"x": hidden},
+            functions[1],
+            {},
+            batch,
+            fused=fused,
+        )[0]
+        for fused in (True, False)
+    )
+    np.testing.assert_allclose(plain, fused, rtol=1e-6)

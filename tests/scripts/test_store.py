@@ -11,6 +11,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from taid_jax.store.read import Store
 
@@ -305,6 +306,30 @@ def _edit(folder):
     path.write_text(path.read_text().replace('"tokens": ', '"tokens": 1'))
 
 
+@pytest.mark.parametrize("flags", [(), ("--kind=topk", "--k=4")])
+def test_files_that_are_missing_are_stored_again(
+    store, teacher, data, tmp_path, monkeypatch, capsys, flags
+):
+    """As the message about a damaged file says."""
+    _small_files(monkeypatch)
+    folder = tmp_path / "a [bold]store"
+    job = [f"--teacher={teacher}", *data, f"--output={folder}", *flags]
+    assert store.main(job) == 0
+    assert f"are stored in {folder};" in capsys.readouterr().out
+    whole, times = _digests(folder), _times(folder)
+    (folder / "outputs-00002.arrayrecord").unlink()
+    (folder / "teacher" / "config.json").unlink()
+    _cut(folder)
+    assert store.main(job) == 0
+    assert _digests(folder) == whole
+    again = {name for name, time in _times(folder).items() if time != times[name]}
+    assert again == {f"outputs-0000{n}.arrayrecord" for n in (1, 2)}
+
+
+def _times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("outputs-*")}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -431,3 +456,43 @@ def test_a_disk_without_room_is_refused_before_anything_is_computed(
     job = [f"--teacher={teacher}", *data, f"--output={tmp_path / 'out'}"]
     assert store.main(job) == 2
     assert "output: the store needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--kind=topk", "--k=4")])
+def test_a_teacher_that_is_not_finite_is_refused(
+    store, teacher, data, tmp_path, capsys, flags
+):
+    broken = shutil.copytree(teacher, tmp_path / "teacher")
+    (path,) = broken.glob("*.safetensors")
+    arrays = {name: np.array(array) for name, array in load_file(path).items()}
+    arrays["model.norm.weight"][0] = np.nan
+    save_file(arrays, path)
+    job = [f"--teacher={broken}", *data, f"--output={tmp_path / 'out'}", *flags]
+    assert store.main(job) == 2
+    assert "the teacher: not finite on an example" in capsys.readouterr().err
+
+
+def test_a_store_and_its_runs_keep_the_day_of_the_chat_template(
+    store, train_tpu, teacher, tmp_path
+):
+    """Else what is stored today is not found tomorrow."""
+    template, chats = tmp_path / "chat.jinja", tmp_path / "chats.jsonl"
+    template.write_text(
+        "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    roles = ("user", "assistant")
+    records = [
+        {"messages": [{"role": r, "content": f"The ball {number}."} for r in roles]}
+        for number in range(20)
+    ]
+    chats.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = [f"--data={chats}", f"--chat-template={template}", "--batch-size=8"]
+    data += ["--seq-len=32", "--held-out-fraction=0.3"]
+    folder = tmp_path / "store"
+    job = [f"--teacher={teacher}", *data, f"--output={folder}"]
+    assert store.main([*job, "--template-date=2024-02-29"]) == 0
+    assert store.main(job) == 0
+    assert _train(train_tpu, teacher, folder, data, tmp_path / "run", "--steps=4") == 0
+    saved = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert "2024-02-29" in json.dumps(saved)

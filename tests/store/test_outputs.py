@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from taid_jax.store.format import LOGPROB_STEP
-from taid_jax.store.outputs import DRAWS, draws_of, sampled_outputs, topk_outputs
+from taid_jax.store.outputs import (
+    DRAWS,
+    draws_of,
+    hidden_outputs,
+    is_finite,
+    sampled_outputs,
+    topk_outputs,
+)
 from taid_jax.types import Head, ModelFunctions
 
 VOCAB = 40
@@ -80,3 +87,21 @@ def test_draws_are_an_examples_own():
     np.testing.assert_array_equal(draws_of(one), draws_of(one.astype(np.int64)))
     assert (draws_of(one) != draws_of(two)).all()
     assert ((draws_of(one) >= 0) & (draws_of(one) < 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk", "sampled"])
+def test_outputs_that_are_no_numbers_are_known(teacher, logits, kind):
+    """In fixed point NaN would be a probability like any other."""
+    columns, outputs = {
+        "hidden": lambda: hidden_outputs(teacher, VOCAB + 4, "bfloat16"),
+        "topk": lambda: topk_outputs(teacher, VOCAB, 5),
+        "sampled": lambda: sampled_outputs(teacher, VOCAB, 5),
+    }[kind]()
+    found = outputs({"hidden": logits.at[0, 3, 1].set(jnp.nan)}, {})
+    rows = [
+        is_finite(
+            {c.name: np.asarray(x[row]) for c, x in zip(columns, found, strict=True)}
+        )
+        for row in (0, 1)
+    ]
+    assert rows == [False, True]
