@@ -6,23 +6,21 @@ import datetime
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int, Int64, Shaped
+from jaxtyping import Int, Shaped
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save
 
 from taid_jax import distributed
 from taid_jax.data import Dataset
-from taid_jax.data.batches import ExampleSet
-from taid_jax.data.packing import EMPTY
-from taid_jax.errors import InputError, ModelError, parsing, show
+from taid_jax.errors import ModelError, show
 from taid_jax.files import write_whole
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
@@ -70,6 +68,7 @@ from taid_jax.store.format import (
     example_key,
     read_manifest,
 )
+from taid_jax.store.lots import JobFiles, Lot, find_owned, make_lots, plan_shards
 from taid_jax.store.options import StoreOptions
 from taid_jax.store.outputs import (
     DRAWS,
@@ -87,27 +86,6 @@ from taid_jax.types import Batch, Params
 
 _SPARE = 2**20
 """Bytes beside records and head: manifest, index, tokenizer."""
-
-
-class Lot(NamedTuple):
-    """Rows that go through the teacher together.
-
-    Attributes:
-        side: Of the data set.
-        rows: Their numbers; `EMPTY` where there is none.
-        length: Tokens of each, padding included.
-    """
-
-    side: ExampleSet
-    rows: Int64[np.ndarray, " rows"]
-    length: int
-
-
-class Shard(NamedTuple):
-    """A file and the lots whose records it has."""
-
-    number: int
-    lots: Sequence[Lot]
 
 
 def store_teacher(
@@ -145,14 +123,13 @@ def store_teacher(
     dataset = read_data(settings, opened.tokenizer)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     recipe = _recipe(settings, options, opened)
-    lots = [
-        lot for side in (dataset.train, dataset.held_out) for lot in _lots(side, size)
-    ]
-    files = _Files(
+    sides = dataset.train, dataset.held_out
+    lots = [lot for side in sides for lot in make_lots(side, size)]
+    files = JobFiles(
         pathlib.Path(settings.run.output).absolute(),
         plan_shards(lots, recipe.columns, options),
         batch_part(mesh)[1],
-        _owned(lots),
+        find_owned(lots),
     )
     facts = distributed.broadcast(
         lambda: _facts(settings, options, opened, dataset, recipe, mesh)
@@ -185,41 +162,6 @@ def _with_date(settings: Settings) -> Settings:
 
     data = dataclasses.replace(settings.data, template_date=distributed.broadcast(find))
     return dataclasses.replace(settings, data=data)
-
-
-def plan_shards(
-    lots: Sequence[Lot], columns: Sequence[Column], options: StoreOptions
-) -> list[Shard]:
-    """Returns this job's share of the files, numbered over all jobs.
-
-    Args:
-        lots: Of all jobs.
-        columns: Of a record.
-        options: Size of a file, and the share.
-    """
-    width = sum(column.bytes_per_token for column in columns)
-    most = max((len(lot.rows) * lot.length for lot in lots), default=1)
-    each = max(1, (options.shard_mib << 20) // (most * width))
-    part, parts = options.place
-    starts = range(0, len(lots), each)
-    return [
-        Shard(number, lots[start : start + each])
-        for number, start in enumerate(starts)
-        if number % parts == part - 1
-    ]
-
-
-def _lots(side: ExampleSet, size: int) -> Iterator[Lot]:
-    rows = np.arange(len(side))
-    lengths, place = (side.seq_len,), np.zeros(len(side), np.int64)
-    if side.buckets:
-        lengths = side.buckets
-        place = np.searchsorted(lengths, np.asarray(side.tokens_of_rows()))
-    for number, length in enumerate(lengths):
-        chosen = rows[place == number]
-        chosen = np.pad(chosen, (0, -len(chosen) % size), constant_values=EMPTY)
-        for lot in chosen.reshape(-1, size):
-            yield Lot(side, lot, int(length))
 
 
 class _Recipe(NamedTuple):
@@ -286,66 +228,7 @@ def _facts(
     }
 
 
-class _Files(NamedTuple):
-    """The files of a job, and whose records each has.
-
-    Attributes:
-        folder: Of the store.
-        shards: Of this job.
-        parts: Processes that share each lot.
-        owned: The examples that are stored, by their number in the table. Of equal
-            ones at equal places of their rows it is the first.
-    """
-
-    folder: pathlib.Path
-    shards: Sequence[Shard]
-    parts: int
-    owned: frozenset[int]
-
-    def path(self, shard: Shard, part: int) -> pathlib.Path:
-        """Returns the file of a process."""
-        which = f"-{part:03}" if self.parts > 1 else ""
-        return self.folder / f"outputs-{shard.number:05}{which}.arrayrecord"
-
-    def done(self, path: pathlib.Path) -> File | None:
-        """Returns what is known of a file that is whole; None of any other."""
-        note = path.with_name(path.name + DONE)
-        if not (path.is_file() and note.is_file()):
-            return None
-        with contextlib.suppress(InputError), parsing(str(note)):
-            found = File(**json.loads(note.read_bytes())["file"])
-            return found if found.bytes == path.stat().st_size else None
-        return None
-
-    def rows(self, lot: Lot, part: int) -> Int64[np.ndarray, " rows"]:
-        """Returns the rows of a process."""
-        each = len(lot.rows) // self.parts
-        return lot.rows[part * each : (part + 1) * each]
-
-    def examples(self, lot: Lot, part: int) -> Iterator[tuple[int, int, int]]:
-        """Yields row, first token and number of each example that is stored."""
-        for row, index in enumerate(self.rows(lot, part).tolist()):
-            start = 0
-            for number in lot.side.rows[index] if index != EMPTY else ():
-                if number in self.owned:
-                    yield row, start, number
-                start += int(lot.side.table.lengths[number])
-
-
-def _owned(lots: Sequence[Lot]) -> frozenset[int]:
-    """Returns the examples that are stored, by their numbers in the table."""
-    first: dict[tuple[bytes, int], int] = {}
-    for lot in lots:
-        for index in lot.rows.tolist():
-            start = 0
-            for number in lot.side.rows[index] if index != EMPTY else ():
-                ids = lot.side.table[number].ids
-                first.setdefault((example_key(ids), start), number)
-                start += len(ids)
-    return frozenset(first.values())
-
-
-def _announce(files: _Files, recipe: _Recipe, console: Console) -> None:
+def _announce(files: JobFiles, recipe: _Recipe, console: Console) -> None:
     """Says how much will be stored, and refuses what the disk has no room for.
 
     Raises:
@@ -379,7 +262,7 @@ def _announce(files: _Files, recipe: _Recipe, console: Console) -> None:
 
 
 def _write_shards(
-    files: _Files,
+    files: JobFiles,
     recipe: _Recipe,
     teacher: LoadedModel,
     mesh: Mesh,
@@ -523,7 +406,7 @@ def write_teacher_folder(folder: pathlib.Path, teacher: LoadedModel) -> None:
     work.rename(place)
 
 
-def _finish(files: _Files, facts: Mapping[str, Any]) -> None:
+def _finish(files: JobFiles, facts: Mapping[str, Any]) -> None:
     """Writes index and manifest, and clears away what was for going on alone."""
     folder = files.folder
     found, entries, tokens, mass = [], [], 0, 0.0

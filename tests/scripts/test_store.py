@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from taid_jax.store.lots import Shard
 from taid_jax.store.read import Store
 
 TRAINING = (
@@ -60,7 +61,7 @@ def _small_files(patch):
         (whole,) = plan(lots, columns, dataclasses.replace(options, part="1/1"))
         pairs = [whole.lots[n : n + 2] for n in range(0, len(whole.lots), 2)]
         part, parts = options.place
-        shards = [write.Shard(number, pair) for number, pair in enumerate(pairs)]
+        shards = [Shard(number, pair) for number, pair in enumerate(pairs)]
         return [each for each in shards if each.number % parts == part - 1]
 
     patch.setattr(write, "plan_shards", smaller)
