@@ -127,6 +127,7 @@ def test_a_run_from_a_store_is_the_live_run_bit_for_bit(
     )
 
 
+@pytest.mark.slow
 def test_a_run_from_a_store_goes_on_and_knows_its_teacher(
     train_tpu, store, teacher, make_model, stored, finished, data, tmp_path, capsys
 ):

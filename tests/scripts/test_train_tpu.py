@@ -288,6 +288,7 @@ def test_train_tpu_resume_with_another_teacher_is_refused(
     assert sorted((run / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_train_tpu_run_is_ended_earlier_and_then_made_longer(
     train_tpu, run, finished, capsys
 ):
