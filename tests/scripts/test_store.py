@@ -267,7 +267,9 @@ def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(
     assert "holds another store: " in capsys.readouterr().err
 
 
-def test_shares_of_a_job_are_all_of_it(store, teacher, data, stored, tmp_path):
+def test_shares_of_a_job_are_all_of_it(
+    train_tpu, store, teacher, data, stored, tmp_path, capsys
+):
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         _small_files(patch)
@@ -280,6 +282,9 @@ def test_shares_of_a_job_are_all_of_it(store, teacher, data, stored, tmp_path):
     shards = [name for name in whole if name.endswith(".arrayrecord")]
     assert len(shards) > 3
     assert all(found[name] == whole[name] for name in shards)
+    assert _train(train_tpu, teacher, tmp_path / "1", data, tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert re.search(r"lacks \d+ of \d+ examples, .* part 1/3 of the work", err), err
 
 
 @pytest.fixture
