@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,12 +147,12 @@ def test_fused_top_k_on_eight_devices_is_that_on_one():
 def test_masked_tokens_may_hold_anything():
     hidden, kernel, _, rows = _case()
     mask = jnp.ones(TOKENS, bool).at[0].set(False)
-    broken = dataclasses.replace(TopKHead(VOCAB))
+    head = TopKHead(VOCAB)
     spoiled = rows._replace(
         logprobs=rows.logprobs.at[0].set(jnp.nan), tail=rows.tail.at[0].set(jnp.nan)
     )
     clean, other = (
-        _fused(loss.TAID(jnp.float32(0.3)), hidden, kernel, r, broken, mask=mask)
+        _fused(loss.TAID(jnp.float32(0.3)), hidden, kernel, r, head, mask=mask)
         for r in (rows, spoiled)
     )
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(other), strict=True):
@@ -163,9 +161,10 @@ def test_masked_tokens_may_hold_anything():
 
 def test_what_does_not_fit_together_is_refused():
     hidden, kernel, teacher, rows = _case()
-    call = lambda *pair: fused_loss(  # noqa: E731
-        loss.ForwardKL(), hidden, Head(kernel), *pair
-    )
+
+    def call(*pair):
+        return fused_loss(loss.ForwardKL(), hidden, Head(kernel), *pair)
+
     with pytest.raises(TypeError, match="need TopK for teacher_hidden with a TopKHead"):
         call(teacher, TopKHead(VOCAB))
     with pytest.raises(TypeError, match="got TopK with Head"):
