@@ -324,13 +324,10 @@ def _check(scheduler: TAIDScheduler | GapScheduler, speed: str) -> None:
         if not isinstance(value, int | float | np.integer | np.floating | Array):
             raise TypeError(f"need a real number for {name}, got {show(value)}")
     if steps < 1:
-        raise ValueError(
-            f"need num_train_steps >= 1, got num_train_steps = {steps}"
-        )
+        raise ValueError(f"need num_train_steps >= 1, got num_train_steps = {steps}")
     if not 0 <= start <= end <= 1:
         raise ValueError(
-            "need 0 <= t_start <= t_end <= 1, "
-            f"got t_start = {start}, t_end = {end}"
+            f"need 0 <= t_start <= t_end <= 1, got t_start = {start}, t_end = {end}"
         )
     # As the float32 that it becomes.
     if not 0 <= np.float32(scheduler.beta) < 1:

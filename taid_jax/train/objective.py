@@ -66,7 +66,9 @@ def make_objective(
     # At 1 the mixture is the objective; sft has nothing to be mixed with.
     mixed = settings.distil_ratio < 1 and settings.objective != "sft"
 
-    def make(schedule: ScheduleState, learned: dict[str, Array], step: Array) -> Objective:
+    def make(
+        schedule: ScheduleState, learned: dict[str, Array], step: Array
+    ) -> Objective:
         if fixed is not None:
             objective = fixed
         elif settings.objective == "ctkd":
