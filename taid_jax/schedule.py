@@ -132,7 +132,7 @@ class GapState(NamedTuple):
         t: Interpolation for the next step, scalar float32.
         mean: Running mean of KL(p_t || student) / t**2, not corrected, scalar float32.
         kl_start: The KL that is kept, in nats, scalar float32.
-        count: Steps seen with finite figures, scalar float32.
+        num_updates: Steps seen with finite figures, scalar float32.
 
     Examples:
         >>> from taid_jax.schedule import GapScheduler
@@ -143,7 +143,7 @@ class GapState(NamedTuple):
     t: Float[Array, "..."]
     mean: Float[Array, "..."]
     kl_start: Float[Array, "..."]
-    count: Float[Array, "..."]
+    num_updates: Float[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,7 @@ class GapScheduler:
                 the state as it is.
         """
         square = state.t * state.t
-        count = state.count + 1
+        count = state.num_updates + 1
         new = jnp.asarray(kl_target, jnp.float32) / square
         mean = self.beta * state.mean + (1 - self.beta) * new
         kl = square * mean / (1 - jnp.asarray(self.beta, jnp.float32) ** count)
