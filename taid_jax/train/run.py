@@ -18,7 +18,7 @@ from taid_jax.settings import Settings, changed, to_dict, with_steps
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.build import build_loop
 from taid_jax.train.checkpoint import Checkpoints, find_fault, read_run
-from taid_jax.train.evaluate import make_evaluator, selection_metric
+from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
 from taid_jax.train.folder import (
     CHECKPOINTS,
     SETTINGS,
@@ -275,6 +275,10 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, dict[str,
     return state, best
 
 
+_NAMED = {"kl_teacher", "student_perplexity", "teacher_perplexity", "tokens"}
+"""Figures that a report has by other names, or once."""
+
+
 def summary(
     evaluations: list[dict[str, Any]], after: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -282,7 +286,8 @@ def summary(
     before = evaluations[0]
     others = {
         f"{key}_{when}": row[key]
-        for key in ("loss", "rouge_l", "exact_match")
+        for key in HeldOut._fields
+        if key not in _NAMED
         for when, row in (("before", before), ("after", after))
         if row.get(key) is not None
     }

@@ -110,7 +110,7 @@ def test_train_tpu_a_run_that_diverged_has_a_page_that_says_so(
     err = capsys.readouterr().err
     assert err == f"stopped at <b>step 5</b>. {run}/report.html shows how it went\n"
     page = (run / "report.html").read_text()
-    assert "nothing was exported: stopped at &lt;b&gt;step 5&lt;/b&gt;" in page
+    assert "without an export: stopped at &lt;b&gt;step 5&lt;/b&gt;" in page
     # What the student said before the first step is known from the start of the run.
     del before["texts"]["student after"]
     assert json.loads((run / "shown.json").read_text())["completions"] == before
