@@ -4,7 +4,9 @@ A cell is one method with one seed: a run of `taid-jax train` in a process of it
 so that its memory is its own. Its report, once it is there, is all that counts.
 """
 
+import csv
 import dataclasses
+import io
 import math
 import pathlib
 import statistics
@@ -34,9 +36,12 @@ from taid_jax.train.report import (
 
 FIGURES = {
     "kl": "KL (nats)",
+    "kl_reverse": "reverse KL (nats)",
     "student_perplexity": "perplexity",
+    "calibration_error": "calibration error",
     "rouge_l": "ROUGE-L",
     "exact_match": "exact match",
+    "distinct_2": "distinct-2",
 }
 """What is judged, before and after; a report calls them `kl_before`, `kl_after`, ..."""
 
@@ -202,12 +207,37 @@ def make_table(rows: Mapping[str, Row]) -> str:
     ]
     for method, row in rows.items():
         seeds = max(len(values) for values in row.values())
-        cells = [_with_spread(row.get(name, []), name) for name in names]
+        cells = [_with_spread(row.get(name, []), name, seeds) for name in names]
         lines.append("| " + " | ".join([method, str(seeds), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _with_spread(values: Sequence[float], name: str) -> str:
+def make_csv(cells: Sequence[Cell]) -> str:
+    """Returns a row for every cell, of RFC 4180: method, seed, all figures of a report.
+
+    Figures have the names of `report.json`. Those of a cell that is not finished are
+    empty, as is what a report lacks; what is not finite is `nan`, `inf` or `-inf`.
+    """
+    rows = []
+    for cell in cells:
+        figures = {
+            name: value
+            for name, value in (cell.report() or {}).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        rows.append({"method": cell.method, "seed": cell.seed, **figures})
+    text = io.StringIO(newline="")
+    names = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, list(names))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _with_spread(values: Sequence[float], name: str, seeds: int) -> str:
+    """Returns mean and standard deviation; of how many, where a seed has no figure."""
+    if len(values) < seeds and values:
+        return f"{_with_spread(values, name, len(values))} (of {len(values)})"
     if not values:
         return ""
     digits = {TOKENS: 0, "perplexity": 2, MEMORY: 2}.get(name, 4)

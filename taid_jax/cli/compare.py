@@ -5,7 +5,8 @@
 A cell is one method with one seed, in a process of its own. A cell that is finished is
 not run again, and one that was stopped goes on from its last checkpoint: the same
 command goes on where the last one ended. The output folder gets comparison.md (a table
-of means and standard deviations over the seeds), comparison.json and comparison.png.
+of means and standard deviations over the seeds), comparison.json, comparison.csv (a row
+for every cell) and comparison.png.
 """
 
 import dataclasses
@@ -106,13 +107,14 @@ def run_cell(cell: "Cell", console: Console) -> int:
 
 def write_results(cells: "Sequence[Cell]", output: pathlib.Path) -> str:
     """Writes table, figures and picture, and returns the table."""
-    from taid_jax.cli._comparison import collect, draw, make_table
+    from taid_jax.cli._comparison import collect, draw, make_csv, make_table
     from taid_jax.train.report import write_json
 
     rows = collect(cells)
     table = make_table(rows)
     (output / "comparison.md").write_text(table, encoding="utf-8")
     write_json(output / "comparison.json", rows)
+    (output / "comparison.csv").write_bytes(make_csv(cells).encode())
     draw(cells, output / "comparison.png")
     return table
 

@@ -1,5 +1,6 @@
-"""Completions of held-out prompts, and their scores: ROUGE-L and exact match."""
+"""Completions of held-out prompts, and their scores."""
 
+import itertools
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -95,15 +96,18 @@ class EvalCompletions:
 
 
 class Scores(NamedTuple):
-    """Means over completions, each between 0 and 1.
+    """Figures of completions, each between 0 and 1.
 
     Attributes:
-        rouge_l: F-measure of the longest common subsequence of stemmed words.
+        rouge_l: F-measure of the longest common subsequence of stemmed words, averaged.
         exact_match: Share of the completions that say what the reference says.
+        distinct_2: Different word bigrams over all bigrams of all completions; None
+            where none has two words.
     """
 
     rouge_l: float
     exact_match: float
+    distinct_2: float | None
 
 
 def normalise(text: str) -> str:
@@ -115,17 +119,20 @@ def normalise(text: str) -> str:
 
 
 def score(completions: Sequence[str], references: Sequence[str]) -> Scores:
-    """Returns ROUGE-L and exact match of completions, averaged.
+    """Returns ROUGE-L, exact match and distinct-2 of completions.
 
     ROUGE-L is the F-measure of the `rouge-score` package with its stemmer; its words
     are those of ASCII letters and digits, so that one in another script scores 0.
+    Those of distinct-2 are what white space separates.
 
     Raises:
         ValueError: If there are none, or the two differ in number.
 
     References:
         Lin, ROUGE (ACL workshop 2004), section 3; Shing et al., TAID, ICLR 2025
-        (arXiv:2501.16937), appendix on training details.
+        (arXiv:2501.16937), appendix on training details. Li et al., A Diversity-
+        Promoting Objective Function for Neural Conversation Models, NAACL 2016, section
+        5, which divides by words in place of bigrams.
     """
     if not completions or len(completions) != len(references):
         raise ValueError(
@@ -139,4 +146,7 @@ def score(completions: Sequence[str], references: Sequence[str]) -> Scores:
     pairs = list(zip(completions, references, strict=True))
     rouge = [scorer.score(want, got)["rougeL"].fmeasure for got, want in pairs]
     exact = [normalise(got) == normalise(want) for got, want in pairs]
-    return Scores(sum(rouge) / len(pairs), sum(exact) / len(pairs))
+    words = [text.split() for text in completions]
+    bigrams = [pair for text in words for pair in itertools.pairwise(text)]
+    distinct = len(set(bigrams)) / len(bigrams) if bigrams else None
+    return Scores(sum(rouge) / len(pairs), sum(exact) / len(pairs), distinct)

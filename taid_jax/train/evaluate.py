@@ -1,6 +1,5 @@
-"""Held-out evaluation of a student: KL to the teacher, perplexities, completions."""
+"""Held-out evaluation of a student: KL both ways, perplexities, completions."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,63 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int
 
 from taid_jax.data import Dataset
 from taid_jax.data.batches import NumpyBatch, held_out_iterator
 from taid_jax.errors import ModelError
-from taid_jax.loss import CrossEntropy, ForwardKL
-from taid_jax.loss._objective import Objective, register_objective
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import SelectionMetric, Settings
 from taid_jax.sharding import batch_part, place_batch
 from taid_jax.train.completions import EvalCompletions, score
 from taid_jax.train.inputs import Pair
-from taid_jax.train.objective import MakeObjective, make_objective, make_scheduler
+from taid_jax.train.objective import (
+    CALIBRATION_BINS,
+    Evaluation,
+    MakeObjective,
+    make_objective,
+    make_scheduler,
+)
 from taid_jax.train.on_policy.prompts import EvalPrompt
 from taid_jax.train.state import DistillState
 from taid_jax.train.step import Metrics, batch_loss
 from taid_jax.types import Batch, ModelFunctions, Params
 
 EvalStep = Callable[[DistillState, Params, Batch], Metrics]
-
-
-@register_objective
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """KL(teacher || student) of a token, and what else is measured in the same pass.
-
-    An objective like any other, so that it runs through the fused head.
-
-    Attributes:
-        objective: What the student is taught by.
-    """
-
-    objective: Objective
-
-    def __call__(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "*tokens vocab"],
-        labels: Int[Array, "*tokens"] | None = None,
-    ) -> Float32[Array, "*tokens"]:
-        """Returns KL(teacher || student) in nats per token, `(*tokens,)`."""
-        return ForwardKL().metrics(student_logits, teacher_logits)["kl_teacher"]
-
-    def metrics(
-        self,
-        student_logits: Float[Array, "*tokens vocab"],
-        teacher_logits: Float[Array, "*tokens vocab"],
-        labels: Int[Array, "*tokens"] | None = None,
-    ) -> dict[str, Float32[Array, "*tokens"]]:
-        """Returns both cross-entropies and the objective, nats per token."""
-        nll = CrossEntropy()
-        return {
-            "student_nll": nll(student_logits, teacher_logits, labels),
-            "teacher_nll": nll(teacher_logits, student_logits, labels),
-            "objective": self.objective(student_logits, teacher_logits, labels),
-        }
 
 
 class HeldOut(NamedTuple):
@@ -80,6 +45,13 @@ class HeldOut(NamedTuple):
             state has, CTKD's at the learned temperature.
         rouge_l: ROUGE-L of the student's greedy completions, 0 to 1; None without any.
         exact_match: Share of those that are the reference; None without any.
+        kl_reverse: Mean KL(student || teacher) at temperature 1, nats per token, over
+            entries to which the teacher gives a probability above 0. None in rows of
+            earlier versions, as `calibration_error`.
+        calibration_error: Expected calibration error of the student's most probable
+            token, 0 to 1; see `calibration`.
+        distinct_2: Different word bigrams of those completions over all of theirs, 0 to
+            1; None without any.
     """
 
     kl_teacher: float
@@ -89,6 +61,9 @@ class HeldOut(NamedTuple):
     loss: float | None = None
     rouge_l: float | None = None
     exact_match: float | None = None
+    kl_reverse: float | None = None
+    calibration_error: float | None = None
+    distinct_2: float | None = None
 
 
 def selection_metric(
@@ -159,8 +134,8 @@ def make_eval_step(
     `make_train_step`.
 
     Returns:
-        A function whose result has the sums `loss` (of the KL), `student_nll`,
-        `teacher_nll`, `objective` and `num_tokens`.
+        A function whose result has the sums `loss` (of the KL), those of `Evaluation`
+        and `num_tokens`.
     """
 
     def step(state: DistillState, teacher_params: Params, batch: Batch) -> Metrics:
@@ -188,7 +163,7 @@ def evaluate(
     batches: Iterable[Mapping[str, np.ndarray]],
     mesh: Mesh,
 ) -> HeldOut:
-    """Returns KL, perplexities and loss over held-out batches, weighted by token.
+    """Returns what is found over held-out batches, weighted by token.
 
     Raises:
         ValueError: If no token counts.
@@ -215,6 +190,8 @@ def evaluate(
         teacher_perplexity=perplexity(total["teacher_nll"]),
         tokens=round(count),
         loss=total["objective"] / count,
+        kl_reverse=total["kl_reverse"] / count,
+        calibration_error=sum(abs(total[name]) for name in CALIBRATION_BINS) / count,
     )
 
 

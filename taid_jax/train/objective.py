@@ -1,11 +1,15 @@
-"""From settings to the objective and the schedule of a run."""
+"""From settings to the objective and the schedule of a run, and what evaluates it."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Float32, Int
 
 from taid_jax import loss
+from taid_jax.loss import _softmax as softmax
+from taid_jax.loss._checks import need_labels
+from taid_jax.loss._objective import label_entries, register_objective
 from taid_jax.schedule import GapScheduler, ScheduleState, TAIDScheduler
 from taid_jax.settings import ObjectiveSettings
 
@@ -82,3 +86,89 @@ def make_objective(
 
     learns = settings.objective == "ctkd"
     return make, {"raw_temperature": jnp.ones((), jnp.float32)} if learns else {}
+
+
+CALIBRATION_BINS = tuple(f"calibration_{number}" for number in range(15))
+"""Metrics whose sums over tokens give the expected calibration error."""
+
+
+def calibration(
+    logits: Float[Array, "*tokens vocab"], labels: Int[Array, "*tokens"]
+) -> dict[str, Float32[Array, "*tokens"]]:
+    """Returns confidence less accuracy of every token, apart for 15 bins of confidence.
+
+    The confidence is the probability of the most probable entry, and a bin reaches from
+    above its lower to its upper edge. The expected calibration error is the sum over
+    bins of the absolute value of their sums over tokens, divided by the tokens. Where k
+    entries are the most probable, a label that is among them counts as 1 / k: whatever
+    is chosen of them, and however the vocabulary is ordered.
+
+    Only sums and maxima over the vocabulary are taken, which a mesh reduces where it is
+    spread: an argmax would gather it.
+
+    Args:
+        logits: May have entries of -inf. A row that has no softmax gives NaN in every
+            bin.
+        labels: As the objectives take them.
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, ICML 2017, section 2.
+    """
+    logits = logits.astype(jnp.float32)
+    row = softmax.normalise(logits)
+    is_top = (logits == row.top).astype(jnp.float32)
+    is_label = label_entries(labels, logits.shape[-1])
+    hit = softmax.row_sum(jnp.where(is_label, is_top, 0.0)) / softmax.row_sum(is_top)
+    confidence = softmax.per_token(1 / row.total)
+    over = confidence - softmax.per_token(hit)
+    bins = len(CALIBRATION_BINS)
+    found = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
+    # NaN is in no bin, and is not to be lost.
+    lost = jnp.isnan(over)
+    return {
+        name: jnp.where(lost | (found == number), over, 0.0)
+        for number, name in enumerate(CALIBRATION_BINS)
+    }
+
+
+@register_objective
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """KL(teacher || student) of a token, and what else is measured in the same pass.
+
+    An objective like any other, so that it runs through the fused head.
+
+    Attributes:
+        objective: What the student is taught by.
+    """
+
+    objective: Objective
+
+    def __call__(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "*tokens vocab"],
+        labels: Int[Array, "*tokens"] | None = None,
+    ) -> Float32[Array, "*tokens"]:
+        """Returns KL(teacher || student) in nats per token, `(*tokens,)`."""
+        return loss.ForwardKL().metrics(student_logits, teacher_logits)["kl_teacher"]
+
+    def metrics(
+        self,
+        student_logits: Float[Array, "*tokens vocab"],
+        teacher_logits: Float[Array, "*tokens vocab"],
+        labels: Int[Array, "*tokens"] | None = None,
+    ) -> dict[str, Float32[Array, "*tokens"]]:
+        """Returns the other KL, both cross-entropies and the objective, nats per token.
+
+        And confidence less accuracy of the student; see `calibration`.
+        """
+        labels = need_labels("Evaluation", student_logits, labels)
+        nll = loss.CrossEntropy()
+        return {
+            "kl_reverse": loss.ReverseKL()(student_logits, teacher_logits),
+            "student_nll": nll(student_logits, teacher_logits, labels),
+            "teacher_nll": nll(teacher_logits, student_logits, labels),
+            "objective": self.objective(student_logits, teacher_logits, labels),
+            **calibration(student_logits, labels),
+        }

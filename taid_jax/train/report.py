@@ -306,13 +306,15 @@ class ConsoleProgress:
         """Shows a held-out evaluation."""
         text = (
             f"held out at step {row['step']}: KL {number(row['kl_teacher'])} nats, "
+            f"reverse {number(row['kl_reverse'])}, "
             f"perplexity of the student {number(row['student_perplexity'], 2)}, "
-            f"of the teacher {number(row['teacher_perplexity'], 2)}"
+            f"of the teacher {number(row['teacher_perplexity'], 2)}, "
+            f"calibration error {number(row['calibration_error'])}"
         )
         if row["rouge_l"] is not None:
             text += (
                 f"; completions: ROUGE-L {number(row['rouge_l'])}, exact match "
-                f"{number(row['exact_match'])}"
+                f"{number(row['exact_match'])}, distinct-2 {number(row['distinct_2'])}"
             )
         self.say(text)
 

@@ -336,12 +336,17 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
     return state, HeldOut(**values)
 
 
+_NAMED = {"kl_teacher", "student_perplexity", "teacher_perplexity", "tokens"}
+"""Figures that a report has by other names, or once."""
+
+
 def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]:
     """Returns KL, perplexities and what else was evaluated, before and after."""
     before = evaluations[0]
     others = {
         f"{key}_{when}": row[key]
-        for key in ("loss", "rouge_l", "exact_match")
+        for key in HeldOut._fields
+        if key not in _NAMED
         for when, row in (("before", before), ("after", found._asdict()))
         if row.get(key) is not None
     }

@@ -82,6 +82,7 @@ def test_compare_makes_the_table_and_runs_no_cell_twice(shared, started, capsys)
     assert (output / "comparison.md").read_text() in table
     assert "| rkl | 1 | 0.2500 |" in table
     assert "| taid | 1 | 0.5000 |" in table
+    assert b"\r\ntaid,3,2.0,0.5," in (output / "comparison.csv").read_bytes()
     figures = json.loads((output / "comparison.json").read_text())
     assert list(figures) == ["before training", "rkl", "taid"]
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")

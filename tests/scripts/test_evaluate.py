@@ -52,12 +52,18 @@ def test_train_tpu_writes_all_that_is_judged(judged):
         assert 0 <= row["rouge_l"] <= 1
         assert 0 <= row["exact_match"] <= 1
         assert row["loss"] > 0
+        assert row["kl_reverse"] > 0
+        assert 0 < row["calibration_error"] < 1
+        assert row["distinct_2"] is None or 0 < row["distinct_2"] <= 1
     report = json.loads((judged / "report.json").read_text())
     assert report["loss_before"] == rows[0]["loss"]
     assert report["rouge_l_before"] == rows[0]["rouge_l"]
     best = max(rows[1:], key=lambda row: (row["rouge_l"], row["step"]))
     assert report["rouge_l_after"] == best["rouge_l"]
     assert report["kl_after"] == best["kl_teacher"]
+    for key in ("kl_reverse", "calibration_error"):
+        assert report[f"{key}_before"] == rows[0][key]
+        assert report[f"{key}_after"] == best[key]
 
 
 def test_evaluate_finds_what_the_run_found(evaluate, judged, tmp_path, capsys):
@@ -70,10 +76,18 @@ def test_evaluate_finds_what_the_run_found(evaluate, judged, tmp_path, capsys):
     assert evaluate.main(flags) == 0
     out = capsys.readouterr().out
     assert "rouge l" in out
+    assert "calibration error" in out
     found = json.loads(path.read_text())
     report = json.loads((judged / "report.json").read_text())
     # The same arithmetic on the same float32 weights.
-    for key in ("kl_teacher", "student_perplexity", "rouge_l", "exact_match"):
+    for key in (
+        "kl_teacher",
+        "kl_reverse",
+        "student_perplexity",
+        "calibration_error",
+        "rouge_l",
+        "exact_match",
+    ):
         assert found[key] == report[f"{key.removesuffix('_teacher')}_after"], key
     assert found["teacher_perplexity"] == report["teacher_perplexity"]
     assert found["tokens"] == report["held_out_tokens"]

@@ -44,3 +44,13 @@ def test_score_are_means():
 def test_score_needs_pairs(answers, references):
     with pytest.raises(ValueError, match="as many completions as references"):
         score(answers, references)
+
+
+def test_score_distinct_2_is_of_all_completions_together():
+    # ab bc, ab bd, and one without a bigram: 3 of 4 are different.
+    assert score(["a b c", "a\n b d", "b"], [""] * 3).distinct_2 == 3 / 4
+    assert score(["a a a a"], [""]).distinct_2 == 1 / 3
+
+
+def test_score_distinct_2_without_a_bigram_is_none():
+    assert score(["", "a"], ["", ""]).distinct_2 is None

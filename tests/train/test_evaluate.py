@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import jax
@@ -6,11 +7,12 @@ import numpy as np
 import pytest
 
 from taid_jax import loss
+from taid_jax.errors import ModelError
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import from_dict
 from taid_jax.sharding import make_mesh
 from taid_jax.train import evaluate as ev
-from taid_jax.train.objective import make_objective
+from taid_jax.train.objective import CALIBRATION_BINS, calibration, make_objective
 from taid_jax.train.state import DistillState
 from taid_jax.types import ModelFunctions
 
@@ -94,7 +96,128 @@ def test_evaluation_adds_the_objective_to_the_same_pass():
         found["objective"],
         jax.jit(loss.TAID.__call__)(loss.TAID(0.3), student, teacher, labels),
     )
-    assert found.keys() == {"student_nll", "teacher_nll", "objective"}
+
+
+def _measured(student, teacher, labels):
+    """Float64 oracle of the mean KL(student || teacher) and of the calibration error.
+
+    The label counts among the most probable tokens by its share.
+    """
+    # -inf in the student takes no part; in the teacher the entry is left out.
+    q, p = (
+        np.exp(np.float64(x) - np.float64(x).max(-1, keepdims=True))
+        for x in (student, teacher)
+    )
+    q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
+    both = (q > 0) & (p > 0)
+    ratio = np.log(np.where(both, q, 1)) - np.log(np.where(both, p, 1))
+    confidence = q.max(-1)
+    top = student == student.max(-1, keepdims=True)
+    hit = np.take_along_axis(top, labels[:, None], -1)[:, 0] / top.sum(-1)
+    error, edges = 0.0, np.linspace(0, 1, 16)
+    for low, high in itertools.pairwise(edges):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            error += inside.mean() * abs(confidence[inside].mean() - hit[inside].mean())
+    return (q * ratio).sum(-1).mean(), error
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fused"),
+    [
+        ("data=1", True),
+        ("data=1", False),
+        pytest.param("data=2,fsdp=2,tensor=2", True, marks=pytest.mark.multidevice),
+    ],
+)
+def test_evaluate_reverse_kl_and_calibration_over_batches(mesh, fused):
+    """Of a padded vocabulary with masked tokens, against float64 of all tokens."""
+    rng = np.random.default_rng(3)
+    vocab, padded, width = 22, 24, 8
+    embeddings = rng.normal(size=(2, vocab, width)).astype(np.float32)
+    kernels = rng.normal(size=(2, width, padded)).astype(np.float32)
+    # As probable as can be, if they counted: padding.
+    kernels[:, :, vocab:] *= 100
+    # Two entries of every row that tie.
+    kernels[:, :, 1] = kernels[:, :, 0]
+    functions = ModelFunctions(
+        hidden=lambda params, batch: jnp.take(params["e"], batch["input_ids"], axis=0),
+        head=lambda params: loss.Head(params["w"], vocab_size=vocab),
+    )
+    student, teacher = (
+        {"e": jnp.asarray(e), "w": jnp.asarray(w)}
+        for e, w in zip(embeddings, kernels, strict=True)
+    )
+    ids = rng.integers(0, vocab, (2, 8, 9)).astype(np.int32)
+    labels = np.where(rng.random(ids.shape) < 0.3, -100, ids).astype(np.int32)
+    devices = make_mesh(mesh, jax.devices()[: 8 if "tensor" in mesh else 1])
+    step = ev.make_eval_step(
+        functions, functions, lambda *_: loss.ForwardKL(), mesh=devices, fused=fused
+    )
+    batches = [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    found = ev.evaluate(step, _state(student), teacher, batches, devices)
+    counted = labels[:, :, 1:] != -100
+    rows = [
+        (np.float64(e)[ids] @ np.float64(k[:, :vocab]))[:, :, :-1][counted]
+        for e, k in zip(embeddings, kernels, strict=True)
+    ]
+    reverse, error = _measured(*rows, labels[:, :, 1:][counted])
+    # Sums of float32.
+    assert found.kl_reverse == pytest.approx(reverse, rel=1e-5)
+    assert found.calibration_error == pytest.approx(error, rel=1e-5)
+
+
+def _calibration_error(logits, labels):
+    bins = calibration(jnp.asarray(logits), jnp.asarray(labels))
+    return sum(abs(float(jnp.sum(each))) for each in bins.values()) / len(labels)
+
+
+def test_calibration_closed_form():
+    # Two bins, (3/5, 2/3] and (14/15, 1], the first half right, the second wrong.
+    logits = np.log([[0.64, 0.36], [0.64, 0.36], [0.04, 0.96], [0.04, 0.96]])
+    labels = np.array([0, 1, 0, 0], np.int32)
+    found = _calibration_error(np.float32(logits), labels)
+    assert found == pytest.approx(0.5 * 0.14 + 0.5 * 0.96, rel=1e-6)  # float32
+
+
+def test_calibration_of_a_guess_among_equals_is_calibrated():
+    logits, labels = np.zeros((4, 4), np.float32), np.arange(4, dtype=np.int32)
+    for label in labels:
+        assert _calibration_error(logits, np.full(4, label)) == 0
+    # And where the equals are the right ones or not: 1/2 less 1/2, 1/2 less 0.
+    logits[:, 2:] = -np.inf
+    assert _calibration_error(logits, labels) == 0.25
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_calibration_of_a_row_that_is_no_distribution_is_nan(bad):
+    logits = np.zeros((2, 4), np.float32)
+    logits[1] = bad
+    bins = calibration(jnp.asarray(logits), jnp.array([0, -100], jnp.int32))
+    for each in bins.values():
+        np.testing.assert_array_equal(np.isnan(each), [False, True])
+    # One that does not count reaches no sum.
+    sums = loss.distillation_sums(
+        COMPARE,
+        jnp.asarray(logits),
+        jnp.zeros((2, 4)),
+        labels=jnp.array([0, -100], jnp.int32),
+    )[1]
+    assert all(np.isfinite(value) for value in sums.values())
+
+
+def test_evaluate_of_a_student_that_is_nan_is_an_error(models, batches):
+    functions, student, teacher = models
+    student = {"table": student["table"].at[3, 3].set(jnp.nan)}
+    step = ev.make_eval_step(functions, functions, lambda *_: loss.CrossEntropy())
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    found = ev.evaluate(step, _state(student), teacher, batches, mesh)
+    assert math.isnan(found.kl_reverse)
+    assert math.isnan(found.calibration_error)
+    with pytest.raises(
+        ModelError, match=r"the student: not finite .*calibration_error"
+    ):
+        ev.check_finite(found)
 
 
 def test_evaluate_weights_by_token_over_batches():
@@ -108,6 +231,12 @@ def test_evaluate_weights_by_token_over_batches():
             "student_nll": jnp.log(3.0) * weight,
             "teacher_nll": jnp.float32(0.0),
             "objective": 5.0 * weight,
+            "kl_reverse": 6.0 * weight,
+            # Too sure in one bin and too little in the next.
+            **{
+                name: 0.02 * weight * (-1) ** number
+                for number, name in enumerate(CALIBRATION_BINS)
+            },
         }
 
     batches = [
@@ -118,6 +247,8 @@ def test_evaluate_weights_by_token_over_batches():
     assert found.tokens == 3
     np.testing.assert_allclose(found[:3], [2.0, 3.0, 1.0], rtol=1e-6)  # float32
     assert found.loss == 5.0
+    assert found.kl_reverse == 6.0
+    assert found.calibration_error == pytest.approx(15 * 0.02)
     assert found.rouge_l is None
 
 

@@ -16,7 +16,7 @@ from taid_jax.train.checkpoint import Checkpoints, read_run
 from taid_jax.train.evaluate import HeldOut
 from taid_jax.train.metrics import LOGGED
 from taid_jax.train.report import read_lines
-from taid_jax.train.run import best_state
+from taid_jax.train.run import best_state, summary
 from taid_jax.train.throughput import MEASURED
 
 
@@ -388,3 +388,13 @@ def test_stop_signals_notes_the_first_and_lets_the_second_through(number):
         assert came == ["before", "before"]
     finally:
         signal.signal(number, before)
+
+
+def test_summary_has_the_figures_that_rows_have():
+    """Those of an evaluation before a figure was added lack it."""
+    old = {"kl_teacher": 2.0, "student_perplexity": 9.0, "teacher_perplexity": 3.0}
+    report = summary([old], HeldOut(1.0, 8.0, 3.0, 4, kl_reverse=0.5))
+    assert report["kl_before"] == 2
+    assert report["kl_reverse_after"] == 0.5
+    assert "kl_reverse_before" not in report
+    assert "calibration_error_after" not in report
