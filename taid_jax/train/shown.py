@@ -90,12 +90,14 @@ def describe_left_out(info: DatasetInfo) -> list[str]:
     dropped = ", ".join(f"{n} {reason}" for reason, n in info.dropped.items())
     unused = ", ".join(f"{key} ({n} records)" for key, n in info.unused_keys.items())
     skipped = ", ".join(info.skipped_files[:_PROBLEMS])
+    if info.num_skipped_files > _PROBLEMS:
+        skipped += ", ..."
     return [
         f"left out: {dropped or 'nothing'}",
         *(f"  {problem}" for problem in info.problems[:_PROBLEMS]),
         *([f"keys not used: {unused}"] if unused else []),
         *(
-            [f"files passed over: {info.num_skipped_files} ({skipped}, ...)"]
+            [f"files passed over: {info.num_skipped_files} ({skipped})"]
             if skipped
             else []
         ),
@@ -174,7 +176,8 @@ class Shown:
             )
             self._texts[REFERENCE] = completions.references
             self._texts[name] = completions(params)
-        except ModelError as error:  # Its logits are not finite.
+        # Its logits are not finite; or memory is short, and training may need less.
+        except (ModelError, jax.errors.JaxRuntimeError) as error:
             self._notes.append(f"{name}: no completions ({explain(error)})")
 
     def begin(self, params: Params, step: int) -> None:
