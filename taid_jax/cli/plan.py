@@ -24,8 +24,8 @@ class Command:
 
     Attributes:
         settings: All settings of the run that is planned.
-        machine: Its chips, such as v5e:8x8 or v5p:4x4x8, or N devices of this machine,
-            local:N.
+        machine: What to compile for, such as v5p:4x4x8 or h100:8x8 (hosts x GPUs), or N
+            devices of this machine, local:N.
         config: A YAML file with settings; flags go over it.
     """
 

@@ -35,9 +35,10 @@ class Command:
     Attributes:
         settings: All settings of the run.
         config: A YAML file with settings; flags go over it.
-        plan: Only compile the step for these chips, such as v5e:8x8 or v5p:4x4x8, or
-            for N devices of this machine, local:N, and write plan.json into the output
-            folder. Models are presets (llama-3-8b, ...), folders or config.json files.
+        plan: Only compile the step for this machine, such as v5p:4x4x8 or h100:8x8
+            (hosts x GPUs), or for N devices of this one, local:N, and write plan.json
+            into the output folder. Models are presets (llama-3-8b, ...), folders or
+            config.json files.
     """
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]

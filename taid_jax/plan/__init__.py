@@ -1,6 +1,7 @@
 """Compiling a run's train step for a machine that need not be there."""
 
 from taid_jax.chips import CHIPS as CHIPS
+from taid_jax.chips import GPUS as GPUS
 from taid_jax.chips import Chip as Chip
 from taid_jax.plan.advice import Attempt as Attempt
 from taid_jax.plan.advice import find_fit as find_fit

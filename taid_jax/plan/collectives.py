@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 _KINDS = (
     "all-gather",
@@ -57,13 +59,16 @@ class Collectives:
     Attributes:
         count: Kind to the number of times it is run.
         bytes: Kind to the bytes of its larger side, operand or result, on one chip.
-        sent: Bytes that a chip has to send, with the best algorithm on a ring.
+        sent: Bytes that a chip has to send over its links, with the best algorithm on a
+            ring.
+        sent_network: Bytes that it has to send where its links do not reach.
         endless: Loops that hold a collective and have no fixed length, counted once.
     """
 
     count: Mapping[str, int]
     bytes: Mapping[str, int]
     sent: float
+    sent_network: float
     endless: int
 
     @property
@@ -72,16 +77,18 @@ class Collectives:
         return sum(self.bytes.values())
 
 
-def count_collectives(text: str) -> Collectives:
+def count_collectives(text: str, linked: int | None = None) -> Collectives:
     """Returns the collectives of a program.
 
     Args:
         text: What `compiled.as_text()` gives: the program of one device.
+        linked: How many devices, of those next to each other in the mesh, links join;
+            all when None.
     """
     entry, computations = _parse_program(text)
     count: collections.Counter[str] = collections.Counter()
     size: collections.Counter[str] = collections.Counter()
-    sent, endless = 0.0, set()
+    sent, sent_network, endless = 0.0, 0.0, set()
     pieces: set[tuple[str, str]] = set()
     for computation, times, open_loops, fused in _runs(entry, computations):
         for one in computation.values():
@@ -104,9 +111,11 @@ def count_collectives(text: str) -> Collectives:
             moved = max(given, got)
             count[kind] += times
             size[kind] += times * moved
-            sent += times * moved * _share_sent(kind, _group_size(one.rest))
+            links, network = _shares_sent(kind, one.rest, linked)
+            sent += times * moved * links
+            sent_network += times * moved * network
             endless |= open_loops
-    return Collectives(dict(count), dict(size), sent, len(endless))
+    return Collectives(dict(count), dict(size), sent, sent_network, len(endless))
 
 
 def _runs(
@@ -164,33 +173,56 @@ def _bits(dtype: str) -> int:
     return int(number[0]) if number else 0
 
 
-def _group_size(attributes: str) -> int | None:
-    """Returns how many chips take part in a collective, None when it is not said.
+def _first_group(attributes: str) -> Sequence[int] | None:
+    """Returns the devices of the first group of a collective, None where not said.
 
-    Three ways of writing: `{{0,1},{2,3}}`, `[groups,size]<=[...]`, and
+    Three ways of writing: `{{0,1},{2,3}}`, `[groups,size]<=[...]T(...)`, and
     `mesh['a'=2,'b'=4] {'b'}`, the axes that a group runs along.
     """
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
         along = re.findall(r"'([^']+)'", named[2])
-        return math.prod(int(sizes.get(axis, 1)) for axis in along)
-    if listed := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(listed[1])
+        place = tuple(slice(None) if axis in along else 0 for axis in sizes)
+        devices = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        return devices[place].ravel().tolist()
+    listed = re.search(
+        r"replica_groups=\[\d+,(\d+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", attributes
+    )
+    if listed:
+        shape, order = (
+            [int(n) for n in (part or "").split(",") if n]
+            for part in listed.groups()[1:]
+        )
+        devices = np.arange(math.prod(shape) if shape else int(listed[1]))
+        devices = devices.reshape(shape or -1).transpose(order or None)
+        return devices.ravel()[: int(listed[1])].tolist()
     if written := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(written[1].split(","))
+        return [int(n) for n in written[1].split(",")]
     return None
 
 
-def _share_sent(kind: str, group: int | None) -> float:
-    """Returns what part of the larger side a chip has to send, at the least.
+def _shares_sent(kind: str, attributes: str, linked: int | None) -> tuple[float, float]:
+    """Returns what parts of the larger side a device has to send: by links, by network.
 
-    On a ring of n chips a gather, a scatter and an all-to-all send (n - 1) / n of it,
-    a sum is a scatter and a gather, and a permutation sends all.
+    On a ring of n devices a gather, a scatter and an all-to-all send (n - 1) / n of it,
+    a sum is a scatter and a gather, and a permutation sends all. Where a group has g
+    devices in each of h places that links do not join, the g exchange by links, and
+    each sends its share of what the other places need; an all-to-all has nothing in
+    common to share.
     """
     if kind == "collective-permute":
-        return 1.0
-    share = 1.0 if group is None else (group - 1) / group
-    return 2 * share if kind == "all-reduce" else share
+        pairs = re.findall(r"\{(\d+),(\d+)\}", attributes)
+        far = [linked and int(a) // linked != int(b) // linked for a, b in pairs]
+        return float(not far or not all(far)), float(any(far))
+    twice = 2.0 if kind == "all-reduce" else 1.0
+    group = _first_group(attributes)
+    if group is None:
+        return twice, twice / linked if linked else 0.0
+    size = len(group)
+    near = sum(not linked or one // linked == group[0] // linked for one in group)
+    if kind == "all-to-all":
+        return (near - 1) / size, (size - near) / size
+    return twice * (near - 1) / near, twice * (size - near) / size / near
 
 
 def _parse_program(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:

@@ -37,7 +37,7 @@ from taid_jax.train.build import build_step, placed
 from taid_jax.train.state import DistillState
 from taid_jax.types import Params
 
-Resource = Literal["flops", "hbm", "interconnect"]
+Resource = Literal["flops", "hbm", "interconnect", "network"]
 
 _CACHE = "jax_enable_compilation_cache"
 _REMATERIALIZED = re.compile("involuntary full rematerialization", re.IGNORECASE)
@@ -48,7 +48,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of one step. Bytes are those of one chip.
+    """What the compiler says of one step. Bytes are those of one device.
 
     Attributes:
         machine: Name of the machine.
@@ -66,7 +66,8 @@ class Plan:
         rematerializations: Warnings of the partitioner that it had to gather an array
             whole to change its layout.
         compile_seconds: Tracing and compiling.
-        seconds: The least time of a step by each resource; empty for unknown chips.
+        seconds: The least time of a step by each resource, the
+            network's only where links do not join all; empty for unknown chips.
     """
 
     machine: str
@@ -135,7 +136,7 @@ def plan_step(
         temp_bytes = memory.temp_size_in_bytes
         peak_bytes = argument_bytes + temp_bytes + memory.generated_code_size_in_bytes
         peak_bytes += result_bytes - memory.alias_size_in_bytes
-        collectives = count_collectives(compiled.as_text())
+        collectives = count_collectives(compiled.as_text(), machine.linked)
     flops = count_flops(traced.jaxpr) // len(machine.devices)
     read = argument_bytes + (result_bytes or 0)
     return Plan(
@@ -239,6 +240,8 @@ def _least_seconds(
     if collectives is not None:
         moved += 2 * max(temp_bytes or 0, collectives.total_bytes)
         seconds["interconnect"] = collectives.sent / chip.link_bandwidth
+        if machine.linked is not None and chip.network_bandwidth:
+            seconds["network"] = collectives.sent_network / chip.network_bandwidth
     seconds["hbm"] = moved / chip.hbm_bandwidth
     return seconds
 

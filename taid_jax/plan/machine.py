@@ -10,9 +10,10 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from taid_jax.chips import CHIPS, Chip
+from taid_jax.chips import CHIPS, GPUS, Chip
 from taid_jax.errors import InputError, explain, how_to_install, show
 from taid_jax.models.memory import host_memory
+from taid_jax.plan.gpu import GPUS_PER_HOST, describe_gpu, linked_gpus, usable_share
 
 LOCAL = "local"
 
@@ -39,35 +40,47 @@ class Machine:
 
     Attributes:
         name: As the user gave it.
-        devices: One per chip.
-        hbm_bytes: Memory of a chip that a program can have.
+        devices: As JAX would see them.
+        hbm_bytes: Memory of a device that a program can have.
         chip: Its speed; None where it is not known.
+        linked: How many devices in a row links join; all when None.
+        notes: What the reader of a plan should know of it.
     """
 
     name: str
     devices: Sequence[Any]
     hbm_bytes: int
     chip: Chip | None
+    linked: int | None = None
+    notes: Sequence[str] = ()
 
 
 def known_machines() -> str:
     """Returns all names of machines, for messages."""
     tpus = (f"{name}:({'|'.join(chip.topologies)})" for name, chip in CHIPS.items())
-    return ", ".join([*tpus, f"{LOCAL}:N for N devices of this machine"])
+    gpus = (
+        f"{name}:N or {name}:HOSTSxN (N to {GPUS_PER_HOST[name]} GPUs each)"
+        for name in GPUS
+    )
+    return ", ".join([*tpus, *gpus, f"{LOCAL}:N for N devices of this machine"])
 
 
 def find_machine(name: str) -> Machine:
-    """Returns the machine of a name such as `v5e:8x8` or `local:8`.
+    """Returns the machine of a name such as `v5e:8x8`, `h100:8x8` or `local:8`.
 
     Raises:
-        PlanError: If there is none of that name (with the known ones), libtpu is not
-            installed, or there are fewer local devices than that.
+        PlanError: If there is none of that name (with the known ones), its compiler is
+            not installed, or there are fewer local devices than that.
     """
     kind, _, shape = name.partition(":")
     if kind == LOCAL and re.fullmatch(r"[1-9]\d{0,5}", shape):
         return _local(name, int(shape))
     if kind in CHIPS and shape in CHIPS[kind].topologies:
         return _tpu(name, CHIPS[kind], shape)
+    if kind in GPUS and (sizes := re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-8])", shape)):
+        hosts, gpus = int(sizes[1] or 1), int(sizes[2])
+        if gpus <= GPUS_PER_HOST[kind]:
+            return _gpu(name, kind, hosts, gpus)
     raise PlanError(
         f"plan: no machine is called {show(name)}; known: {known_machines()}"
     )
@@ -93,6 +106,39 @@ def _tpu(name: str, chip: Chip, shape: str) -> Machine:
             f"libtpu: {how_to_install('tpu')}"
         ) from error
     return Machine(name, devices, chip.hbm_bytes, chip)
+
+
+def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Machine:
+    # As above; JAX then also leaves CUDA's driver alone.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        share = usable_share(os.environ)
+        devices = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=describe_gpu(kind),
+            topology=f"1x{hosts}x{gpus}",
+        ).devices
+    except ValueError as error:
+        raise PlanError(f"plan: {explain(error)}") from error
+    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+        raise PlanError(
+            f"plan: the GPU compiler cannot be had: {explain(error)}. It comes with "
+            f"JAX's CUDA plugin: {how_to_install('cuda')}"
+        ) from error
+    chip = GPUS[kind]
+    note = (
+        f"JAX takes {share:.0%} of a GPU's {chip.hbm_bytes / 2**30:.1f} GiB; "
+        "XLA_CLIENT_MEM_FRACTION=0.92, here and in the run, gives a program more"
+    )
+    linked = linked_gpus(kind, gpus)
+    return Machine(
+        name,
+        devices,
+        int(share * chip.hbm_bytes),
+        chip,
+        linked if linked < len(devices) else None,
+        (note,),
+    )
 
 
 def _local(name: str, count: int) -> Machine:

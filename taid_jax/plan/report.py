@@ -36,7 +36,7 @@ def make_plan(settings: Settings, machine_name: str, console: Console) -> Plan:
     Args:
         settings: Of the run. `teacher`, `student` and `student_config` are presets,
             config.json files, model folders or GGUF files; no weight is read.
-        machine_name: Such as `v5e:8x8` or `local:8`.
+        machine_name: Such as `v5e:8x8`, `h100:8x8` or `local:8`.
         console: Where the table goes.
 
     Returns:
@@ -50,6 +50,7 @@ def make_plan(settings: Settings, machine_name: str, console: Console) -> Plan:
     """
     teacher, student, notes = pair_configs(settings)
     machine = find_machine(machine_name)
+    notes += machine.notes
     rows = settings.data.batch_size // settings.optimizer.grad_accum
     check_batch(rows, plan_mesh(settings.run.mesh, machine))
     path = _prepare(pathlib.Path(settings.run.output))
@@ -70,7 +71,9 @@ def make_plan(settings: Settings, machine_name: str, console: Console) -> Plan:
 
         attempts = find_fit(settings, teacher, student, machine, compiled=show)
         if not any(attempt.plan.fits for attempt in attempts):
-            console.print("None of it is enough: it needs more chips, or larger ones.")
+            console.print(
+                "None of it is enough: it needs more devices, or larger ones."
+            )
     values = plan_values(plan, settings, notes, attempts)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
@@ -221,8 +224,8 @@ def as_flags(flags: Mapping[str, str | int]) -> str:
 def plan_table(plan: Plan) -> Table:
     """Returns the plan as a table."""
     axes = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    table = Table(title=f"{plan.machine}: {plan.chips} chips ({axes})")
-    table.add_column("of one chip, per step")
+    table = Table(title=f"{plan.machine}: {plan.chips} devices ({axes})")
+    table.add_column("of one device, per step")
     table.add_column("", justify="right")
     verdict = "fits" if plan.fits else "does not fit"
     for row in (
@@ -238,6 +241,7 @@ def plan_table(plan: Plan) -> Table:
             size = gib(plan.collectives.bytes[kind])
             table.add_row(kind, f"{count:,} x, {size}")
     names = {"flops": "products", "hbm": "memory", "interconnect": "links"}
+    names["network"] = "network between hosts"
     for resource, seconds in plan.seconds.items():
         binds = " (binds)" if resource == plan.binds else ""
         table.add_row(f"at least, {names[resource]}", f"{seconds * 1e3:,.1f} ms{binds}")

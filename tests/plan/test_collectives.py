@@ -120,3 +120,33 @@ def test_count_collectives_of_loops_that_take_two_steps_a_turn():
     found = count_collectives(text)
     assert found.count["all-gather"] == 2
     assert found.endless == 0
+
+
+@pytest.mark.parametrize(
+    ("operation", "links", "network"),
+    [
+        # 8 devices, 4 of them joined by links. All eight: 3/4 of it goes by links, and
+        # each of four sends half of its quarter over the network.
+        ("all-gather(%x), replica_groups=[1,8]<=[8]", 3 / 4, 1 / 8),
+        ("all-gather(%x), replica_groups={}", 1, 1 / 4),
+        ("all-reduce(%x), replica_groups={{0,1,2,3,4,5,6,7}}", 6 / 4, 2 / 8),
+        # Neighbours, all on one host, and pairs, one on each of two hosts.
+        ("all-gather(%x), replica_groups=[2,4]<=[8]", 3 / 4, 0),
+        ("all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0)", 0, 1 / 2),
+        ("all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a'}", 0, 1 / 2),
+        ("all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}", 3 / 4, 0),
+        ("all-to-all(%x), replica_groups={{0,1,4,5}}", 1 / 4, 2 / 4),
+        ("collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 1, 0),
+        ("collective-permute(%x), source_target_pairs={{0,4},{4,0}}", 0, 1),
+    ],
+)
+def test_count_collectives_tells_links_from_the_network(operation, links, network):
+    text = f"""\
+ENTRY %main (x: bf16[64]) -> bf16[64] {{
+  %x = bf16[64]{{0}} parameter(0)
+  ROOT %y = bf16[64]{{0}} {operation}
+}}
+"""
+    found = count_collectives(text, 4)
+    assert (found.sent, found.sent_network) == (128 * links, 128 * network)
+    assert count_collectives(text).sent_network == 0

@@ -126,12 +126,15 @@ def test_step_flops_of_a_teacher_that_is_not_used():
 def test_peak_flops_of_known_devices():
     known = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "NVIDIA H200": 989e12}
     known |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12}
+    known |= {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA GB200": 2500e12}
     for kind, peak in (known | dict.fromkeys(["NVIDIA L40", "TPU v9", "cpu"])).items():
         assert peak_flops(kind) == peak, kind
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    "name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+)
 def test_peak_flops_knows_what_the_compiler_calls_a_chip(name):
     pytest.importorskip("libtpu", reason="compiles for a TPU")
     machine = find_machine(name)

@@ -1,0 +1,101 @@
+import importlib.util
+import math
+import re
+
+import jax
+import pytest
+
+from taid_jax.plan import GPUS, PlanError, find_machine, make_plan
+from taid_jax.plan.compiled import abstract_step, compiled_anew, plan_mesh
+from taid_jax.plan.gpu import usable_share
+
+pytestmark = pytest.mark.optimised
+
+PLUGIN = "jax_plugins.xla_cuda13"
+
+
+def need(module):
+    pytest.importorskip(module, reason=f"no compiler for this machine: no {module}")
+
+
+def test_find_machine_without_the_gpu_compiler_says_how_to_install_it():
+    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(PLUGIN):
+        pytest.skip("jax[cuda13] is installed")
+    with pytest.raises(PlanError, match=r"pip install 'taid-jax\[cuda\]'"):
+        find_machine("h100:8")
+
+
+def test_usable_share_is_what_the_environment_says():
+    assert usable_share({}) == 0.75
+    assert usable_share({"XLA_CLIENT_MEM_FRACTION": ".9"}) == 0.9
+    for text in ("0", "1.5", "nan", "all"):
+        with pytest.raises(ValueError, match="MEM_FRACTION"):
+            usable_share({"XLA_CLIENT_MEM_FRACTION": text})
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize("name", GPUS)
+def test_find_machine_of_gpus(name, monkeypatch):
+    need(PLUGIN)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    machine = find_machine(f"{name}:2x4")
+    assert len(machine.devices) == 8
+    assert machine.devices[0].platform == "gpu"
+    assert machine.devices[0].device_kind.startswith(machine.chip.kinds)
+    # The trays of a GB200 are joined.
+    assert machine.linked == (None if name == "gb200" else 4)
+    assert machine.hbm_bytes == machine.chip.hbm_bytes // 2
+
+
+@pytest.mark.parametrize(
+    ("machine", "module"),
+    [
+        pytest.param("h100:8", PLUGIN, marks=pytest.mark.gpu_compiler),
+        pytest.param("v5e:2x4", "libtpu", marks=pytest.mark.tpu_compiler),
+    ],
+)
+def test_step_gives_its_state_back_in_place_and_stays_on_the_device(
+    make_settings, tiny, machine, module
+):
+    need(module)
+    settings = make_settings(dtype="bfloat16", mesh="data=2,fsdp=4")
+    mesh = plan_mesh(settings.run.mesh, find_machine(machine))
+    step, arguments = abstract_step(settings, *tiny, mesh)
+    with compiled_anew():
+        compiled = step.lower(*arguments).compile()
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arguments[0])
+    )
+    aliased = compiled.memory_analysis().alias_size_in_bytes
+    # A TPU's arrays are padded to whole tiles.
+    assert aliased == state if module == PLUGIN else aliased >= state
+    text = compiled.as_text()
+    assert not re.findall(r"\bf64\[", text)
+    host = r"infeed|outfeed|is_host_transfer|callback|MoveToHost|S\(5\)"
+    assert not re.findall(host, text)
+
+
+@pytest.mark.gpu_compiler
+def test_make_plan_of_gpus(make_settings, folder, tmp_path, quiet):
+    need(PLUGIN)
+    settings = make_settings(
+        teacher=str(folder),
+        student_layers=2,
+        output=str(tmp_path / "out"),
+        mesh="data=2,fsdp=4",
+        dtype="bfloat16",
+    )
+    plan = make_plan(settings, "h100:2x4", quiet)
+    assert plan.fits
+    assert plan.chips == 8
+    assert plan.rematerializations == 0
+    # Gathered within a host, weights of three layers forward, of two once more and
+    # backward; summed over hosts, where nothing else passes.
+    assert plan.collectives.count["all-gather"] >= 3 + 2 * 2
+    assert plan.collectives.count["all-reduce"] > 0
+    assert plan.collectives.endless == 0
+    assert 0 < plan.collectives.sent_network < plan.collectives.sent
+    assert plan.seconds.keys() == {"flops", "hbm", "interconnect", "network"}
+    text = (tmp_path / "out" / "plan.json").read_text()
+    assert "XLA_CLIENT_MEM_FRACTION" in text
