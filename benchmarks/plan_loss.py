@@ -1,10 +1,10 @@
-"""Compiles the fused head and the plain form for a TPU that is not there.
+"""Compiles the fused head and the plain form for a TPU or GPU that is not there.
 
-Prints what XLA's TPU compiler says of TAID's mean loss and its gradients in the
-student's hidden states and head, in bfloat16: temporary memory of a chip, and the
-operations of the matrix products as a share of those that are needed. On several chips
-the tokens lie over data and fsdp, the vocabulary over tensor. Needs the `tpu` extra, no
-TPU.
+Prints what XLA's compiler says of TAID's mean loss and its gradients in the student's
+hidden states and head, in bfloat16: temporary memory of a device, what its kernels read
+and write, and the operations of the matrix products as a share of those that are
+needed. On several devices the tokens lie over data and fsdp, the vocabulary over
+tensor. Needs the `tpu` or `cuda` extra, no TPU or GPU.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from taid_jax.errors import InputError, refuse
 from taid_jax.plan import find_machine
 from taid_jax.plan.compiled import compiled_anew, plan_mesh
 from taid_jax.plan.flops import count_flops
+from taid_jax.plan.traffic import count_traffic
 from taid_jax.sharding import MESH_AXES
 
 
 def compile_loss(
     mesh: Mesh, args: argparse.Namespace, *, fused: bool
-) -> tuple[int, float]:
-    """Returns bytes of temporary memory, and products as a share of the needed four."""
+) -> tuple[int, int, float]:
+    """Returns bytes of temporaries, bytes moved, products as a share of the four."""
     n, student, teacher, vocab = (
         args.tokens,
         args.student_dim,
@@ -59,18 +60,22 @@ def compile_loss(
         shape(tokens, n),
     )
     with compiled_anew():
-        memory = traced.lower().compile().memory_analysis()
+        compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
     if memory is None:
         raise RuntimeError(f"the compiler for {mesh.devices.flat[0]} gives no memory")
     needed = 2 * n * vocab * (3 * student + teacher)
-    return memory.temp_size_in_bytes, count_flops(traced.jaxpr) / needed
+    moved = sum(count_traffic(compiled.as_text() or "").values())
+    return memory.temp_size_in_bytes, moved, count_flops(traced.jaxpr) / needed
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Returns the settings of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("machine", nargs="+", help="such as v5p:2x2x2 or v6e:2x4")
-    parser.add_argument("--mesh", help="data=2,fsdp=2,tensor=2; one chip when left out")
+    parser.add_argument("machine", nargs="+", help="such as v5p:2x2x2 or h100:8")
+    parser.add_argument(
+        "--mesh", help="data=2,fsdp=2,tensor=2; one device when left out"
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--student-dim", type=int, default=2048)
     parser.add_argument("--teacher-dim", type=int, default=4096)
@@ -91,10 +96,10 @@ def main(arguments: Sequence[str]) -> int:
         except InputError as error:
             return refuse(error)
         for form in ("fused", "plain"):
-            temp, share = compile_loss(mesh, args, fused=form == "fused")
+            temp, moved, share = compile_loss(mesh, args, fused=form == "fused")
             print(
-                f"{name} {args.mesh or 'one chip'}, {form}: {temp / 2**30:.2f} GiB, "
-                f"{share:.4f} of the products needed",
+                f"{name} {args.mesh or 'one device'}, {form}: {temp / 2**30:.2f} GiB, "
+                f"{moved / 1e9:.1f} GB moved, {share:.4f} of the products needed",
                 flush=True,
             )
     return 0

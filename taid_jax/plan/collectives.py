@@ -8,6 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from taid_jax.plan.program import (
+    Computation,
+    Part,
+    called_by,
+    parse_program,
+    part_of,
+    trip_count,
+    type_bytes,
+)
+
 _KINDS = (
     "all-gather",
     "all-reduce",
@@ -15,41 +25,7 @@ _KINDS = (
     "collective-permute",
     "reduce-scatter",
 )
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
-
-_ARRAY = re.compile(r"\b([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# `%name (parameters) -> type {`, with ENTRY before it for the whole program.
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-# `%name = type opcode(operands)...`; a tuple's type is in brackets.
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?)(?<= )([a-z][\w-]*)\((.*)")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)"
-    r"=%?([\w.-]+)"
-)
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_NUMBER = re.compile(r"(\d+)\)")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """A line of a program: `%name = type opcode(rest`."""
-
-    name: str
-    type: str
-    opcode: str
-    rest: str
-
-    @property
-    def operands(self) -> list[str]:
-        """Names of the operands; the attributes after them may name computations."""
-        return re.findall(r"%([\w.-]+)", self.rest.split(")")[0])
-
-
-_NOTHING = _Instruction("", "", "", "")
-_Computation = Mapping[str, _Instruction]
-"""Instructions by name, in order; the last one gives the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +38,7 @@ class Collectives:
         sent: Bytes that a chip has to send over its links, with the best algorithm on a
             ring.
         sent_network: Bytes that it has to send where its links do not reach.
+        parts: Part of the step to what of the two it has to send.
         endless: Loops that hold a collective and have no fixed length, counted once.
     """
 
@@ -69,6 +46,7 @@ class Collectives:
     bytes: Mapping[str, int]
     sent: float
     sent_network: float
+    parts: Mapping[Part, tuple[float, float]]
     endless: int
 
     @property
@@ -85,10 +63,11 @@ def count_collectives(text: str, linked: int | None = None) -> Collectives:
         linked: How many devices, of those next to each other in the mesh, links join;
             all when None.
     """
-    entry, computations = _parse_program(text)
+    entry, computations = parse_program(text)
     count: collections.Counter[str] = collections.Counter()
     size: collections.Counter[str] = collections.Counter()
-    sent, sent_network, endless = 0.0, 0.0, set()
+    sent: dict[Part, tuple[float, float]] = {}
+    endless: set[str] = set()
     pieces: set[tuple[str, str]] = set()
     for computation, times, open_loops, fused in _runs(entry, computations):
         for one in computation.values():
@@ -102,25 +81,30 @@ def count_collectives(text: str, linked: int | None = None) -> Collectives:
                     continue
                 pieces.add((kind, channel[1]))
             given = sum(
-                _bytes(computation[name].type)
+                type_bytes(computation[name].type)
                 for name in one.operands
                 if name in computation
             )
             # An asynchronous start has its operands and buffers in its type as well.
-            got = _bytes(one.type) - (given if one.opcode.endswith("-start") else 0)
+            got = type_bytes(one.type) - (given if one.opcode.endswith("-start") else 0)
             moved = max(given, got)
             count[kind] += times
             size[kind] += times * moved
             links, network = _shares_sent(kind, one.rest, linked)
-            sent += times * moved * links
-            sent_network += times * moved * network
+            part = part_of(one.scope)
+            before = sent.get(part, (0.0, 0.0))
+            moved *= times
+            sent[part] = before[0] + moved * links, before[1] + moved * network
             endless |= open_loops
-    return Collectives(dict(count), dict(size), sent, sent_network, len(endless))
+    by_links, by_network = (sum(part[i] for part in sent.values()) for i in (0, 1))
+    return Collectives(
+        dict(count), dict(size), by_links, by_network, sent, len(endless)
+    )
 
 
 def _runs(
-    entry: str, computations: Mapping[str, _Computation]
-) -> Iterator[tuple[_Computation, int, frozenset[str], bool]]:
+    entry: str, computations: Mapping[str, Computation]
+) -> Iterator[tuple[Computation, int, frozenset[str], bool]]:
     """Yields each call of a computation: it, its runs, open loops, inside a fusion."""
     stack = [(entry, 1, frozenset[str](), False)]
     holds = _holding(computations)
@@ -129,9 +113,9 @@ def _runs(
         computation = computations[name]
         yield computation, times, open_loops, fused
         for one in computation.values():
-            for called in filter(holds.__contains__, _called_by(one)):
+            for called in filter(holds.__contains__, called_by(one)):
                 loops = one.opcode == "while"
-                trips = _trip_count(one, computation, computations) if loops else 1
+                trips = trip_count(one, computation, computations) if loops else 1
                 still_open = open_loops | ({one.name} if trips is None else set())
                 runs = times * (1 if trips is None else trips)
                 stack.append(
@@ -139,13 +123,13 @@ def _runs(
                 )
 
 
-def _holding(computations: Mapping[str, _Computation]) -> set[str]:
+def _holding(computations: Mapping[str, Computation]) -> set[str]:
     """Returns the computations with a collective in them, or in one that they call."""
     callers: dict[str, set[str]] = {name: set() for name in computations}
     found = []
     for name, computation in computations.items():
         for one in computation.values():
-            for called in _called_by(one):
+            for called in called_by(one):
                 callers.setdefault(called, set()).add(name)
             if one.opcode.removesuffix("-start") in _KINDS:
                 found.append(name)
@@ -156,21 +140,6 @@ def _holding(computations: Mapping[str, _Computation]) -> set[str]:
             holds.add(name)
             found += callers[name]
     return holds
-
-
-def _bytes(text: str) -> int:
-    """Returns the bytes of all arrays in a type."""
-    return sum(
-        _bits(dtype) * math.prod(int(n) for n in shape.split(",") if n) // 8
-        for dtype, shape in _ARRAY.findall(text)
-    )
-
-
-def _bits(dtype: str) -> int:
-    if dtype in _BITS:
-        return _BITS[dtype]
-    number = re.search(r"\d+", dtype)
-    return int(number[0]) if number else 0
 
 
 def _first_group(attributes: str) -> Sequence[int] | None:
@@ -223,79 +192,3 @@ def _shares_sent(kind: str, attributes: str, linked: int | None) -> tuple[float,
     if kind == "all-to-all":
         return (near - 1) / size, (size - near) / size
     return twice * (near - 1) / near, twice * (size - near) / size / near
-
-
-def _parse_program(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
-    """Returns the name of the entry, and all computations."""
-    entry, current = "", ""
-    computations: dict[str, dict[str, _Instruction]] = {}
-    for line in text.splitlines():
-        if begins := _COMPUTATION.match(line):
-            current = begins[2]
-            computations[current] = {}
-            entry = current if begins[1] else entry
-        elif current and (found := _INSTRUCTION.match(line)):
-            computations[current][found[1]] = _Instruction(*found.groups())
-    return entry, computations
-
-
-def _called_by(instruction: _Instruction) -> list[str]:
-    """Returns the names of the computations that an instruction calls."""
-    names = _CALLED.findall(instruction.rest)
-    for branches in _BRANCHES.findall(instruction.rest):
-        names += re.findall(r"%?([\w.-]+)", branches)
-    return names
-
-
-def _trip_count(
-    loop: _Instruction,
-    around: _Computation,
-    computations: Mapping[str, _Computation],
-) -> int | None:
-    """Returns how often a loop runs, if that is fixed.
-
-    XLA for CPU and GPU writes it beside the loop. That for TPU does not; but its loops
-    compare a counter with a constant, to which each pass adds another: 1 in scans, 2
-    where a product is computed piece by piece while the pieces go round a ring both
-    ways.
-    """
-    if told := _TRIPS.search(loop.rest):
-        return int(told[1])
-    names = dict(re.findall(r"(condition|body)=%?([\w.-]+)", loop.rest))
-    condition, body = (
-        computations.get(names.get(name, ""), {}) for name in ("condition", "body")
-    )
-    tests = [one for one in condition.values() if one.opcode == "compare"]
-    if len(tests) != 1 or "direction=LT" not in tests[0].rest:
-        return None
-    sides = [_source(name, condition) for name in tests[0].operands]
-    counter, bound = sides if len(sides) == 2 else (_NOTHING, _NOTHING)
-    place, end = re.search(r"index=(\d+)", counter.rest), _constant(bound)
-    if counter.opcode != "get-tuple-element" or place is None or end is None:
-        return None
-    begun = _source((loop.operands or [""])[0], around)
-    start = _constant(_part(begun, int(place[1]), around)) or 0
-    result = [_NOTHING, *body.values()][-1]
-    added = _part(result, int(place[1]), body)
-    amounts = [_constant(_source(name, body)) for name in added.operands]
-    step = next(filter(None, amounts), 1) if added.opcode == "add" else 1
-    return max(0, -(-(end - start) // step))
-
-
-def _part(made: _Instruction, place: int, around: _Computation) -> _Instruction:
-    """Returns what was put at a place of a tuple that is made."""
-    parts = made.operands if made.opcode == "tuple" else []
-    return _source(parts[place], around) if place < len(parts) else _NOTHING
-
-
-def _source(name: str, around: _Computation) -> _Instruction:
-    """Returns the instruction of a name, or what it is a mere copy of."""
-    found = around.get(name, _NOTHING)
-    while found.opcode in ("copy", "bitcast"):
-        found = around.get((found.operands or [""])[0], _NOTHING)
-    return found
-
-
-def _constant(one: _Instruction) -> int | None:
-    number = _NUMBER.match(one.rest) if one.opcode == "constant" else None
-    return int(number[1]) if number else None

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,11 @@ from jax.sharding import AxisType, Mesh
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
 from taid_jax.plan.collectives import Collectives, count_collectives
-from taid_jax.plan.flops import count_flops
+from taid_jax.plan.flops import count_flops_of_parts
 from taid_jax.plan.machine import Machine, PlanError
+from taid_jax.plan.program import Part
+from taid_jax.plan.roofline import Resource, Work, least_seconds, work_of_parts
+from taid_jax.plan.traffic import count_traffic
 from taid_jax.settings import Settings
 from taid_jax.sharding import (
     MESH_AXES,
@@ -36,8 +39,6 @@ from taid_jax.store.teacher import head_params, stored_functions
 from taid_jax.train.build import build_step, placed
 from taid_jax.train.state import DistillState
 from taid_jax.types import Params
-
-Resource = Literal["flops", "hbm", "interconnect", "network"]
 
 _CACHE = "jax_enable_compilation_cache"
 _REMATERIALIZED = re.compile("involuntary full rematerialization", re.IGNORECASE)
@@ -66,8 +67,9 @@ class Plan:
         rematerializations: Warnings of the partitioner that it had to gather an array
             whole to change its layout.
         compile_seconds: Tracing and compiling.
-        seconds: The least time of a step by each resource, the
-            network's only where links do not join all; empty for unknown chips.
+        seconds: The least time of a step by each resource in use; empty for unknown
+            chips, and when the compiler gave up.
+        parts: What each part of the step does; empty when the compiler gave up.
     """
 
     machine: str
@@ -83,6 +85,7 @@ class Plan:
     rematerializations: int
     compile_seconds: float
     seconds: dict[Resource, float]
+    parts: dict[Part, Work]
 
     @property
     def binds(self) -> Resource | None:
@@ -127,18 +130,20 @@ def plan_step(
         raise PlanError(f"plan: the compiler refused the step: {failure}")
     # Without the padding that the compiler adds; replaced below by its own count.
     argument_bytes = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(arguments))
-    result_bytes = temp_bytes = collectives = None
+    temp_bytes = collectives = None
+    flops = count_flops_of_parts(traced.jaxpr)
+    parts: dict[Part, Work] = {}
     peak_bytes = _needed(failure)
     if compiled is not None:
         memory = compiled.memory_analysis()
         argument_bytes = memory.argument_size_in_bytes
-        result_bytes = memory.output_size_in_bytes
         temp_bytes = memory.temp_size_in_bytes
         peak_bytes = argument_bytes + temp_bytes + memory.generated_code_size_in_bytes
-        peak_bytes += result_bytes - memory.alias_size_in_bytes
-        collectives = count_collectives(compiled.as_text(), machine.linked)
-    flops = count_flops(traced.jaxpr) // len(machine.devices)
-    read = argument_bytes + (result_bytes or 0)
+        peak_bytes += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        text = compiled.as_text()
+        collectives = count_collectives(text, machine.linked)
+        traffic = count_traffic(text)
+        parts = work_of_parts(flops, len(machine.devices), traffic, collectives)
     return Plan(
         machine=machine.name,
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
@@ -148,11 +153,12 @@ def plan_step(
         temp_bytes=temp_bytes,
         peak_bytes=peak_bytes,
         fits=compiled is not None and (peak_bytes or 0) <= machine.hbm_bytes,
-        flops_per_chip=flops,
+        flops_per_chip=flops.total() // len(machine.devices),
         collectives=collectives,
         rematerializations=len(_REMATERIALIZED.findall(log)),
         compile_seconds=round(seconds, 2),
-        seconds=_least_seconds(machine, flops, read, temp_bytes, collectives),
+        seconds=least_seconds(machine.chip, parts.values()) if parts else {},
+        parts=parts,
     )
 
 
@@ -218,32 +224,6 @@ def plan_mesh(text: str, machine: Machine) -> Mesh:
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=machine.devices,
     )
-
-
-def _least_seconds(
-    machine: Machine,
-    flops: int,
-    argument_and_result_bytes: int,
-    temp_bytes: int | None,
-    collectives: Collectives | None,
-) -> dict[Resource, float]:
-    """Returns the time that each resource needs at least, in seconds.
-
-    Memory: arguments are read and results written once; temporaries, and what arrives
-    from other chips, are written and read.
-    """
-    chip = machine.chip
-    if chip is None:
-        return {}
-    moved = argument_and_result_bytes
-    seconds: dict[Resource, float] = {"flops": flops / chip.flops}
-    if collectives is not None:
-        moved += 2 * max(temp_bytes or 0, collectives.total_bytes)
-        seconds["interconnect"] = collectives.sent / chip.link_bandwidth
-        if machine.linked is not None and chip.network_bandwidth:
-            seconds["network"] = collectives.sent_network / chip.network_bandwidth
-    seconds["hbm"] = moved / chip.hbm_bandwidth
-    return seconds
 
 
 def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -1,11 +1,14 @@
 """Floating-point operations of a program, counted in its own structure."""
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+from taid_jax.plan.program import Part, part_of
 
 
 def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
@@ -16,34 +19,53 @@ def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
     body of a `shard_map` once per device, that of a kernel once per block. A loop
     without a fixed length counts once: the result is then a lower bound.
     """
+    return count_flops_of_parts(program).total()
+
+
+def count_flops_of_parts(
+    program: ClosedJaxpr | Jaxpr, scope: str = ""
+) -> collections.Counter[Part]:
+    """Returns what `count_flops` does, for each part of the step.
+
+    Args:
+        program: Traced.
+        scope: Of what calls it.
+    """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    found: collections.Counter[Part] = collections.Counter()
+    for equation in jaxpr.eqns:
+        found += _of_equation(equation, scope)
+    return found
 
 
-def _of_equation(equation: JaxprEqn) -> int:
+def _of_equation(equation: JaxprEqn, scope: str) -> collections.Counter[Part]:
     name, params = equation.primitive.name, equation.params
+    scope = f"{scope}/{equation.source_info.name_stack}"
     if not equation.outvars and not equation.effects:
-        return 0  # Rematerialisation leaves such calls behind, for XLA to drop.
+        # Rematerialisation leaves such calls behind, for XLA to drop.
+        return collections.Counter()
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = _shape(equation.invars[0])
         depth = math.prod(left[axis] for axis in contracted)
-        return 2 * depth * math.prod(_shape(equation.outvars[0]))
+        operations = 2 * depth * math.prod(_shape(equation.outvars[0]))
+        return collections.Counter({part_of(scope): operations})
     if name == "cond":
-        return max(count_flops(branch) for branch in params["branches"])
-    inner = sum(
-        count_flops(value)
-        for value in params.values()
-        if isinstance(value, ClosedJaxpr | Jaxpr)
-    )
+        branches = (count_flops_of_parts(one, scope) for one in params["branches"])
+        return max(branches, key=collections.Counter.total)
+    inner: collections.Counter[Part] = collections.Counter()
+    for value in params.values():
+        if isinstance(value, ClosedJaxpr | Jaxpr):
+            inner += count_flops_of_parts(value, scope)
+    times = 1
     if name == "scan":
-        return inner * params["length"]
-    if name == "pallas_call":
-        return inner * _blocks(params)
-    if name == "shard_map":
+        times = params["length"]
+    elif name == "pallas_call":
+        times = _blocks(params)
+    elif name == "shard_map":
         shape = params["mesh"].shape
-        return inner * math.prod(shape[axis] for axis in params["newly_manual_axes"])
-    return inner
+        times = math.prod(shape[axis] for axis in params["newly_manual_axes"])
+    return collections.Counter({part: times * n for part, n in inner.items()})
 
 
 def _blocks(params: Mapping[str, Any]) -> int:

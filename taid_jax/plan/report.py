@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from taid_jax.chips import Chip
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import select_layers
 from taid_jax.models.files.hub import DEFAULT_TEACHER
@@ -17,6 +18,7 @@ from taid_jax.models.presets import PRESETS
 from taid_jax.plan.advice import Attempt, find_fit
 from taid_jax.plan.compiled import Plan, plan_mesh, plan_step
 from taid_jax.plan.machine import PlanError, find_machine
+from taid_jax.plan.roofline import least_seconds
 from taid_jax.settings import Settings, to_dict
 from taid_jax.sharding import check_batch
 from taid_jax.store.format import TEACHER
@@ -56,6 +58,8 @@ def make_plan(settings: Settings, machine_name: str, console: Console) -> Plan:
     path = _prepare(pathlib.Path(settings.run.output))
     plan = plan_step(settings, teacher, student, machine)
     console.print(plan_table(plan))
+    if plan.parts:
+        console.print(parts_table(plan, machine.chip))
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     attempts: list[Attempt] = []
@@ -247,4 +251,20 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(f"at least, {names[resource]}", f"{seconds * 1e3:,.1f} ms{binds}")
     table.add_row("layouts that forced a whole copy", str(plan.rematerializations))
     table.add_row("compiled in", f"{plan.compile_seconds:.1f} s")
+    return table
+
+
+def parts_table(plan: Plan, chip: Chip | None) -> Table:
+    """Returns what the parts of the step do at least, as a table."""
+    table = Table(title="at least; what is found in a cache is not read from memory")
+    for name in ("of one device", "products", "memory", "links", "network", "ms"):
+        table.add_column(name, justify="right" if table.columns else "left")
+    for part, work in plan.parts.items():
+        seconds = max(least_seconds(chip, [work]).values(), default=None)
+        table.add_row(
+            part,
+            f"{work.flops / 1e12:,.3f} TFLOP",
+            *(gib(int(size)) for size in (work.bytes, work.sent, work.sent_network)),
+            "unknown" if seconds is None else f"{seconds * 1e3:,.1f}",
+        )
     return table

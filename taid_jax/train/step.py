@@ -122,27 +122,29 @@ def batch_loss(
             raise ValueError("a model needs hidden and head, or logits; got neither")
         return model.logits(weights, batch), None
 
+    # The scopes say of a compiled program, and of a profile, what belongs to what.
     with activations_on(mesh):
-        student_out, student_head = output(student, params)
-        teacher_out, teacher_head = jax.lax.stop_gradient(
-            output(teacher, teacher_params)
-        )
-    if fused:
-        return fused_loss(
-            objective,
-            student_out,
-            student_head,
-            teacher_out,
-            teacher_head,
-            mask,
-            labels,
-            chunk_size=chunk_size,
-            mesh=mesh,
-        )
-    student_logits, teacher_logits = paired_logits(
-        student_out, student_head, teacher_out, teacher_head
-    )
-    return distillation_sums(objective, student_logits, teacher_logits, mask, labels)
+        with jax.named_scope("student"):
+            student_out, student_head = output(student, params)
+        with jax.named_scope("teacher"):
+            teacher_out, teacher_head = jax.lax.stop_gradient(
+                output(teacher, teacher_params)
+            )
+    with jax.named_scope("head"):
+        if fused:
+            return fused_loss(
+                objective,
+                student_out,
+                student_head,
+                teacher_out,
+                teacher_head,
+                mask,
+                labels,
+                chunk_size=chunk_size,
+                mesh=mesh,
+            )
+        logits = paired_logits(student_out, student_head, teacher_out, teacher_head)
+        return distillation_sums(objective, *logits, mask, labels)
 
 
 def _micro_batches(batch: Batch, parts: int) -> Batch:

@@ -5,7 +5,14 @@ import re
 import jax
 import pytest
 
-from taid_jax.plan import GPUS, PlanError, find_machine, make_plan
+from taid_jax.plan import (
+    GPUS,
+    PlanError,
+    find_machine,
+    make_plan,
+    pair_configs,
+    plan_step,
+)
 from taid_jax.plan.compiled import abstract_step, compiled_anew, plan_mesh
 from taid_jax.plan.gpu import usable_share
 
@@ -97,5 +104,37 @@ def test_make_plan_of_gpus(make_settings, folder, tmp_path, quiet):
     assert plan.collectives.endless == 0
     assert 0 < plan.collectives.sent_network < plan.collectives.sent
     assert plan.seconds.keys() == {"flops", "hbm", "interconnect", "network"}
+    assert all(part.bytes for part in plan.parts.values())
     text = (tmp_path / "out" / "plan.json").read_text()
     assert "XLA_CLIENT_MEM_FRACTION" in text
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machine", "teacher", "student", "batch_size", "most_gib"),
+    [
+        # The paper's pairs, and a large one: 8,192 and 4,096 tokens of each GPU.
+        ("h100:8", "phi-3-mini", "tinyllama-1.1b", 32, 8),
+        ("h100:8", "llama-2-7b", "tinyllama-1.1b", 32, 8),
+        ("h100:8", "stablelm-zephyr-3b", "pythia-1.4b", 32, 8),
+        ("h100:8x8", "qwen2-72b", "qwen2-1.5b", 128, 10),
+    ],
+)
+def test_plan_step_of_presets_fits_gpus(
+    make_settings, machine, teacher, student, batch_size, most_gib
+):
+    need(PLUGIN)
+    settings = make_settings(
+        teacher=teacher,
+        student=student,
+        resize_embeddings=not teacher.startswith("qwen2"),
+        batch_size=batch_size,
+        seq_len=2048,
+        dtype="bfloat16",
+    )
+    plan = plan_step(settings, *pair_configs(settings)[:2], find_machine(machine))
+    assert plan.fits
+    assert plan.peak_bytes <= most_gib * 2**30
+    assert plan.rematerializations == 0
+    assert plan.parts["teacher"].flops > plan.parts["student forward"].flops

@@ -18,6 +18,7 @@ PROMISED = {
     "compile_seconds",
     "step_seconds_lower_bound",
     "binds",
+    "parts",
 }
 
 
@@ -31,6 +32,21 @@ def test_make_plan_writes_what_it_promises(made, folder):
     assert gather["count"] == plan.collectives.count["all-gather"] > 0
     assert gather["bytes"] > 0
     assert values["settings"]["model"]["teacher"] == str(folder)
+    parts = values["parts"]
+    # Three layers of the teacher and two of the student, whose backward has twice the
+    # products and computes the layers again.
+    forward = parts["student forward"]["flops"]
+    assert parts["teacher"]["flops"] == 1.5 * forward
+    assert parts["optimizer"]["flops"] == 0
+    assert parts["backward"]["flops"] == pytest.approx(3 * forward, rel=0.1)
+    # The head forms three products of the student's and one of the teacher's.
+    tokens, width, vocabulary = 16 * 32 // 8, 32, 96
+    assert parts["head"]["flops"] == 4 * 2 * tokens * width * vocabulary
+    assert sum(part["flops"] for part in parts.values()) == values["flops_per_chip"]
+    for part in parts.values():
+        assert part["bytes"] > 0
+    sent = sum(part["sent"] for part in parts.values())
+    assert sent == pytest.approx(plan.collectives.sent)
 
 
 def test_make_plan_replaces_only_plans(folder, make_settings, tmp_path, quiet):
