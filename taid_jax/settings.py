@@ -94,6 +94,9 @@ class ModelSettings(Checked):
             entries are the mean of the old, those beyond it are cut off. Then the
             student may have had any other tokenizer.
         dtype: What the models compute in; master weights and losses are float32.
+        matmul_precision: Of float32 products. An accelerator rounds what it multiplies
+            by `default`, a GPU to TF32, a TPU to bfloat16; `high` is TF32 or three
+            passes of bfloat16, `highest` float32 itself. On a CPU all are float32.
         remat: What the student's backward pass computes again to save memory, beside
             norms and activations: `none` no matrix product but attention's scores,
             `dots` all of attention, `full` each layer, of which the input alone is
@@ -113,6 +116,9 @@ class ModelSettings(Checked):
     student_config: str | None = setting(None, instead_of=("student", "student_layers"))
     resize_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] = setting(
+        "default", when={"dtype": ("float32",)}
+    )
     remat: Literal["none", "dots", "full"] = "none"
     teacher_sharding: Literal["same", "replicated", "all_devices"] = setting(
         "same", free=True

@@ -40,6 +40,10 @@ def _refusal(values):
         ({"t_start": 0.5, "t_end": 0.4}, "0 <= t_start <= t_end <= 1"),
         ({"beta": 1.0}, "0 <= beta < 1"),
         ({"learning_rate": 0.0}, "0 < learning_rate"),
+        (
+            {"matmul_precision": "high", "dtype": "bfloat16"},
+            "no effect with dtype bfloat16",
+        ),
         ({"steps": 0}, "steps: need >= 1, got 0"),
         ({"steps": "many"}, "steps: need int, got 'many'"),
         ({"steps": True}, "steps: need int, got True"),

@@ -68,6 +68,13 @@ def score(settings: Settings) -> "HeldOut":
         ModelError: If a model cannot be used, or its figures are not finite.
         DataError: If the data cannot be used, or have no prompts that are asked for.
     """
+    import jax
+
+    with jax.default_matmul_precision(settings.model.matmul_precision):
+        return _score(settings)
+
+
+def _score(settings: Settings) -> "HeldOut":
     from taid_jax.sharding import check_batch, make_mesh
     from taid_jax.train.evaluate import check_finite, finished_state, make_evaluator
     from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data

@@ -37,6 +37,7 @@ class Command(Checked):
         top_p: Draw from the most probable tokens that hold this probability.
         seed: Of the draws.
         dtype: What the model computes in.
+        matmul_precision: Of float32 products, as in training.
         mesh: Devices along each axis, as in training.
         allow_unknown_keys: Load the model though its files have settings or tensors
             that nobody here knows: these are left out, and named.
@@ -53,6 +54,9 @@ class Command(Checked):
     top_p: float = setting(1.0, gt=0, le=1, when=_DRAWN)
     seed: int = setting(0, ge=0, lt=2**32, when=_DRAWN)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] = setting(
+        "default", when={"dtype": ("float32",)}
+    )
     mesh: str = "data=1,fsdp=-1,tensor=1"
     allow_unknown_keys: bool = False
     overwrite: bool = False
@@ -91,7 +95,7 @@ def write_answers(command: Command, console: Console) -> None:
     # More rows than there are prompts would only repeat them.
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(command.batch_size, -(-len(fitting) // parts) * parts)
-    about = command.seed, sampling, command.dtype, date
+    about = command.seed, sampling, command.dtype, date, command.matmul_precision
     job = p.Job(command.model, p.digest(prompts), command.max_new_tokens, *about)
     path = pathlib.Path(command.output)
     file = p.CompletionsFile(path, job, overwrite=command.overwrite)
@@ -132,7 +136,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         command = _flags.parse(Command, arguments, __doc__)
         _flags.keep_compiled()
-        write_answers(command, Console())
+        import jax
+
+        with jax.default_matmul_precision(command.matmul_precision):
+            write_answers(command, Console())
     except InputError as error:
         return refuse(error)
     return 0

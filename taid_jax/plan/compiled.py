@@ -118,7 +118,8 @@ def plan_step(
     step, arguments = abstract_step(settings, teacher, student, mesh)
     began = time.perf_counter()
     compiled, failure = None, ""
-    with standard_error() as said, compiled_anew():
+    precision = jax.default_matmul_precision(settings.model.matmul_precision)
+    with standard_error() as said, compiled_anew(), precision:
         traced = step.trace(*arguments)
         try:
             compiled = traced.lower().compile()

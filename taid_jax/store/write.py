@@ -109,6 +109,13 @@ def store_teacher(
         DataError: If the data cannot be used.
         StoreError: If it does not fit on the disk.
     """
+    with jax.default_matmul_precision(settings.model.matmul_precision):
+        return _store_teacher(settings, options, console)
+
+
+def _store_teacher(
+    settings: Settings, options: StoreOptions, console: Console
+) -> Manifest:
     distributed.agree_on_settings(settings)
     mesh = make_mesh(settings.run.mesh)
     size = settings.data.batch_size // settings.optimizer.grad_accum
@@ -205,6 +212,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Returns what decides what is stored, as JSON has it: a job goes on with it."""
     data, teacher = settings.data, opened.teacher
+    precision = settings.model.matmul_precision
     tokenizer = require_tokenizer(teacher.tokenizer, teacher.source)
     return {
         "kind": recipe.kind,
@@ -224,6 +232,8 @@ def _facts(
             "part": options.part,
             "shard_mib": options.shard_mib,
             "processes": batch_part(mesh)[1],
+            # Jobs begun before there was a choice go on.
+            **({} if precision == "default" else {"matmul_precision": precision}),
         },
     }
 

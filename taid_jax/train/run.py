@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from taid_jax import distributed
@@ -85,7 +86,8 @@ def distil(settings: Settings, console: Console) -> dict[str, Any]:
         DistributedError: If the processes disagree in settings or data.
     """
     output = RunFolder(settings.run)
-    with contextlib.ExitStack() as open_things:
+    precision = jax.default_matmul_precision(settings.model.matmul_precision)
+    with precision, contextlib.ExitStack() as open_things:
         open_things.callback(output.close)
         try:
             return _distil(settings, console, output, open_things)

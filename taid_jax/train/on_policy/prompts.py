@@ -184,6 +184,7 @@ class Job:
         sampling: How tokens are taken.
         dtype: Of the computation.
         template_date: What the chat template takes for today.
+        matmul_precision: Of float32 products.
     """
 
     model: str
@@ -193,6 +194,7 @@ class Job:
     sampling: SamplingParams
     dtype: str
     template_date: str | None = None
+    matmul_precision: str = "default"
 
 
 def _job_file(path: pathlib.Path) -> pathlib.Path:
@@ -238,7 +240,7 @@ class CompletionsFile:
         self.done = 0
         wanted = dataclasses.asdict(job)
         if path.exists() and not overwrite:
-            found = _read_job(path)
+            found = {"matmul_precision": "default", **_read_job(path)}
             differences = [
                 f"{name}: the file has {found.get(name)!r}, now {wanted[name]!r}"
                 for name in wanted
