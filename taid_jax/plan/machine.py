@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -57,12 +57,24 @@ class Machine:
 
 def known_machines() -> str:
     """Returns all names of machines, for messages."""
-    tpus = (f"{name}:({'|'.join(chip.topologies)})" for name, chip in CHIPS.items())
+    # One list of shapes for all chips that have them.
+    shapes = dict.fromkeys(chip.topologies for chip in CHIPS.values())
+    tpus = (
+        f"{_alternatives(name for name in CHIPS if CHIPS[name].topologies == these)}:"
+        f"{_alternatives(these)}"
+        for these in shapes
+    )
     gpus = (
-        f"{name}:N or {name}:HOSTSxN (N to {GPUS_PER_HOST[name]} GPUs each)"
-        for name in GPUS
+        f"{_alternatives(name for name in GPUS if GPUS_PER_HOST[name] == most)}:N or "
+        f":HOSTSxN for N of at most {most} GPUs a host"
+        for most in dict.fromkeys(GPUS_PER_HOST.values())
     )
     return ", ".join([*tpus, *gpus, f"{LOCAL}:N for N devices of this machine"])
+
+
+def _alternatives(names: Iterable[str]) -> str:
+    found = [*names]
+    return found[0] if len(found) == 1 else f"({'|'.join(found)})"
 
 
 def find_machine(name: str) -> Machine:
