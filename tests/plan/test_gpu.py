@@ -3,8 +3,12 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from taid_jax.loss import TAID
+from taid_jax.models.decoder import decoder_functions
+from taid_jax.models.generation import generate, prepare
 from taid_jax.plan import (
     GPUS,
     PlanError,
@@ -15,6 +19,9 @@ from taid_jax.plan import (
 )
 from taid_jax.plan.compiled import abstract_step, compiled_anew, plan_mesh
 from taid_jax.plan.gpu import usable_share
+from taid_jax.sharding import activations_on
+from taid_jax.store.outputs import topk_outputs
+from taid_jax.train.evaluate import make_eval_step
 
 pytestmark = pytest.mark.optimised
 
@@ -54,22 +61,42 @@ def test_find_machine_of_gpus(name, monkeypatch):
     assert machine.hbm_bytes == machine.chip.hbm_bytes // 2
 
 
-@pytest.mark.parametrize(
+MACHINES = pytest.mark.parametrize(
     ("machine", "module"),
     [
         pytest.param("h100:8", PLUGIN, marks=pytest.mark.gpu_compiler),
         pytest.param("v5e:2x4", "libtpu", marks=pytest.mark.tpu_compiler),
     ],
 )
+
+
+def stays_on_the_device(text):
+    """Whether a program has no float64, and nothing that goes to the host."""
+    host = r"infeed|outfeed|is_host_transfer|callback|MoveToHost|S\(5\)"
+    return not re.findall(rf"\bf64\[|{host}", text)
+
+
+@pytest.fixture(scope="module")
+def lower_step(make_settings, tiny):
+    """Gives mesh, lowered step and shapes of its arguments."""
+
+    def lower(machine):
+        settings = make_settings(dtype="bfloat16", mesh="data=2,fsdp=4")
+        mesh = plan_mesh(settings.run.mesh, find_machine(machine))
+        step, arguments = abstract_step(settings, *tiny, mesh)
+        return mesh, step.lower(*arguments), arguments
+
+    return lower
+
+
+@MACHINES
 def test_step_gives_its_state_back_in_place_and_stays_on_the_device(
-    make_settings, tiny, machine, module
+    lower_step, machine, module
 ):
     need(module)
-    settings = make_settings(dtype="bfloat16", mesh="data=2,fsdp=4")
-    mesh = plan_mesh(settings.run.mesh, find_machine(machine))
-    step, arguments = abstract_step(settings, *tiny, mesh)
+    _, lowered, arguments = lower_step(machine)
     with compiled_anew():
-        compiled = step.lower(*arguments).compile()
+        compiled = lowered.compile()
     state = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(arguments[0])
@@ -77,10 +104,44 @@ def test_step_gives_its_state_back_in_place_and_stays_on_the_device(
     aliased = compiled.memory_analysis().alias_size_in_bytes
     # A TPU's arrays are padded to whole tiles.
     assert aliased == state if module == PLUGIN else aliased >= state
-    text = compiled.as_text()
-    assert not re.findall(r"\bf64\[", text)
-    host = r"infeed|outfeed|is_host_transfer|callback|MoveToHost|S\(5\)"
-    assert not re.findall(host, text)
+    assert stays_on_the_device(compiled.as_text())
+
+
+@MACHINES
+@pytest.mark.parametrize("what", ["evaluation", "store", "generation"])
+def test_programs_beside_the_step_stay_on_the_device(
+    lower_step, tiny, machine, module, what
+):
+    need(module)
+    mesh, _, (state, teacher_params, batch) = lower_step(machine)
+    dtype = jnp.bfloat16
+    teacher, student = (decoder_functions(config, dtype=dtype) for config in tiny)
+    if what == "evaluation":
+        step = make_eval_step(
+            student, teacher, lambda schedule, *_: TAID(schedule.t), mesh=mesh
+        )
+        lowered = step.lower(state, teacher_params, batch)
+    elif what == "store":
+        outputs = topk_outputs(teacher, tiny[0].vocab_size, 8)[1]
+
+        @jax.jit
+        def run(params, batch):
+            with activations_on(mesh):
+                return outputs(params, batch)
+
+        lowered = run.lower(teacher_params, batch)
+    else:
+
+        @jax.jit
+        def run(params, ids, mask):
+            settings = {"max_new_tokens": 8, "eos_token_ids": (1,), "pad_token_id": 0}
+            params = prepare(params, tiny[0], unroll=False)
+            return generate(params, tiny[0], ids, mask, dtype=dtype, **settings)
+
+        ids = batch["input_ids"]
+        lowered = run.lower(teacher_params, ids, ids)
+    with compiled_anew():
+        assert stays_on_the_device(lowered.compile().as_text())
 
 
 @pytest.mark.gpu_compiler
