@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import scipy.stats
+from scipy.special import stdtrit
 
 from taid_jax.study.plan import Run
 from taid_jax.train.report import read_json
@@ -88,7 +88,7 @@ def interval(values: Sequence[float]) -> Interval:
         raise ValueError("need at least one value, got none")
     if count == 1:
         return Interval(values[0], math.inf, 1)
-    quantile = float(scipy.stats.t.ppf(0.975, count - 1))
+    quantile = float(stdtrit(count - 1, 0.975))
     half = quantile * statistics.stdev(values) / math.sqrt(count)
     return Interval(statistics.fmean(values), half, count)
 
