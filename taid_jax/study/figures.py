@@ -6,13 +6,12 @@ import os
 import pathlib
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
 
 from taid_jax.study.plan import Run
-from taid_jax.train.report import read_json
 
 
 class Figure(NamedTuple):
@@ -62,12 +61,12 @@ class Interval(NamedTuple):
     Attributes:
         mean: Of the values.
         half: Half the width of the interval, infinite of one value.
-        count: Of the values.
+        number: Of values.
     """
 
     mean: float
     half: float
-    count: int
+    number: int
 
     @property
     def sign(self) -> int:
@@ -124,7 +123,7 @@ class Results:
         return interval(list(values.values())) if values else None
 
     def difference(
-        self, key: str, one: dict[str, Any], other: dict[str, Any]
+        self, key: str, one: Mapping[str, Any], other: Mapping[str, Any]
     ) -> Interval | None:
         """Returns one minus other over the seeds that both have, which is a paired one.
 
@@ -133,12 +132,6 @@ class Results:
         first, second = self.values(key, **one), self.values(key, **other)
         both = [first[seed] - second[seed] for seed in first if seed in second]
         return interval(both) if both else None
-
-    def steps(self, pair: tuple[str, str]) -> list[int]:
-        """Returns the budgets at which a pair was looked at."""
-        return sorted(
-            {r["budget"] for r in self.records if (r["teacher"], r["student"]) == pair}
-        )
 
     def methods(self, **wanted: Any) -> list[str]:
         """Returns the methods of the runs that have all that is `wanted`."""
@@ -198,6 +191,11 @@ def _processor() -> str:
     return names[0].strip() if names else platform.processor()
 
 
-def read_results(path: pathlib.Path) -> dict[str, Any]:
-    """Returns a file of results, of the study or of the pictures."""
-    return read_json(path)
+def machine_line(found: dict[str, Any]) -> str:
+    """Returns a sentence about where results were made, and how long it took."""
+    machine, seconds = found["machine"], found["seconds"]
+    return (
+        f"Measured on {machine['cores']} cores ({machine['processor']}) with Python "
+        f"{machine['python']} and jax {machine['jax']}; the runs took "
+        f"{seconds / 60:,.0f} minutes of a core."
+    )

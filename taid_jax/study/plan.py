@@ -35,6 +35,10 @@ EQUAL_TIME = "sft, equal time"
 """SFT for as many steps as take the time of forward KL with a live teacher."""
 
 
+class StudyError(RuntimeError):
+    """A run of the study failed; what is done is kept."""
+
+
 class Size(NamedTuple):
     """The shape of a model.
 
