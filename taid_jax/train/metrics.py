@@ -48,7 +48,7 @@ class _TensorBoard:
             self._writer.write_event(event)
 
     def draw(self, group: str, row: Mapping[str, Any]) -> None:
-        """Writes the figures of a row."""
+        """Writes the figures of a row; what is not finite is left out."""
         for key, value in row.items():
             if isinstance(value, float) and math.isfinite(value):
                 summary = scalar(f"{group}/{key}", value)
@@ -115,7 +115,7 @@ class MetricsLogger(contextlib.ExitStack):
             self.callback(self._board.close)
 
     def step(self, step: int, metrics: Metrics, tokens: int) -> None:
-        """Writes a step down, when it is one of those that are.
+        """Writes a step down, when it is one of those that are, or was skipped.
 
         Args:
             step: Its number, from 1.
@@ -135,7 +135,7 @@ class MetricsLogger(contextlib.ExitStack):
                 f"{values['grad_norm']}: the {self.not_finite} is not finite, step "
                 f"skipped ({self.skipped_in_row} in a row)"
             )
-        if step % self._every and step != self._last:
+        if step % self._every and step != self._last and not skipped:
             return
         measured = self._throughput.take(step - self._logged, tokens)
         self._logged = step
@@ -147,7 +147,7 @@ class MetricsLogger(contextlib.ExitStack):
         row |= {"skipped": skipped, "not_finite": self.not_finite, **measured}
         if self._writes:
             self._metrics_file.write(row)
-            self._board.draw("train", row)
+            self._board.draw("distill", row)
         self._progress.step(row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
@@ -155,8 +155,16 @@ class MetricsLogger(contextlib.ExitStack):
         self.evaluations.append(row)
         if self._writes:
             self._evaluations_file.write(row)
-            self._board.draw("held_out", row)
+            self._board.draw("held_out", row | _cross_entropies(row))
         self._progress.evaluation(row)
+
+
+def _cross_entropies(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns those of both models, nats per token, by names that stand together."""
+    return {
+        f"cross_entropy/{model}": math.log(row[f"{model}_perplexity"])
+        for model in ("student", "teacher")
+    }
 
 
 def _what_is_not_finite(values: Mapping[str, float]) -> str:

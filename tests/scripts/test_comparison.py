@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import pathlib
 
@@ -108,6 +110,37 @@ def test_collect_and_make_table_over_seeds(plan):
     ]
 
 
+def test_table_says_of_how_many_seeds_a_figure_is(plan):
+    cells = plan(["rkl"])
+    _finish(cells[0], 1.0, kl_reverse_after=0.5)
+    _finish(cells[1], 1.0, kl_reverse_after=0.5, distinct_2_after=0.25)
+    table = cp.make_table(cp.collect(cells)).splitlines()
+    assert "| reverse KL (nats) | distinct-2 |" in table[0]
+    assert "| 0.5000 ± 0.0000 | 0.2500 (of 1) |" in table[3]
+
+
+def test_make_csv_has_a_row_for_every_cell(plan):
+    cells = plan(seeds=(0,))
+    _finish(cells[0], "NaN", calibration_error_after=0.125, notes=["a"], data={"b": 1})
+    assert cp.make_csv(cells) == (
+        "method,seed,kl_before,kl_after,tokens_per_second,calibration_error_after\r\n"
+        "rkl,0,2.0,nan,100.0,0.125\r\n"
+        "taid,0,,,,\r\n"
+    )
+    _finish(cells[1], 1.0, rouge_l_after=0.5)
+    *_, row = csv.DictReader(io.StringIO(cp.make_csv(cells), newline=""))
+    assert row["method"] == "taid"
+    assert row["rouge_l_after"] == "0.5"
+    assert row["calibration_error_after"] == ""
+
+
+def test_make_csv_quotes_a_name(plan, tmp_path):
+    (tmp_path / 'a,"b.yaml').write_text("objective: dkd\n")
+    cells = plan([str(tmp_path / 'a,"b.yaml')], [3])
+    (row,) = csv.DictReader(io.StringIO(cp.make_csv(cells), newline=""))
+    assert row == {"method": 'a,"b', "seed": "3"}
+
+
 def test_draw_makes_a_picture(plan, tmp_path):
     cells = plan()
     for number, cell in enumerate(cells[:3]):
@@ -122,7 +155,7 @@ def test_draw_makes_a_picture(plan, tmp_path):
 )
 def test_table_and_picture_show_what_is_not_finite(plan, tmp_path, value, text):
     cells = plan(["rkl"])
-    _finish(cells[0], 1.0)
+    _finish(cells[0], 1.0, student_perplexity_after=9.0)
     _finish(cells[1], value, student_perplexity_after="Infinity")
     table = cp.make_table(cp.collect(cells)).splitlines()
     assert table[3].startswith(f"| rkl | 2 | {text} | inf |")

@@ -160,4 +160,7 @@ def test_loglogger_writes_events_that_tensorboard_reads(open_logger, tmp_path):
     found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert [event.value for event in found.Scalars("held_out/kl_teacher")] == [0.5]
-    assert [event.step for event in found.Scalars("train/loss")] == [1]
+    assert [event.step for event in found.Scalars("distill/loss")] == [1]
+    for model, perplexity in (("student", 2.0), ("teacher", 3.0)):
+        (event,) = found.Scalars(f"held_out/cross_entropy/{model}")
+        assert event.value == pytest.approx(np.log(perplexity))  # float32
