@@ -1,6 +1,7 @@
 """The stages of the study: texts, teachers, learning rates, students."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -31,13 +32,18 @@ from taid_jax.study.texts import (
 from taid_jax.train.report import read_json, write_json
 
 
+class Unfinished(Exception):  # noqa: N818 - nothing went wrong
+    """Something would have to be run."""
+
+
 class Study:
     """The stages of the study, each of which goes on where it ended.
 
     Args:
         plan: What is trained.
         output: Gets everything.
-        jobs: Runs at a time.
+        jobs: Runs at a time; with none nothing is run, and what is not finished is
+            passed over.
         console: Where progress is shown.
     """
 
@@ -108,6 +114,7 @@ class Study:
             report = self._train("teachers", name, settings)
             self._store(name)
             return {
+                "name": name,
                 **size._asdict(),
                 "steps": plan.teacher_steps,
                 "tokens": plan.teacher_steps * plan.teacher_batch * plan.seq_len,
@@ -115,7 +122,7 @@ class Study:
                 "seconds": report["seconds"],
             }
 
-        return dict(zip(names, self._each("teacher", names, train), strict=True))
+        return {each.pop("name"): each for each in self._each("teacher", names, train)}
 
     def _start(self, name: str) -> pathlib.Path:
         """Makes the random weights that a teacher's run is given for a teacher."""
@@ -250,6 +257,8 @@ class Study:
         return report
 
     def _command(self, command: str, flags: Sequence[str], log: pathlib.Path) -> None:
+        if not self._jobs:
+            raise Unfinished
         status = run_logged([command, *flags], log, self._console)
         if status:
             raise StudyError(f"{log.parent} failed, and its command can be tried again")
@@ -258,6 +267,12 @@ class Study:
         self, what: str, items: Sequence[Any], do: Callable[[Any], dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Returns what `do` says of each, as many at a time as there are jobs."""
+        if not self._jobs:
+            found = []
+            for item in items:
+                with contextlib.suppress(Unfinished):
+                    found.append(do(item))
+            return found
         done, began = 0, time.monotonic()
 
         def work(item: Any) -> dict[str, Any]:
@@ -309,23 +324,29 @@ def run_study(
 ) -> dict[str, Any]:
     """Runs all that is not done yet, and returns the results.
 
+    With no jobs nothing is run: the results are those of what is finished.
+
     Raises:
-        SettingsError: If the output holds another study.
+        SettingsError: If the output holds another study, or there is nothing to show.
         StudyError: If a run failed.
     """
     study = Study(plan, output, jobs, console)
     results: dict[str, Any] = {"machine": machine(), "plan": dataclasses.asdict(plan)}
     results["texts"] = study.texts(sources)
+    nothing = SettingsError(f"output: {output} has nothing to show yet")
+    if not jobs and not (output / "speed.json").is_file():
+        raise nothing
     results["teachers"] = study.teachers([plan.pair[0]])
     results["step_seconds"] = speed = study.speed()
     tuning, results["rates"] = study.rates()
+    if not results["rates"].keys() >= {*plan.methods}:
+        raise nothing
     main, others = plan.runs(results["rates"], speed["live"] / speed["sft"])
-    runs = [*tuning, *study.students(main)]
-    results["teachers"] |= study.teachers(
-        [n for n in plan.teachers if n != plan.pair[0]]
-    )
+    results["runs"] = runs = [*tuning, *study.students(main)]
+    more = [name for name in plan.teachers if name != plan.pair[0]]
+    results["teachers"] |= study.teachers(more)
     runs += study.students(others)
-    results["runs"] = runs
+    results["planned"] = sum(1 for _ in plan.tuning()) + len(main) + len(others)
     everything = [*runs, *results["teachers"].values()]
     results["seconds"] = round(sum(each["seconds"] for each in everything), 1)
     return results

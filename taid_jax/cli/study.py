@@ -34,8 +34,8 @@ class Command:
             0.
         page: The page, .md; what it is made from goes into the folder of its name
             without .md. `study.md` in the output when None.
-        only_page: Run nothing; make the page of what is in the page's folder and of
-            what is finished in the output.
+        only_page: Run nothing; make the page of what is finished in the output, or if
+            there is no output of what is in the page's folder.
         sources: A folder with the .py files that are the text; Python's standard
             library when None.
     """
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
         if command.jobs < 0:
             raise SettingsError(f"jobs: need at least 0, got {command.jobs}")
         results = None
-        if not command.only_page:
+        if not command.only_page or command.output.is_dir():
             from taid_jax.cli._study import run_study
             from taid_jax.study.plan import FULL, QUICK
             from taid_jax.study.texts import python_sources
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
             results = run_study(
                 QUICK if command.quick else FULL,
                 command.output,
-                command.jobs or os.cpu_count() or 1,
+                0 if command.only_page else command.jobs or os.cpu_count() or 1,
                 command.sources or python_sources(),
                 console,
             )

@@ -143,6 +143,7 @@ def test_page_says_what_is_noise_and_what_is_not(tmp_path):
         "step_seconds": {"sft": 0.01, "stored": 0.02, "live": 0.03},
         "rates": dict.fromkeys(plan.methods, 1.5e-3),
         "runs": records,
+        "planned": len(records) + 1,
         "seconds": 60.0,
     }
     folder = tmp_path / "page"
@@ -154,6 +155,7 @@ def test_page_says_what_is_noise_and_what_is_not(tmp_path):
     assert " noise |" in page
     assert "an end of the grid for sft, forward_kl, reverse_kl." in page
     assert "3.0 times as many steps" in page
+    assert f"So far {len(records)} of {len(records) + 1} runs are finished" in page
     # The best student has 2.4 to 2.6 nats, the teacher 2.
     assert "| large | 1 of 32 | 0.0 M | 0.001 |" in page
     assert (folder / "methods.png").stat().st_size < 100_000
@@ -190,8 +192,8 @@ def test_a_very_small_study_runs_to_its_page(tmp_path, monkeypatch, capsys):
         learning_rates=(1e-3,),
         seeds=(0, 1),
         teacher_steps=6,
-        teacher_batch=4,
-        batch_size=2,
+        teacher_batch=8,
+        batch_size=8,
         seq_len=32,
         vocab_size=300,
         held_out_batches=2,
