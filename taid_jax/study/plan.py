@@ -97,7 +97,8 @@ class Plan:
         everywhere: Compared over all teachers and students; of `methods`.
         variants: Keys of `VARIANTS`, compared on the pair.
         budgets: Steps of the students on the pair.
-        middle_steps: Steps where teachers, students and variants are compared.
+        middle_steps: Steps where teachers, students and variants are compared; none of
+            the budgets.
         learning_rates: The grid that is tried for each method.
         rates: Learning rates by method, for those that are not tuned here.
         seeds: Of the runs that count; the grid has one of its own.
@@ -151,20 +152,24 @@ class Plan:
         """
         without, middle = self.methods[0], self.middle_steps
         pair, others = [], []
-        for steps in self.budgets:
-            for seed in self.seeds:
+        for steps, seed in itertools.product(
+            sorted({*self.budgets, middle}), self.seeds
+        ):
+            if steps in self.budgets:
                 pair += [self._run(m, steps, rates[m], seed) for m in self.methods]
                 longer = self._run(EQUAL_TIME, steps, rates[without], seed)
                 pair.append(longer._replace(steps=round(steps * slowdown)))
-        for seed in self.seeds:
-            for method in (*self.everywhere, *self.variants):
-                rate = rates[method.split(",")[0]]
-                pair.append(self._run(method, middle, rate, seed))
-            for student, teacher in itertools.product(self.students, self.teachers):
-                for method in self.everywhere:
-                    run = self._run(method, middle, rates[method], seed)
-                    if method != without or teacher == self.pair[0]:
-                        others.append(run._replace(teacher=teacher, student=student))
+            else:
+                for method in (*self.everywhere, *self.variants):
+                    rate = rates[method.split(",")[0]]
+                    pair.append(self._run(method, steps, rate, seed))
+        for seed, student, teacher in itertools.product(
+            self.seeds, self.students, self.teachers
+        ):
+            for method in self.everywhere:
+                run = self._run(method, middle, rates[method], seed)
+                if method != without or teacher == self.pair[0]:
+                    others.append(run._replace(teacher=teacher, student=student))
         return pair, [run for run in others if run not in pair]
 
     def _run(
