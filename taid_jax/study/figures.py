@@ -193,9 +193,10 @@ def _processor() -> str:
 
 def machine_line(found: dict[str, Any]) -> str:
     """Returns a sentence about where results were made, and how long it took."""
-    machine, seconds = found["machine"], found["seconds"]
+    machine = found["machine"]
+    processor = machine.get("processor") or machine.get("architecture")
     return (
-        f"Measured on {machine['cores']} cores ({machine['processor']}) with Python "
+        f"Measured on {machine['cores']} cores ({processor}) with Python "
         f"{machine['python']} and jax {machine['jax']}; the runs took "
-        f"{seconds / 60:,.0f} minutes of a core."
+        f"{found['seconds'] / 60:,.0f} minutes of a core."
     )

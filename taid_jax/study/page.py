@@ -9,12 +9,19 @@ from typing import Any
 import jinja2
 import matplotlib.figure
 
-from taid_jax.study.figures import FIGURES, Figure, Interval, Results, machine_line
+from taid_jax.study.figures import (
+    FIGURES,
+    Figure,
+    Interval,
+    Results,
+    choose_rates,
+    machine_line,
+)
 from taid_jax.study.plan import EQUAL_TIME
 from taid_jax.train.report import read_json, save_picture
 
-LANGUAGE, PICTURES, REAL = "language.json", "pictures.json", "smollm2.json"
-"""Results of the three parts, in the page's folder."""
+LANGUAGE, PICTURES = "language.json", "pictures.json"
+"""Results of the two parts, in the page's folder."""
 
 _OF_PICTURES = (
     Figure("accuracy", "accuracy", 4, -1),
@@ -33,7 +40,7 @@ def make_page(folder: pathlib.Path) -> str:
     """
     found = {
         name.removesuffix(".json"): read_json(folder / name)
-        for name in (LANGUAGE, PICTURES, REAL)
+        for name in (LANGUAGE, PICTURES)
         if (folder / name).is_file()
     }
     values: dict[str, Any] = {"folder": folder.name, "equal_time": EQUAL_TIME}
@@ -43,19 +50,16 @@ def make_page(folder: pathlib.Path) -> str:
         results = Results(found["pictures"]["runs"])
         rows = {name: {"method": name} for name in results.methods()}
         references = "cross_entropy", "forward_kl"
-        values["picture_tables"] = _tables(results, rows, references, _OF_PICTURES)
-    if "smollm2" in found:
-        values["real"] = found["smollm2"]
-        results = Results(found["smollm2"]["runs"])
-        rows = {name: {"method": name} for name in results.methods()}
-        (values["real_table"],) = _tables(results, rows, ())
+        values["picture_tables"] = [
+            _rates(results, found["pictures"]["settings"]["rates"]),
+            *_tables(results, rows, references, _OF_PICTURES),
+        ]
     text = importlib.resources.files("taid_jax.study").joinpath("page.md.jinja")
     template = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False
     ).from_string(text.read_text(encoding="utf-8"))
-    empty = dict.fromkeys(("language", "pictures", "real"))
     return template.render(
-        **(empty | found | values),
+        **({"language": None, "pictures": None} | found | values),
         machine=machine_line,
         ms=lambda seconds: f"{1000 * seconds:.1f}",
     ).replace("\n\n\n", "\n\n")
@@ -76,8 +80,8 @@ def _language(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     has_variants = any(name in rows for name in plan["variants"])
     return {
         "teachers": _teachers(found, results),
-        "rates": _rates(found, results),
-        "edges": _edges(found, results),
+        "rates": _rates(results, plan["learning_rates"]),
+        "edges": _edges(results, plan["learning_rates"]),
         "methods": methods,
         "sizes": _sizes(plan, results),
         "variants": _tables(results, rows, ("taid_linear",)) if has_variants else [],
@@ -159,29 +163,31 @@ def _teachers(found: dict[str, Any], results: Results) -> str:
     return _table(head, rows)
 
 
-def _rates(found: dict[str, Any], results: Results) -> str:
+def _tried(results: Results) -> dict[str, dict[float, float]]:
     """Returns the cross-entropy of each method at each learning rate."""
     tried: dict[str, dict[float, float]] = {}
     for each in results.tuning:
         rates = tried.setdefault(each["method"], {})
         rates[each["learning_rate"]] = each["figures"]["cross_entropy"]
-    if not tried:
-        return ""
-
-    def cell(method: str, rate: float) -> str:
-        text = f"{tried[method][rate]:.3f}"
-        return f"**{text}**" if rate == found["rates"][method] else text
-
-    grid = found["plan"]["learning_rates"]
-    rows = [[method, *(cell(method, rate) for rate in grid)] for method in tried]
-    return _table(["method", *(f"{rate:g}" for rate in grid)], rows)
+    return tried
 
 
-def _edges(found: dict[str, Any], results: Results) -> list[str]:
+def _rates(results: Results, grid: Sequence[float]) -> str:
+    """Returns the grid of learning rates, the best of each method marked."""
+    rows = []
+    for method, values in _tried(results).items():
+        texts = {rate: f"{value:.3f}" for rate, value in values.items()}
+        best = min(values, key=lambda rate: values[rate])
+        texts[best] = f"**{texts[best]}**"
+        rows.append([method, *(texts.get(rate, "") for rate in grid)])
+    head = ["cross-entropy of tuning", *(f"{rate:g}" for rate in grid)]
+    return _table(head, rows) if rows else ""
+
+
+def _edges(results: Results, grid: Sequence[float]) -> list[str]:
     """Returns the methods whose best learning rate is an end of the grid."""
-    grid = found["plan"]["learning_rates"]
-    tuned = dict.fromkeys(each["method"] for each in results.tuning)
-    return [name for name in tuned if found["rates"][name] in (min(grid), max(grid))]
+    best = choose_rates(results.tuning, "cross_entropy")
+    return [name for name, rate in best.items() if rate in (min(grid), max(grid))]
 
 
 def _sizes(plan: dict[str, Any], results: Results) -> list[str]:
