@@ -368,6 +368,9 @@ def run_page(folder: pathlib.Path) -> str:
             skipped=[row for row in metrics if row.get("skipped")],
             most_skipped=_SKIPPED,
             time=_time(metrics, report),
+            memory=report.get("peak_memory_bytes"),
+            mfu=(report.get("utilisation") or {}).get("mfu"),
+            rate=report.get("tokens_per_second"),
         )
 
 

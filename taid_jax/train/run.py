@@ -166,7 +166,7 @@ def _distil(
         models,
     )
     shown = Shown(settings, folder, pair, dataset, tokenizer, mesh, lines)
-    shown.begin(state.params, int(state.step))
+    shown.begin(state.params, int(state.step), console)
     with shown.watched(console):
         with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
             loop.progress = progress

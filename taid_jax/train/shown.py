@@ -90,12 +90,14 @@ def describe_left_out(info: DatasetInfo) -> list[str]:
     dropped = ", ".join(f"{n} {reason}" for reason, n in info.dropped.items())
     unused = ", ".join(f"{key} ({n} records)" for key, n in info.unused_keys.items())
     skipped = ", ".join(info.skipped_files[:_PROBLEMS])
+    if info.num_skipped_files > _PROBLEMS:
+        skipped += ", ..."
     return [
         f"left out: {dropped or 'nothing'}",
         *(f"  {problem}" for problem in info.problems[:_PROBLEMS]),
         *([f"keys not used: {unused}"] if unused else []),
         *(
-            [f"files passed over: {info.num_skipped_files} ({skipped}, ...)"]
+            [f"files passed over: {info.num_skipped_files} ({skipped})"]
             if skipped
             else []
         ),
@@ -174,16 +176,21 @@ class Shown:
             )
             self._texts[REFERENCE] = completions.references
             self._texts[name] = completions(params)
-        except ModelError as error:  # Its logits are not finite.
+        # Its logits are not finite; or memory is short, and training may need less.
+        except (ModelError, jax.errors.JaxRuntimeError) as error:
             self._notes.append(f"{name}: no completions ({explain(error)})")
 
-    def begin(self, params: Params, step: int) -> None:
+    def begin(self, params: Params, step: int, console: Console) -> None:
         """Has teacher and student complete prompts, and writes what is known so far.
 
         Args:
             params: Of the student.
             step: Steps done before. What the student said before the first is read from
                 the folder where there are any.
+            console: Is told what goes wrong.
+
+        Raises:
+            WriteError: If it cannot be written.
         """
         saved = distributed.broadcast(self._read) if step else {}
         if saved and saved.get("prompts") != self._prompts:
@@ -199,7 +206,7 @@ class Shown:
                 f"what the student completed before training is missing: the {SHOWN} "
                 "of the run's start is not there, or of other data"
             )
-        distributed.broadcast(lambda: self._write("running"))
+        self._tell(distributed.broadcast(lambda: self._write("running")), console)
 
     def _read(self) -> dict[str, Any]:
         """Returns the completions that the folder has, as far as they can be used."""
@@ -229,7 +236,7 @@ class Shown:
                     console.print(f"[bold]{name}:[/bold]", end=" ")
                     text = self._texts[name][number]
                     console.print(text, markup=False, highlight=False)
-        distributed.broadcast(lambda: self._write("done"))
+        self._tell(distributed.broadcast(lambda: self._write("done")), console)
 
     def _look(self, params: Params) -> None:
         """Finds the KL of every token of a few held-out rows."""
@@ -263,13 +270,21 @@ class Shown:
         except (TrainingError, Interrupted) as error:
             if distributed.is_main_process():
                 try:
-                    self._write(str(error))
+                    self._tell(self._write(str(error)), console)
                 except WriteError as failed:  # Why it stopped matters more.
-                    console.print(f"note: {failed}", markup=False, soft_wrap=True)
+                    self._tell(str(failed), console)
             raise
 
-    def _write(self, outcome: str) -> None:
-        """Writes `shown.json`, and the page of all that is in the folder."""
+    def _tell(self, fault: str | None, console: Console) -> None:
+        if fault:
+            console.print(f"note: {fault}", markup=False, soft_wrap=True)
+
+    def _write(self, outcome: str) -> str | None:
+        """Writes `shown.json`, and the page of all that is in the folder.
+
+        Returns:
+            Why there is no page, where none can be made of what the folder holds.
+        """
         settings, pair = self._settings, self._pair
         shown: Mapping[str, Any] = {
             "outcome": outcome,
@@ -283,4 +298,9 @@ class Shown:
             "tokens": self._tokens,
         }
         write_json(self._folder / SHOWN, shown, indent=None)
-        write_page(self._folder / PAGE, run_page(self._folder))
+        try:
+            page = run_page(self._folder)
+        except InputError as error:  # The run is as good without.
+            return f"{PAGE} is not made: {error}"
+        write_page(self._folder / PAGE, page)
+        return None

@@ -83,7 +83,7 @@ def test_run_page_no_text_becomes_markup(folder):
 def test_run_page_of_a_diverged_run_says_why_and_leaves_gaps(folder):
     page = run_page(folder)
     assert "without an export: stopped at step 6" in page
-    assert "3 logged steps changed nothing" in page
+    assert "3 steps changed nothing" in page
     loss = next(c for c in _data(page)["charts"] if c["title"] == "Loss")
     points = [[1, 2.0], [2, 1.0], [3, 0.666667], [4, None], [5, None], [6, None]]
     assert loss["series"] == [{"name": "loss", "points": points}]

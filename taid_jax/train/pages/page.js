@@ -133,10 +133,18 @@ function tell(token) {
     }
   });
 }
+/* Text that scrolls under a pointer at rest is not pointed at. */
+let rest = "";
+function pointed(event) {
+  const here = `${event.screenX},${event.screenY}`;
+  if (here !== rest) tell(event.target.closest("b"));
+  rest = here;
+}
 for (const text of document.querySelectorAll(".tokens")) {
   const tokens = [...text.querySelectorAll("b")];
   tokens[0]?.setAttribute("tabindex", 0);
-  for (const kind of ["pointerover", "click", "focusin"])
+  text.addEventListener("pointermove", pointed);
+  for (const kind of ["click", "focusin"])
     text.addEventListener(kind, (event) => tell(event.target.closest("b")));
   text.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
