@@ -336,16 +336,14 @@ def run_study(
     nothing = SettingsError(f"output: {output} has nothing to show yet")
     if not jobs and not (output / "speed.json").is_file():
         raise nothing
-    results["teachers"] = study.teachers([plan.pair[0]])
+    # The last is the largest, and takes longest.
+    results["teachers"] = study.teachers([*plan.teachers][::-1])
     results["step_seconds"] = speed = study.speed()
     tuning, results["rates"] = study.rates()
     if not results["rates"].keys() >= {*plan.methods}:
         raise nothing
     main, others = plan.runs(results["rates"], speed["live"] / speed["sft"])
-    results["runs"] = runs = [*tuning, *study.students(main)]
-    more = [name for name in plan.teachers if name != plan.pair[0]]
-    results["teachers"] |= study.teachers(more)
-    runs += study.students(others)
+    results["runs"] = runs = [*tuning, *study.students([*main, *others])]
     results["planned"] = sum(1 for _ in plan.tuning()) + len(main) + len(others)
     everything = [*runs, *results["teachers"].values()]
     results["seconds"] = round(sum(each["seconds"] for each in everything), 1)

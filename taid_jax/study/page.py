@@ -152,7 +152,8 @@ def _difference(value: Interval | None, figure: Figure) -> str:
 def _teachers(found: dict[str, Any], results: Results) -> str:
     best = min(r["figures"]["cross_entropy"] for r in results.records)
     rows = []
-    for name, each in found["teachers"].items():
+    for name in found["plan"]["teachers"]:
+        each = found["teachers"][name]
         values = results.values("teacher_cross_entropy", teacher=name)
         entropy = next(iter(values.values()), math.nan)
         tokens = f"{each['tokens'] / 1e6:.1f} M"

@@ -119,12 +119,12 @@ class Plan:
         *("sft", "forward_kl", "reverse_kl", "taid_linear", "taid"),
     )
     variants: tuple[str, ...] = tuple(VARIANTS)
-    budgets: tuple[int, ...] = (200, 2000)
-    middle_steps: int = 600
-    learning_rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
+    budgets: tuple[int, ...] = (150, 1500)
+    middle_steps: int = 500
+    learning_rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    teacher_steps: int = 2000
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    teacher_steps: int = 5000
     teacher_batch: int = 16
     batch_size: int = 8
     seq_len: int = 128
@@ -195,8 +195,8 @@ QUICK = dataclasses.replace(
     methods=("sft", "forward_kl", "reverse_kl", "taid_linear"),
     everywhere=(),
     variants=(),
-    budgets=(200,),
-    rates={"sft": 6e-3, "forward_kl": 6e-3, "reverse_kl": 6e-3, "taid_linear": 6e-3},
+    budgets=(150,),
+    rates={"sft": 3e-3, "forward_kl": 6e-3, "reverse_kl": 3e-3, "taid_linear": 3e-3},
     seeds=(0, 1),
     teacher_steps=600,
 )

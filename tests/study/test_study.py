@@ -96,12 +96,12 @@ def test_plan_runs_nothing_twice_and_tunes_what_has_no_rate():
     names = [run.name for run in (*main, *others, *FULL.tuning())]
     assert len({*names}) == len(names)
     longer = [run for run in main if run.method == EQUAL_TIME]
-    assert {(run.budget, run.steps) for run in longer} == {(200, 500), (2000, 5000)}
+    assert {(run.budget, run.steps) for run in longer} == {(150, 375), (1500, 3750)}
     assert all(run.teacher == FULL.pair[0] for run in main)
     # Without a teacher it is one run for each student, whatever the teachers are.
     alone = [run for run in others if run.method == "sft"]
     assert {run.student for run in alone} == {"larger"}
-    assert len(alone) == 3
+    assert len(alone) == 5
     assert not list(QUICK.tuning())
     assert {run.tuning for run in FULL.tuning()} == {True}
 
