@@ -109,6 +109,7 @@ class Plan:
         vocab_size: Of the tokenizer, which is trained on the texts.
         held_out_batches: Of an evaluation.
         prompts: Beginnings of held-out sequences that a student completes.
+        timed: Runs of each kind whose steps are timed.
     """
 
     teachers: Mapping[str, tuple[Size, float]]
@@ -131,6 +132,7 @@ class Plan:
     vocab_size: int = 1024
     held_out_batches: int = 64
     prompts: int = 64
+    timed: int = 3
 
     def tuning(self) -> Iterator[Run]:
         """Yields the runs that choose the learning rates."""
@@ -199,5 +201,6 @@ QUICK = dataclasses.replace(
     rates={"sft": 3e-3, "forward_kl": 6e-3, "reverse_kl": 3e-3, "taid_linear": 3e-3},
     seeds=(0, 1),
     teacher_steps=600,
+    timed=1,
 )
 """A part of it, in ten minutes."""

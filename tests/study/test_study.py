@@ -198,6 +198,7 @@ def test_a_very_small_study_runs_to_its_page(tmp_path, monkeypatch, capsys):
         vocab_size=300,
         held_out_batches=2,
         prompts=2,
+        timed=1,
     )
     calls = []
 
