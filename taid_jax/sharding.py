@@ -222,13 +222,18 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def batch_rows(mesh: Mesh) -> int:
+    """Returns the rows of the smallest batch that all devices share."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises if the sequences of a (micro-)batch cannot be shared out evenly.
 
     Raises:
         ShardingError: With both numbers.
     """
-    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    parts = batch_rows(mesh)
     if batch_size % parts:
         raise ShardingError(
             f"a (micro-)batch of {batch_size} sequences cannot be shared out over "
@@ -245,7 +250,7 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     Raises:
         ShardingError: If the mesh has processes that share only some of their rows.
     """
-    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    parts = batch_rows(mesh)
     where = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
     rows: dict[int, set[int]] = {}
     for device, (cut,) in where.devices_indices_map((parts,)).items():

@@ -34,6 +34,10 @@ COMMANDS = {
         "tokenise conversations for training, once",
         "The same command goes on from here",
     ),
+    "report": (
+        "make the page of a run anew from its folder",
+        "The page is as it was",
+    ),
     "compare": (
         "train several methods from the same start, side by side",
         "The same command goes on with the cells that are left",

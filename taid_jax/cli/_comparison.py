@@ -10,6 +10,7 @@ import io
 import math
 import pathlib
 import statistics
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,13 @@ from taid_jax.errors import parsing
 from taid_jax.settings import (
     Settings,
     SettingsError,
+    changed,
     flatten,
     from_dict,
     read_settings,
     to_yaml,
 )
+from taid_jax.train import html
 from taid_jax.train.report import (
     EVALUATIONS,
     REPORT,
@@ -52,6 +55,8 @@ MEMORY = "memory (GiB)"
 
 _OWN = frozenset({"run.output", "run.resume"})
 """Settings in which two runs of one cell may differ."""
+
+_CELLS_OWN = _OWN | {"run.seed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,19 +202,27 @@ def collect(cells: Sequence[Cell]) -> dict[str, Row]:
     return before | rows
 
 
-def make_table(rows: Mapping[str, Row]) -> str:
-    """Returns the rows as a Markdown table: mean, and standard deviation over seeds."""
+def table_cells(rows: Mapping[str, Row]) -> list[list[str]]:
+    """Returns the table's texts, headings first: means, standard deviations of seeds.
+
+    Args:
+        rows: What `collect` found.
+    """
     names = [*FIGURES.values(), TOKENS, MEMORY]
     names = [name for name in names if any(name in row for row in rows.values())]
-    lines = [
-        "| " + " | ".join(["method", "seeds", *names]) + " |",
-        "|---" + "|---:" * (len(names) + 1) + "|",
-    ]
+    table = [["method", "seeds", *names]]
     for method, row in rows.items():
         seeds = max(len(values) for values in row.values())
-        cells = [_with_spread(row.get(name, []), name, seeds) for name in names]
-        lines.append("| " + " | ".join([method, str(seeds), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        figures = [_with_spread(row.get(name, []), name, seeds) for name in names]
+        table.append([method, str(seeds), *figures])
+    return table
+
+
+def make_table(rows: Mapping[str, Row]) -> str:
+    """Returns the rows as a Markdown table; see `table_cells`."""
+    head, *others = ("| " + " | ".join(row) + " |" for row in table_cells(rows))
+    rule = "|---" + "|---:" * (head.count("|") - 2) + "|"
+    return "\n".join([head, rule, *others]) + "\n"
 
 
 def make_csv(cells: Sequence[Cell]) -> str:
@@ -248,6 +261,80 @@ def _with_spread(values: Sequence[float], name: str, seeds: int) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+_CURVES = {
+    "kl_teacher": ("KL(teacher || student)", "nats", True),
+    "kl_reverse": ("KL(student || teacher)", "nats", True),
+    "student_cross_entropy": ("Cross-entropy of the student", "nats", False),
+    "rouge_l": (FIGURES["rouge_l"], "", False),
+}
+
+
+def make_page(cells: Sequence[Cell], output: pathlib.Path) -> str:
+    """Returns comparison.html: the table, curves of all methods, links to the cells."""
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    shown = []
+    own = [
+        {k: v for k, v in changed(cell.settings).items() if k not in _CELLS_OWN}
+        for cell in cells
+    ]
+    shared = {k: v for k, v in own[0].items() if all(k in o and o[k] == v for o in own)}
+    for cell, settings in zip(cells, own, strict=True):
+        finished, page = cell.report() is not None, cell.run / html.PAGE
+        if finished:
+            found = read_lines(cell.run / EVALUATIONS)
+            rows = [html.with_cross_entropies(row) for row in found]
+            curves.setdefault(cell.method, []).append(rows)
+        others = [f"{k}={v}" for k, v in settings.items() if k not in shared]
+        link = urllib.parse.quote(str(page.relative_to(output.absolute())))
+        shown.append(
+            {
+                "method": cell.method,
+                "seed": cell.seed,
+                "state": "finished" if finished else "not finished",
+                "settings": ", ".join(others),
+                "link": link if page.is_file() else None,
+            }
+        )
+    charts = [
+        html.chart(*about, [_band(name, runs, key) for name, runs in curves.items()])
+        for key, about in _CURVES.items()
+    ]
+    charts = [each for each in charts if each]
+    methods = {cell.method: None for cell in cells}
+    seeds = {cell.seed for cell in cells}
+    return html.render(
+        "comparison.html",
+        data={"charts": charts, "rows": []},
+        title=f"Comparison of {len(methods)} methods, {len(seeds)} seeds",
+        folder=str(output.absolute()),
+        table=table_cells(collect(cells)),
+        charts=charts,
+        cells=shown,
+        unfinished=[
+            f"{cell.method} with seed {cell.seed}"
+            for cell in cells
+            if cell.report() is None
+        ],
+        shared=shared,
+    )
+
+
+def _band(
+    name: str, runs: Sequence[Sequence[Mapping[str, Any]]], key: str
+) -> dict[str, Any]:
+    """Returns a method's curve: mean, lowest and highest of its seeds at each step."""
+    at: dict[int, list[float]] = {}
+    for row in (row for run in runs for row in run):
+        at.setdefault(row["step"], []).append(drawn(row.get(key)))
+    points = []
+    for step, values in sorted(at.items()):
+        # Of all seeds: there is a gap where one is not finite.
+        whole = len(values) == len(runs) and all(map(math.isfinite, values))
+        mean = [statistics.fmean(values), min(values), max(values)]
+        points.append([step, *(mean if whole else [None] * 3)])
+    return {"name": name, "points": points}
 
 
 def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:

@@ -6,7 +6,8 @@ A cell is one method with one seed, in a process of its own. A cell that is fini
 not run again, and one that was stopped goes on from its last checkpoint: the same
 command goes on where the last one ended. The output folder gets comparison.md (a table
 of means and standard deviations over the seeds), comparison.json, comparison.csv (a row
-for every cell) and comparison.png.
+for every cell), comparison.png and comparison.html, which shows table and curves and
+links the pages of the cells.
 """
 
 import dataclasses
@@ -106,8 +107,9 @@ def run_cell(cell: "Cell", console: Console) -> int:
 
 
 def write_results(cells: "Sequence[Cell]", output: pathlib.Path) -> str:
-    """Writes table, figures and picture, and returns the table."""
-    from taid_jax.cli._comparison import collect, draw, make_csv, make_table
+    """Writes table, figures, picture and page, and returns the table."""
+    from taid_jax.cli._comparison import collect, draw, make_csv, make_page, make_table
+    from taid_jax.train.html import write_page
     from taid_jax.train.report import write_json
 
     rows = collect(cells)
@@ -116,6 +118,7 @@ def write_results(cells: "Sequence[Cell]", output: pathlib.Path) -> str:
     write_json(output / "comparison.json", rows)
     (output / "comparison.csv").write_bytes(make_csv(cells).encode())
     draw(cells, output / "comparison.png")
+    write_page(output / "comparison.html", make_page(cells, output))
     return table
 
 

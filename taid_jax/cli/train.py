@@ -13,6 +13,7 @@ and --process-id.
 
 import dataclasses
 import pathlib
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -102,12 +103,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train(settings: Settings, *, mesh_is_given: bool) -> int:
     from taid_jax import distributed
-    from taid_jax.train.folder import WriteError, way_on
+    from taid_jax.train.folder import SETTINGS, WriteError, way_on
+    from taid_jax.train.html import PAGE
     from taid_jax.train.loop import Interrupted, TrainingError
     from taid_jax.train.report import number
     from taid_jax.train.run import distil
 
     console, errors = Console(), Console(stderr=True)
+    output = pathlib.Path(settings.run.output)
     cli.say_way_on(lambda: way_on(settings.run.output))
     _flags.keep_compiled()
     try:
@@ -120,7 +123,8 @@ def _train(settings: Settings, *, mesh_is_given: bool) -> int:
         return refuse(error)
     except (TrainingError, Interrupted) as error:
         # Of several processes all are here: each saved its part and waited for it.
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        seen = f". {output / PAGE} shows how it went"
+        errors.print(f"{error}{seen}", markup=False, highlight=False, soft_wrap=True)
         distributed.shutdown()
         return 1
     except (WriteError, distributed.PeerError) as error:
@@ -139,5 +143,14 @@ def _train(settings: Settings, *, mesh_is_given: bool) -> int:
         f"report, picture and student are in {settings.run.output}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
+    student, config = (shlex.quote(str(output / n)) for n in ("student", SETTINGS))
+    for what, how in (
+        ("look", f"open {shlex.quote(str(output / PAGE))} in a browser"),
+        ("score", f"taid-jax evaluate --config {config} --student {student}"),
+        ("try", f"taid-jax generate --model {student} --prompts FILE --output FILE"),
+    ):
+        line = f"  {what:6}{how}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     return 0

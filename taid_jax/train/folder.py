@@ -19,7 +19,8 @@ SET_ASIDE = "set_aside"
 
 # What a run makes; some of it at its end only.
 _FILES = re.compile(
-    r"((settings|report)\.json|(metrics|evaluations)\.jsonl|curves\.png)(\.partial)?"
+    r"((settings|report|shown)\.json|(metrics|evaluations)\.jsonl|curves\.png|"
+    r"report\.html)(\.partial)?"
 )
 _FOLDERS = re.compile(rf"{CHECKPOINTS}|tensorboard|student|{SET_ASIDE}")
 _DONE = ("report.json", "curves.png", "student")

@@ -115,7 +115,7 @@ class MetricsLogger(contextlib.ExitStack):
             self.callback(self._board.close)
 
     def step(self, step: int, metrics: Metrics, tokens: int) -> None:
-        """Writes a step down, when it is one of those that are.
+        """Writes a step down, when it is one of those that are, or was skipped.
 
         Args:
             step: Its number, from 1.
@@ -135,7 +135,7 @@ class MetricsLogger(contextlib.ExitStack):
                 f"{values['grad_norm']}: the {self.not_finite} is not finite, step "
                 f"skipped ({self.skipped_in_row} in a row)"
             )
-        if step % self._every and step != self._last:
+        if step % self._every and step != self._last and not skipped:
             return
         measured = self._throughput.take(step - self._logged, tokens)
         self._logged = step

@@ -134,9 +134,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if figures else None
 
 
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(
+    path: pathlib.Path, value: Mapping[str, Any], indent: int | None = 2
+) -> None:
     """Writes a JSON file, whole or not at all."""
-    text = json.dumps(_plain(value), indent=2, allow_nan=False)
+    text = json.dumps(_plain(value), indent=indent, allow_nan=False)
     with writing(path):
         write_whole(path, (text + "\n").encode())
 

@@ -6,26 +6,15 @@ import datetime
 import math
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from taid_jax import distributed
-from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.errors import ModelError, explain
 from taid_jax.models.files.load import export_model
-from taid_jax.models.files.tokenizer import Tokenizer
-from taid_jax.models.generation import generate
-from taid_jax.settings import (
-    Settings,
-    changed,
-    to_dict,
-    with_steps,
-)
+from taid_jax.settings import Settings, changed, to_dict, with_steps
 from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.build import build_loop
 from taid_jax.train.checkpoint import Checkpoints, find_fault, read_run
@@ -37,20 +26,10 @@ from taid_jax.train.folder import (
     WriteError,
     way_on,
 )
-from taid_jax.train.inputs import (
-    Pair,
-    check_memory,
-    check_models,
-    load_pair,
-    read_data,
-)
+from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
 from taid_jax.train.loop import Loop, TrainingError
 from taid_jax.train.on_policy.buffer import make_on_policy
-from taid_jax.train.on_policy.generation import (
-    decode,
-    export_generation,
-    training_ends,
-)
+from taid_jax.train.on_policy.generation import export_generation
 from taid_jax.train.on_policy.prompts import find_eval_prompts
 from taid_jax.train.report import (
     CURVES,
@@ -74,11 +53,8 @@ from taid_jax.train.resume import (
     refuse_other_models,
     set_aside_others,
 )
+from taid_jax.train.shown import Shown, describe, describe_left_out
 from taid_jax.train.state import DistillState, nonfinite_leaves
-from taid_jax.types import Params
-
-_PROBLEMS = 5
-"""So many records that cannot be used are shown with their line; all are counted."""
 
 
 def distil(settings: Settings, console: Console) -> dict[str, Any]:
@@ -157,7 +133,11 @@ def _distil(
     pair = load_pair(settings, mesh, opened)
     models = distributed.broadcast(lambda: identify_models(pair))
     refuse_other_models(place.get("models", {}), models)
-    describe(settings, pair, dataset, mesh, console)
+    own = ", ".join(f"{name}={value}" for name, value in changed(settings).items())
+    lines = describe(settings, pair, dataset, mesh)
+    left_out = describe_left_out(dataset.info)
+    for line in (f"settings: {own or 'the defaults'}", *lines, *left_out):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     notes = distributed.broadcast(lambda: make_ready(output, settings, step))
     for line in notes:
         console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
@@ -185,10 +165,13 @@ def _distil(
         step,
         models,
     )
-    with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
-        loop.progress = progress
-        state = loop.run(state)
-    state, found = best_state(loop, state)
+    shown = Shown(settings, folder, pair, dataset, tokenizer, mesh, lines)
+    shown.begin(state.params, int(state.step), console)
+    with shown.watched(console):
+        with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
+            loop.progress = progress
+            state = loop.run(state)
+        state, best = best_state(loop, state)
     checkpoints.close()
 
     params = distributed.gather(state.params)
@@ -208,7 +191,8 @@ def _distil(
         utilisation = loop.throughput.summary(metrics)
         rate = utilisation["tokens_per_second"]
         report = {
-            **summary(evaluations, found),
+            **summary(evaluations, best),
+            "exported_step": best["step"],
             "seconds": round(time.perf_counter() - began, 1),
             "tokens_per_second": rate and round(rate, 1),
             "utilisation": utilisation,
@@ -232,7 +216,7 @@ def _distil(
         report = distributed.broadcast(publish)
     except ModelError as error:  # Of the student's folder; what was read is good.
         raise WriteError(str(error)) from error
-    show_completions(settings, pair, state.params, dataset, tokenizer, console)
+    shown.end(state.params, console)
     return report
 
 
@@ -255,52 +239,8 @@ def make_ready(output: RunFolder, settings: Settings, step: int | None) -> list[
     return output.notes
 
 
-def describe(
-    settings: Settings, pair: Pair, dataset: Dataset, mesh: Mesh, console: Console
-) -> None:
-    """Prints what is about to be trained, by which settings, and where."""
-
-    def size(params: Params) -> str:
-        return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
-
-    axes = ", ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
-    sides = {"training": dataset.info.train, "held out": dataset.info.held_out}
-    info = dataset.info
-    dropped = ", ".join(f"{n} {reason}" for reason, n in info.dropped.items())
-    unused = ", ".join(f"{key} ({n} records)" for key, n in info.unused_keys.items())
-    skipped = ", ".join(info.skipped_files[:_PROBLEMS])
-    own = ", ".join(f"{name}={value}" for name, value in changed(settings).items())
-    for line in (
-        f"settings: {own or 'the defaults'}",
-        f"teacher: {pair.teacher.config.num_layers} layers, "
-        f"{size(pair.teacher.params)}",
-        f"student: {pair.student_config.num_layers} layers, "
-        f"{size(pair.student_params)}",
-        *pair.notes,
-        *(
-            f"{name}: {side.documents} documents, {side.tokens:,} tokens in "
-            f"{side.rows} rows"
-            for name, side in sides.items()
-        ),
-        f"left out: {dropped or 'nothing'}",
-        *(f"  {problem}" for problem in info.problems[:_PROBLEMS]),
-        *([f"keys not used: {unused}"] if unused else []),
-        *(
-            [f"files passed over: {info.num_skipped_files} ({skipped}, ...)"]
-            if skipped
-            else []
-        ),
-        *info.notes,
-        f"devices: {mesh.size} x {jax.devices()[0].device_kind} ({axes})",
-    ):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    if (rows := len(dataset.train)) < settings.data.batch_size:
-        line = f"note: a batch has {settings.data.batch_size} rows, and the data {rows}"
-        console.print(f"{line}: they come several times in it", highlight=False)
-
-
-def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
-    """Returns the state that was found the best, and what was found of it.
+def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, dict[str, Any]]:
+    """Returns the state that was found the best, and its row of the evaluations.
 
     Raises:
         TrainingError: If no evaluation, or not its state, is finite.
@@ -332,79 +272,30 @@ def best_state(loop: Loop, state: DistillState) -> tuple[DistillState, HeldOut]:
             f"{max(kept)} in {loop.checkpoints.folder}; its figures are in "
             f"{EVALUATIONS}"
         )
-    values: dict[str, Any] = {key: best.get(key) for key in HeldOut._fields}
-    return state, HeldOut(**values)
+    return state, best
 
 
 _NAMED = {"kl_teacher", "student_perplexity", "teacher_perplexity", "tokens"}
 """Figures that a report has by other names, or once."""
 
 
-def summary(evaluations: list[dict[str, Any]], found: HeldOut) -> dict[str, Any]:
+def summary(
+    evaluations: list[dict[str, Any]], after: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns KL, perplexities and what else was evaluated, before and after."""
     before = evaluations[0]
     others = {
         f"{key}_{when}": row[key]
         for key in HeldOut._fields
         if key not in _NAMED
-        for when, row in (("before", before), ("after", found._asdict()))
+        for when, row in (("before", before), ("after", after))
         if row.get(key) is not None
     }
     return {
-        "teacher_perplexity": found.teacher_perplexity,
+        "teacher_perplexity": after["teacher_perplexity"],
         "student_perplexity_before": before["student_perplexity"],
-        "student_perplexity_after": found.student_perplexity,
+        "student_perplexity_after": after["student_perplexity"],
         "kl_before": before["kl_teacher"],
-        "kl_after": found.kl_teacher,
+        "kl_after": after["kl_teacher"],
         **others,
     }
-
-
-_SHOWN, _SHOWN_TOKENS = 3, 40
-"""So many prompts are completed at the end, by so many tokens; as many of a prompt are
-shown at most: its last."""
-
-
-def show_completions(
-    settings: Settings,
-    pair: Pair,
-    params: Params,
-    dataset: Dataset,
-    tokenizer: Tokenizer,
-    console: Console,
-) -> None:
-    """Prints how teacher and student go on with a few held-out prompts."""
-    try:
-        prompts = find_eval_prompts(dataset.held_out, _SHOWN)
-    except DataError:  # No answer was found in any of them; the run is as good.
-        return
-    ends = training_ends(tokenizer, pair.generation, dataset)
-    configs = pair.teacher.config, pair.student_config
-    room = min(config.max_position_embeddings for config in configs) - _SHOWN_TOKENS
-    if room < 1:
-        return
-    chosen = [each.prompt[-room:] for each in prompts]
-    ids, mask = pad_left(chosen)
-    completions = {}
-    for name, weights, config in (
-        ("teacher", pair.teacher.params, pair.teacher.config),
-        ("student", params, pair.student_config),
-    )[pair.store is not None :]:  # A stored teacher has only said what is stored.
-        tokens = generate(
-            weights,
-            config,
-            jnp.asarray(ids),
-            jnp.asarray(mask),
-            max_new_tokens=_SHOWN_TOKENS,
-            eos_token_ids=ends,
-            pad_token_id=0,
-            dtype=jnp.dtype(settings.model.dtype),
-        ).tokens
-        completions[name] = [decode(tokenizer, row, ends) for row in np.asarray(tokens)]
-    for index, prompt in enumerate(chosen):
-        console.rule(f"sample {index + 1}")
-        text = str(tokenizer.decode(prompt[-_SHOWN_TOKENS:]))
-        console.print(text, markup=False, highlight=False)
-        for name, texts in completions.items():
-            console.print(f"[bold]{name}:[/bold]", end=" ")
-            console.print(texts[index], markup=False, highlight=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from taid_jax.loss import TopKHead, distillation_sums, fused_loss
 from taid_jax.sharding import activations_on
@@ -41,6 +41,40 @@ def next_token_labels(batch: Batch) -> Int[Array, "batch length"]:
         same = segments == following(segments, -1)
         labels = jnp.where(same, labels, jnp.full_like(labels, IGNORE_INDEX))
     return labels
+
+
+def paired_logits(
+    student_out: Any, student_head: Any, teacher_out: Any, teacher_head: Any
+) -> tuple[Float[Array, "*tokens vocab"], Float[Array, "*tokens vocab"]]:
+    """Returns the logits of student and teacher, of the entries that count for both.
+
+    Args:
+        student_out: `(*tokens, d_model)` hidden states, or logits where it has no head.
+        student_head: Of the student; None without any.
+        teacher_out: As the student's, or `TopK`.
+        teacher_head: Of the teacher, `TopKHead` beside `TopK`.
+    """
+    student_logits = student_head.logits(student_out) if student_head else student_out
+    if isinstance(teacher_head, TopKHead):
+        # The rest of the probability lies on the entries that count, and no others.
+        counted = student_logits[..., : teacher_head.vocab_size]
+        teacher_logits = teacher_head.logits(teacher_out, counted)
+    else:
+        teacher_logits = (
+            teacher_head.logits(teacher_out) if teacher_head else teacher_out
+        )
+    if student_head is not None and teacher_head is not None:
+        # As in the fused head: of padded vocabularies the entries that both share.
+        shared = min(
+            logits.shape[-1] if head.vocab_size is None else head.vocab_size
+            for logits, head in (
+                (student_logits, student_head),
+                (teacher_logits, teacher_head),
+            )
+        )
+        student_logits = student_logits[..., :shared]
+        teacher_logits = teacher_logits[..., :shared]
+    return student_logits, teacher_logits
 
 
 def batch_loss(
@@ -105,26 +139,9 @@ def batch_loss(
             chunk_size=chunk_size,
             mesh=mesh,
         )
-    student_logits = student_head.logits(student_out) if student_head else student_out
-    if isinstance(teacher_head, TopKHead):
-        # The rest of the probability lies on the entries that count, and no others.
-        counted = student_logits[..., : teacher_head.vocab_size]
-        teacher_logits = teacher_head.logits(teacher_out, counted)
-    else:
-        teacher_logits = (
-            teacher_head.logits(teacher_out) if teacher_head else teacher_out
-        )
-    if student_head is not None and teacher_head is not None:
-        # As in the fused head: of padded vocabularies the entries that both share.
-        shared = min(
-            logits.shape[-1] if head.vocab_size is None else head.vocab_size
-            for logits, head in (
-                (student_logits, student_head),
-                (teacher_logits, teacher_head),
-            )
-        )
-        student_logits = student_logits[..., :shared]
-        teacher_logits = teacher_logits[..., :shared]
+    student_logits, teacher_logits = paired_logits(
+        student_out, student_head, teacher_out, teacher_head
+    )
     return distillation_sums(objective, student_logits, teacher_logits, mask, labels)
 
 

@@ -86,6 +86,9 @@ def test_compare_makes_the_table_and_runs_no_cell_twice(shared, started, capsys)
     figures = json.loads((output / "comparison.json").read_text())
     assert list(figures) == ["before training", "rkl", "taid"]
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "comparison.html").read_text()
+    assert '<td class="n">0.5000</td>' in page
+    assert "All 2 cells have finished" in page
 
     again = [*flags, "--methods", "rkl", "taid", "--seeds", "3", "--only-table"]
     assert compare.main(again) == 0
@@ -104,6 +107,24 @@ def test_compare_a_failing_cell_is_told_and_goes_on_the_next_time(
     assert compare.main([*flags, "--methods", "rkl", "taid"]) == 0
     assert [call[1:] for call in calls] == [["--resume"]] * 3
     assert calls[2][0] == calls[0][0]
+
+
+def test_compare_page_shows_methods_as_text_and_links_their_pages(shared, started):
+    flags, output = shared
+    _, statuses = started
+    name = "<b>&amp; 1#"
+    method = output.parent / "methods" / f"{name}.yaml"
+    method.write_text("objective: reverse_kl\n")
+    statuses += [0, 1]
+    more = ["--methods", str(method), "taid"]
+    assert compare.main([*flags, *more]) == 1
+    (output / f"{name}-seed0" / "run" / "report.html").write_text("")
+    assert compare.main([*flags, *more, "--only-table"]) == 0
+    page = (output / "comparison.html").read_text()
+    assert "<b>&amp; 1#" not in page
+    link = 'href="%3Cb%3E%26amp%3B%201%23-seed0/run/report.html"'
+    assert f"<a {link}>&lt;b&gt;&amp;amp; 1#</a>" in page
+    assert "1 of 2 cells have not finished, and are in no figure: taid" in page
 
 
 def test_compare_bad_input_of_a_cell_is_that_of_all(shared, started):

@@ -73,6 +73,47 @@ def test_train_tpu_leaves_what_it_promises(finished):
     assert all(logged <= row.keys() for row in rows)
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((finished / "tensorboard").iterdir())
+    assert report["exported_step"] == 12
+
+
+def test_train_tpu_shows_what_the_models_complete_and_where_they_differ(finished):
+    shown = json.loads((finished / "shown.json").read_text())
+    assert shown["outcome"] == "done"
+    completions = shown["completions"]
+    texts = completions["texts"]
+    assert set(texts) == {"reference", "teacher", "student before", "student after"}
+    assert (
+        {len(each) for each in texts.values()} == {len(completions["prompts"])} == {3}
+    )
+    assert texts["student before"] != texts["student after"]
+    assert len(shown["tokens"]) == 4
+    kls = [token[1] for row in shown["tokens"] for token in row if token[1:]]
+    last = json.loads((finished / "evaluations.jsonl").read_text().splitlines()[-1])
+    # Of four rows, the other of all.
+    assert 0.5 < np.mean(kls) / last["kl_teacher"] < 2
+    page = (finished / "report.html").read_text()
+    assert "the student of step 12 was exported" in page
+    assert page.count('data-at="0:') > 20
+
+
+def test_train_tpu_a_run_that_diverged_has_a_page_that_says_so(
+    train_tpu, run, capsys, monkeypatch
+):
+    from taid_jax.train.loop import Loop, TrainingError
+
+    def diverge(loop, state):
+        raise TrainingError("stopped at <b>step 5</b>")
+
+    before = json.loads((run / "shown.json").read_text())["completions"]
+    monkeypatch.setattr(Loop, "run", diverge)
+    assert train_tpu.main([f"--output={run}", "--resume", "--steps=15"]) == 1
+    err = capsys.readouterr().err
+    assert err == f"stopped at <b>step 5</b>. {run}/report.html shows how it went\n"
+    page = (run / "report.html").read_text()
+    assert "without an export: stopped at &lt;b&gt;step 5&lt;/b&gt;" in page
+    # What the student said before the first step is known from the start of the run.
+    del before["texts"]["student after"]
+    assert json.loads((run / "shown.json").read_text())["completions"] == before
 
 
 def test_student_rows_of_a_finished_run_agree(finished):
