@@ -50,8 +50,10 @@ def make_page(folder: pathlib.Path) -> str:
         results = Results(found["pictures"]["runs"])
         rows = {name: {"method": name} for name in results.methods()}
         references = "cross_entropy", "forward_kl"
+        grid = found["pictures"]["settings"]["rates"]
+        values["picture_edges"] = _edges(results, grid)
         values["picture_tables"] = [
-            _rates(results, found["pictures"]["settings"]["rates"]),
+            _rates(results, grid),
             *_tables(results, rows, references, _OF_PICTURES),
         ]
     text = importlib.resources.files("taid_jax.study").joinpath("page.md.jinja")
