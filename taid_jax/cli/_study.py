@@ -18,6 +18,7 @@ from rich.console import Console
 
 from taid_jax.cli._comparison import Cell
 from taid_jax.cli.compare import run_logged
+from taid_jax.files import hold_folder
 from taid_jax.models.files.export import export_model
 from taid_jax.models.files.load import random_init
 from taid_jax.settings import Settings, SettingsError, from_dict
@@ -59,6 +60,42 @@ class Study:
     def _folder(self, kind: str, name: str) -> pathlib.Path:
         return self._output / kind / name
 
+    def results(self, sources: pathlib.Path) -> dict[str, Any]:
+        """Runs what is not done yet, and returns what came of all of it.
+
+        Args:
+            sources: A folder with the .py files that are the text.
+
+        Raises:
+            SettingsError: If the output holds another study, or there is nothing to
+                show.
+            StudyError: If a run failed.
+        """
+        plan = self._plan
+        found: dict[str, Any] = {"machine": machine(), "plan": dataclasses.asdict(plan)}
+        found["texts"] = self.texts(sources)
+        nothing = SettingsError(f"output: {self._output} has nothing to show yet")
+        if not self._jobs and not (self._output / "speed.json").is_file():
+            raise nothing
+        # The last is the largest, and takes longest.
+        found["teachers"] = self.teachers([*plan.teachers][::-1])
+        found["step_seconds"] = speed = self.speed()
+        tuning, rates = self.rates()
+        if not rates.keys() >= {*plan.methods}:
+            raise nothing
+        main, others = plan.runs(rates, speed["live"] / speed["sft"])
+        runs = [*tuning, *self.students([*main, *others])]
+        planned = sum(1 for _ in plan.tuning()) + len(main) + len(others)
+        everything = [*runs, *found["teachers"].values()]
+        seconds = round(sum(each["seconds"] for each in everything), 1)
+        return {
+            **found,
+            "rates": rates,
+            "runs": runs,
+            "planned": planned,
+            "seconds": seconds,
+        }
+
     def texts(self, sources: pathlib.Path) -> dict[str, Any]:
         """Writes texts, tokenizer and the models' configs; returns what the texts are.
 
@@ -76,7 +113,9 @@ class Study:
             )
         sizes = {f"teacher-{name}": size for name, (size, _) in plan.teachers.items()}
         sizes |= {f"student-{name}": size for name, size in plan.students.items()}
-        if not all(self._folder("models", name).is_dir() for name in sizes):
+        # The tokenizer is the last file of each.
+        made = [self._folder("models", name) / "tokenizer.json" for name in sizes]
+        if not all(path.is_file() for path in made):
             tokenizer = train_tokenizer(folder / "teacher.jsonl", plan.vocab_size)
             for name, size in sizes.items():
                 where = self._folder("models", name)
@@ -327,27 +366,16 @@ def run_study(
 ) -> dict[str, Any]:
     """Runs all that is not done yet, and returns the results.
 
-    With no jobs nothing is run: the results are those of what is finished.
+    With no jobs nothing is run: the results are those of what is finished. See
+    `Study.results`.
 
     Raises:
-        SettingsError: If the output holds another study, or there is nothing to show.
-        StudyError: If a run failed.
+        InputError: If another process holds the output, and what `results` raises.
     """
-    study = Study(plan, output, jobs, console)
-    results: dict[str, Any] = {"machine": machine(), "plan": dataclasses.asdict(plan)}
-    results["texts"] = study.texts(sources)
-    nothing = SettingsError(f"output: {output} has nothing to show yet")
-    if not jobs and not (output / "speed.json").is_file():
-        raise nothing
-    # The last is the largest, and takes longest.
-    results["teachers"] = study.teachers([*plan.teachers][::-1])
-    results["step_seconds"] = speed = study.speed()
-    tuning, results["rates"] = study.rates()
-    if not results["rates"].keys() >= {*plan.methods}:
-        raise nothing
-    main, others = plan.runs(results["rates"], speed["live"] / speed["sft"])
-    results["runs"] = runs = [*tuning, *study.students([*main, *others])]
-    results["planned"] = sum(1 for _ in plan.tuning()) + len(main) + len(others)
-    everything = [*runs, *results["teachers"].values()]
-    results["seconds"] = round(sum(each["seconds"] for each in everything), 1)
-    return results
+    with contextlib.ExitStack() as held:
+        if jobs:
+            lock, note = hold_folder(output)
+            held.callback(os.close, lock)
+            if note:
+                console.print(note, highlight=False, soft_wrap=True)
+        return Study(plan, output, jobs, console).results(sources)

@@ -1,13 +1,13 @@
 """Trains small models by every method, and says what each is worth.
 
-    taid-jax study --output runs/study            about three hours on two cores
-    taid-jax study --quick --output runs/quick    a part of it in ten minutes
+    taid-jax study --output runs/study            hours, even on a few cores
+    taid-jax study --quick --output runs/quick    a part of it
 
 Teachers of several sizes are trained from random weights on Python's own sources,
 what they say of the texts is stored, and students learn from that by every method,
 each with the best learning rate of the same grid, from the same starts and on the same
-batches. The page says what came out, with intervals. What is done is not done again:
-the same command goes on where the last one ended.
+batches. The page says what came out, with intervals. What is stored takes 4 GiB. What
+is done is not done again: the same command goes on where the last one ended.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Command:
 
     Attributes:
         output: Gets the models, a folder per run, and the page.
-        quick: The part that takes ten minutes.
+        quick: One teacher, trained less, one student and four methods.
         jobs: Runs at a time, each on a core of its own; as many as there are cores when
             0.
         page: The page, .md; what it is made from goes into the folder of its name

@@ -188,7 +188,7 @@ FULL = Plan(
     },
     students={"small": Size(2, 64, 1), "larger": Size(2, 96, 3)},
 )
-"""About three hours on two cores."""
+"""Some 270 runs."""
 
 QUICK = dataclasses.replace(
     FULL,
@@ -203,4 +203,4 @@ QUICK = dataclasses.replace(
     teacher_steps=600,
     timed=1,
 )
-"""A part of it, in ten minutes."""
+"""A part of it."""
