@@ -188,7 +188,7 @@ FULL = Plan(
     },
     students={"small": Size(2, 64, 1), "larger": Size(2, 96, 3)},
 )
-"""Some 270 runs."""
+"""Some 340 runs."""
 
 QUICK = dataclasses.replace(
     FULL,
