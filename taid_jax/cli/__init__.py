@@ -42,6 +42,10 @@ COMMANDS = {
         "train several methods from the same start, side by side",
         "The same command goes on with the cells that are left",
     ),
+    "study": (
+        "train small models by every method, and say what each is worth",
+        "The same command goes on with the runs that are left",
+    ),
 }
 """What there is: what it does, and how it goes on once somebody has stopped it."""
 

@@ -86,11 +86,20 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
 
 def run_cell(cell: "Cell", console: Console) -> int:
     """Runs a cell in a process of its own and returns its exit status."""
-    log = cell.folder / "log.txt"
-    flags = cell.prepare()
+    return run_logged(["train", *cell.prepare()], cell.folder / "log.txt", console)
+
+
+def run_logged(arguments: Sequence[str], log: pathlib.Path, console: Console) -> int:
+    """Runs a command in a process of its own and returns its exit status.
+
+    Args:
+        arguments: Of `taid-jax`.
+        log: What it prints is appended.
+        console: Where its last lines are shown when it fails.
+    """
     with log.open("a", encoding="utf-8") as file:
         status = subprocess.run(
-            [sys.executable, "-m", "taid_jax.cli", "train", *flags],
+            [sys.executable, "-m", "taid_jax.cli", *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
             check=False,
@@ -98,7 +107,7 @@ def run_cell(cell: "Cell", console: Console) -> int:
     if status:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
         console.print(
-            f"{cell.folder.name}: exit status {status}, see {log}\n" + "\n".join(last),
+            f"{log.parent.name}: exit status {status}, see {log}\n" + "\n".join(last),
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -1,0 +1,241 @@
+"""The page of the study: tables and pictures, made from its results alone."""
+
+import importlib.resources
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib.figure
+
+from taid_jax.study.figures import (
+    FIGURES,
+    Figure,
+    Interval,
+    Results,
+    choose_rates,
+    machine_line,
+)
+from taid_jax.study.plan import EQUAL_TIME
+from taid_jax.train.report import read_json, save_picture
+
+LANGUAGE, PICTURES = "language.json", "pictures.json"
+"""Results of the two parts, in the page's folder."""
+
+_OF_PICTURES = (
+    Figure("accuracy", "accuracy", 4, -1),
+    *(f for f in FIGURES if f.key not in ("rouge_l", "distinct_2")),
+)
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""What the runs of each row of a table have in common."""
+
+
+def make_page(folder: pathlib.Path) -> str:
+    """Returns the page, and draws its picture.
+
+    Args:
+        folder: Has the results of those parts that were run; gets the picture.
+    """
+    found = {
+        name.removesuffix(".json"): read_json(folder / name)
+        for name in (LANGUAGE, PICTURES)
+        if (folder / name).is_file()
+    }
+    values: dict[str, Any] = {"folder": folder.name, "equal_time": EQUAL_TIME}
+    if "language" in found:
+        values |= _language(found["language"], folder)
+    if "pictures" in found:
+        results = Results(found["pictures"]["runs"])
+        rows = {name: {"method": name} for name in results.methods()}
+        references = "cross_entropy", "forward_kl"
+        grid = found["pictures"]["settings"]["rates"]
+        values["picture_edges"] = _edges(results, grid)
+        values["picture_tables"] = [
+            _rates(results, grid),
+            *_tables(results, rows, references, _OF_PICTURES),
+        ]
+    text = importlib.resources.files("taid_jax.study").joinpath("page.md.jinja")
+    template = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False
+    ).from_string(text.read_text(encoding="utf-8"))
+    return template.render(
+        **({"language": None, "pictures": None} | found | values),
+        machine=machine_line,
+        ms=lambda seconds: f"{1000 * seconds:.1f}",
+    ).replace("\n\n\n", "\n\n")
+
+
+def _language(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    results, plan = Results(found["runs"]), found["plan"]
+    teacher, student = plan["pair"]
+    pair = {"teacher": teacher, "student": student}
+    methods = {}
+    for steps in plan["budgets"]:
+        same = {**pair, "budget": steps}
+        rows = {name: {**same, "method": name} for name in results.methods(**same)}
+        methods[steps] = _tables(results, rows, ("forward_kl", "sft"))
+    _draw(results, pair, plan["budgets"], folder / "methods.png")
+    middle = {**pair, "budget": plan["middle_steps"]}
+    rows = {name: {**middle, "method": name} for name in results.methods(**middle)}
+    has_variants = any(name in rows for name in plan["variants"])
+    return {
+        "teachers": _teachers(found, results),
+        "rates": _rates(results, plan["learning_rates"]),
+        "edges": _edges(results, plan["learning_rates"]),
+        "methods": methods,
+        "sizes": _sizes(plan, results),
+        "variants": _tables(results, rows, ("taid_linear",)) if has_variants else [],
+    }
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _tables(
+    results: Results,
+    rows: Rows,
+    references: Sequence[str],
+    figures: Sequence[Figure] = FIGURES,
+) -> list[str]:
+    """Returns a table of figures, and one of differences to each reference."""
+    titles = [figure.title for figure in figures]
+    tables = [
+        _table(
+            ["method", "seeds", *titles],
+            [
+                [
+                    name,
+                    str(len(results.values("cross_entropy", **row))),
+                    *(_mean(results.mean(f.key, **row), f) for f in figures),
+                ]
+                for name, row in rows.items()
+            ],
+        )
+    ]
+    for reference in references:
+        lines = []
+        for name, row in rows.items():
+            if name != reference:
+                pairs = [
+                    results.difference(f.key, row, rows[reference]) for f in figures
+                ]
+                lines.append([name, *map(_difference, pairs, figures)])
+        tables.append(_table([f"less {reference}", *titles], lines))
+    return tables
+
+
+def _mean(value: Interval | None, figure: Figure) -> str:
+    if value is None:
+        return ""
+    text = f"{value.mean:.{figure.digits}f}"
+    return text + (
+        "" if math.isinf(value.half) else f" ± {value.half:.{figure.digits}f}"
+    )
+
+
+def _difference(value: Interval | None, figure: Figure) -> str:
+    """Returns a difference, marked where its interval leaves 0 out."""
+    if value is None:
+        return ""
+    text = f"{value.mean:+.{figure.digits}f}"
+    if math.isinf(value.half):
+        return text
+    text += f" ± {value.half:.{figure.digits}f}"
+    if not value.sign:
+        return f"{text} noise"
+    words = {0: "", -1: " better", 1: " worse"}
+    return f"**{text}**{words[value.sign * figure.sign]}"
+
+
+def _teachers(found: dict[str, Any], results: Results) -> str:
+    best = min(r["figures"]["cross_entropy"] for r in results.records)
+    rows = []
+    for name in found["plan"]["teachers"]:
+        each = found["teachers"][name]
+        values = results.values("teacher_cross_entropy", teacher=name)
+        entropy = next(iter(values.values()), math.nan)
+        tokens = f"{each['tokens'] / 1e6:.1f} M"
+        size = f"{each['layers']} of {each['width']}"
+        figures = f"{entropy:.3f}", f"{best - entropy:.3f}"
+        rows.append([name, size, tokens, f"{each['learning_rate']:g}", *figures])
+    head = ["teacher", "layers", "tokens", "learning rate", "cross-entropy", "gap"]
+    return _table(head, rows)
+
+
+def _tried(results: Results) -> dict[str, dict[float, float]]:
+    """Returns the cross-entropy of each method at each learning rate."""
+    tried: dict[str, dict[float, float]] = {}
+    for each in results.tuning:
+        rates = tried.setdefault(each["method"], {})
+        rates[each["learning_rate"]] = each["figures"]["cross_entropy"]
+    return tried
+
+
+def _rates(results: Results, grid: Sequence[float]) -> str:
+    """Returns the grid of learning rates, the best of each method marked."""
+    rows = []
+    for method, values in _tried(results).items():
+        texts = {rate: f"{value:.3f}" for rate, value in values.items()}
+        best = min(values, key=lambda rate: values[rate])
+        texts[best] = f"**{texts[best]}**"
+        rows.append([method, *(texts.get(rate, "") for rate in grid)])
+    head = ["cross-entropy of tuning", *(f"{rate:g}" for rate in grid)]
+    return _table(head, rows) if rows else ""
+
+
+def _edges(results: Results, grid: Sequence[float]) -> list[str]:
+    """Returns the methods whose best learning rate is an end of the grid."""
+    best = choose_rates(results.tuning, "cross_entropy")
+    return [name for name, rate in best.items() if rate in (min(grid), max(grid))]
+
+
+def _sizes(plan: dict[str, Any], results: Results) -> list[str]:
+    """Returns for each student the cross-entropy by method and teacher."""
+    teachers, figure = list(plan["teachers"]), FIGURES[0]
+    tables = []
+    for student in plan["students"] if len(teachers) > 1 else ():
+        rows = []
+        for method in plan["everywhere"]:
+            same = {
+                "student": student,
+                "budget": plan["middle_steps"],
+                "method": method,
+            }
+            last, first = ({**same, "teacher": teachers[end]} for end in (-1, 0))
+            cells = [
+                results.mean(figure.key, **same, teacher=name) for name in teachers
+            ]
+            change = results.difference(figure.key, last, first)
+            means = [_mean(cell, figure) for cell in cells]
+            rows.append([method, *means, _difference(change, figure)])
+        tables.append(_table([f"student `{student}`", *teachers, "change"], rows))
+    return tables
+
+
+def _draw(
+    results: Results,
+    pair: Mapping[str, str],
+    budgets: Sequence[int],
+    path: pathlib.Path,
+) -> None:
+    size = (9, 3.2 * len(budgets))
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(budgets), 2, squeeze=False)
+    for row, steps in zip(axes, budgets, strict=True):
+        same = {**pair, "budget": steps}
+        methods = results.methods(**same)
+        for place, measured in zip(row, FIGURES[:2], strict=True):
+            found = [results.mean(measured.key, method=m, **same) for m in methods]
+            means = [mean for mean in found if mean is not None]
+            halves = [0 if math.isinf(mean.half) else mean.half for mean in means]
+            places = range(len(means))
+            place.errorbar([m.mean for m in means], places, xerr=halves, fmt="o")
+            place.set_yticks(places, methods, fontsize="small")
+            place.invert_yaxis()
+            place.set_xlabel(f"{measured.title}, nats a token, {steps:,} steps")
+            place.grid(alpha=0.3)
+    save_picture(path, figure)
