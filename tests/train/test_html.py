@@ -14,7 +14,7 @@ import pytest
 from taid_jax.settings import Settings, SettingsError, to_dict
 from taid_jax.train.html import figure, render, run_page, visible
 
-HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\u202e{{ 7 * 7 }}"
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\u202e{{ 733 * 733 }}"
 TOP = [["\n", 0.5], [HOSTILE, 0.25], ["NaN", 0.125], ["b", 0.0625], ["c", 0.03125]]
 
 
@@ -75,7 +75,7 @@ def test_run_page_no_text_becomes_markup(folder):
     assert page.count("</script>") == 2
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") > 10
     # Templates do not look into what they are given; nothing hidden turns text round.
-    assert "49" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert "537289" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
     assert not {"\u2028", "\u202e"} & set(page)
     assert "⟨202e⟩" in page
 
