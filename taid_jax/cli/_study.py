@@ -83,9 +83,9 @@ class Study:
         tuning, rates = self.rates()
         if not rates.keys() >= {*plan.methods}:
             raise nothing
-        main, others = plan.runs(rates, speed["live"] / speed["sft"])
-        runs = [*tuning, *self.students([*main, *others])]
-        planned = sum(1 for _ in plan.tuning()) + len(main) + len(others)
+        wanted = plan.runs(rates, speed["live"] / speed["sft"])
+        runs = [*tuning, *self.students(wanted)]
+        planned = sum(1 for _ in plan.tuning()) + len(wanted)
         everything = [*runs, *found["teachers"].values()]
         seconds = round(sum(each["seconds"] for each in everything), 1)
         return {

@@ -112,7 +112,7 @@ def _tpu(name: str, chip: Chip, shape: str) -> Machine:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=name, **options
         ).devices
-    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise PlanError(
             f"plan: the TPU compiler cannot be had: {explain(error)}. It comes with "
             f"libtpu: {how_to_install('tpu')}"
@@ -132,7 +132,7 @@ def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Machine:
         ).devices
     except ValueError as error:
         raise PlanError(f"plan: {explain(error)}") from error
-    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise PlanError(
             f"plan: the GPU compiler cannot be had: {explain(error)}. It comes with "
             f"JAX's CUDA plugin: {how_to_install('cuda')}"

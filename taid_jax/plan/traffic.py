@@ -135,7 +135,7 @@ def _read_by_users(
         elif user.opcode in _SLICES and places == [0]:
             read += type_bytes(user.type)
         elif user.opcode == "dynamic-update-slice" and places == [0]:
-            pass
+            pass  # It is updated in place: nothing of it is read.
         elif user.opcode == "fusion":
             inner = computations.get(next(iter(called_by(user)), ""), {})
             read += sum(_read(inner, place, computations) for place in places)

@@ -141,12 +141,11 @@ class Plan:
                 for rate in self.learning_rates:
                     yield self._run(method, self.middle_steps, rate, 100, tuning=True)
 
-    def runs(
-        self, rates: Mapping[str, float], slowdown: float
-    ) -> tuple[list[Run], list[Run]]:
-        """Returns the runs that count: those with the pair's teacher, and the others.
+    def runs(self, rates: Mapping[str, float], slowdown: float) -> list[Run]:
+        """Returns the runs that count, each once.
 
-        Short ones come first, and all methods of a seed together.
+        Those of the pair come first, short ones before long ones, and all methods of a
+        seed together.
 
         Args:
             rates: Learning rate of each method.
@@ -172,7 +171,7 @@ class Plan:
                 run = self._run(method, middle, rates[method], seed)
                 if method != without or teacher == self.pair[0]:
                     others.append(run._replace(teacher=teacher, student=student))
-        return pair, [run for run in others if run not in pair]
+        return list(dict.fromkeys([*pair, *others]))
 
     def _run(
         self, method: str, steps: int, rate: float, seed: int, *, tuning: bool = False
