@@ -158,7 +158,9 @@ def test_train_step_schedule_is_given_the_figure_that_it_watches(
     np.testing.assert_allclose(state.schedule.kl_start, metrics["kl_target"], rtol=1e-6)
     assert metrics["kl_target"] < 0.5 * metrics["distil_loss"]
 
-    fixed = lambda schedule, learned, step: loss.ForwardKL()  # noqa: E731
+    def fixed(schedule, learned, step):
+        return loss.ForwardKL()
+
     step, state = make_trainer(fixed, scheduler=scheduler)
     with pytest.raises(ValueError, match="watches kl_target, and the objective report"):
         step(state, make_params(TEACHER_SEED), make_batch(0))
