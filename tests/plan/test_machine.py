@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import jax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -22,6 +23,7 @@ def test_find_machine_unknown_lists_the_known(name):
 
 
 def test_find_machine_more_local_devices_than_there_are():
+    jax.devices()  # Once counted they are what they are.
     with pytest.raises(PlanError, match="JAX_NUM_CPU_DEVICES=9"):
         find_machine("local:9")
 
