@@ -10,7 +10,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,18 +24,16 @@ from taid_jax.models.files.load import random_init
 from taid_jax.settings import Settings, SettingsError, from_dict
 from taid_jax.study.figures import choose_rates, machine, record
 from taid_jax.study.plan import EQUAL_TIME, METHODS, VARIANTS, Plan, Run, StudyError
-from taid_jax.study.texts import (
-    TEST_FRACTION,
-    TUNING_FRACTION,
-    train_tokenizer,
-    write_model,
-    write_texts,
-)
-from taid_jax.train.report import read_json, write_json
+from taid_jax.study.texts import FRACTIONS, train_tokenizer, write_model, write_texts
+from taid_jax.train.report import METRICS, read_json, read_lines, write_json
 
 
 class Unfinished(Exception):  # noqa: N818 - nothing went wrong
     """Something would have to be run."""
+
+
+class DivergedError(StudyError):
+    """A run was given up after steps in a row that were not finite."""
 
 
 class Study:
@@ -120,8 +118,24 @@ class Study:
             for name, size in sizes.items():
                 where = self._folder("models", name)
                 write_model(where, size, tokenizer, 8 * plan.seq_len)
+        for name in ("student", "tuning"):
+            self._tokenise(name, folder)
         write_json(kept, found)
         return found
+
+    def _tokenise(self, name: str, texts: pathlib.Path) -> None:
+        """Prepares a text, so that not every run has to."""
+        folder, plan = self._folder("data", name), self._plan
+        if (folder / "manifest.json").is_file():
+            return
+        flags = {
+            "data": texts / f"{name}.jsonl",
+            "tokenizer": self._folder("models", f"student-{plan.pair[1]}"),
+            "max-tokens": plan.seq_len,
+            "held-out-fraction": FRACTIONS[name],
+            "output": folder,
+        }
+        self._command("prepare", _flags_of(flags), texts / f"{name}.txt")
 
     def teachers(self, names: Sequence[str]) -> dict[str, Any]:
         """Trains teachers and stores what they say of the students' texts.
@@ -141,7 +155,7 @@ class Study:
                     "student_config": str(config),
                     "objective": "sft",
                     "data": str(self._output / "texts" / "teacher.jsonl"),
-                    "held_out_fraction": TUNING_FRACTION,
+                    "held_out_fraction": FRACTIONS["teacher"],
                     "batch_size": plan.teacher_batch,
                     "steps": plan.teacher_steps,
                     "learning_rate": rate,
@@ -181,14 +195,13 @@ class Study:
         plan = self._plan
         flags = {
             "teacher": self._folder("teachers", name) / "run" / "student",
-            "data": self._output / "texts" / "student.jsonl",
+            "data": self._folder("data", "student"),
             "batch-size": plan.teacher_batch,
             "seq-len": plan.seq_len,
             "output": folder,
         }
-        words = [f"--{key}={value}" for key, value in flags.items()]
         log = self._folder("teachers", name) / "store.txt"
-        self._command("store", ["--kind=hidden", "--no-pack", *words], log)
+        self._command("store", ["--kind=hidden", "--no-pack", *_flags_of(flags)], log)
 
     def rates(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Tries the learning rates; returns the records and the best of each method.
@@ -236,7 +249,11 @@ class Study:
 
         def train(run: Run) -> dict[str, Any]:
             settings = self._student_settings(run)
-            return record(run, self._train("students", run.name, settings))
+            try:
+                report = self._train("students", run.name, settings)
+            except DivergedError:
+                report = None
+            return record(run, report)
 
         return self._each("student", runs, train)
 
@@ -244,15 +261,14 @@ class Study:
         self, run: Run, more: dict[str, Any] | None = None
     ) -> Settings:
         methods = {**METHODS, **VARIANTS, EQUAL_TIME: METHODS["sft"]}
-        fraction = TUNING_FRACTION if run.tuning else TEST_FRACTION
         text = "tuning" if run.tuning else "student"
         plan = self._plan
         return self._settings(
             {
                 "teacher_store": str(self._folder("stores", run.teacher)),
                 "student_config": str(self._folder("models", f"student-{run.student}")),
-                "data": str(self._output / "texts" / f"{text}.jsonl"),
-                "held_out_fraction": fraction,
+                "data": str(self._folder("data", text)),
+                "held_out_fraction": FRACTIONS[text],
                 "batch_size": plan.batch_size,
                 "steps": run.steps,
                 "learning_rate": run.learning_rate,
@@ -283,17 +299,25 @@ class Study:
         return from_dict({**shared, **values}, strict=False)
 
     def _train(self, kind: str, name: str, settings: Settings) -> dict[str, Any]:
-        """Returns the report of a run, which is run if it is not finished yet."""
+        """Returns the report of a run, which is run if it is not finished yet.
+
+        Raises:
+            DivergedError: If it is finished, and has no report because of that.
+            StudyError: If it failed otherwise.
+        """
         folder = self._folder(kind, name)
         run = dataclasses.replace(settings.run, output=str(folder / "run"))
         cell = Cell(name, run.seed, folder, dataclasses.replace(settings, run=run))
         cell.check()
         report = cell.report()
-        if report is None:
-            self._command("train", cell.prepare(), folder / "log.txt")
+        if report is None and not _diverged(cell):
+            with contextlib.suppress(StudyError):
+                self._command("train", cell.prepare(), folder / "log.txt")
             report = cell.report()
         if report is None:
-            raise StudyError(f"{folder} has no report")
+            if _diverged(cell):
+                raise DivergedError(f"{folder} diverged")
+            raise StudyError(f"{folder} failed, and its command can be tried again")
         # A finished run does not go on.
         shutil.rmtree(cell.run / "checkpoints", ignore_errors=True)
         return report
@@ -341,6 +365,17 @@ class Study:
 
         with concurrent.futures.ThreadPoolExecutor(self._jobs) as pool:
             return list(pool.map(work, items))
+
+
+def _diverged(cell: Cell) -> bool:
+    """Returns whether a run ended with as many wrong steps in a row as end one."""
+    most = cell.settings.run.max_consecutive_nonfinite
+    last = read_lines(cell.run / METRICS)[-most:]
+    return len(last) == most and all(row["skipped"] for row in last)
+
+
+def _flags_of(values: Mapping[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in values.items()]
 
 
 def _cores(jobs: int) -> list[int | None]:

@@ -144,15 +144,17 @@ class Results:
         )
 
 
-def record(run: Run, report: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is kept of a run."""
+def record(run: Run, report: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what is kept of a run; one that diverged has no report, nor figures."""
+    figures = figures_of(report) if report else {}
     return {
         **run._asdict(),
+        "diverged": report is None,
         "figures": {
             key: None if value is None else round(value, 6)
-            for key, value in figures_of(report).items()
+            for key, value in figures.items()
         },
-        "seconds": report["seconds"],
+        "seconds": report["seconds"] if report else 0.0,
     }
 
 
@@ -161,11 +163,12 @@ def choose_rates(tuning: Iterable[dict[str, Any]], key: str) -> dict[str, float]
 
     Args:
         tuning: Records.
-        key: What is to be low; NaN is higher than all else.
+        key: What is to be low; NaN, and that of a run that diverged, is higher than
+            all else.
     """
     best: dict[str, tuple[float, float]] = {}
     for each in tuning:
-        value = each["figures"][key]
+        value = each["figures"].get(key, math.nan)
         found = (math.inf if math.isnan(value) else value, each["learning_rate"])
         method = each["method"]
         best[method] = min(found, best.get(method, found))

@@ -17,7 +17,7 @@ from taid_jax.study.figures import (
     choose_rates,
     machine_line,
 )
-from taid_jax.study.plan import EQUAL_TIME
+from taid_jax.study.plan import EQUAL_TIME, Run
 from taid_jax.train.report import read_json, save_picture
 
 LANGUAGE, PICTURES = "language.json", "pictures.json"
@@ -82,6 +82,11 @@ def _language(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     has_variants = any(name in rows for name in plan["variants"])
     return {
         "teachers": _teachers(found, results),
+        "diverged": [
+            "`" + Run(*(each[name] for name in Run._fields)).name + "`"
+            for each in found["runs"]
+            if each["diverged"]
+        ],
         "rates": _rates(results, plan["learning_rates"]),
         "edges": _edges(results, plan["learning_rates"]),
         "methods": methods,
@@ -152,7 +157,7 @@ def _difference(value: Interval | None, figure: Figure) -> str:
 
 
 def _teachers(found: dict[str, Any], results: Results) -> str:
-    best = min(r["figures"]["cross_entropy"] for r in results.records)
+    best = min(r["figures"].get("cross_entropy", math.inf) for r in results.records)
     rows = []
     for name in found["plan"]["teachers"]:
         each = found["teachers"][name]
@@ -171,7 +176,8 @@ def _tried(results: Results) -> dict[str, dict[float, float]]:
     tried: dict[str, dict[float, float]] = {}
     for each in results.tuning:
         rates = tried.setdefault(each["method"], {})
-        rates[each["learning_rate"]] = each["figures"]["cross_entropy"]
+        value = each["figures"].get("cross_entropy", math.inf)
+        rates[each["learning_rate"]] = value
     return tried
 
 
@@ -179,7 +185,10 @@ def _rates(results: Results, grid: Sequence[float]) -> str:
     """Returns the grid of learning rates, the best of each method marked."""
     rows = []
     for method, values in _tried(results).items():
-        texts = {rate: f"{value:.3f}" for rate, value in values.items()}
+        texts = {
+            rate: "diverged" if math.isinf(value) else f"{value:.3f}"
+            for rate, value in values.items()
+        }
         best = min(values, key=lambda rate: values[rate])
         texts[best] = f"**{texts[best]}**"
         rows.append([method, *(texts.get(rate, "") for rate in grid)])

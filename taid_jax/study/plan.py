@@ -101,7 +101,8 @@ class Plan:
             the budgets.
         learning_rates: The grid that is tried for each method.
         rates: Learning rates by method, for those that are not tuned here.
-        seeds: Of the runs that count; the grid has one of its own.
+        seeds: Of the runs of the pair that count; the grid has one of its own.
+        seeds_elsewhere: Of the other teachers and students.
         teacher_steps: Steps of a teacher.
         teacher_batch: Sequences of a teacher's step.
         batch_size: Sequences of a student's step.
@@ -120,12 +121,13 @@ class Plan:
         *("sft", "forward_kl", "reverse_kl", "taid_linear", "taid"),
     )
     variants: tuple[str, ...] = tuple(VARIANTS)
-    budgets: tuple[int, ...] = (150, 1500)
-    middle_steps: int = 500
+    budgets: tuple[int, ...] = (100, 1000)
+    middle_steps: int = 300
     learning_rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    teacher_steps: int = 5000
+    seeds_elsewhere: tuple[int, ...] = (0, 1, 2)
+    teacher_steps: int = 3000
     teacher_batch: int = 16
     batch_size: int = 8
     seq_len: int = 128
@@ -142,36 +144,38 @@ class Plan:
                     yield self._run(method, self.middle_steps, rate, 100, tuning=True)
 
     def runs(self, rates: Mapping[str, float], slowdown: float) -> list[Run]:
-        """Returns the runs that count, each once.
-
-        Those of the pair come first, short ones before long ones, and all methods of a
-        seed together.
+        """Returns the runs that count, each once, all those of a seed together.
 
         Args:
             rates: Learning rate of each method.
             slowdown: Time of a step of forward KL with a live teacher, in steps of SFT.
         """
-        without, middle = self.methods[0], self.middle_steps
-        pair, others = [], []
-        for steps, seed in itertools.product(
-            sorted({*self.budgets, middle}), self.seeds
-        ):
-            if steps in self.budgets:
-                pair += [self._run(m, steps, rates[m], seed) for m in self.methods]
-                longer = self._run(EQUAL_TIME, steps, rates[without], seed)
-                pair.append(longer._replace(steps=round(steps * slowdown)))
-            else:
-                for method in (*self.everywhere, *self.variants):
-                    rate = rates[method.split(",")[0]]
-                    pair.append(self._run(method, steps, rate, seed))
-        for seed, student, teacher in itertools.product(
-            self.seeds, self.students, self.teachers
-        ):
+        runs = []
+        for seed in self.seeds:
+            runs += self._of_pair(rates, slowdown, seed)
+            if seed in self.seeds_elsewhere:
+                runs += self._of_all(rates, seed)
+        return list(dict.fromkeys(runs))
+
+    def _of_pair(
+        self, rates: Mapping[str, float], slowdown: float, seed: int
+    ) -> Iterator[Run]:
+        without = self.methods[0]
+        for steps in self.budgets:
+            for method in self.methods:
+                yield self._run(method, steps, rates[method], seed)
+            longer = self._run(EQUAL_TIME, steps, rates[without], seed)
+            yield longer._replace(steps=round(steps * slowdown))
+        for method in (*self.everywhere, *self.variants):
+            rate = rates[method.split(",")[0]]
+            yield self._run(method, self.middle_steps, rate, seed)
+
+    def _of_all(self, rates: Mapping[str, float], seed: int) -> Iterator[Run]:
+        for student, teacher in itertools.product(self.students, self.teachers):
             for method in self.everywhere:
-                run = self._run(method, middle, rates[method], seed)
-                if method != without or teacher == self.pair[0]:
-                    others.append(run._replace(teacher=teacher, student=student))
-        return list(dict.fromkeys([*pair, *others]))
+                run = self._run(method, self.middle_steps, rates[method], seed)
+                if method != self.methods[0] or teacher == self.pair[0]:
+                    yield run._replace(teacher=teacher, student=student)
 
     def _run(
         self, method: str, steps: int, rate: float, seed: int, *, tuning: bool = False
@@ -181,13 +185,13 @@ class Plan:
 
 FULL = Plan(
     teachers={
-        "small": (Size(3, 128, 2), 3e-3),
-        "middle": (Size(4, 192, 3), 3e-3),
-        "large": (Size(6, 256, 4), 2e-3),
+        "small": (Size(2, 128, 2), 3e-3),
+        "middle": (Size(3, 192, 3), 3e-3),
+        "large": (Size(4, 256, 4), 2e-3),
     },
     students={"small": Size(2, 64, 1), "larger": Size(2, 96, 3)},
 )
-"""Some 340 runs."""
+"""Some 350 runs."""
 
 QUICK = dataclasses.replace(
     FULL,
@@ -196,7 +200,7 @@ QUICK = dataclasses.replace(
     methods=("sft", "forward_kl", "reverse_kl", "taid_linear"),
     everywhere=(),
     variants=(),
-    budgets=(150,),
+    budgets=(100,),
     rates={"sft": 3e-3, "forward_kl": 6e-3, "reverse_kl": 3e-3, "taid_linear": 3e-3},
     seeds=(0, 1),
     teacher_steps=600,

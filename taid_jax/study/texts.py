@@ -13,7 +13,7 @@ from taid_jax.data.documents import make_document
 from taid_jax.files import write_whole
 from taid_jax.study.plan import Size
 
-TEST_FRACTION, TUNING_FRACTION = 0.1, 0.2
+FRACTIONS = {"student": 0.1, "tuning": 0.2, "teacher": 0.2}
 """Documents ranked below the first are held out of all training; those between the two
 choose learning rates. A teacher sees neither."""
 
@@ -61,7 +61,7 @@ def write_texts(sources: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
         names = ["teacher"]
         if top:
             names.append("student")
-            if make_document({"text": text}, 0).rank >= TEST_FRACTION:
+            if make_document({"text": text}, 0).rank >= FRACTIONS["student"]:
                 names.append("tuning")
         for name in names:
             lines[name].append(json.dumps({"text": text}) + "\n")

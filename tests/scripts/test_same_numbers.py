@@ -69,11 +69,12 @@ def curve(twin, text, tmp_path):
         for _ in range(STEPS):
             batch = place_batch(next(loop.batches), mesh)
             state, metrics = loop.train_step(state, loop.teacher_params, batch)
-            rows.append(
-                [metrics[key] for key in ("loss", "kl_teacher", "t", "grad_norm")]
-            )
+            keys = "loss", "kl_teacher", "t", "grad_norm"
+            # Read at once, as the loop does: many programs on their way to eight
+            # devices can keep each other from their threads, which ends the process.
+            rows.append(jax.device_get([metrics[key] for key in keys]))
         checkpoints.close()
-        return np.array(jax.device_get(rows))
+        return np.array(rows)
 
     return run
 

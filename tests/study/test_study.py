@@ -36,6 +36,7 @@ def made_up(shift):
                 "kl_teacher": 0.5,
             },
             "seconds": 1.0,
+            "diverged": False,
         }
         for run in (*plan.tuning(), *runs)
     ]
@@ -87,6 +88,7 @@ def test_choose_rates_takes_the_lowest_and_no_nan():
             ("dkd", 3e-3, 4.0),
         )
     ]
+    tuning.append({"method": "dkd", "learning_rate": 2e-3, "figures": {}})  # Diverged.
     assert choose_rates(tuning, "cross_entropy") == {"sft": 3e-3, "dkd": 3e-3}
 
 
@@ -96,12 +98,13 @@ def test_plan_runs_nothing_twice_and_tunes_what_has_no_rate():
     names = [run.name for run in (*runs, *FULL.tuning())]
     assert len({*names}) == len(names)
     longer = [run for run in runs if run.method == EQUAL_TIME]
-    assert {(run.budget, run.steps) for run in longer} == {(150, 375), (1500, 3750)}
-    assert all(run.teacher == FULL.pair[0] for run in runs[:185])
+    assert {(run.budget, run.steps) for run in longer} == {(100, 250), (1000, 2500)}
+    # Whole seeds, so that a study that is not finished has all tables.
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     # Without a teacher it is one run for each student, whatever the teachers are.
     alone = [run for run in runs if run.method == "sft" and run.student != FULL.pair[1]]
     assert {run.student for run in alone} == {"larger"}
-    assert len(alone) == 5
+    assert len(alone) == len(FULL.seeds_elsewhere)
     assert not list(QUICK.tuning())
     assert {run.tuning for run in FULL.tuning()} == {True}
 
