@@ -1,0 +1,1 @@
+"""The sections of `check_device.py`: a module each, whose rows a process computes."""
