@@ -2,6 +2,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def test_check_device_keeps_rows_when_it_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_check_device_measures_every_section_on_a_cpu(tmp_path):
+    pytest.importorskip("torch", reason="compares with PyTorch: '.[parity]'")
     # XLA's own rounding, as on a device: nothing of it switched off.
     env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     # Two idle cores need a tenth of these limits.
@@ -105,6 +107,8 @@ def test_check_device_measures_every_section_on_a_cpu(tmp_path):
         for row in sections[name]:
             if row["row"].startswith("Liger"):
                 assert row["note"] == "Liger needs a GPU"
+            elif row["row"].startswith("torch.compile") and not shutil.which("g++"):
+                assert row["status"] == "error"
             elif row["row"].startswith("parts"):
                 assert row["head_ms"] > 0
             else:
