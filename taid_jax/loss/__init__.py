@@ -4,6 +4,9 @@ An objective is a pytree that gives the loss of every token; `distillation_loss`
 mean over counted tokens, `fused_loss` its sum straight from hidden states.
 """
 
+from taid_jax.loss._alpha_beta import AlphaBeta
+from taid_jax.loss._alpha_mixture import AlphaMixture
+from taid_jax.loss._concrete_score import ConcreteScore
 from taid_jax.loss._ctkd import CTKD, ctkd_strength, ctkd_temperature
 from taid_jax.loss._divergences import (
     AdaptiveKL,
@@ -12,6 +15,7 @@ from taid_jax.loss._divergences import (
     TotalVariation,
 )
 from taid_jax.loss._dkd import DKD
+from taid_jax.loss._entropy_gated import EntropyGated
 from taid_jax.loss._fused import fused_loss
 from taid_jax.loss._mix import CrossEntropy, Mix
 from taid_jax.loss._mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
@@ -26,7 +30,11 @@ __all__ = [
     "DKD",
     "TAID",
     "AdaptiveKL",
+    "AlphaBeta",
+    "AlphaMixture",
+    "ConcreteScore",
     "CrossEntropy",
+    "EntropyGated",
     "ForwardKL",
     "Head",
     "JensenShannon",
