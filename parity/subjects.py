@@ -149,5 +149,10 @@ SUBJECTS: tuple[Subject, ...] = (
         lambda: loss.ConcreteScore("teacher"),
         weights="teacher",
     ),
-    _later("entropy-gated KL", "entropy_gated", lambda: loss.EntropyGated(1.0)),
+    _later(
+        "entropy-gated KL",
+        "entropy_gated",
+        lambda: loss.EntropyGated(1.5),
+        threshold=1.5,
+    ),
 )

@@ -123,7 +123,6 @@ def test_from_dict_says_what_was_needed(values, message):
         ("head_threshold", 1e-6, 0.999999, {"objective": "adaptive_kl"}),
         ("dkd_alpha", 0, 1e6, DKD),
         ("dkd_beta", 0, 1e6, DKD),
-        ("mixture_shape", -9, 9, {"objective": "alpha_mixture"}),
         ("alpha_beta_a", 0, 4, {"objective": "alpha_beta"}),
         ("alpha_beta_b", 0, 4, {"objective": "alpha_beta"}),
         ("entropy_threshold", 0, 100, {"objective": "entropy_gated"}),
@@ -141,6 +140,15 @@ def test_from_dict_takes_what_is_within_the_bounds(name, least, most, beside):
         assert next(v for k, v in found.items() if k.endswith("." + name)) == value
     for value in (least - (least or 1), most * 1000):
         assert name in _refusal(beside | {name: value})
+
+
+def test_from_dict_takes_shapes_of_either_sign():
+    beside = {"objective": "alpha_mixture"}
+    for shape in (-9, -1.0, 1, 9):
+        found = s.from_dict(beside | {"mixture_shape": shape})
+        assert found.objective.mixture_shape == shape
+    for shape in (-9.1, 9.1):
+        assert "-9 <= mixture_shape <= 9" in _refusal(beside | {"mixture_shape": shape})
 
 
 def test_from_dict_needs_a_power_of_the_alpha_beta_divergence():

@@ -21,6 +21,7 @@ from taid_jax.loss._mix import CrossEntropy, Mix
 from taid_jax.loss._mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
 from taid_jax.loss._objective import Objective
 from taid_jax.loss._reduce import distillation_loss, distillation_sums
+from taid_jax.loss._sequences import SequenceWeighted, distillm2_weight
 from taid_jax.loss._taid import TAID, taid_loss
 from taid_jax.loss._topk import TopK, TopKHead
 from taid_jax.types import Head
@@ -41,6 +42,7 @@ __all__ = [
     "Mix",
     "Objective",
     "ReverseKL",
+    "SequenceWeighted",
     "SkewForwardKL",
     "SkewReverseKL",
     "TopK",
@@ -50,6 +52,7 @@ __all__ = [
     "ctkd_temperature",
     "distillation_loss",
     "distillation_sums",
+    "distillm2_weight",
     "fused_loss",
     "taid_loss",
 ]

@@ -71,8 +71,8 @@ class AlphaBeta(Divergence):
         >>> from taid_jax.loss import AlphaBeta
         >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([1.0, 1.0, 2.0])
         >>> powers = [(1, 0), (0.2, 0.7), (0, 1)]
-        >>> print([f"{AlphaBeta(a, b)(student, teacher):.3f}" for a, b in powers])
-        ['0.797', '0.725', '0.629']
+        >>> print([f"{AlphaBeta(a, b)(student, teacher):.2f}" for a, b in powers])
+        ['0.80', '0.72', '0.63']
     """
 
     a: float | int = dataclasses.field(default=0.2, metadata=STATIC)

@@ -55,10 +55,11 @@ def _log_mixture(
     # What is added to the one of the two that matters is bounded there.
     from_student = x <= 0 if c > 0 else x > 0
     y = jnp.maximum(-abs(c) * jnp.abs(x), -_FAR)
-    mean = jnp.where(
-        from_student,
-        _log_mean(t, log_t, log_rest, y),
-        _log_mean(1 - t, log_rest, log_t, y),
+    mean = _log_mean(
+        jnp.where(from_student, t, 1 - t),
+        jnp.where(from_student, log_t, log_rest),
+        jnp.where(from_student, log_rest, log_t),
+        y,
     )
     mixture = jnp.where(from_student, log_q, log_p) + mean / c
     # At t = 0 a masked teacher has no say, and a NaN has.
@@ -83,8 +84,10 @@ def _mix(pair: softmax.Pair, t: Array, c: float) -> softmax.Pair:
     y = jnp.clip(c * pair.difference, -_FAR, _FAR)
     grown = jnp.exp(jnp.minimum(log_share + y, _CAP)) - share
     grown = jnp.where(jnp.abs(y) < softmax.NEAR, share * softmax.expm1_near(y), grown)
-    # Less than this is far from small, and its logarithm is to stay finite.
-    difference = jnp.log1p(jnp.maximum(grown, -0.999)) / c
+    # What is left out here is far from small: its logarithm is to stay finite.
+    near = jnp.log1p(jnp.maximum(grown, -0.999)) / c
+    far = mixture - pair.student.shifted - log_start / c
+    difference = jnp.where(jnp.abs(near) < 2 * softmax.NEAR, near, far)
     offset = p.top - log_start / c
     return pair._replace(
         teacher=p,

@@ -96,6 +96,31 @@ def test_alpha_mixture_ends_are_student_and_teacher(make_inputs, evaluate, shape
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [-3.0, 0.0, 3.0])
+def test_alpha_mixture_metrics_give_kl_to_the_target(make_inputs, shape):
+    power = (1 - shape) / 2
+    for scale in (1.0, 12.0, 30.0):
+        inputs = make_inputs((6, 33), scale)
+        log_q, log_p = (
+            x - np.log(np.exp(x).sum(-1, keepdims=True))
+            for x in (inputs.student.astype(float), inputs.teacher.astype(float))
+        )
+        for t in (1e-3, 0.4, 1.0):
+            with np.errstate(divide="ignore"):
+                parts = power * log_p + np.log(t), power * log_q + np.log(1 - t)
+            log_r = np.logaddexp(*parts) / power
+            log_r -= np.log(np.exp(log_r).sum(-1, keepdims=True))
+            expected = (np.exp(log_r) * (log_r - log_q)).sum(-1)
+            objective = AlphaMixture(jnp.float32(t), shape)
+            metrics = jax.jit(AlphaMixture.metrics)(
+                objective, inputs.student, inputs.teacher
+            )
+            # Of terms that reach 150 nats.
+            np.testing.assert_allclose(
+                metrics["kl_target"], expected, rtol=1e-5, atol=2e-6
+            )
+
+
 @pytest.mark.parametrize("shape", [-1.0, 3.0])
 def test_alpha_mixture_leaves_out_entries_of_minus_infinity(
     make_inputs, evaluate, oracle, shape
