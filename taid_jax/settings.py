@@ -52,13 +52,17 @@ ObjectiveName = Literal[
     "adaptive_kl",
     "ctkd",
     "dkd",
+    "alpha_mixture",
+    "alpha_beta",
+    "concrete_score",
+    "entropy_gated",
     "sft",
 ]
 SelectionMetric = Literal[
     "kl_teacher", "loss", "student_perplexity", "rouge_l", "exact_match"
 ]
 
-_TAID = {"objective": ("taid",)}
+_TAID = {"objective": ("taid", "alpha_mixture")}
 _PUBLISHED_TAID = {**_TAID, "t_schedule": ("taid",)}
 _ADAPTIVE_TAID = {**_PUBLISHED_TAID, "disable_adaptive": (False,)}
 _SKEWED = {"objective": ("skew_forward_kl", "skew_reverse_kl")}
@@ -69,6 +73,9 @@ _SOFTENED = (
     *_SKEWED["objective"],
     "adaptive_kl",
     "dkd",
+    "alpha_beta",
+    "concrete_score",
+    "entropy_gated",
 )
 _ON_POLICY = {"on_policy": ("mixed", "adaptive")}
 _SEVERAL = {"cluster": ("auto", "slurm", "k8s", "gcetpu", "gketpu", "ompi", "mpi4py")}
@@ -229,14 +236,16 @@ class ObjectiveSettings(Checked):
     Attributes:
         objective: The distillation objective; `sft` learns from the data alone.
         distil_ratio: Weight of the objective; the rest is next-token cross-entropy.
-        t_start: TAID's interpolation at the first step.
+        t_start: TAID's interpolation at the first step; that of alpha_mixture follows
+            the same schedule.
         t_end: TAID's interpolation at the last step.
         t_schedule: How TAID's interpolation rises: `taid` as published, `gap` so that
             the KL to the target stays what it was at first.
         alpha: TAID's adaptive step size.
         beta: TAID's momentum.
         disable_adaptive: Let TAID's t rise in a straight line.
-        temperature: Softens both distributions (KL family and DKD).
+        temperature: Softens both distributions (KL family and DKD), and in
+            concrete_score the weights.
         teacher_weight: The teacher's share of the mixture in Jensen-Shannon.
         skew: Of the skew KLs, the share of the distribution on the left of the KL in
             the mixture on its right.
@@ -245,6 +254,16 @@ class ObjectiveSettings(Checked):
         dkd_beta: Weight of DKD's part over the other classes.
         ctkd_ramp_steps: Steps over which CTKD's temperature gains its full strength.
         ctkd_ramp_epochs: The same in passes over the training data.
+        mixture_shape: Kind of mean in alpha_mixture (AMiD): -1 is arithmetic, 1
+            geometric, which is TAID; above 1 both sides have to find an entry probable.
+        alpha_beta_a: First power of alpha_beta (ABKD), of the teacher; with b 0 and a 1
+            it is the forward KL.
+        alpha_beta_b: Second power, of the student; with a 0 and b 1 it is the reverse
+            KL.
+        score_weights: Whose probabilities weigh the pairs of concrete_score: the
+            student's seek modes, the teacher's cover them.
+        entropy_threshold: Above this entropy of the teacher, in nats, entropy_gated
+            adds the forward KL to the reverse.
     """
 
     objective: ObjectiveName = "taid"
@@ -277,6 +296,17 @@ class ObjectiveSettings(Checked):
     ctkd_ramp_epochs: float | None = setting(
         None, gt=0, when={"objective": ("ctkd",)}, instead_of=("ctkd_ramp_steps",)
     )
+    mixture_shape: float = setting(
+        0.0, ge=-9, le=9, when={"objective": ("alpha_mixture",)}
+    )
+    alpha_beta_a: float = setting(0.2, ge=0, le=4, when={"objective": ("alpha_beta",)})
+    alpha_beta_b: float = setting(0.7, ge=0, le=4, when={"objective": ("alpha_beta",)})
+    score_weights: Literal["student", "teacher"] = setting(
+        "student", when={"objective": ("concrete_score",)}
+    )
+    entropy_threshold: float = setting(
+        1.0, ge=0, le=100, when={"objective": ("entropy_gated",)}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -284,6 +314,8 @@ class ObjectiveSettings(Checked):
         need("t_start, t_end", ends, ends[0] <= ends[1], "0 <= t_start <= t_end <= 1")
         grows = self.t_schedule != "gap" or ends[0] > 0
         need("t_start", ends[0], grows, "> 0 with t_schedule gap: t grows by factors")
+        powers = self.alpha_beta_a, self.alpha_beta_b
+        need("alpha_beta_a, alpha_beta_b", powers, sum(powers) >= 0.01, "a sum >= 0.01")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,9 @@ def test_from_dict_says_what_was_needed(values, message):
         ("head_threshold", 1e-6, 0.999999, {"objective": "adaptive_kl"}),
         ("dkd_alpha", 0, 1e6, DKD),
         ("dkd_beta", 0, 1e6, DKD),
+        ("alpha_beta_a", 0, 4, {"objective": "alpha_beta"}),
+        ("alpha_beta_b", 0, 4, {"objective": "alpha_beta"}),
+        ("entropy_threshold", 0, 100, {"objective": "entropy_gated"}),
         ("mixed_rate", 0, 1, ON_POLICY),
         ("adaptive_step", 0, 1, ON_POLICY | {"on_policy": "adaptive"}),
         ("completion_top_p", 1e-6, 1, ON_POLICY | {"completion_temperature": 1.0}),
@@ -139,6 +142,21 @@ def test_from_dict_takes_what_is_within_the_bounds(name, least, most, beside):
         assert name in _refusal(beside | {name: value})
 
 
+def test_from_dict_takes_shapes_of_either_sign():
+    beside = {"objective": "alpha_mixture"}
+    for shape in (-9, -1.0, 1, 9):
+        found = s.from_dict(beside | {"mixture_shape": shape})
+        assert found.objective.mixture_shape == shape
+    for shape in (-9.1, 9.1):
+        assert "-9 <= mixture_shape <= 9" in _refusal(beside | {"mixture_shape": shape})
+
+
+def test_from_dict_needs_a_power_of_the_alpha_beta_divergence():
+    beside = {"objective": "alpha_beta", "alpha_beta_a": 0.0}
+    assert "alpha_beta_a, alpha_beta_b" in _refusal(beside | {"alpha_beta_b": 1e-3})
+    assert s.from_dict(beside | {"alpha_beta_b": 0.5})
+
+
 def test_bounds_of_settings_are_those_of_the_losses():
     from taid_jax import loss
 
@@ -147,6 +165,12 @@ def test_bounds_of_settings_are_those_of_the_losses():
     for bound in (0, 1e6):
         loss.DKD(bound, bound)
     loss.AdaptiveKL(1e-6)
+    for bound in (-9, 9):
+        loss.AlphaMixture(0.5, bound)
+    for powers in ((4, 4), (0, 0.01), (0.01, 0)):
+        loss.AlphaBeta(*powers)
+    for bound in (0, 100):
+        loss.EntropyGated(bound)
 
 
 JSD, TV = {"objective": "jensen_shannon"}, {"objective": "total_variation"}
@@ -166,6 +190,11 @@ WITHOUT_EFFECT = [
     ("jensen_shannon", {"objective": "skew_forward_kl"}, "teacher_weight=0.3"),
     ("objective skew_forward_kl or", JSD, "skew=0.3"),
     ("objective adaptive_kl", {}, "head_threshold=0.3"),
+    ("objective alpha_mixture", {}, "mixture_shape=-1.0"),
+    ("alpha_beta", {"objective": "alpha_mixture"}, "alpha_beta_a=1.0 temperature=2.0"),
+    ("objective alpha_beta", KL, "alpha_beta_b=1.0"),
+    ("objective concrete_score", {}, "score_weights=teacher"),
+    ("objective entropy_gated", {}, "entropy_threshold=0.5"),
     ("objective dkd", {}, "dkd_alpha=2.0 dkd_beta=2.0"),
     ("objective ctkd", {}, "ctkd_ramp_steps=3 ctkd_ramp_epochs=3.0"),
     ("objective taid or", {"objective": "sft"}, "distil_ratio=0.5"),

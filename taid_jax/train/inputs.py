@@ -460,7 +460,7 @@ def load_stored(
         notes += (
             f"the stored tokens have {about.mass:.4f} of its probability on average; "
             "the rest is spread over the others (--tail), so that objectives which mix "
-            "both rows (TAID, skew, Jensen-Shannon) are approximations",
+            "both rows (TAID, AMiD, skew, Jensen-Shannon) are approximations",
         )
     generation = model.generation
     return LoadedModel(config, params, tokenizer, about.source, generation, notes)
