@@ -21,6 +21,7 @@ from taid_jax.train.inputs import Pair
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.on_policy.build import make_on_policy
+from taid_jax.train.on_policy.figures import with_text_figures
 from taid_jax.train.state import (
     DistillState,
     init_state,
@@ -64,6 +65,8 @@ def build_step(
     )
     scheduler = make_scheduler(settings.objective, run.steps)
     objective, learned = make_objective(settings.objective)
+    if settings.on_policy.texts != "data" and settings.objective.objective != "sft":
+        objective = with_text_figures(objective)
 
     def init(params: Params) -> DistillState:
         return init_state(
