@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from parity.cases import Case
-from parity.losses import CORRECTED, PUBLISHED, VALUE_FLOOR, gradient_floor
+from parity.losses import PUBLISHED, VALUE_FLOOR, gradient_floor, other_side
 from parity.rows import Row, Tallies, Tolerance
 from parity.subjects import SUBJECTS, Subject, TorchLoss
 from parity.torch_exact import exact_loss
@@ -159,7 +159,7 @@ def random_rows(
                     _errors(a, b, exact, floor)
                     for a, b in ((ours, theirs), (ours, exact), (theirs, exact))
                 ]
-                other = PUBLISHED if followed else CORRECTED
+                other = PUBLISHED if followed else other_side(subject)
                 for quantity in errors[0]:
                     key = (f"{subject.name}, fused", quantity, other)
                     case = f"seed {seed}, scale {scale:g}"

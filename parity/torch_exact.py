@@ -115,6 +115,52 @@ def _taid(pair: _Pair, settings: Settings) -> Tensor:
     return -pair.sum(target * pair.log_q)
 
 
+def _alpha_mixture(pair: _Pair, settings: Settings) -> Tensor:
+    power = (1 - settings.shape) / 2
+    log_q, log_p = pair.log_q.detach(), pair.log_p
+    log_t, log_rest = torch.tensor([settings.t, 1 - settings.t]).double().log().tolist()
+    if power == 0:
+        mixture = settings.t * log_p + (1 - settings.t) * log_q
+    else:
+        mixture = torch.logaddexp(log_t + power * log_p, log_rest + power * log_q)
+        mixture = mixture / power
+    target = _log_softmax(mixture.masked_fill(~pair.kept, _FLOOR)).exp()
+    return -pair.sum(target * pair.log_q)
+
+
+def _alpha_beta(pair: _Pair, settings: Settings) -> Tensor:
+    a, b, log_p, log_q = settings.a, settings.b, pair.log_p, pair.log_q
+    ratio = log_p - log_q
+    if b == 0:
+        terms = ((a * log_p).exp() * (a * ratio - 1) + (a * log_q).exp()) / a**2
+    elif a == 0:
+        terms = ((b * log_q).exp() * (-b * ratio - 1) + (b * log_p).exp()) / b**2
+        terms = terms.masked_fill(~pair.in_teacher, 0.0)
+    else:
+        both = (a * log_p + b * log_q).exp()
+        of_teacher, of_student = (((a + b) * x).exp() for x in (log_p, log_q))
+        terms = (a * of_teacher + b * of_student) / (a + b) - both
+        terms = terms / (a * b)
+    return pair.sum(terms)
+
+
+def _concrete_score(pair: _Pair, settings: Settings) -> Tensor:
+    shared = pair.kept & pair.in_teacher
+    weights = (pair.q if settings.weights == "student" else pair.p).detach()
+    weights = weights.masked_fill(~shared, 0.0)
+    apart = (pair.student - pair.teacher).masked_fill(~shared, 0.0)
+    whole = weights.sum(-1, keepdim=True)
+    mean = (weights * apart).sum(-1, keepdim=True) / whole.clamp(min=1e-30)
+    return 2 * (whole * weights * (apart - mean) ** 2).sum(-1)
+
+
+def _entropy_gated(pair: _Pair, settings: Settings) -> Tensor:
+    unsure = -(pair.p * pair.log_p).sum(-1) > settings.threshold
+    covered = pair.sum(pair.p * (pair.log_p - pair.log_q))
+    reverse = _reverse_kl(pair, settings)
+    return reverse + torch.where(unsure, covered, torch.zeros_like(covered))
+
+
 def _dkd(pair: _Pair, settings: Settings) -> Tensor:
     label = torch.zeros_like(pair.kept).scatter(-1, pair.labels, True)
 
@@ -138,6 +184,10 @@ def _sft(pair: _Pair, settings: Settings) -> Tensor:
 
 _OBJECTIVES = {
     "taid": _taid,
+    "alpha_mixture": _alpha_mixture,
+    "alpha_beta": _alpha_beta,
+    "concrete_score": _concrete_score,
+    "entropy_gated": _entropy_gated,
     "forward_kl": _forward_kl,
     "ctkd": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -157,7 +207,7 @@ def exact_losses(
     """Returns the loss of every token as the paper defines it.
 
     Args:
-        name: One of `torch_reference.OBJECTIVES`.
+        name: One of `torch_reference.OBJECTIVES`, or one that came after TAID.
         student: Logits `(*tokens, vocab)`; the gradient flows here. An entry of -inf
             takes no part.
         teacher: Logits of the same shape; an entry of -inf has probability 0.

@@ -26,6 +26,11 @@ class Settings:
         temperature: Of CTKD and DKD; a tensor where its gradient is wanted.
         alpha: Weight of DKD's target part.
         beta: Weight of DKD's other part.
+        shape: Of AMiD's mixture.
+        a: First power of the alpha-beta divergence.
+        b: Second power.
+        weights: Whose probabilities weigh the concrete score.
+        threshold: Entropy above which forward KL is added, in nats.
     """
 
     t: float = 0.4
@@ -34,6 +39,11 @@ class Settings:
     temperature: float | Tensor = 1.0
     alpha: float = 1.0
     beta: float = 0.5
+    shape: float = 0.0
+    a: float = 0.2
+    b: float = 0.7
+    weights: str = "student"
+    threshold: float = 1.0
 
 
 def _softmax(logits: Tensor) -> Tensor:

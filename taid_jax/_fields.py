@@ -178,13 +178,13 @@ def cast(name: str, value: Any, kind: Any) -> Any:
     raise SettingsError(f"{name}: need {' or '.join(wanted)}, got {show(value)}")
 
 
-def _inside(value: float | int, bounds: Mapping[str, float | int]) -> bool:
+def _inside(value: Any, bounds: Mapping[str, Any]) -> bool:
     return all(getattr(operator, test)(value, edge) for test, edge in bounds.items())
 
 
-def _describe(name: str, bounds: Mapping[str, float | int]) -> str:
+def _describe(name: str, bounds: Mapping[str, Any]) -> str:
     """Returns bounds as text, with the setting's name between two of them."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "ne": "other than"}
     parts = [f"{signs[test]} {edge}" for test, edge in bounds.items()]
     if len(parts) < 2:
         return parts[0] if parts else "a number"

@@ -52,13 +52,17 @@ ObjectiveName = Literal[
     "adaptive_kl",
     "ctkd",
     "dkd",
+    "alpha_mixture",
+    "alpha_beta",
+    "concrete_score",
+    "entropy_gated",
     "sft",
 ]
 SelectionMetric = Literal[
     "kl_teacher", "loss", "student_perplexity", "rouge_l", "exact_match"
 ]
 
-_TAID = {"objective": ("taid",)}
+_TAID = {"objective": ("taid", "alpha_mixture")}
 _PUBLISHED_TAID = {**_TAID, "t_schedule": ("taid",)}
 _ADAPTIVE_TAID = {**_PUBLISHED_TAID, "disable_adaptive": (False,)}
 _SKEWED = {"objective": ("skew_forward_kl", "skew_reverse_kl")}
@@ -69,8 +73,12 @@ _SOFTENED = (
     *_SKEWED["objective"],
     "adaptive_kl",
     "dkd",
+    "alpha_beta",
+    "concrete_score",
+    "entropy_gated",
 )
-_ON_POLICY = {"on_policy": ("mixed", "adaptive")}
+_COMPLETED = {"texts": {"ne": "data"}}
+_SHARE = re.compile(r"mixed:([0-9]+(?:\.[0-9]+)?)", re.ASCII)
 _SEVERAL = {"cluster": ("auto", "slurm", "k8s", "gcetpu", "gketpu", "ompi", "mpi4py")}
 
 
@@ -229,14 +237,16 @@ class ObjectiveSettings(Checked):
     Attributes:
         objective: The distillation objective; `sft` learns from the data alone.
         distil_ratio: Weight of the objective; the rest is next-token cross-entropy.
-        t_start: TAID's interpolation at the first step.
+        t_start: TAID's interpolation at the first step; that of alpha_mixture follows
+            the same schedule.
         t_end: TAID's interpolation at the last step.
         t_schedule: How TAID's interpolation rises: `taid` as published, `gap` so that
             the KL to the target stays what it was at first.
         alpha: TAID's adaptive step size.
         beta: TAID's momentum.
         disable_adaptive: Let TAID's t rise in a straight line.
-        temperature: Softens both distributions (KL family and DKD).
+        temperature: Softens both distributions (KL family and DKD), and in
+            concrete_score the weights.
         teacher_weight: The teacher's share of the mixture in Jensen-Shannon.
         skew: Of the skew KLs, the share of the distribution on the left of the KL in
             the mixture on its right.
@@ -245,6 +255,16 @@ class ObjectiveSettings(Checked):
         dkd_beta: Weight of DKD's part over the other classes.
         ctkd_ramp_steps: Steps over which CTKD's temperature gains its full strength.
         ctkd_ramp_epochs: The same in passes over the training data.
+        mixture_shape: Kind of mean in alpha_mixture (AMiD): -1 is arithmetic, 1
+            geometric, which is TAID; above 1 both sides have to find an entry probable.
+        alpha_beta_a: First power of alpha_beta (ABKD), of the teacher; with b 0 and a 1
+            it is the forward KL.
+        alpha_beta_b: Second power, of the student; with a 0 and b 1 it is the reverse
+            KL.
+        score_weights: Whose probabilities weigh the pairs of concrete_score: the
+            student's seek modes, the teacher's cover them.
+        entropy_threshold: Above this entropy of the teacher, in nats, entropy_gated
+            adds the forward KL to the reverse.
     """
 
     objective: ObjectiveName = "taid"
@@ -277,6 +297,17 @@ class ObjectiveSettings(Checked):
     ctkd_ramp_epochs: float | None = setting(
         None, gt=0, when={"objective": ("ctkd",)}, instead_of=("ctkd_ramp_steps",)
     )
+    mixture_shape: float = setting(
+        0.0, ge=-9, le=9, when={"objective": ("alpha_mixture",)}
+    )
+    alpha_beta_a: float = setting(0.2, ge=0, le=4, when={"objective": ("alpha_beta",)})
+    alpha_beta_b: float = setting(0.7, ge=0, le=4, when={"objective": ("alpha_beta",)})
+    score_weights: Literal["student", "teacher"] = setting(
+        "student", when={"objective": ("concrete_score",)}
+    )
+    entropy_threshold: float = setting(
+        1.0, ge=0, le=100, when={"objective": ("entropy_gated",)}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -284,46 +315,69 @@ class ObjectiveSettings(Checked):
         need("t_start, t_end", ends, ends[0] <= ends[1], "0 <= t_start <= t_end <= 1")
         grows = self.t_schedule != "gap" or ends[0] > 0
         need("t_start", ends[0], grows, "> 0 with t_schedule gap: t grows by factors")
+        powers = self.alpha_beta_a, self.alpha_beta_b
+        need("alpha_beta_a, alpha_beta_b", powers, sum(powers) >= 0.01, "a sum >= 0.01")
 
 
 @dataclasses.dataclass(frozen=True)
 class OnPolicySettings(Checked):
-    """Training on completions that the student itself generates.
+    """Whose texts the student is trained on, and how texts are generated.
 
     Attributes:
-        on_policy: `none` trains on the data alone; `mixed` on the student's own
-            completions in a fixed share of the steps (GKD); `adaptive` in a share that
-            grows while the held-out loss does not fall (DistiLLM). Needs --no-pack.
-        buffer_capacity: Completions that are kept to be trained on again; the oldest
-            go.
-        mixed_rate: Share of the steps that train on completions (`mixed`).
+        texts: Where a text comes from, whatever the objective: `data`; `student` or
+            `teacher`, which complete the prompts of the data; `mixed:0.5`, in this
+            share of the steps from a buffer of the student's completions, else the data
+            (GKD); `adaptive`, the student's in a share that grows while the held-out
+            loss does not fall, else the data (DistiLLM).
+        rollout_batch: Prompts that are completed one after the other before training
+            goes on; as many as batch_size by default.
+        buffer_capacity: Completions that are kept to be trained on; the oldest go.
+        reuse: How often a completion is trained on at most; once by default if all
+            texts are the student's or the teacher's, as often as it is drawn if some.
         adaptive_step: How much the share grows each time (`adaptive`).
         completion_tokens: Tokens of a completion at most. A prompt of more than seq_len
-            minus this many tokens is not completed: its row stays as the data have it.
-        completion_temperature: Of the student's draws; 0 takes the most probable token.
+            minus this many tokens is not completed.
+        completion_temperature: Of the draws; 0 takes the most probable token.
         completion_top_k: Draw from this many of the most probable tokens; from all by
             default.
         completion_top_p: Draw from the most probable tokens that hold this probability.
     """
 
-    on_policy: Literal["none", "mixed", "adaptive"] = "none"
-    buffer_capacity: int = setting(1000, ge=1, when=_ON_POLICY)
-    mixed_rate: float = setting(0.5, ge=0, le=1, when={"on_policy": ("mixed",)})
-    adaptive_step: float = setting(0.1, ge=0, le=1, when={"on_policy": ("adaptive",)})
-    completion_tokens: int = setting(128, ge=1, when=_ON_POLICY)
-    completion_temperature: float = setting(0.0, ge=0, when=_ON_POLICY)
+    texts: str = "data"
+    rollout_batch: int | None = setting(None, ge=1, when=_COMPLETED)
+    buffer_capacity: int = setting(1000, ge=1, when=_COMPLETED)
+    reuse: int | None = setting(None, ge=1, when=_COMPLETED)
+    adaptive_step: float = setting(0.1, ge=0, le=1, when={"texts": ("adaptive",)})
+    completion_tokens: int = setting(128, ge=1, when=_COMPLETED)
+    completion_temperature: float = setting(0.0, ge=0, when=_COMPLETED)
     completion_top_k: int | None = setting(
-        None, ge=1, when={**_ON_POLICY, "completion_temperature": {"gt": 0}}
+        None, ge=1, when={**_COMPLETED, "completion_temperature": {"gt": 0}}
     )
     completion_top_p: float = setting(
-        1.0, gt=0, le=1, when={**_ON_POLICY, "completion_temperature": {"gt": 0}}
+        1.0, gt=0, le=1, when={**_COMPLETED, "completion_temperature": {"gt": 0}}
     )
 
     def __post_init__(self):
         super().__post_init__()
+        share = self.mixed_share
+        known = self.texts in ("data", "student", "teacher", "adaptive")
+        holds = known if share is None else share <= 1
+        what = "data, student, teacher, adaptive, or mixed:SHARE, as mixed:0.5"
+        need("texts", self.texts, holds, what)
         warm = self.completion_temperature
         # Logits divided by less would not be numbers any more.
         need("completion_temperature", warm, warm == 0 or warm >= 1e-6, "0 or >= 1e-06")
+
+    @property
+    def mixed_share(self) -> float | None:
+        """The share of `mixed:SHARE`; None with other texts."""
+        share = _SHARE.fullmatch(self.texts)
+        return float(share[1]) if share else None
+
+    @property
+    def prompts_suffice(self) -> bool:
+        """Whether no answer of the data is trained on."""
+        return self.texts in ("student", "teacher")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,7 +535,7 @@ class Settings:
         model: Which models, and how they are held.
         data: What is read and how it becomes batches.
         objective: What the student is taught by.
-        on_policy: Training on completions that the student itself generates.
+        on_policy: Whose texts the student is trained on.
         optimizer: How its weights move.
         evaluation: What decides which checkpoint is the best.
         run: How long, where, and what is kept.
@@ -502,19 +556,24 @@ class Settings:
     )
 
     def __post_init__(self):
-        data, generation = self.data, self.on_policy
-        chosen, size, length = generation.on_policy, data.batch_size, data.seq_len
-        if chosen != "none":
-            what = "--no-pack, as each row has to be one prompt and its completion"
-            need("on_policy", chosen, not data.pack, what)
+        data, generated = self.data, self.on_policy
+        size, length = data.batch_size, data.seq_len
+        if generated.texts != "data":
             what = "no --buckets beside it: completions are of one length"
-            need("on_policy", chosen, not data.buckets, what)
-            tokens, capacity = generation.completion_tokens, generation.buffer_capacity
+            need("texts", generated.texts, not data.buckets, what)
+            what = "steps, or --no-pack: how many completions a row has is not known"
+            epochs = self.run.epochs
+            need("epochs", epochs, epochs is None or not data.pack, what)
+            tokens, capacity = generated.completion_tokens, generated.buffer_capacity
             what = f"fewer than seq_len, which is {length}, so that prompts have room"
             need("completion_tokens", tokens, tokens < length, what)
-            what = f"at least batch_size, which is {size}"
-            need("buffer_capacity", capacity, capacity >= size, what)
-            what = "none beside it: what the student itself writes is in no store"
+            least = max(size, generated.rollout_batch or size)
+            what = f"at least batch_size and rollout_batch, which is {least}"
+            need("buffer_capacity", capacity, capacity >= least, what)
+            what = (
+                f"none with texts {generated.texts}: what a model writes during the "
+                "run is in no store, and a store writes nothing"
+            )
             store = self.model.teacher_store
             need("teacher_store", store, store is None, what)
         rate, decay = self.optimizer.learning_rate, self.optimizer.weight_decay
@@ -575,7 +634,7 @@ def contradictions(saved: Settings, asked: Settings) -> list[str]:
         name = dotted.split(".")[1]
         new, free = flatten(asked)[dotted], _FIELDS[name][1].metadata.get("free")
         if name == "eval_every":  # The threshold moves with every held-out evaluation.
-            free = saved.on_policy.on_policy != "adaptive"
+            free = saved.on_policy.texts != "adaptive"
         elif name in ("student", "student_config"):
             # It is free which file is named, but not whether one is.
             free = None not in (old, new)

@@ -8,7 +8,7 @@ import pytest
 from taid_jax import settings as s
 
 ON_POLICY = {
-    "on_policy": "mixed",
+    "texts": "mixed:0.5",
     "pack": False,
     "seq_len": 64,
     "completion_tokens": 32,
@@ -60,12 +60,16 @@ def _refusal(values):
         (SHORT | {"buckets": "64;128"}, "numbers with commas"),
         (SHORT | {"buckets": "\u0666\u0664,128"}, "numbers with commas"),
         (ON_POLICY | {"buckets": "32"}, "no --buckets beside it"),
-        (ON_POLICY | {"pack": True}, "--no-pack"),
+        (ON_POLICY | {"texts": "mixed:1.01"}, "adaptive, or mixed:SHARE, as mixed:0.5"),
+        ({"texts": "mixed:half"}, "need data, student, teacher, adaptive, or mixed:"),
+        ({"texts": "none"}, "need data, student, teacher, adaptive, or mixed:SHARE"),
         (ON_POLICY | {"completion_tokens": 64}, "need fewer than seq_len, which is 64"),
         (
             ON_POLICY | {"buffer_capacity": 7},
             "buffer_capacity: need at least batch_siz",
         ),
+        (ON_POLICY | {"pack": True, "epochs": 1}, "epochs: need steps, or --no-pack"),
+        (ON_POLICY | {"rollout_batch": 9}, "rollout_batch, which is 9, got 8"),
         (ON_POLICY | {"completion_temperature": 1e-9}, "0 or >= 1e-06"),
         ({"selection_metric": "rouge_l"}, "eval_prompts: need >= 1"),
         # What the programs hold in float32 and int32.
@@ -123,8 +127,10 @@ def test_from_dict_says_what_was_needed(values, message):
         ("head_threshold", 1e-6, 0.999999, {"objective": "adaptive_kl"}),
         ("dkd_alpha", 0, 1e6, DKD),
         ("dkd_beta", 0, 1e6, DKD),
-        ("mixed_rate", 0, 1, ON_POLICY),
-        ("adaptive_step", 0, 1, ON_POLICY | {"on_policy": "adaptive"}),
+        ("alpha_beta_a", 0, 4, {"objective": "alpha_beta"}),
+        ("alpha_beta_b", 0, 4, {"objective": "alpha_beta"}),
+        ("entropy_threshold", 0, 100, {"objective": "entropy_gated"}),
+        ("adaptive_step", 0, 1, ON_POLICY | {"texts": "adaptive"}),
         ("completion_top_p", 1e-6, 1, ON_POLICY | {"completion_temperature": 1.0}),
         ("weight_decay", 0, 100, {"learning_rate": 1e-3}),
         ("seed", 0, 2**32 - 1, {}),
@@ -139,6 +145,21 @@ def test_from_dict_takes_what_is_within_the_bounds(name, least, most, beside):
         assert name in _refusal(beside | {name: value})
 
 
+def test_from_dict_takes_shapes_of_either_sign():
+    beside = {"objective": "alpha_mixture"}
+    for shape in (-9, -1.0, 1, 9):
+        found = s.from_dict(beside | {"mixture_shape": shape})
+        assert found.objective.mixture_shape == shape
+    for shape in (-9.1, 9.1):
+        assert "-9 <= mixture_shape <= 9" in _refusal(beside | {"mixture_shape": shape})
+
+
+def test_from_dict_needs_a_power_of_the_alpha_beta_divergence():
+    beside = {"objective": "alpha_beta", "alpha_beta_a": 0.0}
+    assert "alpha_beta_a, alpha_beta_b" in _refusal(beside | {"alpha_beta_b": 1e-3})
+    assert s.from_dict(beside | {"alpha_beta_b": 0.5})
+
+
 def test_bounds_of_settings_are_those_of_the_losses():
     from taid_jax import loss
 
@@ -147,10 +168,15 @@ def test_bounds_of_settings_are_those_of_the_losses():
     for bound in (0, 1e6):
         loss.DKD(bound, bound)
     loss.AdaptiveKL(1e-6)
+    for bound in (-9, 9):
+        loss.AlphaMixture(0.5, bound)
+    for powers in ((4, 4), (0, 0.01), (0.01, 0)):
+        loss.AlphaBeta(*powers)
+    for bound in (0, 100):
+        loss.EntropyGated(bound)
 
 
 JSD, TV = {"objective": "jensen_shannon"}, {"objective": "total_variation"}
-ADAPTIVE = ON_POLICY | {"on_policy": "adaptive"}
 LINEAR, ALONE = {"disable_adaptive": True}, {"cluster": "none"}
 COORDINATED = {"coordinator": "h:1", "num_processes": 1, "process_id": 0}
 RAMP = {"objective": "ctkd", "ctkd_ramp_epochs": 2.0}
@@ -166,15 +192,19 @@ WITHOUT_EFFECT = [
     ("jensen_shannon", {"objective": "skew_forward_kl"}, "teacher_weight=0.3"),
     ("objective skew_forward_kl or", JSD, "skew=0.3"),
     ("objective adaptive_kl", {}, "head_threshold=0.3"),
+    ("objective alpha_mixture", {}, "mixture_shape=-1.0"),
+    ("alpha_beta", {"objective": "alpha_mixture"}, "alpha_beta_a=1.0 temperature=2.0"),
+    ("objective alpha_beta", KL, "alpha_beta_b=1.0"),
+    ("objective concrete_score", {}, "score_weights=teacher"),
+    ("objective entropy_gated", {}, "entropy_threshold=0.5"),
     ("objective dkd", {}, "dkd_alpha=2.0 dkd_beta=2.0"),
     ("objective ctkd", {}, "ctkd_ramp_steps=3 ctkd_ramp_epochs=3.0"),
     ("objective taid or", {"objective": "sft"}, "distil_ratio=0.5"),
-    ("on_policy mixed or adaptive", {}, "buffer_capacity=9 completion_tokens=9"),
-    ("on_policy mixed or adaptive", {}, "completion_temperature=1.0"),
+    ("texts other than data", {}, "buffer_capacity=9 completion_tokens=9 reuse=2"),
+    ("texts other than data", {}, "completion_temperature=1.0 rollout_batch=8"),
     ("completion_temperature > 0", ON_POLICY, "completion_top_k=5"),
     ("completion_temperature > 0", ON_POLICY, "completion_top_p=0.5"),
-    ("on_policy adaptive", ON_POLICY, "adaptive_step=0.2"),
-    ("on_policy mixed", ADAPTIVE, "mixed_rate=0.2"),
+    ("texts adaptive", ON_POLICY, "adaptive_step=0.2"),
     ("eval_prompts >= 1", {}, "eval_tokens=9"),
     ("pack False", {}, "buckets=64"),
     ("fused True", {"fused": False}, "chunk_size=9"),
@@ -411,8 +441,8 @@ def test_contradictions_date_is_free_unless_another_is_asked_for():
 
 
 def test_contradictions_name_the_evaluations_that_move_the_adaptive_threshold():
-    for mode, expected in (("mixed", []), ("adaptive", ["run.eval_every"])):
-        saved = s.from_dict(ON_POLICY | {"on_policy": mode})
+    for texts, expected in (("mixed:0.5", []), ("adaptive", ["run.eval_every"])):
+        saved = s.from_dict(ON_POLICY | {"texts": texts})
         asked = s.from_dict({"eval_every": 3, "save_every": 2}, saved)
         found = s.contradictions(saved, asked)
         assert [line.split(":")[0] for line in found] == expected

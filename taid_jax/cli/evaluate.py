@@ -78,6 +78,7 @@ def _score(settings: Settings) -> "HeldOut":
     from taid_jax.sharding import check_batch, make_mesh
     from taid_jax.train.evaluate import check_finite, finished_state, make_evaluator
     from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
+    from taid_jax.train.on_policy.build import with_answers
     from taid_jax.train.on_policy.prompts import find_eval_prompts
 
     mesh = make_mesh(settings.run.mesh)
@@ -89,6 +90,7 @@ def _score(settings: Settings) -> "HeldOut":
     settings = with_steps(settings, len(dataset.train))
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     pair = load_pair(settings, mesh, opened, copies=2)
+    dataset = with_answers(settings, pair, dataset, tokenizer, mesh)
     for note in pair.notes:
         Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
     evaluator = make_evaluator(

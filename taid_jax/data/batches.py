@@ -9,7 +9,16 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from taid_jax.data.errors import DataError
-from taid_jax.data.packing import EMPTY, BucketBatches, Rows, TokenTable, bucket_of
+from taid_jax.data.packing import (
+    EMPTY,
+    BucketBatches,
+    Rows,
+    TokenTable,
+    bucket_of,
+    make_table,
+    pack_rows,
+)
+from taid_jax.data.tokens import Example
 from taid_jax.types import IGNORE_INDEX
 
 NumpyBatch = dict[str, Shaped[np.ndarray, "batch *length"]]
@@ -81,6 +90,23 @@ class ExampleSet:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def of_examples(
+        self, examples: Sequence[Example], rows: Rows | None = None
+    ) -> "ExampleSet":
+        """Returns other examples as batches like these hold them.
+
+        Args:
+            examples: At most `seq_len` tokens each.
+            rows: Which of them share a row, by their places; as few rows as packing
+                allows when None.
+        """
+        if rows is None:
+            lengths = [len(example.ids) for example in examples]
+            places = [(place,) for place in range(len(examples))]
+            rows = pack_rows(lengths, self.seq_len) if self.packed else places
+        table = make_table(enumerate(examples))
+        return dataclasses.replace(self, table=table, rows=rows)
+
     def tokens_of_rows(self) -> list[int]:
         """Returns the tokens of every row, padding left out."""
         lengths = self.table.lengths.tolist()
@@ -149,6 +175,28 @@ class ExampleSet:
         return {"prompt_lengths": found[0], "answer_ends": found[1]}
 
 
+def row_order(examples: ExampleSet, seed: int) -> grain.MapDataset[int]:
+    """Returns the numbers of all rows, epoch after epoch, each in an order of its own.
+
+    Without end, and any place is found at once.
+
+    Args:
+        examples: The rows.
+        seed: Of the order.
+
+    Raises:
+        DataError: If there are no rows or the seed is out of range.
+    """
+    if not len(examples):
+        raise DataError("nothing to train on: the data set has no rows")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"need 0 <= seed < 2**32, got {seed}")
+    order = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle()
+    # Without end, but for a length that grain cannot round up past an int64, as it does
+    # with batches of one row.
+    return order.repeat(2**62 // len(examples))
+
+
 def train_iterator(
     examples: ExampleSet,
     batch_size: int,
@@ -157,7 +205,6 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 4,
-    with_prompts: bool = False,
 ) -> grain.DatasetIterator[NumpyBatch]:
     """Returns an endless iterator over this process's part of every batch.
 
@@ -180,17 +227,14 @@ def train_iterator(
         process_index: This process, such as `jax.process_index()`.
         process_count: How many share the batch, such as `jax.process_count()`.
         prefetch: Batches made ahead, in one thread; 0 makes them when asked.
-        with_prompts: Add `prompt_lengths` and `answer_ends`: see `ExampleSet.prompts`.
 
     Raises:
         DataError: If there is nothing to train on, the seed is out of range or the
             batch does not divide by the processes.
     """
-    if not len(examples):
-        raise DataError("nothing to train on: the data set has no rows")
-    if not 0 <= seed < 2**32:
-        raise DataError(f"need 0 <= seed < 2**32, got {seed}")
+    order = row_order(examples, seed)
     part = _part_of_batch(batch_size, process_index, process_count)
+    size = part.stop - part.start
 
     # Only numbers of rows are drawn and cut; the process builds its own rows and no
     # others.
@@ -198,20 +242,11 @@ def train_iterator(
         tokens = examples.tokens_of_rows()
         draws = BucketBatches(tokens, examples.buckets, batch_size, seed)
         batches = grain.MapDataset.source(draws).map(
-            lambda draw: _make(
-                examples, draw.rows[part], part, with_prompts, draw.length
-            )
+            lambda draw: examples.batch(draw.rows[part], size, draw.length)
         )
     else:
-        batches = (
-            grain.MapDataset.source(range(len(examples)))
-            .seed(seed)
-            .shuffle()
-            # Without end, but for a length that grain cannot round up past an int64,
-            # as it does with batches of one row.
-            .repeat(2**62 // len(examples))
-            .batch(batch_size)
-            .map(lambda numbers: _make(examples, numbers[part], part, with_prompts))
+        batches = order.batch(batch_size).map(
+            lambda numbers: examples.batch(numbers[part], size)
         )
     options = grain.ReadOptions(
         num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
@@ -275,21 +310,11 @@ def held_out_iterator(
         rows = numbers[start : start + batch_size]
         longest = max((tokens[row] for row in rows), default=0) if tokens else 0
         length = bucket_of(longest, examples.buckets) if tokens else None
-        return _make(examples, rows[part], part, with_prompts, length)
+        own, size = rows[part], part.stop - part.start
+        extra = examples.prompts(own, size) if with_prompts else {}
+        return examples.batch(own, size, length) | extra
 
     return map(one, numbers[::batch_size][:limit])
-
-
-def _make(
-    examples: ExampleSet,
-    numbers: Sequence[int] | np.ndarray,
-    part: slice,
-    with_prompts: bool,
-    length: int | None = None,
-) -> NumpyBatch:
-    size = part.stop - part.start
-    extra = examples.prompts(numbers, size) if with_prompts else {}
-    return examples.batch(numbers, size, length) | extra
 
 
 def _part_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -15,10 +15,13 @@ from taid_jax.data.documents import (
 from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.template import ChatTemplate, Conversation, Cut
 from taid_jax.data.tokens import Rendered, Span, Tokenizer, is_rendered, shared_start
-from taid_jax.errors import shorten
+from taid_jax.errors import shorten, show
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 """What a template has round all that the assistant writes, where it says so itself."""
+
+_MARKED = "\ue000"
+"""An answer that no template writes by itself."""
 
 _PRIVATE = (*range(0xE000, 0xF8FF), *range(0xF0000, 0xFFFFE))
 """Characters that mean nothing in Unicode, to be told apart from a conversation's."""
@@ -60,6 +63,7 @@ class ChatRenderer:
         self._template = ChatTemplate(tokenizer, date)
         self._train_on_prompts = train_on_prompts
         self._merge_system = merge_system
+        self._asks = False
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         # The longest first, so that no token is taken for a shorter one it begins with.
         ends = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
@@ -69,17 +73,49 @@ class ChatRenderer:
         """Returns what a model is given to answer a conversation.
 
         Raises:
-            DataError: If there is no template for a conversation.
+            DataError: If there is no template for a conversation, or it asks for no
+                answer.
             RecordError: If the template refuses the conversation.
         """
+        all_count = self._train_on_prompts
         if self._is_bare(content):
-            return Rendered(content.messages[0].content or "", framed=True)
+            text = content.messages[0].content or ""
+            return Rendered(text, counts_all=all_count, framed=True, asks=True)
 
         def rendered(content: Chat) -> Rendered:
             texts = self._texts(content, [Cut(generation=True)])
-            return Rendered(texts.plain[0], unused_keys=texts.unused_keys)
+            return Rendered(
+                texts.plain[0],
+                counts_all=all_count,
+                unused_keys=texts.unused_keys,
+                asks=True,
+            )
+
+        self._check_asks()
 
         return self._merging(content, rendered)
+
+    def _check_asks(self) -> None:
+        """Looks once whether the template asks for an answer at all.
+
+        Raises:
+            DataError: If it begins an answer with more than it ends a prompt with.
+        """
+        if self._asks or not self.has_template:
+            return
+        pair = [message.for_template() for message in Chat.pair("a", _MARKED).messages]
+        cuts = [Cut(), Cut(1), Cut(1, generation=True)]
+        shown = self._template.render(Conversation(pair), cuts)
+        whole, bare, asked = (text if isinstance(text, str) else "" for text in shown)
+        header = whole.removeprefix(bare).partition(_MARKED)[0].strip()
+        written = whole.startswith(bare) and _MARKED in whole
+        if bare and bare == asked and written and header:
+            raise DataError(
+                f"the chat template begins an answer with {show(header)}, but does not "
+                "write that when it asks for one: a model would go on with the prompt. "
+                "Let it heed add_generation_prompt, or give another by --chat-template"
+            )
+        self._asks = True
 
     def chat(self, content: Chat) -> Rendered:
         """Returns a conversation as text, with the characters of its answers.

@@ -7,18 +7,25 @@ import os
 import pathlib
 import types
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from taid_jax.data.batches import ExampleSet, TokenColumns
-from taid_jax.data.errors import BadRecordPolicy, DataError, LeftOut, nothing_left
+from taid_jax.data.documents import Document
+from taid_jax.data.errors import (
+    BadRecordPolicy,
+    DataError,
+    LeftOut,
+    RecordError,
+    nothing_left,
+)
 from taid_jax.data.intake import Intake, Limits, read_documents
 from taid_jax.data.packing import TokenTable, check_buckets, make_table, pack_rows
 from taid_jax.data.shards import read_manifest, read_shards
-from taid_jax.data.sources import Names, find_source, read_source
+from taid_jax.data.sources import Names, Source, find_source, read_source
 from taid_jax.data.split import cut_only_text, hold_out
 from taid_jax.data.tokens import Encoder, Tokenizer
 
@@ -106,6 +113,7 @@ def load_dataset(
     bad_records: BadRecordPolicy = "raise",
     merge_system: bool = False,
     template_date: str | None = None,
+    prompts_suffice: bool = False,
 ) -> Dataset:
     """Reads a source, encodes it and splits it into train and held-out rows.
 
@@ -137,6 +145,8 @@ def load_dataset(
             turn of the user.
         template_date: What chat templates take for today, `YYYY-MM-DD`; today when
             None.
+        prompts_suffice: Take records that are asked and not answered, as examples that
+            end with the prompt. Not of a folder of prepared data, which has none.
 
     Raises:
         DataError: If a file or record cannot be used, or nothing is left.
@@ -172,8 +182,12 @@ def load_dataset(
             train_on_prompts=train_on_prompts,
             merge_system=merge_system,
             template_date=template_date,
+            prompts_suffice=prompts_suffice,
         )
-        encoded = _encode(source, intake, held_out_fraction, split_seed, left_out)
+        found = find_source(source)
+        records = read_source(found)
+        documents = read_documents(records, split_seed, prompts_suffice=prompts_suffice)
+        encoded = _encode(found, documents, intake, held_out_fraction, left_out)
     table = encoded.table
     sides = []
     for examples in (np.flatnonzero(~encoded.held_out), encoded.held_out_order):
@@ -210,14 +224,12 @@ class _Encoded(NamedTuple):
 
 
 def _encode(
-    names: Names,
+    source: Source,
+    documents: Iterator[tuple[str, Document | RecordError]],
     intake: Intake,
     held_out_fraction: float,
-    split_seed: int,
     left_out: LeftOut,
 ) -> _Encoded:
-    source = find_source(names)
-    documents = read_documents(read_source(source), split_seed)
     first = list(itertools.islice(documents, 2))
     if held_out_fraction:
         first = cut_only_text(first, held_out_fraction)

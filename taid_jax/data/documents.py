@@ -20,6 +20,7 @@ _PAIR_KEYS = (
     ("instruction", "output"),
 )
 """What is asked and what should follow, as data sets call them."""
+_ASKED_KEYS = tuple(pair[:1] for pair in _PAIR_KEYS)
 _OPTION_KEYS = ("tools", "documents", "chat_template_kwargs")
 """What a record has for the chat template beside its messages."""
 _BESIDE = ("system", *_OPTION_KEYS)
@@ -73,7 +74,7 @@ class Message(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation that opens with the user and has an answer in it.
+    """A conversation that opens with the user.
 
     Attributes:
         messages: Its turns.
@@ -85,6 +86,11 @@ class Chat:
     messages: tuple[Message, ...]
     options: tuple[tuple[str, Any], ...] = ()
     is_pair: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether it ends with something to be answered."""
+        return bool(self.messages) and self.messages[-1].role in ("user", "tool")
 
     @classmethod
     def pair(cls, prompt: str, *completion: str) -> "Chat":
@@ -112,7 +118,9 @@ class Document(NamedTuple):
     unused_keys: tuple[str, ...] = ()
 
 
-def make_document(record: object, seed: int) -> Document:
+def make_document(
+    record: object, seed: int, *, prompts_suffice: bool = False
+) -> Document:
     """Returns what a record of any of the formats of docs/data.md says.
 
     A conversation comes first, then a prompt and what follows it, then text; keys that
@@ -127,18 +135,22 @@ def make_document(record: object, seed: int) -> Document:
     Args:
         record: Of a file.
         seed: A different seed gives different ranks; 0 <= seed < 2**63.
+        prompts_suffice: Take a record that is not answered too.
 
     Raises:
         RecordError: If it is not a record, has other keys, values of another type, or a
             conversation that cannot be used. The place is not in the message.
     """
-    content, used = _parse(record)
+    alone = _ASKED_KEYS if prompts_suffice else ()
+    content, used = _parse(record, (*_PAIR_KEYS, *alone))
     if isinstance(content, Text):
         parts = [content.text]
     else:
         roles = [message.role for message in content.messages]
-        _check_order(roles)
-        opening = content.messages[: roles.index(ANSWER_ROLE)]
+        asks = prompts_suffice and content.asks
+        _check_order(roles, answered=not asks)
+        first = roles.index(ANSWER_ROLE) if ANSWER_ROLE in roles else len(roles)
+        opening = content.messages[:first]
         parts = [part for turn in opening for part in (turn.role, turn.content)]
     key = "\0".join(" ".join((part or "").split()).casefold() for part in parts)
     salt = seed.to_bytes(8, "little")
@@ -163,7 +175,7 @@ def parse_prompt(record: object) -> Chat:
     Raises:
         RecordError: As `make_document`, or if nothing is asked.
     """
-    content, _ = _parse(record, asked=True)
+    content, _ = _parse(record, _ASKED_KEYS)
     if isinstance(content, Text):
         raise _wrong_keys("`prompt` or `messages` with text", record)
     roles = [message.role for message in content.messages]
@@ -175,12 +187,14 @@ def parse_prompt(record: object) -> Chat:
     return dataclasses.replace(content, messages=content.messages[:end])
 
 
-def _parse(record: object, *, asked: bool = False) -> tuple[Content, tuple[str, ...]]:
+def _parse(
+    record: object, pairs: Sequence[tuple[str, ...]]
+) -> tuple[Content, tuple[str, ...]]:
     """Returns what a record says, and the keys that say it.
 
     Args:
         record: Of a file.
-        asked: Whether only the prompt of a pair is needed.
+        pairs: The keys of what is asked and what should follow, the first ones first.
     """
     if not isinstance(record, Mapping):
         raise _wrong(f"need an object with {_EXPECTED}, got {_type_name(record)}")
@@ -188,8 +202,7 @@ def _parse(record: object, *, asked: bool = False) -> tuple[Content, tuple[str, 
     if key := next((key for key in _CHAT_KEYS if key in there), None):
         turns = (*_opening(record, ()), *_messages(key, record[key]))
         return Chat(turns, _options(record)), (key, *_BESIDE)
-    needed = [pair[:1] if asked else pair for pair in _PAIR_KEYS]
-    if pair := next((pair for pair in needed if there.issuperset(pair)), None):
+    if pair := next((pair for pair in pairs if there.issuperset(pair)), None):
         used = (*pair, "input", "history", *_BESIDE)
         return _pair(record, pair), used
     if "text" in there:
@@ -301,9 +314,9 @@ def _messages(key: str, value: object) -> list[Message]:
     return [_message(number, message) for number, message in turns]
 
 
-def _check_order(roles: Sequence[str]) -> None:
-    """Raises RecordError if nothing is answered, or the user does not begin."""
-    if ANSWER_ROLE not in roles:
+def _check_order(roles: Sequence[str], *, answered: bool) -> None:
+    """Raises RecordError if the user does not begin, or nothing is `answered`."""
+    if answered and ANSWER_ROLE not in roles:
         raise RecordError(
             "no_answer",
             "the conversation has no assistant turn, so there is nothing to learn; "

@@ -50,19 +50,23 @@ class Outcome(NamedTuple):
 
 
 def read_documents(
-    records: Iterable[tuple[str, Record]], seed: int
+    records: Iterable[tuple[str, Record]], seed: int, *, prompts_suffice: bool = False
 ) -> Iterator[tuple[str, Document | RecordError]]:
     """Yields where each record stands and what it says, or why that cannot be known.
 
     Args:
         records: With their places.
         seed: Of the documents' ranks.
+        prompts_suffice: As `make_document` has it.
     """
     for origin, record in records:
         try:
             if isinstance(record, RecordError):
                 raise record
-            yield origin, make_document(record, seed)
+            yield (
+                origin,
+                make_document(record, seed, prompts_suffice=prompts_suffice),
+            )
         except RecordError as error:
             yield origin, error
 
@@ -77,6 +81,8 @@ class Intake:
         train_on_prompts: Count every token, not only the assistant's.
         merge_system: As `ChatRenderer` has it.
         template_date: As `ChatRenderer` has it.
+        prompts_suffice: A conversation that ends with a question is a prompt, and need
+            not have an answer.
     """
 
     def __init__(
@@ -87,8 +93,9 @@ class Intake:
         train_on_prompts: bool,
         merge_system: bool = False,
         template_date: str | None = None,
+        prompts_suffice: bool = False,
     ):
-        self._encoder = encoder
+        self._encoder, self._prompts_suffice = encoder, prompts_suffice
         self._renderer = ChatRenderer(
             encoder.tokenizer,
             train_on_prompts=train_on_prompts,
@@ -122,6 +129,8 @@ class Intake:
             return outcome._replace(error=document), None
         try:
             match document.content:
+                case Chat() as content if self._prompts_suffice and content.asks:
+                    rendered = self._renderer.prompt(content)
                 case Chat() as content:
                     rendered = self._renderer.chat(content)
                 case Text(text):
@@ -163,7 +172,9 @@ class Intake:
                 message = f"{size} tokens, the limit is {limit}"
                 return outcome._replace(error=RecordError(reason, message))
         error = None
-        if not example.counted.any():
+        if example.prompt == length:
+            pass  # Nothing has to count in what is only asked.
+        elif not example.counted.any():
             error = RecordError("all_masked", "no token of an answer")
         elif not example.answer_end and (limits.prompt or limits.answer):
             error = RecordError(

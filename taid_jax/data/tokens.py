@@ -47,7 +47,7 @@ class Example(NamedTuple):
         counted: `(tokens,)` bool; the first is False, as nothing comes before it.
         prompt: Tokens before the last answer, which a model is asked to go on from.
         answer_end: The token after the last answer's last. Both are 0 where the last
-            answer is not known.
+            answer is not known, and all tokens where there is none yet.
     """
 
     ids: Int32[np.ndarray, " tokens"]
@@ -74,6 +74,7 @@ class Rendered(NamedTuple):
             chat template brings itself.
         untrained: Those of the answers that do not count.
         unused_keys: What the record has for the chat template, which does not use it.
+        asks: It is a prompt, which no answer follows.
     """
 
     text: str
@@ -82,6 +83,7 @@ class Rendered(NamedTuple):
     framed: bool = False
     untrained: tuple[Span, ...] = ()
     unused_keys: tuple[str, ...] = ()
+    asks: bool = False
 
 
 def is_rendered(tokenizer: Tokenizer, prompt: str) -> bool:
@@ -182,6 +184,11 @@ class Encoder:
     def _example(
         self, item: Rendered, whole: list[int], pieces: list[list[int]]
     ) -> Example | RecordError:
+        if item.asks:
+            ids = self.begin(whole, added=item.framed)
+            counted = np.full(len(ids), item.counts_all)
+            counted[:1] = False
+            return Example(np.array(ids, np.int32), counted, len(ids), len(ids))
         found = self._find(item, whole, pieces)
         if found is None:
             return RecordError(

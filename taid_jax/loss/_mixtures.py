@@ -14,7 +14,7 @@ takes the one that suits it.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from taid_jax.loss._checks import check_static
 from taid_jax.loss._divergences import Divergence
 from taid_jax.loss._objective import STATIC, Parts, register_objective
 
+Share = float | int | Float[Array, "... 1"]
+"""Of a mixture; strictly between 0 and 1, without gradient; of each token or all."""
+
 
 class _Terms(NamedTuple):
     rho: Float[Array, "*tokens vocab"]
@@ -38,7 +41,14 @@ class _Terms(NamedTuple):
     """`v p / m`, up to a constant of the token."""
 
 
-def _terms(pair: softmax.Pair, share: float | int) -> _Terms:
+def _logs(share: Share) -> tuple[Any, Any]:
+    """Returns the logarithms of a share and of the rest."""
+    if isinstance(share, Array):
+        return jnp.log(share), jnp.log1p(-share)
+    return math.log(share), math.log1p(-share)
+
+
+def _terms(pair: softmax.Pair, share: Share) -> _Terms:
     x = pair.difference - pair.constant
     far = pair.top_ratio < -1
 
@@ -49,7 +59,7 @@ def _terms(pair: softmax.Pair, share: float | int) -> _Terms:
     low = x <= 0
     part = jnp.where(low, share, 1 - share)
     deep = jnp.logical_and(far, x < -1)
-    log_rest = math.log1p(-share)
+    _, log_rest = _logs(share)
     log_mixture = jnp.log1p(jnp.where(deep, share / (1 - share) * decay, part * growth))
     constant = jnp.where(far, log_rest, 0.0)
     mixture = 1 + part * growth
@@ -63,13 +73,14 @@ def _terms(pair: softmax.Pair, share: float | int) -> _Terms:
 
 
 def _teacher_share_above_top(
-    pair: softmax.Pair, share: float | int
+    pair: softmax.Pair, share: Share
 ) -> Float[Array, "*tokens vocab"]:
     """Returns `v p / m` less the same at the student's largest entry.
 
     0 where a confident student has its mass, so that nothing is left to cancel there.
     """
-    log_odds = math.log(share) - math.log1p(-share)
+    log_share, log_rest = _logs(share)
+    log_odds = log_share - log_rest
     x = pair.difference - pair.constant + log_odds
     top = pair.top_ratio + log_odds
     here, there = jax.nn.sigmoid(x), jax.nn.sigmoid(top)
@@ -128,6 +139,35 @@ class JensenShannon(Divergence):
         return softmax.per_token(value), gradient
 
 
+def skew_forward(pair: softmax.Pair, skew: Share) -> Parts:
+    """Returns `-sum p log m` for `m = skew p + (1 - skew) q`, in its parts."""
+    terms = _terms(pair, skew)
+    p = pair.teacher
+    surprise = terms.sigma - p.shifted
+    mean = softmax.row_sum(pair.target.exp * surprise) / p.total
+    value = mean + pair.mass * jnp.log(p.total)
+
+    def gradient() -> Float[Array, "*tokens vocab"]:
+        q = pair.student.exp / pair.student.total
+        above = _teacher_share_above_top(pair, skew)
+        return (1 - skew) / skew * q * (_mean(pair, above) - above)
+
+    return softmax.per_token(value), gradient
+
+
+def skew_reverse(pair: softmax.Pair, skew: Share) -> Parts:
+    """Returns `sum q (log q - log m)` for `m = (1 - skew) p + skew q`, in its parts."""
+    terms = _terms(pair, 1 - skew)
+    value = _mean(pair, terms.rho) - terms.constant
+
+    def gradient() -> Float[Array, "*tokens vocab"]:
+        q = pair.student.exp / pair.student.total
+        slope = terms.rho + terms.tau
+        return q * (slope - _mean(pair, slope))
+
+    return softmax.per_token(value), gradient
+
+
 @register_objective
 @dataclasses.dataclass(frozen=True)
 class SkewForwardKL(Divergence):
@@ -161,18 +201,7 @@ class SkewForwardKL(Divergence):
         super().__post_init__()
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
-        terms = _terms(pair, self.skew)
-        p = pair.teacher
-        surprise = terms.sigma - p.shifted
-        mean = softmax.row_sum(pair.target.exp * surprise) / p.total
-        value = mean + pair.mass * jnp.log(p.total)
-
-        def gradient() -> Float[Array, "*tokens vocab"]:
-            q = pair.student.exp / pair.student.total
-            above = _teacher_share_above_top(pair, self.skew)
-            return (1 - self.skew) / self.skew * q * (_mean(pair, above) - above)
-
-        return softmax.per_token(value), gradient
+        return skew_forward(pair, self.skew)
 
 
 @register_objective
@@ -206,12 +235,4 @@ class SkewReverseKL(Divergence):
         super().__post_init__()
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
-        terms = _terms(pair, 1 - self.skew)
-        value = _mean(pair, terms.rho) - terms.constant
-
-        def gradient() -> Float[Array, "*tokens vocab"]:
-            q = pair.student.exp / pair.student.total
-            slope = terms.rho + terms.tau
-            return q * (slope - _mean(pair, slope))
-
-        return softmax.per_token(value), gradient
+        return skew_reverse(pair, self.skew)

@@ -1,6 +1,7 @@
 """TAID: cross-entropy of the student to a teacher interpolated from the student."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,7 +15,34 @@ from taid_jax.loss._objective import ExactObjective, Parts, register_objective
 from taid_jax.loss._reduce import distillation_loss
 
 
-def _interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
+class Interpolated(ExactObjective):
+    """Cross-entropy to a distribution between the student's and the teacher's.
+
+    It carries no gradient. The metrics are `kl_teacher` and `kl_target`, KL(target ||
+    student).
+    """
+
+    t: Any
+
+    def __post_init__(self) -> None:
+        check_between("t", self.t, 0, 1)
+
+    def _interpolate(self, pair: softmax.Pair, t: Array) -> softmax.Pair:
+        """Returns the pair of the student and what lies between; t is float32."""
+        raise NotImplementedError
+
+    def _value_and_gradient(
+        self, student_logits: Array, teacher_logits: Array, labels: Array | None
+    ) -> Parts:
+        pair = softmax.normalise_pair(student_logits, teacher_logits)
+        return forward(self._interpolate(pair, jnp.asarray(self.t)))
+
+    def _metrics(self, pair: softmax.Pair) -> dict[str, Float[Array, "*tokens"]]:
+        target = self._interpolate(pair, as_scalar("t", self.t))
+        return {**super()._metrics(pair), "kl_target": softmax.kl(target)}
+
+
+def interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
     """Returns the pair of the student and the interpolated teacher."""
     # Mixed after each is shifted to its largest, where the entries that matter are
     # small numbers: a float32 of 100 has an error of 4e-6, as much as its probability.
@@ -36,7 +64,7 @@ def _interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
 
 @register_objective
 @dataclasses.dataclass(frozen=True)
-class TAID(ExactObjective):
+class TAID(Interpolated):
     """Cross-entropy to the interpolated teacher, in nats per token.
 
     The target is `softmax((1 - t) * student + t * teacher)` and carries no gradient.
@@ -71,18 +99,8 @@ class TAID(ExactObjective):
 
     t: ArrayLike
 
-    def __post_init__(self) -> None:
-        check_between("t", self.t, 0, 1)
-
-    def _value_and_gradient(
-        self, student_logits: Array, teacher_logits: Array, labels: Array | None
-    ) -> Parts:
-        pair = softmax.normalise_pair(student_logits, teacher_logits)
-        return forward(_interpolate(pair, jnp.asarray(self.t)))
-
-    def _metrics(self, pair: softmax.Pair) -> dict[str, Float[Array, "*tokens"]]:
-        target = _interpolate(pair, as_scalar("t", self.t))
-        return {**super()._metrics(pair), "kl_target": softmax.kl(target)}
+    def _interpolate(self, pair: softmax.Pair, t: Array) -> softmax.Pair:
+        return interpolate(pair, t)
 
 
 def taid_loss(

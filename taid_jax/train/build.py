@@ -12,6 +12,7 @@ from taid_jax.data import Dataset, train_iterator
 from taid_jax.errors import parsing
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
+from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import Settings
 from taid_jax.sharding import batch_part, replicated, tree_shardings
 from taid_jax.train.checkpoint import CheckpointError, Checkpoints, read_run
@@ -19,7 +20,8 @@ from taid_jax.train.evaluate import HeldOut
 from taid_jax.train.inputs import Pair
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
-from taid_jax.train.on_policy.buffer import OnPolicyBatches
+from taid_jax.train.on_policy.build import make_on_policy
+from taid_jax.train.on_policy.figures import with_text_figures
 from taid_jax.train.state import (
     DistillState,
     init_state,
@@ -63,6 +65,8 @@ def build_step(
     )
     scheduler = make_scheduler(settings.objective, run.steps)
     objective, learned = make_objective(settings.objective)
+    if settings.on_policy.texts != "data" and settings.objective.objective != "sft":
+        objective = with_text_figures(objective)
 
     def init(params: Params) -> DistillState:
         return init_state(
@@ -121,7 +125,7 @@ def build_loop(
     checkpoints: Checkpoints,
     mesh: Mesh,
     evaluate: Callable[[DistillState], HeldOut],
-    on_policy: OnPolicyBatches | None = None,
+    tokenizer: Tokenizer,
     step: int | None = None,
     models: Mapping[str, str] | None = None,
 ) -> tuple[Loop, DistillState]:
@@ -132,14 +136,16 @@ def build_loop(
     """
     built = build_step(settings, pair.student_config, pair.teacher_functions, mesh)
     part, parts = batch_part(mesh)
-    batches = train_iterator(
-        dataset.train,
-        settings.data.batch_size,
-        seed=settings.run.seed,
-        process_index=part,
-        process_count=parts,
-        with_prompts=on_policy is not None,
-    )
+    if settings.on_policy.texts == "data":
+        batches = train_iterator(
+            dataset.train,
+            settings.data.batch_size,
+            seed=settings.run.seed,
+            process_index=part,
+            process_count=parts,
+        )
+    else:
+        batches = make_on_policy(settings, pair, dataset, tokenizer, mesh)
     evaluations: list[dict[str, Any]] = []
     if step is None:
         state = built.init(pair.student_params)
@@ -148,8 +154,6 @@ def build_loop(
         place = read_run(checkpoints.folder / str(step)).place
         with parsing(f"the place in the data of checkpoint {step}", CheckpointError):
             batches.set_state(place["iterator"])
-            if on_policy is not None:
-                on_policy.set_state(place["on_policy"])
             evaluations = place["evaluations"]
     loop = Loop(
         settings=settings,
@@ -168,7 +172,6 @@ def build_loop(
             mesh,
             stored=None if pair.store is None else pair.store.manifest.kind,
         ),
-        on_policy=on_policy,
         models=models or {},
         evaluations=evaluations,
     )

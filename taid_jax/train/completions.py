@@ -9,21 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from taid_jax.data import pad_left
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import SettingsError
-from taid_jax.sharding import batch_part
-from taid_jax.train.on_policy.generation import (
-    decode,
-    end_ids,
-    make_complete,
-)
+from taid_jax.train.on_policy.generation import Completer, decode, end_ids
 from taid_jax.train.on_policy.prompts import EvalPrompt
 from taid_jax.types import Params
-
-_WIDTH = 32
-"""Prompts are padded to a multiple of this."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -61,38 +52,28 @@ class EvalCompletions:
                 f"has {shortest}) do not fit the student's context of "
                 f"{config.max_position_embeddings}"
             )
-        longest = max(len(each.prompt) for each in self.prompts)
-        self._width = min(-(-longest // _WIDTH) * _WIDTH, room)
-        self._tokenizer, self._mesh = tokenizer, mesh
-        self._batch_size = batch_size
-        self._ends = end_ids(tokenizer, generation, self.prompts)
-        self.references = [self._decode(each.reference) for each in self.prompts]
-        self._complete = make_complete(
+        self._tokenizer = tokenizer
+        self._complete = Completer(
             config,
             mesh,
             shardings=shardings,
-            ends=self._ends,
+            ends=end_ids(tokenizer, generation, self.prompts),
             max_new_tokens=max_new_tokens,
             dtype=jnp.dtype(dtype),
+            rows=batch_size,
         )
+        self.references = [self._decode(each.reference) for each in self.prompts]
 
     def _decode(self, ids: np.ndarray) -> str:
-        return decode(self._tokenizer, ids, self._ends)
+        return decode(self._tokenizer, ids, self._complete.ends)
 
     def __call__(self, params: Params) -> list[str]:
         """Returns the completion of each prompt, without its end token."""
-        part, parts = batch_part(self._mesh)
-        size, count = self._batch_size // parts, len(self.prompts)
-        completions: list[str] = []
-        for start in range(part * size, count + part * size, self._batch_size):
-            # Each process gives its own part, and hears the completions of all. The
-            # last batch repeats the first, so that all have one shape.
-            rows = [self.prompts[(start + row) % count].prompt for row in range(size)]
-            ids, mask = pad_left(rows, self._width)
-            batch = {"prompt_ids": ids, "prompt_mask": mask}
-            found = self._complete(params, batch, 0)["tokens"]
-            completions += map(self._decode, found)
-        return completions[:count]
+        prompts = [each.prompt for each in self.prompts]
+        # The most probable tokens: nothing is drawn.
+        return [
+            *map(self._decode, self._complete(params, prompts, [()] * len(prompts)))
+        ]
 
 
 class Scores(NamedTuple):

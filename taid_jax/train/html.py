@@ -253,7 +253,7 @@ def _time(
             continue
         add("waiting for the devices", whole - host - dispatch - generate)
         add("handing steps over", dispatch)
-        add("completions of the student", generate)
+        add("completions of texts", generate)
         add("data", data)
         add("the host's rest", host - data)
     busy = report.get("utilisation") or {}

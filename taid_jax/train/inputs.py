@@ -90,13 +90,13 @@ def check_memory(settings: Settings, mesh: Mesh, store: Store | None = None) -> 
     Raises:
         SettingsError: If they need more memory than this machine has.
     """
-    data, samples = settings.data, settings.on_policy
+    data, texts = settings.data, settings.on_policy
     width = _BYTES_OF_TOKEN
     if store is not None:
         width += _BATCHES * store.manifest.bytes_per_token
     sizes = {"batch_size": data.batch_size // batch_part(mesh)[1] * width}
-    if samples.on_policy != "none":
-        sizes["buffer_capacity"] = samples.buffer_capacity * 5  # Ids, and what counts.
+    if texts.texts != "data":
+        sizes["buffer_capacity"] = texts.buffer_capacity * 5  # Ids, and what counts.
     for name, size in sizes.items():
         needed, memory = size * data.seq_len, host_memory()
         if needed > memory:
@@ -236,6 +236,7 @@ def read_data(
         bad_records=data.bad_records,
         merge_system=data.merge_system,
         template_date=date,
+        prompts_suffice=settings.on_policy.prompts_suffice,
     )
     ids, count = dataset.train.table.ids, count_tokens(tokenizer)
     if len(ids) and not 0 <= ids.min() <= ids.max() < count:
@@ -460,7 +461,7 @@ def load_stored(
         notes += (
             f"the stored tokens have {about.mass:.4f} of its probability on average; "
             "the rest is spread over the others (--tail), so that objectives which mix "
-            "both rows (TAID, skew, Jensen-Shannon) are approximations",
+            "both rows (TAID, AMiD, skew, Jensen-Shannon) are approximations",
         )
     generation = model.generation
     return LoadedModel(config, params, tokenizer, about.source, generation, notes)

@@ -27,7 +27,7 @@ from taid_jax.train.checkpoint import Checkpoints
 from taid_jax.train.evaluate import HeldOut, check_finite, selection_metric
 from taid_jax.train.folder import way_on
 from taid_jax.train.metrics import MetricsLogger
-from taid_jax.train.on_policy.buffer import OnPolicyBatches
+from taid_jax.train.on_policy.texts import OnPolicyBatches
 from taid_jax.train.report import ConsoleProgress, Progress
 from taid_jax.train.state import DistillState, nonfinite_leaves
 from taid_jax.train.step import Metrics, TrainStep
@@ -113,14 +113,13 @@ class Loop:
         folder: Output folder.
         train_step: From `make_train_step`.
         teacher_params: Passed to every step.
-        batches: Training batches.
+        batches: Training batches, of the data or of completions.
         fingerprint: Of the data, saved beside their iterator's place.
         evaluate: Held-out evaluation of a state, which it leaves as it is.
         checkpoints: Where states are saved.
         mesh: Where batches go.
         progress: Who is shown how it goes.
         throughput: Of the steps.
-        on_policy: Puts the student's completions in place of batches.
         models: What identifies teacher and student, saved with every checkpoint.
         evaluations: Rows of the evaluations before, from the checkpoint.
     """
@@ -129,7 +128,7 @@ class Loop:
     folder: pathlib.Path
     train_step: TrainStep
     teacher_params: Params
-    batches: BatchIterator
+    batches: BatchIterator | OnPolicyBatches
     fingerprint: str
     evaluate: Callable[[DistillState], HeldOut]
     checkpoints: Checkpoints
@@ -138,7 +137,6 @@ class Loop:
         default_factory=lambda: ConsoleProgress(Console(quiet=True), 1)
     )
     throughput: Throughput = dataclasses.field(default_factory=Throughput)
-    on_policy: OnPolicyBatches | None = None
     models: Mapping[str, str] = dataclasses.field(default_factory=dict)
     evaluations: Sequence[Mapping[str, Any]] = ()
 
@@ -184,8 +182,8 @@ class Loop:
                         state, metrics = self.train_step(
                             state, self.teacher_params, batch
                         )
-                    if self.on_policy is not None:
-                        metrics |= self.on_policy.metrics()
+                    if isinstance(self.batches, OnPolicyBatches):
+                        metrics |= self.batches.metrics()
                     if pending:
                         self._write(*pending, tokens)
                     pending = (step, metrics)
@@ -220,11 +218,11 @@ class Loop:
 
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
         """Returns what a step trains on: a batch of the data, or of completions."""
-        with self.throughput.measured("data"):
-            rows = next(self.batches)
-        if self.on_policy is not None:
-            with self.throughput.measured("generate"):
-                rows = self.on_policy.batch(rows, state.params, step)
+        if isinstance(self.batches, OnPolicyBatches):
+            rows = self.batches.batch(state.params, step, self.throughput)
+        else:
+            with self.throughput.measured("data"):
+                rows = next(self.batches)
         with self.throughput.measured("data"):
             return place_batch(rows, self.mesh)
 
@@ -246,7 +244,6 @@ class Loop:
             place = {
                 "iterator": self.batches.get_state(),
                 "fingerprint": self.fingerprint,
-                "on_policy": self.on_policy.get_state() if self.on_policy else None,
                 "models": dict(self.models),
                 "evaluations": self._log.evaluations,
             }
@@ -263,8 +260,8 @@ class Loop:
                 raise ModelError(
                     f"the student has weights that are not finite: {wrong}"
                 )
-        if self.on_policy is not None and found.loss is not None:
-            self.on_policy.observe(found.loss)
+        if isinstance(self.batches, OnPolicyBatches) and found.loss is not None:
+            self.batches.observe(found.loss)
         self._log.evaluation({"step": step, **found._asdict()})
         return selection_metric(found, self.settings.evaluation.selection_metric)
 

@@ -49,6 +49,15 @@ def _fixed(settings: ObjectiveSettings) -> Objective | None:
         "skew_reverse_kl": lambda: loss.SkewReverseKL(skew, temperature),
         "adaptive_kl": lambda: loss.AdaptiveKL(settings.head_threshold, temperature),
         "dkd": lambda: loss.DKD(settings.dkd_alpha, settings.dkd_beta, temperature),
+        "alpha_beta": lambda: loss.AlphaBeta(
+            settings.alpha_beta_a, settings.alpha_beta_b, temperature
+        ),
+        "concrete_score": lambda: loss.ConcreteScore(
+            settings.score_weights, temperature
+        ),
+        "entropy_gated": lambda: loss.EntropyGated(
+            settings.entropy_threshold, temperature
+        ),
     }
     return make[settings.objective]() if settings.objective in make else None
 
@@ -80,6 +89,8 @@ def make_objective(
             objective = loss.CTKD(
                 loss.ctkd_temperature(learned["raw_temperature"]), strength
             )
+        elif settings.objective == "alpha_mixture":
+            objective = loss.AlphaMixture(schedule.t, settings.mixture_shape)
         else:
             objective = loss.TAID(schedule.t)
         return loss.Mix(objective, settings.distil_ratio) if mixed else objective

@@ -29,9 +29,11 @@ from taid_jax.train.folder import (
 )
 from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
 from taid_jax.train.loop import Loop, TrainingError
-from taid_jax.train.on_policy.buffer import make_on_policy
+from taid_jax.train.on_policy.build import with_answers
 from taid_jax.train.on_policy.generation import export_generation
 from taid_jax.train.on_policy.prompts import find_eval_prompts
+from taid_jax.train.on_policy.rules import describe_prompts
+from taid_jax.train.on_policy.texts import OnPolicyBatches
 from taid_jax.train.report import (
     CURVES,
     EVALUATIONS,
@@ -127,6 +129,8 @@ def _distil(
     dataset = read_data(settings, tokenizer, opened.store)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
+    if settings.on_policy.texts != "data":
+        output.notes += describe_prompts(settings.on_policy, dataset.train)
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     if saved is not None and step is not None:
         refuse_contradictions(saved, settings)
@@ -135,6 +139,7 @@ def _distil(
     pair = load_pair(settings, mesh, opened)
     models = distributed.broadcast(lambda: identify_models(pair))
     refuse_other_models(place.get("models", {}), models)
+    dataset = with_answers(settings, pair, dataset, tokenizer, mesh)
     own = ", ".join(f"{name}={value}" for name, value in changed(settings).items())
     lines = describe(settings, pair, dataset, mesh)
     left_out = describe_left_out(dataset.info)
@@ -163,7 +168,7 @@ def _distil(
         checkpoints,
         mesh,
         evaluator,
-        make_on_policy(settings, pair, dataset, tokenizer, mesh),
+        tokenizer,
         step,
         models,
     )
@@ -177,6 +182,9 @@ def _distil(
     checkpoints.close()
 
     params = distributed.gather(state.params)
+    batches, texts = loop.batches, {}
+    if isinstance(batches, OnPolicyBatches):
+        texts = {"texts": batches.summary(lambda ids: str(tokenizer.decode(ids)))}
 
     def publish() -> dict[str, Any]:
         export_model(
@@ -202,6 +210,7 @@ def _distil(
             "held_out_tokens": evaluations[0]["tokens"],
             "notes": list(pair.notes),
             "data": dataclasses.asdict(dataset.info),
+            **texts,
             "settings": to_dict(settings),
         }
         write_json(folder / REPORT, report)

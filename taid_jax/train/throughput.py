@@ -22,6 +22,7 @@ MEASURED = (
     "step_seconds",
     "data_seconds",
     "generate_seconds",
+    "learn_seconds",
     "dispatch_seconds",
     "host_seconds",
     "save_seconds",
@@ -157,8 +158,9 @@ class Throughput:
         Returns:
             The names of `MEASURED`. Seconds are those of a step on average, on this
             host: `step_seconds` from one to the next, `data_seconds` until a batch lies
-            on its devices, `generate_seconds` until the student has completed prompts,
-            `dispatch_seconds` handing the step over (on several CPU devices JAX
+            on its devices, `generate_seconds` until a model has completed prompts,
+            `learn_seconds` handing the step over and waiting for its end,
+            `dispatch_seconds` the first of both alone (on several CPU devices JAX
             computes meanwhile), `host_seconds` all that the host does beside these and
             beside waiting, data included. `save_seconds` is the whole time that
             checkpoints took; it is in no other figure, nor are evaluations. Operations
@@ -177,6 +179,7 @@ class Throughput:
             "step_seconds": seconds / steps,
             "data_seconds": spent["data"] / steps,
             "generate_seconds": spent["generate"] / steps,
+            "learn_seconds": (spent["wait"] + spent["dispatch"]) / steps,
             "dispatch_seconds": spent["dispatch"] / steps,
             "host_seconds": max(seconds - busy, 0.0) / steps,
             "save_seconds": spent["save"],

@@ -103,10 +103,9 @@ def test_train_iterator_has_no_more_shapes_than_buckets(examples):
 
 
 def test_train_iterator_with_buckets_leaves_rows_of_a_large_batch_empty(examples):
-    batch = next(train_iterator(examples, 32, seed=0, with_prompts=True))
+    batch = next(train_iterator(examples, 32, seed=0))
     assert batch["input_ids"].shape == (32, 16)
     assert (batch["attention_mask"].max(axis=1) == 0).sum() == 32 - len(LENGTHS)
-    assert batch["prompt_lengths"].shape == (32,)
 
 
 def test_held_out_batches_have_the_shortest_bucket_that_holds_them(examples):

@@ -1,5 +1,7 @@
 """Answers of conversations: exactly their tokens count, in five formats."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -519,3 +521,22 @@ def test_template_for_tools_is_taken_where_there_are_tools(tokenizer, monkeypatc
     assert tooled.text.startswith('[{"type"')
     assert tooled.unused_keys == ()
     assert renderer.chat(chat_of(*TWO)).text.startswith("<|im_start|>user")
+
+
+def test_prompt_is_what_comes_before_the_answer(styled_tokenizer):
+    """In all five formats, so that none of them is taken for one that does not ask."""
+    renderer = ChatRenderer(styled_tokenizer)
+    asked = renderer.prompt(Chat((QUESTION,)))
+    [example] = Encoder(styled_tokenizer).examples([asked])
+    answered = encode(styled_tokenizer, Chat((QUESTION, ANSWER)))
+    assert example.ids.tolist() == answered.ids[: answered.prompt].tolist()
+    assert example.prompt == example.answer_end == len(example.ids)
+    assert not example.counted.any()
+
+
+def test_prompt_of_a_template_that_does_not_ask_is_refused(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template[: template.index("{% if add_generation_prompt")]
+    with pytest.raises(DataError, match=r"begins an answer with '<|im_start|>assist"):
+        ChatRenderer(tokenizer).prompt(Chat((QUESTION,)))

@@ -263,3 +263,28 @@ def test_load_dataset_tells_what_is_not_used(tmp_path, tokenizer):
     )
     assert "split train" in info.notes[0]
     assert json.loads(json.dumps(dataclasses.asdict(info)))["num_skipped_files"] == 2
+
+
+def test_load_dataset_takes_prompts_without_answers_where_they_suffice(
+    write_jsonl, tokenizer
+):
+    turns = [("user", "Why?"), ("assistant", "So."), ("user", "And now?")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    records = [
+        {"prompt": "Whether?"},
+        {"instruction": "Say it.", "input": "once"},
+        chat,
+        {"prompt": "Is it?", "completion": "that is all."},
+    ]
+    path = write_jsonl(records)
+    options = {"seq_len": 128, "held_out_fraction": 0.0, "pack": False}
+    options |= {"bad_records": "count"}
+    found = load_dataset(str(path), tokenizer, prompts_suffice=True, **options)
+    examples = [found.train.table[number] for number in range(len(records))]
+    asked = [tokenizer.decode(each.ids[: each.prompt].tolist()) for each in examples]
+    for prompt, text in zip(asked, ("Whether?", "once", "now?", "Is it?"), strict=True):
+        assert f"{text}<|im_end|>" in prompt
+        assert prompt.endswith("<|im_start|>assistant\n")
+    assert [each.prompt == len(each.ids) for each in examples] == [True] * 3 + [False]
+    alone = load_dataset(str(path), tokenizer, **options)
+    assert alone.info.dropped == {"wrong_shape": 2}

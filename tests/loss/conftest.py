@@ -50,7 +50,7 @@ class Case:
 
     make: Callable[[], object]
     oracle: str
-    settings: dict[str, float] = dataclasses.field(default_factory=dict)
+    settings: dict[str, float | str] = dataclasses.field(default_factory=dict)
     divergence: bool = False
     """Whether it is 0 at equal distributions."""
     name: str = ""
@@ -63,6 +63,9 @@ def _cases() -> dict[str, Case]:
     from taid_jax import loss
 
     even = {"teacher_weight": 0.5, "temperature": 2.0}
+    early, sharp = {"t": 1e-3, "shape": -1.0}, {"t": 0.4, "shape": 3.0}
+    seeking, covering = {"a": 0, "b": 1}, {"a": 1, "b": 0, "temperature": 2.0}
+    of_teacher = {"weights": "teacher", "temperature": 1.5}
     warm = {"alpha": 0.7, "beta": 2, "temperature": 3.0}
     cases = {
         "taid": Case(lambda: loss.TAID(0.4), "taid", {"t": 0.4}),
@@ -80,6 +83,29 @@ def _cases() -> dict[str, Case]:
         "skew_forward_kl": Case(loss.SkewForwardKL, "skew_forward_kl"),
         "skew_reverse_kl": Case(loss.SkewReverseKL, "skew_reverse_kl", {}, True),
         "adaptive_kl": Case(loss.AdaptiveKL, "adaptive_kl"),
+        "alpha_mixture": Case(
+            lambda: loss.AlphaMixture(0.4, 0), "alpha_mixture", {"t": 0.4}
+        ),
+        "alpha_mixture_early": Case(
+            lambda: loss.AlphaMixture(**early), "alpha_mixture", early
+        ),
+        "alpha_mixture_sharp": Case(
+            lambda: loss.AlphaMixture(**sharp), "alpha_mixture", sharp
+        ),
+        "alpha_beta": Case(loss.AlphaBeta, "alpha_beta", {}, True),
+        "alpha_beta_seeking": Case(
+            lambda: loss.AlphaBeta(**seeking), "alpha_beta", seeking, True
+        ),
+        "alpha_beta_covering": Case(
+            lambda: loss.AlphaBeta(**covering), "alpha_beta", covering, True
+        ),
+        "concrete_score": Case(loss.ConcreteScore, "concrete_score", {}, True),
+        "concrete_score_teacher": Case(
+            lambda: loss.ConcreteScore(**of_teacher), "concrete_score", of_teacher, True
+        ),
+        "entropy_gated": Case(
+            lambda: loss.EntropyGated(1.0), "entropy_gated", {"threshold": 1.0}, True
+        ),
         "ctkd": Case(lambda: loss.CTKD(4.0), "ctkd", {"temperature": 4.0}),
         "dkd": Case(loss.DKD, "dkd", {}, True),
         "dkd_warm": Case(lambda: loss.DKD(**warm), "dkd", warm, True),
@@ -100,6 +126,15 @@ CASES = (
     "skew_forward_kl",
     "skew_reverse_kl",
     "adaptive_kl",
+    "alpha_mixture",
+    "alpha_mixture_early",
+    "alpha_mixture_sharp",
+    "alpha_beta",
+    "alpha_beta_seeking",
+    "alpha_beta_covering",
+    "concrete_score",
+    "concrete_score_teacher",
+    "entropy_gated",
     "ctkd",
     "dkd",
     "dkd_warm",

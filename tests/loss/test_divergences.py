@@ -10,6 +10,10 @@ from taid_jax.loss import (
     DKD,
     TAID,
     AdaptiveKL,
+    AlphaBeta,
+    AlphaMixture,
+    ConcreteScore,
+    EntropyGated,
     ForwardKL,
     JensenShannon,
     ReverseKL,
@@ -143,6 +147,16 @@ CLOSED_FORMS = [
     # The head is the last entry alone, which holds one half; the gap there is 0.25 of
     # 0.75 in all.
     (AdaptiveKL(), _cross(P, Q) / 3 + _kl(Q, P) * 2 / 3),
+    (AlphaMixture(0.25, -1), _cross(0.25 * P + 0.75 * Q, Q)),
+    (
+        AlphaBeta(0.2, 0.7),
+        ((P**0.9 * 2 + Q**0.9 * 7) / 9 - P**0.2 * Q**0.7).sum() / 0.14,
+    ),
+    (ConcreteScore(), 2 * ((Q * np.log(P / Q) ** 2).sum() - _kl(Q, P) ** 2)),
+    (ConcreteScore("teacher"), 2 * ((P * np.log(P / Q) ** 2).sum() - _kl(P, Q) ** 2)),
+    # The teacher's entropy is 0.97 nats.
+    (EntropyGated(0.95), _kl(Q, P) + _kl(P, Q)),
+    (EntropyGated(1.0), _kl(Q, P)),
 ]
 
 
@@ -376,6 +390,9 @@ def test_every_objective_of_large_logits_is_finite(case, make_inputs, evaluate):
         lambda t: SkewForwardKL(temperature=t),
         lambda t: SkewReverseKL(temperature=t),
         lambda t: AdaptiveKL(temperature=t),
+        lambda t: AlphaBeta(temperature=t),
+        lambda t: ConcreteScore(temperature=t),
+        lambda t: EntropyGated(0.5, temperature=t),
     ],
 )
 def test_temperature_squared_multiplies_value_and_gradient(make_inputs, evaluate, make):

@@ -187,7 +187,7 @@ def test_upstream_gives_the_losses_of_a_checkout(checkout):
     upstream = Upstream(checkout)
     grid = Grid(scales=(1.0,), vocabs=(13,), dtypes=("float32",))
     case = next(random_cases(grid, 0))
-    for subject in SUBJECTS:
+    for subject in (each for each in SUBJECTS if not each.later):
         theirs = torch_outcome(subject, upstream.loss, case, "float32")
         ours = torch_outcome(subject, published_loss, case, "float32")
         # The same formula in another order of operations, float32.

@@ -36,8 +36,7 @@ LINES = [
     (
         "train_tpu",
         [
-            "--no-pack",
-            "--on-policy=mixed",
+            "--texts=mixed:0.5",
             "--completion-tokens=8",
             "--buffer-capacity=2000000000",
         ],

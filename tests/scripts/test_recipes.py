@@ -31,16 +31,16 @@ PAIRS = {
 
 # Objective, who generates, evaluations of an epoch, and what else the method sets.
 METHODS = {
-    "sft": ("sft", "none", 1, {}),
-    "fkl": ("forward_kl", "none", 1, {"objective.temperature": 1.0}),
-    "rkl": ("reverse_kl", "none", 1, {"objective.temperature": 1.0}),
-    "tvd": ("total_variation", "none", 1, {}),
-    "adaptive_kl": ("adaptive_kl", "none", 1, {"objective.head_threshold": 0.5}),
+    "sft": ("sft", "data", 1, {}),
+    "fkl": ("forward_kl", "data", 1, {"objective.temperature": 1.0}),
+    "rkl": ("reverse_kl", "data", 1, {"objective.temperature": 1.0}),
+    "tvd": ("total_variation", "data", 1, {}),
+    "adaptive_kl": ("adaptive_kl", "data", 1, {"objective.head_threshold": 0.5}),
     "gkd": (
         "jensen_shannon",
-        "mixed",
+        "mixed:0.5",
         1,
-        {"objective.teacher_weight": 0.1, "on_policy.mixed_rate": 0.5},
+        {"objective.teacher_weight": 0.1},
     ),
     "distillm": (
         "skew_forward_kl",
@@ -48,10 +48,10 @@ METHODS = {
         2,
         {"objective.skew": 0.1, "on_policy.adaptive_step": 0.1},
     ),
-    "ctkd": ("ctkd", "none", 1, {"objective.ctkd_ramp_epochs": 10.0}),
+    "ctkd": ("ctkd", "data", 1, {"objective.ctkd_ramp_epochs": 10.0}),
     "dkd": (
         "dkd",
-        "none",
+        "data",
         1,
         {
             "objective.dkd_alpha": 1.0,
@@ -61,7 +61,7 @@ METHODS = {
     ),
     "taid": (
         "taid",
-        "none",
+        "data",
         1,
         {
             "objective.t_end": 1.0,
@@ -72,7 +72,7 @@ METHODS = {
     ),
     "taid_linear": (
         "taid",
-        "none",
+        "data",
         1,
         {"objective.t_end": 1.0, "objective.disable_adaptive": True},
     ),
@@ -119,10 +119,10 @@ def _read(pair, method):
 @pytest.mark.parametrize(("pair", "method"), NAMES)
 def test_recipe_is_what_is_published(pair, method):
     teacher, student, t_start = PAIRS[pair]
-    objective, on_policy, evaluations, own = METHODS[method]
+    objective, texts, evaluations, own = METHODS[method]
     expected = {
         **SHARED,
-        **(ON_POLICY if on_policy != "none" else {}),
+        **(ON_POLICY if texts != "data" else {}),
         **own,
         "model.teacher": teacher,
         "model.student": student,
@@ -130,7 +130,7 @@ def test_recipe_is_what_is_published(pair, method):
         "objective.objective": EXCEPTIONS.get((pair, method), objective),
         # The others have no use for it.
         "objective.t_start": t_start if objective == "taid" else 0.4,
-        "on_policy.on_policy": on_policy,
+        "on_policy.texts": texts,
         "run.evals_per_epoch": evaluations,
         "run.output": f"runs/{pair}/{method}",
     }
@@ -183,7 +183,7 @@ def test_recipe_differs_from_the_defaults_in_what_is_published_alone():
         "data.data",
         "objective.objective",
         "objective.t_start",
-        "on_policy.on_policy",
+        "on_policy.texts",
         "run.evals_per_epoch",
         "run.output",
     }

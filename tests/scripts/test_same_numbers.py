@@ -63,7 +63,7 @@ def curve(twin, text, tmp_path):
         evaluator = make_evaluator(settings, pair, dataset, mesh, tokenizer=tokenizer)
         checkpoints = Checkpoints(tmp_path / "checkpoints")
         loop, state = build_loop(
-            settings, tmp_path, pair, dataset, checkpoints, mesh, evaluator
+            settings, tmp_path, pair, dataset, checkpoints, mesh, evaluator, tokenizer
         )
         rows = []
         for _ in range(STEPS):

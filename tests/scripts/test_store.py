@@ -401,7 +401,7 @@ def test_a_damaged_record_is_named_when_it_is_read(stored, broken, text, teacher
     [
         (["--seq-len=12"], "lacks .* examples, the first of them training example"),
         (["--teacher=x"], "teacher_store: need no teacher beside it, got both"),
-        (["--on-policy=mixed", "--no-pack", "--completion-tokens=4"], "in no store"),
+        (["--texts=student", "--completion-tokens=4"], "in no store"),
         (["--resize-embeddings"], "the stored vocabulary is as it is"),
         (["--tail=uniform"], "tail: has no effect with a store of kind hidden"),
     ],

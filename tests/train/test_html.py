@@ -80,6 +80,24 @@ def test_run_page_no_text_becomes_markup(folder):
     assert "⟨202e⟩" in page
 
 
+def test_run_page_shows_the_texts_that_were_trained_on(folder):
+    sample = {"prompt": HOSTILE, "completion": HOSTILE, "end": "truncated", "step": 3}
+    texts = {
+        "written": {"ended": 1234, "truncated": 5},
+        "pushed_out": 6,
+        "trained_by_age": {"0": 7, "1": 8, "4": 9},
+        "samples": [sample],
+    }
+    (folder / "report.json").write_text(json.dumps({"texts": texts}))
+    shown = json.loads((folder / "shown.json").read_text())
+    (folder / "shown.json").write_text(json.dumps(shown | {"outcome": "done"}))
+    page = run_page(folder)
+    assert "<img" not in page
+    assert "Written: 1,234 ended, 5 truncated; 6 left the buffer untrained." in page
+    assert "0: 7, 1: 8, up to 4: 9." in page
+    assert "truncated, before step 3" in page
+
+
 def test_run_page_of_a_diverged_run_says_why_and_leaves_gaps(folder):
     page = run_page(folder)
     assert "without an export: stopped at step 6" in page

@@ -25,6 +25,19 @@ OBJECTIVES = {
         {"ctkd_ramp_steps": 10},
         loss.CTKD(loss.ctkd_temperature(np.float32(1)), np.float32(0.5)),
     ),
+    "alpha_mixture": (
+        {"t_start": 0.2, "mixture_shape": -1.5},
+        loss.AlphaMixture(np.float32(0.2), -1.5),
+    ),
+    "alpha_beta": (
+        WARM | {"alpha_beta_a": 0.3, "alpha_beta_b": 0.6},
+        loss.AlphaBeta(0.3, 0.6, 2.0),
+    ),
+    "concrete_score": (
+        WARM | {"score_weights": "teacher"},
+        loss.ConcreteScore("teacher", 2.0),
+    ),
+    "entropy_gated": (WARM | {"entropy_threshold": 0.5}, loss.EntropyGated(0.5, 2.0)),
     "dkd": (WARM | {"dkd_alpha": 0.9, "dkd_beta": 0.4}, loss.DKD(0.9, 0.4, 2.0)),
 }
 

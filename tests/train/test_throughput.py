@@ -183,6 +183,7 @@ def test_throughput_shares_the_time_out(clock):
         "step_seconds": 8.0,
         "data_seconds": 1.0,
         "generate_seconds": 0.0,
+        "learn_seconds": 6.5,
         "dispatch_seconds": 0.5,
         "host_seconds": 1.5,
         "save_seconds": 30.0,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 
 from taid_jax.data import DataError, Dataset, pad_left
 from taid_jax.data import Tokenizer as DataTokenizer
@@ -22,46 +22,38 @@ from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.load import LoadedModel
 from taid_jax.models.files.tokenizer import Tokenizer, warn
 from taid_jax.models.files.vocabulary import count_tokens
-from taid_jax.models.generation import generate, prepare, refuse_nonfinite
+from taid_jax.models.generation import Prepared, generate, prepare, refuse_nonfinite
 from taid_jax.models.sampling import GREEDY, SamplingParams
-from taid_jax.sharding import place_batch, replicated
+from taid_jax.sharding import batch_part, place_batch, replicated
 from taid_jax.train.on_policy.prompts import (
     EvalPrompt,
     Job,
     Prompt,
     find_eval_prompts,
 )
-from taid_jax.types import FSDP, Params
+from taid_jax.types import TENSOR, Params
 
-NumpyBatch = dict[str, np.ndarray]
-Complete = Callable[[Params, NumpyBatch, int], NumpyBatch]
-"""`(params, rows of this process, step) -> rows of all processes`, with `tokens` and
-`lengths` of their completions beside what was given."""
+Complete = Callable[
+    [Params, Sequence[Sequence[int] | np.ndarray], Sequence[tuple[int, ...]]],
+    list[np.ndarray],
+]
+"""`(params, prompts, numbers) -> completions`, as `Completer` has it."""
 
 _LOOKED_AT = 64
 """So many prompts are looked at to see how their answers end."""
 
 _WIDTH = 64
-"""Prompts of files are padded to a multiple of this, so that few shapes compile."""
+"""Prompts are padded to a multiple of this, so that few shapes compile."""
 
 
-def make_complete(
-    config: DecoderConfig,
-    mesh: Mesh,
-    *,
-    shardings: Any,
-    ends: Sequence[int],
-    max_new_tokens: int,
-    dtype: DTypeLike,
-    sampling: SamplingParams = GREEDY,
-    seed: int = 0,
-) -> Complete:
-    """Returns the function that has a model complete the prompts of a batch.
+class Completer:
+    """Has a model complete prompts, those of like lengths together.
 
-    It runs on the parameters where they are; only the axis that cuts the weights
-    themselves is gathered, once a batch and in the dtype of the computation, not once a
-    token. Its batches hold `prompt_ids` and `prompt_mask`, padded on the left. A model
-    whose logits are not finite is a ModelError.
+    It runs on the parameters where they are; only the axes that cut the weights
+    themselves are gathered, once a call and in the dtype of the computation, not once a
+    token. A program is compiled for each width of prompts, a multiple of 64 tokens, and
+    serves for all later calls. What is drawn for a prompt depends on the seed and the
+    prompt's numbers, not on which others there are, on devices or on processes.
 
     Args:
         config: Of the model.
@@ -70,48 +62,113 @@ def make_complete(
         ends: Tokens that end a completion.
         max_new_tokens: Tokens of a completion at most.
         dtype: Of the computation.
+        rows: Prompts at once, over all processes.
         sampling: How tokens are taken.
         seed: Of the draws.
     """
-    whole = jax.tree.map(_without_fsdp, shardings)
 
-    def run(
-        params: Params, batch: dict[str, Array], step: Int[Array, ""]
-    ) -> dict[str, Array]:
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        params = jax.lax.with_sharding_constraint(params, whole)
-        found = generate(
+    def __init__(
+        self,
+        config: DecoderConfig,
+        mesh: Mesh,
+        *,
+        shardings: Any,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        dtype: DTypeLike,
+        rows: int,
+        sampling: SamplingParams = GREEDY,
+        seed: int = 0,
+    ):
+        self.ends, self._rows, self._mesh = tuple(ends), rows, mesh
+        self._room = config.max_position_embeddings - max_new_tokens
+        whole = jax.tree.map(_only_tensor, shardings)
+
+        def lay_out(params: Params) -> Prepared:
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+            params = jax.lax.with_sharding_constraint(params, whole)
             # Laid out layer by layer it is faster on a CPU, but only on a single one.
-            prepare(params, config, unroll=None if mesh.size == 1 else False),
-            config,
-            batch["prompt_ids"],
-            batch["prompt_mask"],
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=ends,
-            pad_token_id=0,
-            sampling=sampling,
-            key=jax.random.fold_in(jax.random.key(seed), step),
-            dtype=dtype,
-        )
-        return batch | {"tokens": found.tokens, "lengths": found.lengths}
+            return prepare(params, config, unroll=None if mesh.size == 1 else False)
 
-    compiled = jax.jit(run, out_shardings=replicated(mesh))
+        def key_of(numbers: Int[Array, " numbers"]) -> Key[Array, ""]:
+            key = jax.random.key(seed)
+            for number in numbers:
+                key = jax.random.fold_in(key, number)
+            return key
 
-    def complete(params: Params, rows: NumpyBatch, step: int) -> NumpyBatch:
-        found = compiled(params, place_batch(rows, mesh), jnp.int32(step))
-        completed = {name: np.asarray(value) for name, value in found.items()}
-        refuse_nonfinite(completed["tokens"])
-        return completed
+        def run(prepared: Prepared, batch: dict[str, Array]) -> tuple[Array, Array]:
+            found = generate(
+                prepared,
+                config,
+                batch["ids"],
+                batch["mask"],
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=ends,
+                pad_token_id=0,
+                sampling=sampling,
+                key=jax.vmap(key_of)(batch["numbers"]),
+                dtype=dtype,
+            )
+            return found.tokens, found.lengths
 
-    return complete
+        self._lay_out = jax.jit(lay_out)
+        self._run = jax.jit(run, out_shardings=replicated(mesh))
+
+    def prepare(self, params: Params) -> Prepared:
+        """Returns parameters for several calls, laid out once for all."""
+        return self._lay_out(params)
+
+    def __call__(
+        self,
+        params: Params | Prepared,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        numbers: Sequence[tuple[int, ...]],
+    ) -> list[np.ndarray]:
+        """Returns the completion of each prompt, with the token that ended it.
+
+        Args:
+            params: Of the model, or what `prepare` made of them.
+            prompts: Token ids, the same on all processes; none is empty, and each
+                leaves room for a completion.
+            numbers: What the draws of each depend on, as many for each.
+
+        Returns:
+            int32 ids, the same on all processes.
+
+        Raises:
+            ModelError: If the model's logits are not finite.
+        """
+        if not isinstance(params, Prepared):
+            params = self.prepare(params)
+        part, parts = batch_part(self._mesh)
+        size = self._rows // parts
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        found = [np.zeros(0, np.int32)] * len(prompts)
+        for first in range(0, len(order), self._rows):
+            chunk = order[first : first + self._rows]
+            # The last repeats its prompts, so that all have the same rows.
+            rows = [
+                chunk[n % len(chunk)] for n in range(part * size, part * size + size)
+            ]
+            longest = -(-len(prompts[chunk[-1]]) // _WIDTH) * _WIDTH
+            width = min(longest, self._room)
+            ids, mask = pad_left([prompts[row] for row in rows], width)
+            given = np.array([numbers[row] for row in rows], np.int32)
+            batch = {"ids": ids, "mask": mask, "numbers": given}
+            said, lengths = map(
+                np.asarray, self._run(params, place_batch(batch, self._mesh))
+            )
+            refuse_nonfinite(said)
+            for row, place in enumerate(chunk):
+                found[place] = said[row, : lengths[row]]
+        return found
 
 
-def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
-    """Returns the sharding of weights that every device of the fsdp axis has whole."""
+def _only_tensor(sharding: NamedSharding) -> NamedSharding:
+    """Returns the sharding of weights that is cut over the tensor axis alone."""
 
-    def keep(entry: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
-        axes = (entry,) if isinstance(entry, str) else entry or ()
-        return tuple(axis for axis in axes if axis != FSDP) or None
+    def keep(entry: str | tuple[str, ...] | None) -> str | None:
+        return TENSOR if entry == TENSOR or TENSOR in (entry or ()) else None
 
     spec = PartitionSpec(*(keep(entry) for entry in sharding.spec))
     return NamedSharding(sharding.mesh, spec)
@@ -139,36 +196,24 @@ def complete_prompts(
         mesh: Where batches go.
     """
     tokenizer = cast(Any, model.tokenizer)
-    ends = end_ids(tokenizer, model.generation)
-    room = model.config.max_position_embeddings - job.max_new_tokens
-    unroll = None if mesh.size == 1 else False
-    prepared = prepare(model.params, model.config, unroll=unroll)
-    seed = jax.random.key(job.seed)
+    complete = Completer(
+        model.config,
+        mesh,
+        shardings=jax.tree.map(lambda leaf: leaf.sharding, model.params),
+        ends=end_ids(tokenizer, model.generation),
+        max_new_tokens=job.max_new_tokens,
+        dtype=jnp.dtype(job.dtype),
+        rows=batch_size,
+        sampling=job.sampling,
+        seed=job.seed,
+    )
+    prepared, ends = complete.prepare(model.params), complete.ends
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        longest = max(len(prompt.ids) for prompt in batch)
-        # The last batch repeats prompts, so that all have one shape.
-        rows = [batch[row % len(batch)] for row in range(batch_size)]
-        width = min(-(-longest // _WIDTH) * _WIDTH, room)
-        ids, mask = pad_left([prompt.ids for prompt in rows], width)
-        placed = place_batch({"ids": ids, "mask": mask}, mesh)
-        numbers = jnp.array([prompt.number for prompt in rows])
-        found = generate(
-            prepared,
-            model.config,
-            placed["ids"],
-            placed["mask"],
-            max_new_tokens=job.max_new_tokens,
-            eos_token_ids=ends,
-            pad_token_id=0,
-            sampling=job.sampling,
-            key=jax.vmap(jax.random.fold_in, (None, 0))(seed, numbers),
-            dtype=jnp.dtype(job.dtype),
-        )
-        tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)
+        numbers = [(prompt.number,) for prompt in batch]
         records = []
-        for row, prompt in enumerate(batch):
-            said = tokens[row, : lengths[row]]
+        completions = complete(prepared, [prompt.ids for prompt in batch], numbers)
+        for prompt, said in zip(batch, completions, strict=True):
             text = decode(tokenizer, said, ends, strip=False)
             if text.strip():
                 about = {"number": prompt.number, "finished": int(said[-1]) in ends}
