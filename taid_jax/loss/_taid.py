@@ -1,12 +1,15 @@
 """TAID: cross-entropy of the student to a teacher interpolated from the student."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real, Shaped
 
+from taid_jax.loss import _one_pass as one_pass
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._checks import as_scalar, check_between
 from taid_jax.loss._divergences import forward
@@ -32,6 +35,34 @@ def _interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
         constant=offset + jnp.log(p.total / pair.student.total),
         offset=offset,
     )
+
+
+def _plain_values(
+    student_logits: Array, teacher_logits: Array, t: Array
+) -> tuple[Array, Array, Array]:
+    pair = softmax.normalise_pair(student_logits, teacher_logits)
+    target = _interpolate(pair, t)
+    return forward(target)[0], softmax.kl(pair), softmax.kl(target)
+
+
+def _plain_gradient(student_logits: Array, teacher_logits: Array, t: Array) -> Array:
+    pair = softmax.normalise_pair(student_logits, teacher_logits)
+    return forward(_interpolate(pair, t))[1]()
+
+
+def _with_derivative(function: Callable, plain: Callable) -> Callable:
+    """Returns a function with the derivative of another, equal one."""
+    result = jax.custom_jvp(function)
+
+    @result.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple:
+        return result(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return result
+
+
+_values = _with_derivative(one_pass.taid_values, _plain_values)
+_gradient = _with_derivative(one_pass.taid_gradient, _plain_gradient)
 
 
 @register_objective
@@ -77,12 +108,20 @@ class TAID(ExactObjective):
     def _value_and_gradient(
         self, student_logits: Array, teacher_logits: Array, labels: Array | None
     ) -> Parts:
+        t = jnp.asarray(self.t)
+        if one_pass.is_wanted():
+            rows = student_logits, teacher_logits, t
+            return _values(*rows)[0], lambda: _gradient(*rows)
         pair = softmax.normalise_pair(student_logits, teacher_logits)
-        return forward(_interpolate(pair, jnp.asarray(self.t)))
+        return forward(_interpolate(pair, t))
 
-    def _metrics(self, pair: softmax.Pair) -> dict[str, Float[Array, "*tokens"]]:
-        target = _interpolate(pair, as_scalar("t", self.t))
-        return {**super()._metrics(pair), "kl_target": softmax.kl(target)}
+    def _metrics(
+        self, student_logits: Array, teacher_logits: Array
+    ) -> dict[str, Float[Array, "*tokens"]]:
+        t = as_scalar("t", self.t)
+        values = _values if one_pass.is_wanted() else _plain_values
+        _, kl_teacher, kl_target = values(student_logits, teacher_logits, t)
+        return {"kl_teacher": kl_teacher, "kl_target": kl_target}
 
 
 def taid_loss(
