@@ -101,6 +101,8 @@ class ModelSettings(Checked):
             norms and activations: `none` no matrix product but attention's scores,
             `dots` all of attention, `full` each layer, of which the input alone is
             kept.
+        layer_unroll: Layers in one turn of the loop over layers, of the student and of
+            a live teacher: more of them compile longer, and may run faster.
         teacher_sharding: How the teacher's weights lie on the mesh: as the student's;
             whole on every device; cut over `data` too. The numbers are the same.
         allow_unknown_keys: Load models though their files have settings or tensors that
@@ -120,6 +122,7 @@ class ModelSettings(Checked):
         "default", when={"dtype": ("float32",)}
     )
     remat: Literal["none", "dots", "full"] = "none"
+    layer_unroll: int = setting(1, ge=1, free=True)
     teacher_sharding: Literal["same", "replicated", "all_devices"] = setting(
         "same", free=True
     )

@@ -263,6 +263,7 @@ class Study:
         methods = {**METHODS, **VARIANTS, EQUAL_TIME: METHODS["sft"]}
         text = "tuning" if run.tuning else "student"
         plan = self._plan
+        of_pair = (run.teacher, run.student) == tuple(plan.pair)
         return self._settings(
             {
                 "teacher_store": str(self._folder("stores", run.teacher)),
@@ -274,7 +275,8 @@ class Study:
                 "learning_rate": run.learning_rate,
                 "warmup_steps": run.steps // 20,
                 "ctkd_ramp_steps": max(1, run.steps // 2),
-                "eval_prompts": plan.prompts,
+                # Shown of the pair alone.
+                "eval_prompts": plan.prompts if of_pair and not run.tuning else 0,
                 "eval_tokens": plan.seq_len // 2,
                 "seed": run.seed,
                 **methods[run.method],

@@ -146,16 +146,16 @@ def _together(parts: Sequence[Sums], t: Array, *, across: bool = False) -> Sums:
     at_top = [
         jnp.where(part.student_top == student_top, part.at_top, FLOOR) for part in parts
     ]
-    target_tops = [
-        jnp.where(
-            part.student_top <= FLOOR,
-            FLOOR,
-            part.target_top
-            + (1 - t) * (part.student_top - student_top)
-            + t * (part.teacher_top - teacher_top),
-        )
-        for part in parts
-    ]
+    # Less than this is the mixture only where the teacher is masked.
+    least = jnp.where(t > 0, t * FLOOR, FLOOR)
+
+    def target_top(part: Sums) -> Array:
+        below = part.teacher_top - teacher_top
+        below = jnp.where(part.teacher_top <= FLOOR, FLOOR, below)
+        top = part.target_top + (1 - t) * (part.student_top - student_top) + t * below
+        return jnp.where(part.student_top <= FLOOR, FLOOR, jnp.maximum(top, least))
+
+    target_tops = [target_top(part) for part in parts]
     whole = _nothing(student_top.shape)._replace(
         student_top=student_top,
         teacher_top=teacher_top,

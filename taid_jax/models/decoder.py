@@ -179,6 +179,7 @@ def hidden_states(
     *,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    unroll: int = 1,
 ) -> Float[Array, "batch length d_model"]:
     """Returns the hidden states after the last norm, in `dtype`.
 
@@ -190,6 +191,7 @@ def hidden_states(
         dtype: Of the computation; norms and softmax are float32 inside.
         remat: What the backward pass computes again instead of keeping it: "none" no
             product, "dots" the attention, "full" whole layers.
+        unroll: Layers in one turn of the loop over layers, at least 1.
 
     Raises:
         ModelError: If `remat` is none of the three, or a sequence is longer than the
@@ -217,6 +219,7 @@ def hidden_states(
                 segments,
                 window=own.window_of(config),
                 scoring=scoring,
+                size=config.window,
             )
             return attended, None
 
@@ -225,7 +228,7 @@ def hidden_states(
         return constrain(x, ("batch", "length", None)), kept
 
     x = decoder.stream(ids, positions, dtype)
-    x, _ = jax.lax.scan(step, x, (params["layers"], pattern))
+    x, _ = jax.lax.scan(step, x, (params["layers"], pattern), unroll=unroll)
     return decoder.final_norm(x)
 
 
@@ -255,7 +258,11 @@ def head(params: Params, config: DecoderConfig) -> Head:
 
 
 def decoder_functions(
-    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    config: DecoderConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    unroll: int = 1,
 ) -> ModelFunctions:
     """Returns what a train step needs of the decoder.
 
@@ -263,10 +270,11 @@ def decoder_functions(
         config: The architecture.
         dtype: Of the computation, whatever the parameters have.
         remat: As in `hidden_states`.
+        unroll: As in `hidden_states`.
     """
-
-    def hidden(params: Params, batch: Batch) -> Array:
-        return hidden_states(params, batch, config, dtype=dtype, remat=remat)
+    hidden = functools.partial(
+        hidden_states, config=config, dtype=dtype, remat=remat, unroll=unroll
+    )
 
     return ModelFunctions(hidden=hidden, head=lambda params: head(params, config))
 

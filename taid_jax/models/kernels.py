@@ -5,7 +5,9 @@ Chosen while a program is traced, by the devices that it is for: those of the me
 """
 
 import functools
+import logging
 import math
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -44,32 +46,61 @@ def attend(
     *,
     window: Window,
     scoring: Scoring,
+    size: int | None = None,
 ) -> Queries:
     """Returns `causal_attention` by the platform's kernel, where that can do it.
 
     On a TPU that is splash attention, which keeps scores in the core's own memory; on
-    a GPU cuDNN's. Both need bfloat16 and a window that is the same in all layers. The
+    a GPU cuDNN's. Where neither can do it the log says so once, with the reason. The
     products that they sum in float32 are the same; a scale that is no power of two is
     multiplied into the queries before, which rounds them once more.
+
+    Args:
+        queries: As in `causal_attention`, and so are the others.
+        keys: See there.
+        values: See there.
+        segments: See there.
+        window: See there.
+        scoring: See there.
+        size: The one window of those layers that have any, where layers with and
+            without it share a program and `window` is an array.
     """
     mesh = activation_mesh()
     platform = _platform(mesh)
-    # Layers of several windows share one program, where the window is an array.
-    if queries.dtype == jnp.bfloat16 and isinstance(window, int | None):
-        if platform == "tpu" and _splash_fits(queries, mesh):
-            return splash_attention(
-                *(queries, keys, values, segments),
-                window=window,
-                scoring=scoring,
-                mesh=mesh,
+    whole: dict[str, Callable[..., Queries]] = {
+        "tpu": functools.partial(splash_attention, scoring=scoring, mesh=mesh),
+        "gpu": functools.partial(cudnn_attention, scoring=scoring),
+    }
+    if platform in whole:
+        reason = (
+            f"its products are {queries.dtype}, and the kernel's are bfloat16"
+            if queries.dtype != jnp.bfloat16
+            else _not_splash(queries, mesh)
+            if platform == "tpu"
+            else _not_cudnn(queries, segments, scoring)
+        )
+        if reason is None:
+            kernel, arrays = whole[platform], (queries, keys, values, segments)
+            if isinstance(window, int | None):
+                return kernel(*arrays, window=window)
+            return jax.lax.cond(
+                window < queries.shape[3],
+                functools.partial(kernel, window=size),
+                functools.partial(kernel, window=None),
+                *arrays,
             )
-        if platform == "gpu" and _cudnn_fits(queries, segments, scoring):
-            return cudnn_attention(
-                queries, keys, values, segments, window=window, scoring=scoring
-            )
+        _log_once(
+            f"attention of {queries.shape[3]} tokens is computed without the "
+            f"{platform.upper()}'s kernel: {reason}"
+        )
     return causal_attention(
         queries, keys, values, segments, window=window, scoring=scoring
     )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger("taid_jax").warning(message)
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -78,17 +109,21 @@ def _platform(mesh: Mesh | None) -> str:
     return "gpu" if device.platform in ("gpu", "cuda") else device.platform
 
 
-def _splash_fits(queries: Queries, mesh: Mesh | None) -> bool:
+def _not_splash(queries: Queries, mesh: Mesh | None) -> str | None:
+    """Returns why splash attention cannot be taken, None where it can."""
     batch, kv_heads, _, length, _ = queries.shape
     if length % _LANES:
-        return False
+        return f"the length is no multiple of {_LANES}"
     if mesh is None:
         # XLA cannot share a kernel out, and nothing says here how arrays lie.
-        return jax.device_count() == 1
+        several = "several devices, and no mesh that says how arrays lie"
+        return several if jax.device_count() > 1 else None
     sizes = (batch, RULES["batch"]), (kv_heads, RULES["kv_heads"])
-    return all(
+    if all(
         size % math.prod(mesh.shape[axis] for axis in axes) == 0 for size, axes in sizes
-    )
+    ):
+        return None
+    return f"{batch} rows and {kv_heads} heads of keys do not go over {mesh.shape}"
 
 
 @functools.lru_cache(maxsize=32)
@@ -172,16 +207,25 @@ def splash_attention(
     )(queries, keys, values, segments.astype(jnp.int32))
 
 
-def _cudnn_fits(queries: Queries, segments: Segments, scoring: Scoring) -> bool:
+def _not_cudnn(queries: Queries, segments: Segments, scoring: Scoring) -> str | None:
+    """Returns why cuDNN's attention cannot be taken, None where it can.
+
+    https://docs.nvidia.com/deeplearning/cudnn, "fused flash attention", and what JAX
+    asks for before it writes the call down.
+    """
     length, head_dim = queries.shape[3:]
-    # https://docs.nvidia.com/deeplearning/cudnn, "fused flash attention": head_dim is a
-    # multiple of 8, at most 128 on all cards that have it.
-    return (
-        scoring.softcap is None
-        and head_dim % 8 == 0
-        and head_dim <= 128
-        and (segments is None or length <= _MOST_MASKED)
-    )
+    # As JAX asks: where another platform's program is compiled it knows no card.
+    card = getattr(jax.devices()[0], "compute_capability", "0")
+    widest = 256 if int(card.split(".")[0]) >= 9 else 128
+    if scoring.softcap is not None:
+        return "cuDNN has no soft cap"
+    if head_dim % 8 or head_dim > widest:
+        return f"heads of {head_dim}: need a multiple of 8, at most {widest}"
+    if segments is not None and length > _MOST_MASKED:
+        return f"a square of biases for more than {_MOST_MASKED} tokens is too large"
+    if segments is not None and length % 2:
+        return "with segments the length has to be even"
+    return None
 
 
 def cudnn_attention(

@@ -183,7 +183,8 @@ def abstract_step(
         mesh,
         TEACHER_RULES[model.teacher_sharding],
     )
-    functions, columns = decoder_functions(teacher, dtype=dtype), ()
+    unroll = model.layer_unroll
+    functions, columns = decoder_functions(teacher, dtype=dtype, unroll=unroll), ()
     if model.teacher_store is not None:
         store = read_manifest(pathlib.Path(model.teacher_store))
         columns = store.columns

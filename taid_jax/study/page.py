@@ -71,11 +71,15 @@ def _language(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     results, plan = Results(found["runs"]), found["plan"]
     teacher, student = plan["pair"]
     pair = {"teacher": teacher, "student": student}
-    methods = {}
+    methods, verdicts = {}, {}
     for steps in plan["budgets"]:
         same = {**pair, "budget": steps}
         rows = {name: {**same, "method": name} for name in results.methods(**same)}
         methods[steps] = _tables(results, rows, ("forward_kl", "sft"))
+        verdicts[steps] = {
+            reference: _verdict(results, rows, reference)
+            for reference in ("sft", EQUAL_TIME, "forward_kl")
+        }
     _draw(results, pair, plan["budgets"], folder / "methods.png")
     middle = {**pair, "budget": plan["middle_steps"]}
     rows = {name: {**middle, "method": name} for name in results.methods(**middle)}
@@ -90,6 +94,8 @@ def _language(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
         "rates": _rates(results, plan["learning_rates"]),
         "edges": _edges(results, plan["learning_rates"]),
         "methods": methods,
+        "verdicts": verdicts,
+        "of_variants": _verdict(results, rows, "taid_linear") if has_variants else "",
         "sizes": _sizes(plan, results),
         "variants": _tables(results, rows, ("taid_linear",)) if has_variants else [],
     }
@@ -121,7 +127,7 @@ def _tables(
             ],
         )
     ]
-    for reference in references:
+    for reference in [name for name in references if name in rows]:
         lines = []
         for name, row in rows.items():
             if name != reference:
@@ -131,6 +137,18 @@ def _tables(
                 lines.append([name, *map(_difference, pairs, figures)])
         tables.append(_table([f"less {reference}", *titles], lines))
     return tables
+
+
+def _verdict(results: Results, rows: Rows, reference: str) -> str:
+    """Returns which rows have a lower cross-entropy than one of them, and which not."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "within noise": []}
+    for name, row in rows.items() if reference in rows else ():
+        value = results.difference("cross_entropy", row, rows[reference])
+        if name != reference and value is not None and not math.isinf(value.half):
+            word = {-1: "better", 1: "worse", 0: "within noise"}[value.sign]
+            found[word].append(name)
+    texts = [f"{word}: {', '.join(names)}" for word, names in found.items() if names]
+    return "; ".join(texts) or "no differences of two seeds yet"
 
 
 def _mean(value: Interval | None, figure: Figure) -> str:

@@ -144,7 +144,11 @@ class Plan:
                     yield self._run(method, self.middle_steps, rate, 100, tuning=True)
 
     def runs(self, rates: Mapping[str, float], slowdown: float) -> list[Run]:
-        """Returns the runs that count, each once, all those of a seed together.
+        """Returns the runs that count, each once.
+
+        Those of the pair come first, the pair's student with other teachers beside
+        them, then other students, and last the seeds that the pair alone has: a study
+        that is not finished has as much as can be said of its pair.
 
         Args:
             rates: Learning rate of each method.
@@ -155,7 +159,11 @@ class Plan:
             runs += self._of_pair(rates, slowdown, seed)
             if seed in self.seeds_elsewhere:
                 runs += self._of_all(rates, seed)
-        return list(dict.fromkeys(runs))
+
+        def place(run: Run) -> tuple[bool, bool]:
+            return run.seed not in self.seeds_elsewhere, run.student != self.pair[1]
+
+        return sorted(dict.fromkeys(runs), key=place)
 
     def _of_pair(
         self, rates: Mapping[str, float], slowdown: float, seed: int

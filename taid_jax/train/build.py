@@ -78,7 +78,12 @@ def build_step(
         replicated(mesh),
     )
     step = make_train_step(
-        decoder_functions(student, dtype=jnp.dtype(dtype), remat=settings.model.remat),
+        decoder_functions(
+            student,
+            dtype=jnp.dtype(dtype),
+            remat=settings.model.remat,
+            unroll=settings.model.layer_unroll,
+        ),
         teacher,
         make_objective=objective,
         scheduler=scheduler,

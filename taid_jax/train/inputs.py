@@ -395,7 +395,9 @@ def load_pair(
     own_params = jax.jit(own, out_shardings=where)(params)
     dtype = jnp.dtype(model.dtype)
     if models.store is None:
-        functions = decoder_functions(teacher.config, dtype=dtype)
+        functions = decoder_functions(
+            teacher.config, dtype=dtype, unroll=model.layer_unroll
+        )
     else:
         about = models.store.manifest
         functions = stored_functions(

@@ -177,6 +177,14 @@ def test_hidden_states_with_rematerialisation_have_the_same_gradient():
     )
 
 
+def test_hidden_states_are_the_same_however_many_layers_a_turn_has():
+    batch, params = as_batch(input_ids=ids_of(TINY)), tiny_params()
+    expected = hidden_states(params, batch, TINY)
+    for unroll in (2, 3, 4):  # There are three.
+        found = hidden_states(params, batch, TINY, unroll=unroll)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_hidden_states_program_does_not_grow_with_the_layers():
     def size(num_layers):
         layers = tuple(index % 3 > 0 for index in range(num_layers))

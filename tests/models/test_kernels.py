@@ -96,7 +96,7 @@ def chosen(monkeypatch):
         with activations_on(None if mesh is None else make_mesh(mesh)):
             attend = functools.partial(kernels.attend, **options)
             jax.eval_shape(attend, queries, keys, keys, segments)
-        return taken[0].removesuffix("_attention")
+        return "+".join(name.removesuffix("_attention") for name in taken)
 
     return choose
 
@@ -118,6 +118,45 @@ def test_attend_takes_the_platforms_kernel_where_it_fits(chosen):
     assert chosen("gpu", scoring=capped) == "causal"
     assert chosen("gpu", head_dim=256) == "causal"
     assert chosen("gpu", length=8192) == "causal"
+    # JAX refuses it under a gradient.
+    assert chosen("gpu", length=255) == "causal"
+    # Layers with and without a window in one program: both are in it.
+    mixed = {"window": jnp.int32(100), "size": 100}
+    assert chosen("gpu", **mixed) == "cudnn+cudnn"
+    assert chosen("tpu", **mixed) == "splash+splash"
+
+
+@pytest.mark.multidevice
+def test_attention_without_the_platforms_kernel_is_said_once(chosen, caplog):
+    kernels._log_once.cache_clear()
+    chosen("cpu")
+    chosen("gpu")
+    assert not caplog.messages
+    for _ in range(2):
+        chosen("gpu", head_dim=512)
+        chosen("tpu", mesh="tensor=4,data=2")
+    assert len(caplog.messages) == 2
+    assert "heads of 512: need a multiple of 8, at most 128" in caplog.messages[0]
+    assert "8 rows and 2 heads of keys do not go over" in caplog.messages[1]
+
+
+def test_layers_with_and_without_a_window_share_a_program(monkeypatch):
+    arrays, segments = _arrays(64)
+    splash = functools.partial(kernels.splash_attention, interpret=True)
+    monkeypatch.setattr(kernels, "splash_attention", splash)
+    monkeypatch.setattr(kernels, "_platform", lambda mesh: "tpu")
+    monkeypatch.setattr(kernels, "_not_splash", lambda queries, mesh: None)
+    scoring = Scoring(0.125)
+    whole = int(jnp.iinfo(jnp.int32).max)
+    attend = jax.jit(functools.partial(kernels.attend, scoring=scoring, size=20))
+    # A segment has some 40 tokens.
+    for window, of_layer in ((20, 20), (None, whole)):
+        options = {"window": window, "scoring": scoring}
+        expected = causal_attention(*arrays, segments, **options)
+        found = attend(*arrays, segments, window=jnp.int32(of_layer))
+        difference = np.abs(np.asarray(expected - found, np.float32))
+        # Both round to 8 bits; with the other window it is more than 1.
+        assert difference.max() < 2**-4, window
 
 
 @pytest.mark.parametrize("window", [None, 100])

@@ -51,19 +51,37 @@ def test_decoder_gradients_are_float32_where_it_computes_in_bfloat16(tiny):
 
 
 @functools.cache
-def _products(jaxpr):
-    """The dtypes that the matrix products of a program read, with their results."""
-    found = set()
+def _equations(jaxpr):
+    """All equations of a program, those of programs in it too."""
+    found = [*jaxpr.eqns]
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            dtypes = [value.aval.dtype.name for value in equation.invars]
-            found.add(tuple(dtypes))
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if isinstance(inner, type(jaxpr)):
-                    found |= _products(inner)
+                    found += _equations(inner)
     return found
+
+
+def _products(jaxpr):
+    """The dtypes that the matrix products of a program read, with their results."""
+    return {
+        tuple(value.aval.dtype.name for value in equation.invars)
+        for equation in _equations(jaxpr)
+        if equation.primitive.name == "dot_general"
+    }
+
+
+def test_layer_unroll_is_that_of_both_models(tiny, make_settings, one_device):
+    def unrolled(count):
+        settings = make_settings(layer_unroll=count)
+        step, arguments = abstract_step(settings, *tiny, one_device)
+        equations = _equations(step.trace(*arguments).jaxpr.jaxpr)
+        scans = [e.params for e in equations if e.primitive.name == "scan"]
+        return sum(params["unroll"] == 2 for params in scans)
+
+    # Forward of the teacher, forward and backward of the student.
+    assert (unrolled(1), unrolled(2)) == (0, 3)
 
 
 def test_abstract_step_multiplies_in_bfloat16(tiny, make_settings, one_device):

@@ -99,8 +99,10 @@ def test_plan_runs_nothing_twice_and_tunes_what_has_no_rate():
     assert len({*names}) == len(names)
     longer = [run for run in runs if run.method == EQUAL_TIME]
     assert {(run.budget, run.steps) for run in longer} == {(100, 250), (1000, 2500)}
-    # Whole seeds, so that a study that is not finished has all tables.
-    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    # Whole seeds, so that a study that is not finished has all tables of its pair.
+    order = [(run.student == "larger", run.seed) for run in runs]
+    first = [each for each in order if each[1] < 3]
+    assert order == [*sorted(first), *sorted(each for each in order if each[1] > 2)]
     # Without a teacher it is one run for each student, whatever the teachers are.
     alone = [run for run in runs if run.method == "sft" and run.student != FULL.pair[1]]
     assert {run.student for run in alone} == {"larger"}
@@ -156,6 +158,8 @@ def test_page_says_what_is_noise_and_what_is_not(tmp_path):
     assert "| forward_kl | **-0.500 ± 0.000** better |" in page
     assert "| reverse_kl | **+0.250 ± 0.000** worse |" in page
     assert " noise |" in page
+    assert "| 10 | sft | better: forward_kl; worse: reverse_kl; within noise: " in page
+    assert "| 10 | forward_kl | worse: sft, reverse_kl, sft, equal time |" in page
     assert "an end of the grid for sft, forward_kl, reverse_kl." in page
     assert "3.0 times as many steps" in page
     assert f"So far {len(records)} of {len(records) + 1} runs are finished" in page
@@ -164,6 +168,14 @@ def test_page_says_what_is_noise_and_what_is_not(tmp_path):
     assert (folder / "methods.png").stat().st_size < 100_000
     assert "## Pictures" not in page
     assert "\n\n\n" not in page
+    # Of a study that is not finished.
+    values["runs"] = [each for each in records if each["method"] != "forward_kl"]
+    values["runs"][0] = {**records[0], "figures": {}, "diverged": True}
+    (folder / LANGUAGE).write_text(json.dumps(values))
+    page = make_page(folder)
+    assert "| reverse_kl | **+0.250 ± 0.000** worse |" in page
+    assert "less forward_kl" not in page
+    assert "have no figures: `middle-small-sft-20-0.0015-seed100-tuning`." in page
 
 
 def test_study_refuses_what_it_cannot_use(tmp_path, capsys):
