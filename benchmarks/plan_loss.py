@@ -8,8 +8,9 @@ tensor. Needs the `tpu` or `cuda` extra, no TPU or GPU.
 """
 
 import argparse
+import collections
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,14 @@ from taid_jax.errors import InputError, refuse
 from taid_jax.plan import find_machine
 from taid_jax.plan.compiled import compiled_anew, plan_mesh
 from taid_jax.plan.flops import count_flops
-from taid_jax.plan.traffic import count_traffic
+from taid_jax.plan.traffic import Kernel, list_kernels
 from taid_jax.sharding import MESH_AXES
 
 
 def compile_loss(
     mesh: Mesh, args: argparse.Namespace, *, fused: bool
-) -> tuple[int, int, float]:
-    """Returns bytes of temporaries, bytes moved, products as a share of the four."""
+) -> tuple[int, list[Kernel], float]:
+    """Returns bytes of temporaries, kernels, products as a share of the four."""
     n, student, teacher, vocab = (
         args.tokens,
         args.student_dim,
@@ -65,8 +66,26 @@ def compile_loss(
     if memory is None:
         raise RuntimeError(f"the compiler for {mesh.devices.flat[0]} gives no memory")
     needed = 2 * n * vocab * (3 * student + teacher)
-    moved = sum(count_traffic(compiled.as_text() or "").values())
-    return memory.temp_size_in_bytes, moved, count_flops(traced.jaxpr) / needed
+    kernels = list_kernels(compiled.as_text() or "")
+    return memory.temp_size_in_bytes, kernels, count_flops(traced.jaxpr) / needed
+
+
+def gigabytes(kernels: Iterable[Kernel]) -> str:
+    """Returns what kernels move in all, in words."""
+    return f"{sum(kernel.total_bytes for kernel in kernels) / 1e9:.1f} GB"
+
+
+def print_kernels(kernels: Iterable[Kernel]) -> None:
+    """Prints what moves a megabyte or more in a run, then a sum for each loop."""
+    outside: collections.Counter[int] = collections.Counter()
+    for kernel in kernels:
+        outside[kernel.runs] += 0 if kernel.product else kernel.bytes
+        if kernel.bytes >= 1e6:
+            what = "product" if kernel.product else "other"
+            moved = f"{kernel.runs:4} x {kernel.bytes / 1e9:.3f} GB"
+            print(f"  {moved}, {what}: {kernel.name}")
+    for runs, moved in outside.items():
+        print(f"  {runs:4} x {moved / 1e9:.3f} GB outside products")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -75,6 +94,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("machine", nargs="+", help="such as v5p:2x2x2 or h100:8")
     parser.add_argument(
         "--mesh", help="data=2,fsdp=2,tensor=2; one device when left out"
+    )
+    parser.add_argument(
+        "--kernels", action="store_true", help="list what reads and writes memory"
     )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--student-dim", type=int, default=2048)
@@ -96,12 +118,16 @@ def main(arguments: Sequence[str]) -> int:
         except InputError as error:
             return refuse(error)
         for form in ("fused", "plain"):
-            temp, moved, share = compile_loss(mesh, args, fused=form == "fused")
+            temp, kernels, share = compile_loss(mesh, args, fused=form == "fused")
+            outside = [kernel for kernel in kernels if not kernel.product]
             print(
                 f"{name} {args.mesh or 'one device'}, {form}: {temp / 2**30:.2f} GiB, "
-                f"{moved / 1e9:.1f} GB moved, {share:.4f} of the products needed",
+                f"{gigabytes(kernels)} moved, {gigabytes(outside)} outside products, "
+                f"{share:.4f} of the products needed",
                 flush=True,
             )
+            if args.kernels:
+                print_kernels(kernels)
     return 0
 
 

@@ -32,6 +32,7 @@ from taid_jax.loss._fused_mesh import (
     spread_vocabulary,
 )
 from taid_jax.loss._objective import Objective
+from taid_jax.loss._one_pass import one_pass
 from taid_jax.loss._reduce import (
     select_tokens,
     token_metrics,
@@ -60,6 +61,7 @@ class _Static(NamedTuple):
         chunk_size: Tokens of a chunk; chosen when None.
         partition: How the work lies on a mesh; None on one device.
         platform: "cpu", "gpu" or "tpu".
+        one_pass: Whether an objective should read its rows once for all of its sums.
         metrics: Names of the objective's.
     """
 
@@ -67,6 +69,7 @@ class _Static(NamedTuple):
     chunk_size: int | None
     partition: Partition | None
     platform: str
+    one_pass: bool
     metrics: tuple[str, ...]
 
 
@@ -174,8 +177,8 @@ def fused_loss(
     if student_hidden.size == 0:
         # Nothing to differentiate either: the gradient of a constant is 0.
         return jnp.float32(0), {name: jnp.float32(0) for name in ("num_tokens", *names)}
-    partition, platform = find_partition(mesh, student_hidden.shape[0])
-    static = _Static(vocab_size, chunk_size, partition, platform, tuple(names))
+    partition, platform, once = find_partition(mesh, student_hidden.shape[0])
+    static = _Static(vocab_size, chunk_size, partition, platform, once, tuple(names))
     moving = Moving(objective, student_hidden, student_head)
     fixed = Fixed(teacher_hidden, teacher_head, mask, labels)
     return _fused(static, moving, lax.stop_gradient(fixed))
@@ -437,6 +440,8 @@ class _Problem(NamedTuple):
         partition: Of the mesh, if there is one.
         parts: How many devices share the vocabulary.
         rows: Tokens that the objective takes at once.
+        one_pass: Whether it should read them once for all of its sums.
+        platform: "cpu", "gpu" or "tpu".
     """
 
     objective: Objective
@@ -447,6 +452,8 @@ class _Problem(NamedTuple):
     partition: Partition | None
     parts: int
     rows: int
+    one_pass: bool
+    platform: str
 
 
 def _local(
@@ -489,6 +496,8 @@ def _local(
         partition,
         parts,
         rows,
+        static.one_pass,
+        static.platform,
     )
     masked = fixed.mask is not None or fixed.labels is not None
     sums, in_hidden = _scan(problem, static.metrics, tokens, chunk, masked)
@@ -549,7 +558,11 @@ def _scan(
         nothing = jax.tree.map(
             lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(work, sums, part)[1]
         )
-        return lax.cond(start < live, work, lambda sums, _: (sums, nothing), sums, part)
+
+        def skip(sums: Outcome, _: _Tokens) -> tuple[Outcome, Array | None]:
+            return _touched(problem, sums), nothing
+
+        return lax.cond(start < live, work, skip, sums, part)
 
     starts = chunk * jnp.arange(chunks, dtype=jnp.int32)
     sums, in_hidden = lax.scan(
@@ -563,6 +576,21 @@ def _scan(
     if order is not None:
         in_hidden = jnp.take(in_hidden, jnp.argsort(order), axis=0)
     return sums, in_hidden
+
+
+def _touched(problem: _Problem, sums: Outcome) -> Outcome:
+    """Returns the same sums, of which the head's gradient seems to be another on a GPU.
+
+    A branch that gives back what it was given makes XLA for GPUs copy it once in every
+    chunk. One that writes into it, as the other branch does, has it in place.
+    """
+    kernel, axis = sums.gradients.kernel, problem.student.axes[0]
+    if kernel is None or problem.platform != "gpu":
+        return sums
+    # Along d_model: the vocabulary may be spread.
+    first = lax.slice_in_dim(kernel, 0, 1, axis=axis)
+    kernel = lax.dynamic_update_slice_in_dim(kernel, first, 0, axis)
+    return sums._replace(gradients=sums.gradients._replace(kernel=kernel))
 
 
 def _zeros(problem: _Problem, metrics: tuple[str, ...]) -> Outcome:
@@ -697,8 +725,9 @@ def _evaluate_group(
         new = iter(smooth)
         objective = tree.unflatten([next(new) if _is_smooth(x) else x for x in leaves])
         logits = _logits(product, problem.student, problem.vocab_size)
-        losses = objective(logits, teacher, rows.labels)
-        metrics = token_metrics(objective, logits, teacher, rows.labels)
+        with one_pass(problem.one_pass):
+            losses = objective(logits, teacher, rows.labels)
+            metrics = token_metrics(objective, logits, teacher, rows.labels)
         sums = {name: weighted_sum(x, rows.weight) for name, x in metrics.items()}
         return weighted_sum(losses, rows.weight), sums
 

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Float, Shaped
 
 from taid_jax.loss._objective import Objective
+from taid_jax.loss._one_pass import runs_on
 from taid_jax.loss._topk import TopK, TopKHead
 from taid_jax.types import DATA, FSDP, TENSOR, Head
 
@@ -74,10 +75,13 @@ class Partition(NamedTuple):
     tensor: int
 
 
-def find_partition(mesh: Mesh | None, leading: int) -> tuple[Partition | None, str]:
-    """Returns how to spread the work, and the platform: "cpu", "gpu" or "tpu".
+def find_partition(
+    mesh: Mesh | None, leading: int
+) -> tuple[Partition | None, str, bool]:
+    """Returns how to spread the work, the platform, and whether `one_pass` fits.
 
-    The partition is None on one device, and where the spreading is the compiler's.
+    The partition is None on one device, and where the spreading is the compiler's. The
+    platform is "cpu", "gpu" or "tpu".
 
     Args:
         mesh: The mesh of the call; that of `jax.set_mesh` when None. Axes over which
@@ -87,21 +91,26 @@ def find_partition(mesh: Mesh | None, leading: int) -> tuple[Partition | None, s
     """
     context = jax.sharding.get_abstract_mesh()
     found = context if mesh is None or context.manual_axes else mesh
-    platform = jax.default_backend()
+    platform, fits = jax.default_backend(), runs_on(jax.devices()[0])
     if found.empty:
-        return None, platform
+        # Nothing says how arrays lie.
+        return None, platform, fits and jax.device_count() == 1
     if isinstance(found, Mesh):
-        platform = found.devices.flat[0].platform
+        device = found.devices.flat[0]
+        platform, fits = device.platform, runs_on(device)
     elif found.abstract_device is not None:
         platform = found.abstract_device.platform
     free = [name for name in found.axis_names if name not in context.manual_axes]
     sizes = {name: found.shape[name] for name in free}
     tokens = tuple(name for name in (DATA, FSDP) if sizes.get(name, 1) > 1)
     fsdp, tensor = sizes.get(FSDP, 1), sizes.get(TENSOR, 1)
-    uneven = leading % math.prod(sizes[name] for name in tokens)
+    over_tokens = math.prod(sizes[name] for name in tokens)
+    uneven = leading % over_tokens
+    # Every row of logits has to lie whole on one device.
+    fits = fits and not uneven and over_tokens == math.prod(sizes.values())
     if uneven or (not tokens and tensor == 1):
-        return None, platform
-    return Partition(found, frozenset(free), tokens, fsdp, tensor), platform
+        return None, platform, fits
+    return Partition(found, frozenset(free), tokens, fsdp, tensor), platform, fits
 
 
 Local = Callable[[Partition | None, Moving, Fixed], Outcome]

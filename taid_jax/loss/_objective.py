@@ -152,9 +152,12 @@ class ExactObjective:
         )
         if teacher_logits is None:
             return {}
-        return self._metrics(softmax.normalise_pair(student_logits, teacher_logits))
+        return self._metrics(student_logits, teacher_logits)
 
-    def _metrics(self, pair: softmax.Pair) -> dict[str, Float[Array, "*tokens"]]:
+    def _metrics(
+        self, student_logits: Array, teacher_logits: Array
+    ) -> dict[str, Float[Array, "*tokens"]]:
+        pair = softmax.normalise_pair(student_logits, teacher_logits)
         return {"kl_teacher": softmax.kl(pair)}
 
 

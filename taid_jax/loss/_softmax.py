@@ -178,11 +178,11 @@ def at_top(
 
 
 def anchored_difference(
-    student_logits: Float[Array, "*tokens vocab"],
-    teacher_logits: Float[Array, "*tokens vocab"],
-    student_top: Float[Array, "*tokens 1"],
-    anchor: Float[Array, "*tokens 1"],
-) -> Float[Array, "*tokens vocab"]:
+    student_logits: Float[Array, "..."],
+    teacher_logits: Float[Array, "..."],
+    student_top: Float[Array, "..."],
+    anchor: Float[Array, "..."],
+) -> Float[Array, "..."]:
     """Returns teacher less student logits, less the same at the student's largest.
 
     A constant of the token means nothing to a softmax and much to float32. This one
@@ -191,9 +191,9 @@ def anchored_difference(
     two subtractions is put back.
 
     Args:
-        student_logits: May have entries of -inf.
+        student_logits: `(*tokens, vocab)`, may have entries of -inf.
         teacher_logits: The same.
-        student_top: The student's largest logit.
+        student_top: `(*tokens, 1)`, the student's largest logit.
         anchor: The teacher's logit at that entry.
     """
     difference, lost = _subtract(finite(teacher_logits), finite(student_logits))
@@ -292,7 +292,11 @@ def log_mass(pair: Pair) -> Float[Array, "*tokens 1"]:
     # Capped against overflow: the sum is then far from small.
     end = pair.target.exp * jnp.exp(jnp.minimum(pair.offset, 30.0))
     grown = step(pair.student.exp, end, pair.difference)
-    relative = row_sum(grown) / pair.student.total
+    return log_grown(row_sum(grown) / pair.student.total)
+
+
+def log_grown(relative: Float[Array, "*tokens 1"]) -> Float[Array, "*tokens 1"]:
+    """Returns `log(1 + relative)` if small, else inf; see `log_mass`."""
     near = jnp.abs(relative) < NEAR
     return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0.0)), jnp.inf)
 

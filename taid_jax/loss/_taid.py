@@ -1,13 +1,16 @@
 """TAID: cross-entropy of the student to a teacher interpolated from the student."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real, Shaped
 
+from taid_jax.loss import _one_pass as one_pass
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._checks import as_scalar, check_between
 from taid_jax.loss._divergences import forward
@@ -37,9 +40,12 @@ class Interpolated(ExactObjective):
         pair = softmax.normalise_pair(student_logits, teacher_logits)
         return forward(self._interpolate(pair, jnp.asarray(self.t)))
 
-    def _metrics(self, pair: softmax.Pair) -> dict[str, Float[Array, "*tokens"]]:
+    def _metrics(
+        self, student_logits: Array, teacher_logits: Array
+    ) -> dict[str, Float[Array, "*tokens"]]:
+        pair = softmax.normalise_pair(student_logits, teacher_logits)
         target = self._interpolate(pair, as_scalar("t", self.t))
-        return {**super()._metrics(pair), "kl_target": softmax.kl(target)}
+        return {"kl_teacher": softmax.kl(pair), "kl_target": softmax.kl(target)}
 
 
 def interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
@@ -60,6 +66,34 @@ def interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
         constant=offset + jnp.log(p.total / pair.student.total),
         offset=offset,
     )
+
+
+def _plain_values(
+    student_logits: Array, teacher_logits: Array, t: Array
+) -> tuple[Array, Array, Array]:
+    pair = softmax.normalise_pair(student_logits, teacher_logits)
+    target = interpolate(pair, t)
+    return forward(target)[0], softmax.kl(pair), softmax.kl(target)
+
+
+def _plain_gradient(student_logits: Array, teacher_logits: Array, t: Array) -> Array:
+    pair = softmax.normalise_pair(student_logits, teacher_logits)
+    return forward(interpolate(pair, t))[1]()
+
+
+def _with_derivative(function: Callable, plain: Callable) -> Callable:
+    """Returns a function with the derivative of another, equal one."""
+    result = jax.custom_jvp(function)
+
+    @result.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple:
+        return result(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return result
+
+
+_values = _with_derivative(one_pass.taid_values, _plain_values)
+_gradient = _with_derivative(one_pass.taid_gradient, _plain_gradient)
 
 
 @register_objective
@@ -101,6 +135,23 @@ class TAID(Interpolated):
 
     def _interpolate(self, pair: softmax.Pair, t: Array) -> softmax.Pair:
         return interpolate(pair, t)
+
+    def _value_and_gradient(
+        self, student_logits: Array, teacher_logits: Array, labels: Array | None
+    ) -> Parts:
+        if not one_pass.is_wanted():
+            return super()._value_and_gradient(student_logits, teacher_logits, labels)
+        rows = student_logits, teacher_logits, jnp.asarray(self.t)
+        return _values(*rows)[0], lambda: _gradient(*rows)
+
+    def _metrics(
+        self, student_logits: Array, teacher_logits: Array
+    ) -> dict[str, Float[Array, "*tokens"]]:
+        if not one_pass.is_wanted():
+            return super()._metrics(student_logits, teacher_logits)
+        t = as_scalar("t", self.t)
+        _, kl_teacher, kl_target = _values(student_logits, teacher_logits, t)
+        return {"kl_teacher": kl_teacher, "kl_target": kl_target}
 
 
 def taid_loss(

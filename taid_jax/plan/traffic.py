@@ -1,7 +1,9 @@
 """Bytes that the kernels of a compiled program read and write."""
 
 import collections
-from collections.abc import Mapping
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
 
 from taid_jax.plan.program import (
     NOTHING,
@@ -21,46 +23,103 @@ _FREE = (
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier"),
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
+# What XLA for GPUs calls libraries' products.
+_PRODUCT = 'custom_call_target="__cublas'
 # Custom calls that do nothing when the program runs.
 _MARKS = ('"AllocateBuffer"', '"AssumeGatherIndicesInBound"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An instruction of a compiled program that reads or writes memory.
+
+    Attributes:
+        name: In the program.
+        scope: Where in the traced program it comes from; empty when not said.
+        bytes: That one run of it reads and writes.
+        runs: How often loops run it; once where they have no fixed length.
+        product: Whether it holds a matrix product.
+    """
+
+    name: str
+    scope: str
+    bytes: int
+    runs: int
+    product: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all runs."""
+        return self.bytes * self.runs
 
 
 def count_traffic(text: str) -> dict[Part, int]:
     """Returns the bytes that one device reads and writes in its memory, by part.
 
+    Args:
+        text: What `compiled.as_text()` gives: the program of one device.
+    """
+    found: collections.Counter[Part] = collections.Counter()
+    for kernel in list_kernels(text):
+        found[part_of(kernel.scope)] += kernel.total_bytes
+    return dict(found)
+
+
+def list_kernels(text: str) -> list[Kernel]:
+    """Returns what reads and writes memory in a program, in its order.
+
     Each kernel reads its operands and writes its results once: of what it only slices
-    the slice, of what it updates in place the update. Loops count as often as they run
-    (once without a fixed length), a conditional by its dearest branch. Arrays that a
-    TPU's compiler keeps within the core are not memory. A GPU's cache can save some of
-    what is read soon after it was written, and kernels may read blocks again.
+    the slice, of what it updates in place the update. Of a conditional the dearest
+    branch counts. Arrays that a TPU's compiler keeps within the core are not memory. A
+    GPU's cache can save some of what is read soon after it was written, and kernels may
+    read blocks again.
 
     Args:
         text: What `compiled.as_text()` gives: the program of one device.
     """
     entry, computations = parse_program(text)
-    return dict(_traffic(entry, computations, ""))
+    return _kernels(entry, computations, "", 1)
 
 
-def _traffic(
-    name: str, computations: Mapping[str, Computation], around: str
-) -> collections.Counter[Part]:
-    """Returns the traffic of a computation that an instruction of a scope calls."""
-    found: collections.Counter[Part] = collections.Counter()
+def _kernels(
+    name: str, computations: Mapping[str, Computation], around: str, runs: int
+) -> list[Kernel]:
+    """Returns the kernels of a computation that an instruction of a scope calls."""
+    found = []
     here = computations.get(name, {})
     for one in here.values():
         scope = one.scope or _scope_within(one, computations) or around
-        inner = (_traffic(called, computations, scope) for called in called_by(one))
+        times = runs
         if one.opcode == "while":
-            times = trip_count(one, here, computations)
-            for part, size in sum(inner, collections.Counter()).items():
-                found[part] += size * (1 if times is None else times)
-        elif one.opcode == "conditional":
-            found += max(inner, key=collections.Counter.total)
-        elif one.opcode in ("call", "async-start"):
-            found += sum(inner, collections.Counter())
-        else:
-            found[part_of(scope)] += _moved(one, here, computations)
+            trips = trip_count(one, here, computations)
+            times *= 1 if trips is None else trips
+        inner = (
+            _kernels(called, computations, scope, times) for called in called_by(one)
+        )
+        if one.opcode == "conditional":
+            found += max(inner, key=_total_bytes)
+        elif one.opcode in ("while", "call", "async-start"):
+            found += itertools.chain.from_iterable(inner)
+        elif moved := _moved(one, here, computations):
+            product = _is_product(one, computations)
+            found.append(Kernel(one.name, scope, moved, runs, product))
     return found
+
+
+def _total_bytes(kernels: Iterable[Kernel]) -> int:
+    return sum(kernel.total_bytes for kernel in kernels)
+
+
+def _is_product(one: Instruction, computations: Mapping[str, Computation]) -> bool:
+    """Returns whether an instruction is a matrix product, or a fusion with one."""
+    if one.opcode in ("dot", "convolution") or _PRODUCT in one.rest:
+        return True
+    inner = called_by(one) if one.opcode == "fusion" else []
+    return any(
+        _is_product(each, computations)
+        for name in inner
+        for each in computations.get(name, {}).values()
+    )
 
 
 def _scope_within(one: Instruction, computations: Mapping[str, Computation]) -> str:

@@ -8,7 +8,7 @@ from taid_jax.plan.compiled import compiled_anew
 from taid_jax.plan.flops import count_flops_of_parts
 from taid_jax.plan.program import part_of
 from taid_jax.plan.roofline import Work, least_seconds
-from taid_jax.plan.traffic import count_traffic
+from taid_jax.plan.traffic import count_traffic, list_kernels
 
 pytestmark = pytest.mark.optimised
 
@@ -73,6 +73,26 @@ def test_count_traffic_of_a_program_counted_by_hand():
         "backward": 4 * (400 + 400 + 4),
         "teacher": 1600,
         "head": 1600 + 1600,
+    }
+
+
+def test_list_kernels_says_how_often_and_which_are_products():
+    product = """\
+%product (p.5: f32[1,100]) -> f32[1,1] {
+  %p.5 = f32[1,100]{1,0} parameter(0)
+  ROOT %dot = f32[1,1]{1,0} dot(%p.5, %p.5), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%body (b"""  # noqa: E501
+    one = "  %one = f32[1,1]{1,0} fusion(%taken), kind=kCustom, calls=%product\n"
+    text = PROGRAM.replace("%body (b", product).replace("  %kept", one + "  %kept")
+    found = {one.name: (one.bytes, one.runs, one.product) for one in list_kernels(text)}
+    assert found == {
+        "taken": (804, 4, False),
+        "one": (404, 4, True),
+        "kept": (804, 4, False),
+        "near": (1600, 1, False),
+        "n": (3200, 1, False),
     }
 
 

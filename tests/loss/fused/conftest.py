@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from taid_jax import loss
 from taid_jax.types import Head
@@ -151,3 +153,63 @@ def small_chunks(monkeypatch):
 
     monkeypatch.setitem(_fused._ENTRIES, "cpu", 128 * VOCAB)
     monkeypatch.setattr(_fused, "_CPU_ROWS", 16 * VOCAB)
+
+
+@pytest.fixture
+def compile_step():
+    """`compile_step(machine, ...)`: mean loss and both gradients, in bfloat16."""
+    d_student, d_teacher, vocab = 2048, 4096, 128256
+    from taid_jax.plan import find_machine
+    from taid_jax.plan.compiled import compiled_anew, plan_mesh
+
+    def compile_step(
+        name,
+        *,
+        tokens=8192,
+        mesh=None,
+        masked=True,
+        chunk_size=None,
+        transposed=False,
+    ):
+        machine = find_machine(name)
+        if mesh is None:
+            mesh = Mesh([[[machine.devices[0]]]], ("data", "fsdp", "tensor"))
+        else:
+            mesh = plan_mesh(mesh, machine)
+
+        def shape(layout, *sizes, dtype=jnp.bfloat16):
+            where = NamedSharding(mesh, layout)
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+        def mean(hidden, kernel, teacher_hidden, teacher_kernel, mask):
+            total, sums = loss.fused_loss(
+                loss.TAID(jnp.float32(0.4)),
+                hidden,
+                Head(kernel, transposed=transposed),
+                teacher_hidden,
+                Head(teacher_kernel, transposed=transposed),
+                mask if masked else None,
+                chunk_size=chunk_size,
+                mesh=mesh,
+            )
+            return total / sums["num_tokens"]
+
+        def kernel(*sizes):
+            axes = ("fsdp", "tensor")
+            if transposed:
+                sizes, axes = sizes[::-1], axes[::-1]
+            return shape(P(*axes), *sizes)
+
+        rows = P(("data", "fsdp"))
+        step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
+        lowered = step.lower(
+            shape(rows, tokens, d_student),
+            kernel(d_student, vocab),
+            shape(rows, tokens, d_teacher),
+            kernel(d_teacher, vocab),
+            shape(rows, tokens, dtype=jnp.float32),
+        )
+        with compiled_anew():
+            return lowered.compile()
+
+    return compile_step
