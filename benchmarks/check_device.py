@@ -103,10 +103,10 @@ class Report:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, section: str, **row: Any) -> None:
-        """Adds a row, says it and writes all."""
+        """Adds a row, writes all and says it."""
         self.rows.append({"section": section, **row})
-        print(f"{section} {row['row']}: {_said(row)}", flush=True)
         self.write()
+        print(f"{section} {row['row']}: {_said(row)}", flush=True)
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Returns how many rows of each section passed, were measured, skipped, ..."""
