@@ -63,8 +63,7 @@ SelectionMetric = Literal[
 ]
 
 _TAID = {"objective": ("taid", "alpha_mixture")}
-_PUBLISHED_TAID = {**_TAID, "t_schedule": ("taid",)}
-_ADAPTIVE_TAID = {**_PUBLISHED_TAID, "disable_adaptive": (False,)}
+_ADAPTIVE_TAID = {**_TAID, "disable_adaptive": (False,)}
 _SKEWED = {"objective": ("skew_forward_kl", "skew_reverse_kl")}
 _SOFTENED = (
     "forward_kl",
@@ -240,8 +239,6 @@ class ObjectiveSettings(Checked):
         t_start: TAID's interpolation at the first step; that of alpha_mixture follows
             the same schedule.
         t_end: TAID's interpolation at the last step.
-        t_schedule: How TAID's interpolation rises: `taid` as published, `gap` so that
-            the KL to the target stays what it was at first.
         alpha: TAID's adaptive step size.
         beta: TAID's momentum.
         disable_adaptive: Let TAID's t rise in a straight line.
@@ -278,10 +275,9 @@ class ObjectiveSettings(Checked):
     )
     t_start: float = setting(0.4, ge=0, le=1, when=_TAID)
     t_end: float = setting(1.0, ge=0, le=1, when=_TAID)
-    t_schedule: Literal["taid", "gap"] = setting("taid", when=_TAID)
     alpha: float = setting(5e-4, ge=0, when=_ADAPTIVE_TAID)
     beta: float = setting(0.99, ge=0, lt=1, when=_ADAPTIVE_TAID)
-    disable_adaptive: bool = setting(False, when=_PUBLISHED_TAID)
+    disable_adaptive: bool = setting(False, when=_TAID)
     # Logits are divided by it, and the loss multiplied by its square.
     temperature: float = setting(1.0, ge=1e-6, le=1e6, when={"objective": _SOFTENED})
     teacher_weight: float = setting(
@@ -313,8 +309,6 @@ class ObjectiveSettings(Checked):
         super().__post_init__()
         ends = self.t_start, self.t_end
         need("t_start, t_end", ends, ends[0] <= ends[1], "0 <= t_start <= t_end <= 1")
-        grows = self.t_schedule != "gap" or ends[0] > 0
-        need("t_start", ends[0], grows, "> 0 with t_schedule gap: t grows by factors")
         powers = self.alpha_beta_a, self.alpha_beta_b
         need("alpha_beta_a, alpha_beta_b", powers, sum(powers) >= 0.01, "a sum >= 0.01")
 

@@ -53,7 +53,7 @@ def test_study_runs_goes_on_and_refuses_another(
 ):
     out = tmp_path / "study" / "pictures.json"
     words = f"--data {data} --out {out} --teacher-logits {tmp_path / 'teacher.npz'}"
-    words += " --methods forward_kl taid_gap --seeds 1 --rates 0.01 --epochs 2"
+    words += " --methods forward_kl taid --seeds 1 --rates 0.01 --epochs 2"
     words = [*words.split(), "--teacher-epochs", "1", "--batch-size", "16"]
     results = pictures.main(words)
     kept = json.loads(out.read_text())
@@ -62,12 +62,12 @@ def test_study_runs_goes_on_and_refuses_another(
     assert [(run["method"], run["seed"], run["tuning"]) for run in runs] == [
         ("forward_kl", 0, True),
         ("forward_kl", 1, False),
-        ("taid_gap", 0, True),
-        ("taid_gap", 1, False),
+        ("taid", 0, True),
+        ("taid", 1, False),
     ]
     assert (kept["settings"]["train"], kept["settings"]["validation"]) == (88, 8)
     assert 0.4 < runs[-1]["figures"]["mean_t"] < 1
-    assert "| taid_gap | 0.01 (edge of the grid) |" in capsys.readouterr().out
+    assert "| taid | 0.01 (edge of the grid) |" in capsys.readouterr().out
 
     # A study that was stopped before its last run does that one, to the same numbers.
     kept["runs"] = runs[:-1]

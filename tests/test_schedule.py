@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from taid_jax.schedule import GapScheduler, ScheduledT, TAIDScheduler, TAIDState
+from taid_jax.schedule import ScheduledT, TAIDScheduler, TAIDState
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "parity" / "golden"
 HISTORIES = ("default", "stablelm_like", "fast", "linear", "short_end", "spiky")
@@ -270,95 +270,3 @@ def test_scheduled_t_keeps_the_last_one_where_the_schedule_is_nan():
         state = scheduler.update(state, jnp.float32(1), jnp.int32(step))
         ts.append(float(state.t))
     np.testing.assert_allclose(ts, [0.1, 0.1, 0.3], rtol=1e-6)  # float32
-
-
-def exact_gap(spreads, t, t_end, rate, beta):
-    """The KLs, t squared times a spread, and t before each step, in float64."""
-    steps, ts, kls = len(spreads), [t], []
-    window = min(1 / (1 - beta), max(1, steps // 10))
-    for step, spread in enumerate(spreads):
-        kls.append(spread * t**2)
-        # Weights of the past fall by beta a step, and add up to one.
-        weights = beta ** np.arange(step + 1)[::-1]
-        mean = t**2 * np.average(spreads[: step + 1], weights=weights)
-        if step < window - 0.5:
-            start = mean
-        new = t * (start / mean) ** (rate / 2)
-        left = steps - 1 - step
-        if left <= steps / 10:
-            new = max(new, t + (t_end - t) / max(left, 1))
-        t = max(t, min(new, t_end))
-        ts.append(t)
-    return kls, ts
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_gap_scheduler_follows_the_formula(beta):
-    rng = np.random.default_rng(3)
-    spreads = np.exp(0.1 * rng.standard_normal(60) - np.arange(60) / 30)
-    kls, expected = exact_gap(spreads, 0.2, 0.9, 0.3, beta)
-    scheduler = GapScheduler(60, t_start=0.2, t_end=0.9, rate=0.3, beta=beta)
-    found = history(scheduler, kls).t
-    np.testing.assert_allclose(found, expected[1:], rtol=1e-5)  # 60 float32 products
-    # It rises by the rule, is still on its way when the line begins, and the last step
-    # has the last t.
-    assert 0.3 < expected[52] < 0.8
-    assert expected[57] < found[58] == np.float32(0.9)
-
-
-def test_gap_scheduler_keeps_the_kl_of_a_student_that_learns():
-    """KL(p_t || student) is t**2 times what the student has still to learn."""
-    scheduler = GapScheduler(1000, t_start=0.3)
-
-    def step(state, index):
-        kl = state.t**2 * jnp.exp(-0.004 * index)
-        return scheduler.update(state, kl, index), (state.t, kl)
-
-    steps = jnp.arange(500, dtype=jnp.float32)
-    t, kl = jax.jit(lambda: jax.lax.scan(step, scheduler.init(), steps)[1])()
-    # The wanted t moves by 0.2% a step, 1 / rate + 1 / (1 - beta) steps ahead of t.
-    np.testing.assert_allclose(kl[10:], kl[10], rtol=0.08)
-    np.testing.assert_allclose(t[499] / t[10], np.exp(0.002 * 489), rtol=0.04)
-
-
-@pytest.mark.parametrize(
-    ("kl", "step"), [(np.nan, 3), (np.inf, 3), (-np.inf, 3), (1.0, np.nan)]
-)
-def test_gap_scheduler_keeps_its_state_without_finite_figures(kl, step):
-    scheduler = GapScheduler(100)
-    state = scheduler.update(scheduler.init(), 1.0, 0)
-    for before in (scheduler.init(), state):
-        found = scheduler.update(before, jnp.float32(kl), jnp.float32(step))
-        np.testing.assert_array_equal(found, before)
-
-
-def test_gap_scheduler_is_safe_at_the_edges():
-    """A student at its target goes to the end at once; one that strays never back."""
-    kls = np.array([1.0, 0.0, 1e30, 0.0, 1e-30] * 20)
-    steps = np.concatenate([np.arange(50), np.arange(50) * 50])
-    for settings in ({"beta": 0.0}, {"t_start": 0.3, "t_end": 0.8, "rate": 1.0}, {}):
-        scheduler = GapScheduler(100, **settings)
-        for given in (kls, kls * 0, kls[::-1]):
-            states = history(scheduler, given, steps)
-            assert all(np.isfinite(leaf).all() for leaf in states)
-            assert (np.diff(states.t) >= 0).all()
-            assert states.t[-1] == states.t.max() == np.float32(scheduler.t_end)
-    assert history(GapScheduler(1), [1.0]).t == 1
-    batch = jax.vmap(scheduler.update, (None, 0, None))
-    both = batch(scheduler.init(), jnp.array([1.0, 2.0]), 0)
-    np.testing.assert_allclose(both.kl_start, [1, 2], rtol=1e-6)  # float32
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"t_start": 0}, "t_start > 0, as t grows by factors"),
-        ({"t_end": 0.3}, "0 <= t_start <= t_end <= 1, got t_start = 0.4"),
-        ({"rate": 0.0}, r"0 < rate <= 1, got rate = 0\.0"),
-        ({"rate": float("nan")}, "rate = nan"),
-        ({"beta": 1.0}, "0 <= beta < 1"),
-    ],
-)
-def test_gap_scheduler_refuses_settings_out_of_range(settings, message):
-    with pytest.raises(ValueError, match=message):
-        GapScheduler(10, **settings)

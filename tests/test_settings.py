@@ -74,7 +74,6 @@ def _refusal(values):
         ({"selection_metric": "rouge_l"}, "eval_prompts: need >= 1"),
         # What the programs hold in float32 and int32.
         ({"b2": 0.99999999}, "0 <= b2 < 1 in float32"),
-        ({"t_schedule": "gap", "t_start": 0.0}, "t_start: need > 0 with t_schedule"),
         ({"eps": 1e-50}, "eps: need >= 1e-20"),
         ({"clip_norm": 1e300}, "clip_norm: need > 0 in float32"),
         ({"clip_norm": 1e-46}, "is 0"),
@@ -182,9 +181,6 @@ COORDINATED = {"coordinator": "h:1", "num_processes": 1, "process_id": 0}
 RAMP = {"objective": "ctkd", "ctkd_ramp_epochs": 2.0}
 WITHOUT_EFFECT = [
     ("objective taid", KL, "t_start=0.2 t_end=0.9 alpha=1e-3 disable_adaptive=true"),
-    ("objective taid", KL, "t_schedule=gap"),
-    ("t_schedule taid", {"t_schedule": "gap"}, "alpha=1e-3 beta=0.9"),
-    ("t_schedule taid", {"t_schedule": "gap"}, "disable_adaptive=true"),
     ("disable_adaptive False", LINEAR, "alpha=1e-3 beta=0.9"),
     ("objective forward_kl or reverse_kl", {}, "temperature=2.0"),
     ("or dkd", TV, "temperature=2.0"),

@@ -42,7 +42,7 @@ from flax import nnx
 from jax import Array
 
 from taid_jax import loss
-from taid_jax.schedule import GapScheduler, TAIDScheduler
+from taid_jax.schedule import TAIDScheduler
 
 CLASSES, BINS, TUNING_SEED = 10, 15, 0
 FIGURES = ("accuracy", "cross_entropy", "kl_teacher", "kl_reverse", "calibration_error")
@@ -88,14 +88,11 @@ METHODS: dict[str, Callable[[Teaching], Any]] = {
     ),
     "taid_linear": lambda now: loss.TAID(now.t),
     "taid": lambda now: loss.TAID(now.t),
-    "taid_gap": lambda now: loss.TAID(now.t),
 }
 
 
-def make_scheduler(method: str, steps: int) -> TAIDScheduler | GapScheduler:
+def make_scheduler(method: str, steps: int) -> TAIDScheduler:
     """Returns what moves t; the methods without a t leave it unused."""
-    if method == "taid_gap":
-        return GapScheduler(steps)
     return TAIDScheduler(steps, disable_adaptive=method == "taid_linear")
 
 
@@ -213,16 +210,14 @@ def train_student(
     def step(student, optimizer, schedule, index, images, labels, teacher_logits):
         def mean_loss(student: Student):
             now = Teaching(schedule.t, student.raw_temperature[...], index / steps)
-            total, sums = loss.distillation_sums(
+            total, _ = loss.distillation_sums(
                 METHODS[method](now), student(images), teacher_logits, labels=labels
             )
-            means = {name: value / size for name, value in sums.items()}
-            return total / size, means
+            return total / size
 
-        (value, means), gradient = nnx.value_and_grad(mean_loss, has_aux=True)(student)
+        value, gradient = nnx.value_and_grad(mean_loss)(student)
         optimizer.update(student, gradient)
-        watched = {**means, "distil_loss": value}[scheduler.watches]
-        return scheduler.update(schedule, watched, index)
+        return scheduler.update(schedule, value, index)
 
     for index, ids in enumerate(batches(seed, len(train.labels), size, epochs)):
         mean_t += schedule.t / steps

@@ -172,9 +172,8 @@ class Intake:
                 message = f"{size} tokens, the limit is {limit}"
                 return outcome._replace(error=RecordError(reason, message))
         error = None
-        if example.prompt == length:
-            pass  # Nothing has to count in what is only asked.
-        elif not example.counted.any():
+        # Nothing has to count in what is only asked.
+        if example.prompt < length and not example.counted.any():
             error = RecordError("all_masked", "no token of an answer")
         elif not example.answer_end and (limits.prompt or limits.answer):
             error = RecordError(

@@ -26,7 +26,7 @@ from taid_jax.loss._reduce import select_tokens
 from taid_jax.types import IGNORE_INDEX
 
 LEAST_SKEW = 0.01
-"""As in the published code, which also adds `_MARGIN` to what it divides by."""
+"""By ports of the authors' code, which also add `_MARGIN` to what they divide by."""
 
 _MARGIN = 1e-5
 

@@ -3,7 +3,7 @@
 import importlib.resources
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -51,6 +51,7 @@ def make_page(folder: pathlib.Path) -> str:
         rows = {name: {"method": name} for name in results.methods()}
         references = "cross_entropy", "forward_kl"
         grid = found["pictures"]["settings"]["rates"]
+        values["gap_in_pictures"] = "taid_gap" in rows
         values["picture_edges"] = _edges(results, grid)
         values["picture_tables"] = [
             _rates(results, grid),
@@ -121,7 +122,9 @@ def _tables(
                 [
                     name,
                     str(len(results.values("cross_entropy", **row))),
-                    *(_mean(results.mean(f.key, **row), f) for f in figures),
+                    *_cells(
+                        [results.mean(f.key, **row) for f in figures], figures, _mean
+                    ),
                 ]
                 for name, row in rows.items()
             ],
@@ -134,9 +137,23 @@ def _tables(
                 pairs = [
                     results.difference(f.key, row, rows[reference]) for f in figures
                 ]
-                lines.append([name, *map(_difference, pairs, figures)])
+                lines.append([name, *_cells(pairs, figures, _difference)])
         tables.append(_table([f"less {reference}", *titles], lines))
     return tables
+
+
+def _cells(
+    values: Sequence[Interval | None],
+    figures: Sequence[Figure],
+    write: Callable[[Interval | None, Figure], str],
+) -> list[str]:
+    """Returns the figures of a row, with their number of seeds where it is less."""
+    most = max((value.number for value in values if value is not None), default=0)
+    return [
+        write(value, figure)
+        + (f" (of {value.number})" if value is not None and value.number < most else "")
+        for value, figure in zip(values, figures, strict=True)
+    ]
 
 
 def _verdict(results: Results, rows: Rows, reference: str) -> str:

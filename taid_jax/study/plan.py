@@ -27,7 +27,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "taid_linear, t_start 0.8": {**METHODS["taid_linear"], "t_start": 0.8},
     "taid, alpha 0.005": {**METHODS["taid"], "alpha": 5e-3},
     "taid, alpha 0.05": {**METHODS["taid"], "alpha": 5e-2},
-    "taid, gap": {**METHODS["taid"], "t_schedule": "gap"},
 }
 """TAID with another start or another controller; tuned as `taid_linear` and `taid`."""
 

@@ -10,20 +10,16 @@ from taid_jax import loss
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._checks import need_labels
 from taid_jax.loss._objective import label_entries, register_objective
-from taid_jax.schedule import GapScheduler, ScheduleState, TAIDScheduler
+from taid_jax.schedule import TAIDScheduler, TAIDState
 from taid_jax.settings import ObjectiveSettings
 
 Objective = Callable[..., Array]
-MakeObjective = Callable[[ScheduleState, dict[str, Array], Array], Objective]
+MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
 """`(schedule, learned, step) -> objective`: the objective of one step."""
 
 
-def make_scheduler(
-    settings: ObjectiveSettings, steps: int
-) -> TAIDScheduler | GapScheduler:
+def make_scheduler(settings: ObjectiveSettings, steps: int) -> TAIDScheduler:
     """Returns TAID's schedule over `steps` optimizer steps."""
-    if settings.t_schedule == "gap":
-        return GapScheduler(steps, t_start=settings.t_start, t_end=settings.t_end)
     return TAIDScheduler(
         steps,
         t_start=settings.t_start,
@@ -79,9 +75,7 @@ def make_objective(
     # At 1 the mixture is the objective; sft has nothing to be mixed with.
     mixed = settings.distil_ratio < 1 and settings.objective != "sft"
 
-    def make(
-        schedule: ScheduleState, learned: dict[str, Array], step: Array
-    ) -> Objective:
+    def make(schedule: TAIDState, learned: dict[str, Array], step: Array) -> Objective:
         if fixed is not None:
             objective = fixed
         elif settings.objective == "ctkd":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int32, PyTree
 
-from taid_jax.schedule import ScheduleState
+from taid_jax.schedule import TAIDState
 from taid_jax.types import Params
 
 
@@ -26,7 +26,7 @@ class DistillState(NamedTuple):
     step: Int32[Array, ""]
     params: Params
     opt_state: PyTree
-    schedule: ScheduleState
+    schedule: TAIDState
     learned: dict[str, Array]
 
 
@@ -34,7 +34,7 @@ def init_state(
     params: Params,
     *,
     optimizer: optax.GradientTransformation,
-    schedule: ScheduleState,
+    schedule: TAIDState,
     learned: dict[str, Array] | None = None,
 ) -> DistillState:
     """Returns the state before the first step.

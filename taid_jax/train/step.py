@@ -184,8 +184,7 @@ def make_train_step(
         student: Functions of the student.
         teacher: Functions of the teacher.
         make_objective: The objective of a step from schedule, learned values and step.
-        scheduler: With `update(state, figure, step)`, such as `TAIDScheduler`. Its
-            `watches` names the figure, one of the metrics; `distil_loss` by default.
+        scheduler: With `update(state, loss, step)`, such as `TAIDScheduler`.
         optimizer: Any optax optimizer over `(params, learned)`.
         learning_rate: Only reported; the optimizer has its own.
         grad_accum: Micro-batches of a step; they divide the batch.
@@ -216,7 +215,6 @@ def make_train_step(
         )
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
-    watched = getattr(scheduler, "watches", "distil_loss")
 
     def whole_gradient(trainable, state, teacher_params, batch):
         if grad_accum == 1:
@@ -261,13 +259,7 @@ def make_train_step(
         def keep(new, old):
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        figures = {**means, "distil_loss": distil_loss}
-        if watched not in figures:
-            raise ValueError(
-                f"the scheduler watches {watched}, and the objective reports only "
-                f"{', '.join(figures)}"
-            )
-        schedule = scheduler.update(state.schedule, figures[watched], state.step)
+        schedule = scheduler.update(state.schedule, distil_loss, state.step)
         schedule = keep(schedule, state.schedule)
         params, learned = keep(moved, trainable)
         metrics = {

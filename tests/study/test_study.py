@@ -133,6 +133,8 @@ def test_page_says_what_is_noise_and_what_is_not(tmp_path):
     rng = np.random.default_rng(1)
     for each in records:
         each["figures"]["kl_teacher"] += rng.normal(0, 0.1)
+    counted = [r for r in records if r["method"] == "reverse_kl" and not r["tuning"]]
+    del counted[0]["figures"]["kl_teacher"]
     values = {
         "machine": {"processor": "P", "cores": 2, "python": "3", "jax": "0"},
         "plan": plan.__dict__,
@@ -158,6 +160,7 @@ def test_page_says_what_is_noise_and_what_is_not(tmp_path):
     assert "| forward_kl | **-0.500 ± 0.000** better |" in page
     assert "| reverse_kl | **+0.250 ± 0.000** worse |" in page
     assert " noise |" in page
+    assert page.count(" (of 4) |") == 3  # The mean, and a difference in two tables.
     assert "| 10 | sft | better: forward_kl; worse: reverse_kl; within noise: " in page
     assert "| 10 | forward_kl | worse: sft, reverse_kl, sft, equal time |" in page
     assert "an end of the grid for sft, forward_kl, reverse_kl." in page

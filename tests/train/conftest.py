@@ -121,16 +121,15 @@ def make_trainer(functions, make_params):
         seed=1,
         learned=None,
         optimizer=None,
-        scheduler=None,
         **options,
     ):
-        shared = not (make_objective or optimizer or scheduler or options)
+        shared = not (make_objective or optimizer or options)
         if make_objective is None:
             make_objective = lambda schedule, learned, step: loss.TAID(schedule.t)  # noqa: E731
         schedule = learning_rate_schedule(rate, steps)
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = make_optimizer(schedule, **optimizer or {})
-        scheduler = scheduler or TAIDScheduler(steps, alpha=5e-3, beta=0.9)
+        scheduler = TAIDScheduler(steps, alpha=5e-3, beta=0.9)
         make_state = functools.partial(
             init_state,
             optimizer=optimizer,

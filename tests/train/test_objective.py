@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from taid_jax import loss
-from taid_jax.schedule import GapScheduler, TAIDScheduler
 from taid_jax.settings import ObjectiveName, ObjectiveSettings
 from taid_jax.train.objective import make_objective, make_scheduler
 
@@ -54,16 +53,6 @@ def test_make_objective_every_name_and_setting_arrives(name):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         leaves = jax.tree.leaves(found)
         np.testing.assert_allclose(leaves, jax.tree.leaves(expected), rtol=1e-6)
-
-
-def test_make_scheduler_every_setting_arrives():
-    ends = {"t_start": 0.2, "t_end": 0.9}
-    speed = {"alpha": 0.1, "beta": 0.5}
-    for values in (speed, {"disable_adaptive": True}):
-        found = make_scheduler(ObjectiveSettings(**ends, **values), 10)
-        assert found == TAIDScheduler(10, **ends, **values)
-    found = make_scheduler(ObjectiveSettings(t_schedule="gap", **ends), 10)
-    assert found == GapScheduler(10, **ends)
 
 
 def test_make_objective_ctkd_learns_its_temperature(

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from taid_jax import loss
-from taid_jax.schedule import GapScheduler
 from taid_jax.train import step as s
 from taid_jax.train.state import make_optimizer, updates_applied
 
@@ -143,27 +142,6 @@ def test_train_step_schedule_advances_on_the_distillation_part(
         0.5 * metrics["distil_loss"] + 0.5 * metrics["lm_loss"],
         rtol=1e-6,
     )
-
-
-def test_train_step_schedule_is_given_the_figure_that_it_watches(
-    make_trainer, make_params, make_batch
-):
-    scheduler = GapScheduler(12)
-
-    def mix(schedule, learned, step):
-        return loss.Mix(loss.TAID(schedule.t), 0.5)
-
-    step, state = make_trainer(mix, scheduler=scheduler, grad_accum=2)
-    state, metrics = step(state, make_params(TEACHER_SEED), make_batch(0))
-    np.testing.assert_allclose(state.schedule.kl_start, metrics["kl_target"], rtol=1e-6)
-    assert metrics["kl_target"] < 0.5 * metrics["distil_loss"]
-
-    def fixed(schedule, learned, step):
-        return loss.ForwardKL()
-
-    step, state = make_trainer(fixed, scheduler=scheduler)
-    with pytest.raises(ValueError, match="watches kl_target, and the objective report"):
-        step(state, make_params(TEACHER_SEED), make_batch(0))
 
 
 def test_train_step_compiles_once(make_trainer, make_params, make_batch):
