@@ -18,6 +18,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ctkd": {"objective": "ctkd"},
     "taid_linear": {"objective": "taid", "disable_adaptive": True},
     "taid": {"objective": "taid"},
+    "alpha_mixture": {"objective": "alpha_mixture", "disable_adaptive": True},
+    "alpha_beta": {"objective": "alpha_beta"},
+    "concrete_score": {"objective": "concrete_score"},
+    "entropy_gated": {"objective": "entropy_gated"},
 }
 """Methods by name, as settings of a run; what they leave out is the default."""
 
