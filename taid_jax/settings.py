@@ -41,6 +41,9 @@ def __dir__() -> list[str]:
 
 DEFAULT_STUDENT_LAYERS = 10
 
+SELF = "self"
+"""The teacher that is the student itself; a folder of this name is `./self`."""
+
 ObjectiveName = Literal[
     "taid",
     "forward_kl",
@@ -87,7 +90,10 @@ class ModelSettings(Checked):
 
     Attributes:
         teacher: A Hugging Face folder, a Hub id, a .gguf file, or
-            `smollm2-135m-instruct`, which is fetched from the package index.
+            `smollm2-135m-instruct`, which is fetched from the package index; or `self`,
+            the student as it starts (a folder of this name is `./self`).
+        teacher_ema: With `self`, the teacher is the moving average of the student's
+            weights: so much of it is kept at every step, such as 0.99.
         teacher_store: A folder that `taid-jax store` has made: the teacher's outputs
             in place of the teacher.
         tail: Of a store of the most probable tokens, how the rest of the teacher's
@@ -118,6 +124,7 @@ class ModelSettings(Checked):
     """
 
     teacher: str = setting("smollm2-135m-instruct", free=True)
+    teacher_ema: float | None = setting(None, gt=0, lt=1, when={"teacher": (SELF,)})
     teacher_store: str | None = setting(None, instead_of=("teacher",), free=True)
     tail: Literal["student", "uniform"] = "student"
     student: str | None = None
@@ -131,7 +138,7 @@ class ModelSettings(Checked):
     remat: Literal["none", "dots", "full"] = "none"
     layer_unroll: int = setting(1, ge=1, free=True)
     teacher_sharding: Literal["same", "replicated", "all_devices"] = setting(
-        "same", free=True
+        "same", when={"teacher_ema": (None,)}, free=True
     )
     allow_unknown_keys: bool = setting(False, free=True)
     export_dtype: Literal["float32", "bfloat16", "float16"] = setting(
@@ -149,8 +156,22 @@ class ModelSettings(Checked):
         need("student", self.student, not alone, what)
         what = "its default without a teacher_store, as a live teacher has whole rows"
         need("tail", self.tail, stored or self.tail == "student", what)
+        own = self.student_layers is None and self.student is not None
+        what = (
+            f"--student MODEL with teacher {SELF}, and no --student-layers: what is "
+            "cut from a model, or random, has nothing to teach yet"
+        )
+        need("student", self.student, own or not self.teaches_itself, what)
+        what = f"it off with teacher {SELF}, whose vocabulary is the student's"
+        resized = self.resize_embeddings and self.teaches_itself
+        need("resize_embeddings", True, not resized, what)
         what = "it off with a teacher_store: the stored vocabulary is as it is"
         need("resize_embeddings", True, not (stored and self.resize_embeddings), what)
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the teacher is the student: its start, or its moving average."""
+        return self.teacher == SELF
 
     @property
     def layers_of_teacher(self) -> int:
@@ -570,6 +591,9 @@ class Settings:
             )
             store = self.model.teacher_store
             need("teacher_store", store, store is None, what)
+        alone = self.model.teaches_itself and self.objective.objective == "sft"
+        what = "another than self with objective sft, which looks at no teacher"
+        need("teacher", self.model.teacher, not alone, what)
         rate, decay = self.optimizer.learning_rate, self.optimizer.weight_decay
         what = f"at most 1 / learning_rate, which is {1 / rate:g}"
         need("weight_decay", decay, rate * decay <= 1, what)

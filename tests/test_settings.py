@@ -7,6 +7,7 @@ import pytest
 
 from taid_jax import settings as s
 
+ITSELF = {"teacher": "self", "student": "a"}
 ON_POLICY = {
     "texts": "mixed:0.5",
     "pack": False,
@@ -72,6 +73,18 @@ def _refusal(values):
         (ON_POLICY | {"rollout_batch": 9}, "rollout_batch, which is 9, got 8"),
         (ON_POLICY | {"completion_temperature": 1e-9}, "0 or >= 1e-06"),
         ({"selection_metric": "rouge_l"}, "eval_prompts: need >= 1"),
+        ({"teacher": "self"}, "student: need --student MODEL with teacher self"),
+        (ITSELF | {"student_layers": 2}, "cut from a model, or random"),
+        ({"teacher": "self", "student_config": "a"}, "cut from a model, or random"),
+        (ITSELF | {"resize_embeddings": True}, "it off with teacher self"),
+        (ITSELF | {"objective": "sft"}, "teacher: need another than self with obje"),
+        (ITSELF | {"teacher_store": "a"}, "teacher_store: need no teacher beside it"),
+        ({"teacher": "./self", "teacher_ema": 0.9}, "it needs teacher self"),
+        (ITSELF | {"teacher_ema": 1 - 1e-9}, "0 < teacher_ema < 1 in float32"),
+        (
+            ITSELF | {"teacher_ema": 0.9, "teacher_sharding": "replicated"},
+            "teacher_sharding: has no effect with teacher_ema 0.9",
+        ),
         # What the programs hold in float32 and int32.
         ({"b2": 0.99999999}, "0 <= b2 < 1 in float32"),
         ({"eps": 1e-50}, "eps: need >= 1e-20"),

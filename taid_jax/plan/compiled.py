@@ -196,6 +196,8 @@ def abstract_step(
             head_params(tree, teacher) if hidden else {}
             for tree in (teacher_params, teacher_shardings)
         )
+    if model.teacher_ema is not None:
+        teacher_params = teacher_shardings = {}  # It is in the state.
     built = build_step(settings, student, functions, mesh)
     beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
     shape = data.batch_size, data.seq_len

@@ -106,7 +106,9 @@ def pair_configs(
             f"for a plan. Presets are: {', '.join(PRESETS)}"
         )
 
-    if model.teacher_store is None:
+    if model.teaches_itself and model.student is not None:
+        teacher = find("student", model.student)
+    elif model.teacher_store is None:
         teacher = find("teacher", model.teacher)
     else:
         teacher = find("teacher_store", str(pathlib.Path(model.teacher_store, TEACHER)))

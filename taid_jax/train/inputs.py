@@ -47,7 +47,7 @@ class Pair:
     """A teacher and the student that it teaches.
 
     Attributes:
-        teacher: In the compute dtype.
+        teacher: In the compute dtype; without parameters where it is `averaged`.
         student_config: The student's architecture.
         student_params: Its float32 master weights.
         shardings: Where the student's weights live.
@@ -58,6 +58,8 @@ class Pair:
         teacher_functions: What the train step needs of the teacher.
         store: The teacher's outputs, where these stand for it: then `teacher.params`
             are what its head needs.
+        averaged: Whether it is the moving average of the student's weights, which is
+            in the state of the run.
     """
 
     teacher: LoadedModel
@@ -69,6 +71,12 @@ class Pair:
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     store: Store | None = None
+    averaged: bool = False
+
+    @property
+    def teacher_at_start(self) -> Params:
+        """The teacher's parameters before the first step."""
+        return self.student_params if self.averaged else self.teacher.params
 
 
 _BYTES_OF_TOKEN = 96
@@ -169,7 +177,10 @@ def open_pair(settings: ModelSettings) -> OpenPair:
     allow = settings.allow_unknown_keys
     store = None
     if settings.teacher_store is None:
-        teacher = open_model(settings.teacher, allow_unknown_keys=allow)
+        name = settings.teacher
+        if settings.teaches_itself and settings.student is not None:
+            name = settings.student
+        teacher = open_model(name, allow_unknown_keys=allow)
     else:
         store = Store(settings.teacher_store)
         if settings.tail != "student" and store.manifest.kind != "topk":
@@ -328,12 +339,20 @@ def load_pair(
 
     models = models or open_pair(model)
     known, learner = models.teacher.config, models.student_config
+    averaged = model.teacher_ema is not None
     needs = [
         params_need(
-            "the student", learner, "float32", shardings(learner), copies=copies
+            "the student and its moving average" if averaged else "the student",
+            learner,
+            "float32",
+            shardings(learner),
+            copies=copies + averaged,
         )
     ]
-    if models.store is None:
+    if averaged:
+        check_fits(*needs)
+        teacher = models.teacher.without_weights()
+    elif models.store is None:
         need = params_need("the teacher", known, model.dtype, teacher_shardings(known))
         check_fits(need, *needs)
         teacher = models.teacher.load(dtype=model.dtype, shardings=teacher_shardings)
@@ -342,7 +361,7 @@ def load_pair(
         teacher = load_stored(
             models.store, models.teacher, model.dtype, teacher_shardings
         )
-    notes = [f"teacher: {note}" for note in teacher.notes]
+    notes = [f"teacher: {note}" for note in (*_of_itself(settings), *teacher.notes)]
     generation = teacher.generation
     if models.student is not None and model.student is not None:
         # A shallower student is cut out of one that lies as it does, all but in depth.
@@ -418,7 +437,26 @@ def load_pair(
         generation,
         tuple(notes),
         models.store,
+        averaged,
     )
+
+
+def _of_itself(settings: Settings) -> list[str]:
+    """Returns what is to be said of a teacher that is the student."""
+    if not settings.model.teaches_itself:
+        return []
+    ema = settings.model.teacher_ema
+    notes = [
+        "the student as it starts"
+        if ema is None
+        else f"the moving average of the student's weights, each step keeps {ema:g}"
+    ]
+    if settings.objective.distil_ratio == 1:
+        notes.append(
+            "it begins as the student and sees what that sees: with distil_ratio 1 "
+            "there is nothing to learn from it"
+        )
+    return notes
 
 
 def load_stored(

@@ -173,7 +173,7 @@ def _distil(
         models,
     )
     shown = Shown(settings, folder, pair, dataset, tokenizer, mesh, lines)
-    shown.begin(state.params, int(state.step), console)
+    shown.begin(state, console)
     with shown.watched(console):
         with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
             loop.progress = progress
@@ -227,7 +227,7 @@ def _distil(
         report = distributed.broadcast(publish)
     except ModelError as error:  # Of the student's folder; what was read is good.
         raise WriteError(str(error)) from error
-    shown.end(state.params, console)
+    shown.end(state, console)
     return report
 
 

@@ -72,6 +72,21 @@ def _products(jaxpr):
     }
 
 
+def test_abstract_step_has_the_moving_average_in_its_state(
+    tiny, make_settings, one_device
+):
+    """In float32, where the student's weights are; the teacher has none of its own."""
+    itself = {"teacher": "self", "student": "a", "teacher_ema": 0.9}
+    settings = make_settings(mesh="fsdp=8", **itself)
+    _, arguments = abstract_step(settings, tiny[1], tiny[1], make_mesh("fsdp=8"))
+    state, teacher, _ = arguments
+    assert jax.tree.leaves(teacher) == []
+    params = [(leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(state.params)]
+    average = [(leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(state.average)]
+    assert average == params
+    assert any(not where.is_fully_replicated for _, where in average)
+
+
 def test_layer_unroll_is_that_of_both_models(tiny, make_settings, one_device):
     def unrolled(count):
         settings = make_settings(layer_unroll=count)

@@ -59,17 +59,16 @@ def _make_complete(
     mesh: Mesh,
     sampling: SamplingParams = GREEDY,
 ) -> Complete:
-    """Returns what has the student complete prompts, or the teacher with its own."""
+    """Returns what has the student complete prompts, or the teacher."""
     student, chosen = whose == "student", settings.on_policy
-    known = pair.teacher.params
     parts = batch_rows(mesh)
     wanted = chosen.rollout_batch or settings.data.batch_size
-    complete = Completer(
+    return Completer(
         pair.student_config if student else pair.teacher.config,
         mesh,
         shardings=pair.shardings
         if student
-        else jax.tree.map(lambda leaf: leaf.sharding, known),
+        else jax.tree.map(lambda leaf: leaf.sharding, pair.teacher_at_start),
         ends=ends,
         max_new_tokens=chosen.completion_tokens,
         dtype=jnp.dtype(settings.model.dtype),
@@ -77,9 +76,6 @@ def _make_complete(
         sampling=sampling,
         seed=settings.run.seed,
     )
-    if student:
-        return complete
-    return lambda _, prompts, numbers: complete(known, prompts, numbers)
 
 
 def with_answers(
@@ -103,7 +99,8 @@ def with_answers(
     fitting = [each for each in asking if each.prompt <= room][:most]
     ends = training_ends(tokenizer, pair.generation, dataset)
     complete = _make_complete(settings, pair, "teacher", ends, mesh)
-    found = complete({}, [each.ids for each in fitting], [()] * len(fitting))
+    known = pair.teacher_at_start
+    found = complete(known, [each.ids for each in fitting], [()] * len(fitting))
     answered = [each for each in examples if each.prompt < len(each.ids)]
     for each, said in zip(fitting, found, strict=True):
         ids, answer = np.concatenate([each.ids, said]), np.ones(len(said), np.bool_)

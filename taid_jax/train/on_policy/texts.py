@@ -92,7 +92,7 @@ class OnPolicyBatches:
         """Returns this process's rows of what a step trains on.
 
         Args:
-            params: The student's parameters before the step.
+            params: Of whoever writes, before the step.
             step: Its number, from 1.
             throughput: Measures what is waited for and generated.
 
