@@ -65,6 +65,18 @@ SelectionMetric = Literal[
     "kl_teacher", "loss", "student_perplexity", "rouge_l", "exact_match"
 ]
 
+TEMPLATE_FIELD = re.compile(
+    r"\{(?P<literal>\{[^\W\d][\w.-]*\})\}|\{(?P<name>[^\W\d][\w.-]*)\}"
+)
+"""A field of a record in braces, or what is written in doubled ones."""
+
+
+def template_fields(text: str) -> tuple[str, ...]:
+    """Returns the fields that a template names; none of a field's own name."""
+    found = (match["name"] for match in TEMPLATE_FIELD.finditer(text))
+    return tuple(dict.fromkeys(name for name in found if name))
+
+
 _TAID = {"objective": ("taid", "alpha_mixture")}
 _ADAPTIVE_TAID = {**_TAID, "disable_adaptive": (False,)}
 _SKEWED = {"objective": ("skew_forward_kl", "skew_reverse_kl")}
@@ -204,6 +216,11 @@ class DataSettings(Checked):
             turn of the user.
         template_date: What chat templates take for today, such as 2026-01-31; the day
             when the run began by default, also when it is resumed.
+        teacher_prompt: What the teacher sees in place of the student's prompt: a field
+            of the record, whose value is its whole prompt; or a template in place of
+            the last turn of the user, with fields in braces, such as "Solution:
+            {answer} Question: {prompt}". Answers are aligned by their tokens.
+        teacher_seq_len: Tokens of a row of the teacher; seq_len by default.
     """
 
     data: str = setting("pydoc", free=True)
@@ -211,16 +228,25 @@ class DataSettings(Checked):
     seq_len: int = setting(256, ge=2)
     held_out_fraction: float = setting(0.1, gt=0, lt=1)
     held_out_batches: int = setting(8, ge=1)
-    train_on_prompts: bool = False
+    train_on_prompts: bool = setting(False, when={"teacher_prompt": (None,)})
     pack: bool = True
-    buckets: str = setting("", when={"pack": (False,)})
+    buckets: str = setting("", when={"pack": (False,), "teacher_prompt": (None,)})
     bad_records: Literal["count", "raise"] = "count"
     chat_template: str | None = None
     merge_system: bool = False
     template_date: str | None = None
+    teacher_prompt: str | None = setting(None, prose=True)
+    teacher_seq_len: int | None = setting(
+        None, ge=2, when={"teacher_prompt": {"ne": None}}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        asked = self.teacher_prompt
+        if asked is not None and not template_fields(asked):
+            named = re.fullmatch(r"[^\s{}]+", asked) is not None
+            what = "the name of a field, or a template with one in it, as {prompt}"
+            need("teacher_prompt", asked, named, what)
         date = self.template_date
         need("template_date", date, date is None or is_date(date), "a date, YYYY-MM-DD")
         tokens = self.batch_size * self.seq_len
@@ -232,6 +258,12 @@ class DataSettings(Checked):
         need("buckets", given, inside, what)
         rising = list(lengths) == sorted(set(lengths))
         need("buckets", given, rising, "rising lengths")
+
+    @property
+    def teacher_len(self) -> int | None:
+        """Tokens of a row of the teacher; None where it has the student's rows."""
+        own = self.teacher_seq_len or self.seq_len
+        return None if self.teacher_prompt is None else own
 
     @property
     def bucket_lengths(self) -> tuple[int, ...]:
@@ -582,6 +614,9 @@ class Settings:
             tokens, capacity = generated.completion_tokens, generated.buffer_capacity
             what = f"fewer than seq_len, which is {length}, so that prompts have room"
             need("completion_tokens", tokens, tokens < length, what)
+            length = data.teacher_len or length
+            what = f"fewer than teacher_seq_len, which is {length}"
+            need("completion_tokens", tokens, tokens < length, what)
             least = max(size, generated.rollout_batch or size)
             what = f"at least batch_size and rollout_batch, which is {least}"
             need("buffer_capacity", capacity, capacity >= least, what)
@@ -591,6 +626,12 @@ class Settings:
             )
             store = self.model.teacher_store
             need("teacher_store", store, store is None, what)
+        what = "none with objective sft, which looks at no teacher"
+        asked, learns = data.teacher_prompt, self.objective.objective != "sft"
+        need("teacher_prompt", asked, asked is None or learns, what)
+        live = self.model.teacher_store is None
+        what = "none with a teacher_store, which has the outputs of other prompts"
+        need("teacher_prompt", asked, asked is None or live, what)
         alone = self.model.teaches_itself and self.objective.objective == "sft"
         what = "another than self with objective sft, which looks at no teacher"
         need("teacher", self.model.teacher, not alone, what)

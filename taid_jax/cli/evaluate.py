@@ -97,7 +97,9 @@ def _score(settings: Settings) -> "HeldOut":
 
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
-    opened = check_models(settings.model, settings.data.seq_len)
+    opened = check_models(
+        settings.model, settings.data.seq_len, settings.data.teacher_len
+    )
     check_memory(settings, mesh, opened.store)
     tokenizer = opened.tokenizer
     dataset = read_data(settings, tokenizer, opened.store)

@@ -61,6 +61,9 @@ def parse(arguments: Sequence[str]) -> Command:
     if command.settings.model.teaches_itself:
         what = "teacher: need a model to be stored, got self; name the student's model"
         raise SettingsError(what)
+    if command.settings.data.teacher_prompt is not None:
+        what = "teacher_prompt: need none: a store has the rows of the student"
+        raise SettingsError(what)
     if command.settings.model.teacher_store is not None:
         raise SettingsError("teacher_store: need a --teacher to be stored, got a store")
     return command

@@ -39,6 +39,7 @@ from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
 from taid_jax.store.format import TEACHER, StoreError
 from taid_jax.store.read import Store
 from taid_jax.store.teacher import head_params, stored_functions
+from taid_jax.train.teacher_rows import on_own_rows
 from taid_jax.types import ModelFunctions, Params
 
 
@@ -106,7 +107,8 @@ def check_memory(settings: Settings, mesh: Mesh, store: Store | None = None) -> 
     if texts.texts != "data":
         sizes["buffer_capacity"] = texts.buffer_capacity * 5  # Ids, and what counts.
     for name, size in sizes.items():
-        needed, memory = size * data.seq_len, host_memory()
+        needed = size * (data.seq_len + (data.teacher_len or 0))
+        memory = host_memory()
         if needed > memory:
             raise SettingsError(
                 f"{name}: so many sequences of seq_len {data.seq_len} need at least "
@@ -137,8 +139,15 @@ class OpenPair(NamedTuple):
     store: Store | None = None
 
 
-def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
+def check_models(
+    settings: ModelSettings, seq_len: int, teacher_len: int | None = None
+) -> OpenPair:
     """Returns the models after reading all but the weights, and comparing them.
+
+    Args:
+        settings: Of the models.
+        seq_len: Tokens of a row.
+        teacher_len: Of a row of the teacher; `seq_len` when None.
 
     Raises:
         ModelError: If a model cannot be used, or the tokenizers differ.
@@ -157,9 +166,12 @@ def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
             tokenizer = own_tokenizer(own, tokenizer)
     configs = {"teacher": models.teacher.config, "student": models.student_config}
     for name, config in configs.items():
-        if seq_len > config.max_position_embeddings:
+        flag, length = "seq_len", seq_len
+        if name == "teacher" and teacher_len is not None:
+            flag, length = "teacher_seq_len", teacher_len
+        if length > config.max_position_embeddings:
             raise SettingsError(
-                f"seq_len: {seq_len} is beyond the {name}'s context of "
+                f"{flag}: {length} is beyond the {name}'s context of "
                 f"{config.max_position_embeddings} tokens"
             )
         if not settings.resize_embeddings:
@@ -248,6 +260,8 @@ def read_data(
         merge_system=data.merge_system,
         template_date=date,
         prompts_suffice=settings.on_policy.prompts_suffice,
+        teacher_prompt=data.teacher_prompt,
+        teacher_len=data.teacher_len,
     )
     ids, count = dataset.train.table.ids, count_tokens(tokenizer)
     if len(ids) and not 0 <= ids.min() <= ids.max() < count:
@@ -418,6 +432,8 @@ def load_pair(
         functions = decoder_functions(
             teacher.config, dtype=dtype, unroll=model.layer_unroll
         )
+        if settings.data.teacher_prompt is not None:
+            functions = on_own_rows(functions)
     else:
         about = models.store.manifest
         functions = stored_functions(
@@ -451,10 +467,11 @@ def _of_itself(settings: Settings) -> list[str]:
         if ema is None
         else f"the moving average of the student's weights, each step keeps {ema:g}"
     ]
-    if settings.objective.distil_ratio == 1:
+    same = settings.data.teacher_prompt is None
+    if settings.objective.distil_ratio == 1 and same:
         notes.append(
             "it begins as the student and sees what that sees: with distil_ratio 1 "
-            "there is nothing to learn from it"
+            "and no teacher_prompt there is nothing to learn from it"
         )
     return notes
 

@@ -115,7 +115,9 @@ def _distil(
     saved, place = None, {}
     if step is not None:
         saved, place = read_run(folder / CHECKPOINTS / str(step))
-    opened = check_models(settings.model, settings.data.seq_len)
+    opened = check_models(
+        settings.model, settings.data.seq_len, settings.data.teacher_len
+    )
     given = settings.data.template_date or (saved and saved.data.template_date)
     # Texts with another day in them would not be those that are stored.
     if not given and opened.store is not None:

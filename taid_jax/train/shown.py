@@ -15,7 +15,7 @@ from rich.console import Console
 from taid_jax import distributed
 from taid_jax.data import DataError, Dataset
 from taid_jax.data.dataset import DatasetInfo
-from taid_jax.errors import InputError, ModelError, explain, parsing
+from taid_jax.errors import InputError, ModelError, explain, parsing, show
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import Settings
@@ -59,13 +59,19 @@ def describe(settings: Settings, pair: Pair, dataset: Dataset, mesh: Mesh) -> li
     sides = {"training": info.train, "held out": info.held_out}
     # The student's weights, their gradient and the two moments of the optimizer.
     memory = held(pair.teacher_at_start) + 4 * held(pair.student_params)
-    rows = len(dataset.train)
+    sees, rows = "", len(dataset.train)
+    if data.teacher_prompt is not None:
+        sees = (
+            f"teacher: it sees {show(data.teacher_prompt)} in place of the prompt, in "
+            f"rows of {data.teacher_len} tokens"
+        )
     lines = [
         f"teacher: {pair.teacher.config.num_layers} layers, "
         f"{size(pair.teacher_at_start)}",
         f"student: {pair.student_config.num_layers} layers, "
         f"{size(pair.student_params)}",
         *pair.notes,
+        *([sees] if sees else []),
         *(
             f"{name}: {side.documents} documents, {side.tokens:,} tokens in "
             f"{side.rows} rows"
@@ -156,16 +162,27 @@ class Shown:
         self._prompts = [
             str(self._tokenizer.decode(each.prompt[-_OF_PROMPT:])) for each in found
         ]
-        return [each._replace(prompt=each.prompt[-room:]) for each in found]
+        return [
+            each._replace(
+                prompt=each.prompt[-room:],
+                teacher=None if each.teacher is None else each.teacher[-room:],
+            )
+            for each in found
+        ]
 
     def _complete(self, name: str, params: Params) -> None:
         """Has a model complete the prompts."""
         if not self._chosen:
             return
-        pair, size = self._pair, batch_rows(self._mesh)
+        pair, size, chosen = self._pair, batch_rows(self._mesh), self._chosen
+        if name == TEACHER:
+            chosen = [
+                each if each.teacher is None else each._replace(prompt=each.teacher)
+                for each in chosen
+            ]
         try:
             completions = EvalCompletions(
-                self._chosen,
+                chosen,
                 self._tokenizer,
                 pair.teacher.config if name == TEACHER else pair.student_config,
                 pair.generation,

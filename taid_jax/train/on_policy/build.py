@@ -6,11 +6,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from taid_jax.data import Dataset
-from taid_jax.data.tokens import Example
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.settings import Settings, SettingsError
@@ -96,16 +94,20 @@ def with_answers(
         return dataset
     most = settings.data.held_out_batches * settings.data.batch_size
     room = side.seq_len - chosen.completion_tokens
-    fitting = [each for each in asking if each.prompt <= room][:most]
+    theirs = (side.teacher_len or side.seq_len) - chosen.completion_tokens
+    fitting = [
+        each
+        for each in asking
+        if each.prompt <= room and (each.teacher or each).prompt <= theirs
+    ][:most]
     ends = training_ends(tokenizer, pair.generation, dataset)
     complete = _make_complete(settings, pair, "teacher", ends, mesh)
     known = pair.teacher_at_start
-    found = complete(known, [each.ids for each in fitting], [()] * len(fitting))
+    prompts = [(each.teacher or each).ids for each in fitting]
+    found = complete(known, prompts, [()] * len(fitting))
     answered = [each for each in examples if each.prompt < len(each.ids)]
     for each, said in zip(fitting, found, strict=True):
-        ids, answer = np.concatenate([each.ids, said]), np.ones(len(said), np.bool_)
-        counted = np.concatenate([each.counted, answer])
-        answered.append(Example(ids.astype(np.int32), counted, each.prompt, len(ids)))
+        answered.append(each.with_answer(said))
     if not answered:
         raise SettingsError(
             f"completion_tokens: none of {len(asking)} held-out prompts has room for "
