@@ -27,6 +27,7 @@ def setting(
     instead_of: tuple[str, ...] = (),
     replaces: tuple[str, ...] = (),
     free: bool = False,
+    prose: bool = False,
     **bounds: float | int,
 ) -> Any:
     """Returns a dataclass field for a group of settings.
@@ -40,6 +41,7 @@ def setting(
             without them, and the reverse; beside those of `instead_of`.
         free: Whether a resumed run may change it, as it does not touch the numbers that
             the run computes, or the checkpoint knows better.
+        prose: Whether it is a text of any length and several lines, and no name.
         **bounds: `ge` or `gt`, then `le` or `lt`, as in the module `operator`.
     """
     metadata = {
@@ -47,6 +49,7 @@ def setting(
         "instead_of": instead_of,
         "replaces": (*instead_of, *replaces),
         "free": free,
+        "prose": prose,
         "bounds": bounds,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -61,7 +64,8 @@ class Checked:
             if isinstance(value, str):
                 filled = value != "" or field.default == ""
                 need(name, value, filled, "a text that is not empty")
-                check_text(name, value)
+                check = check_prose if field.metadata.get("prose") else check_text
+                check(name, value)
             elif type(value) in (int, float):
                 check_number(name, value, field.metadata.get("bounds", {}))
             object.__setattr__(self, name, value)  # An int became the float it means.
@@ -137,6 +141,17 @@ def check_text(name: str, text: str) -> None:
     need(name, text, fits, "a path of names of at most 255 bytes")
     need(name, text, not text.startswith("~"), "a path written out in place of ~")
     need(name, text, text == text.strip(), "no white space at its ends")
+
+
+def check_prose(name: str, text: str) -> None:
+    """Raises unless a text has characters alone that are written: lines and tabs too.
+
+    Raises:
+        SettingsError: If it has others.
+    """
+    kinds = {unicodedata.category(each) for each in text if each not in "\n\t"}
+    what = "text without control characters and half surrogates"
+    need(name, text, not kinds & {"Cc", "Cs"}, what)
 
 
 def check_file(name: str, path: str | pathlib.Path) -> None:

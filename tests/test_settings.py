@@ -7,6 +7,8 @@ import pytest
 
 from taid_jax import settings as s
 
+ASKED = {"teacher_prompt": "{prompt}"}
+ITSELF = {"teacher": "self", "student": "a"}
 ON_POLICY = {
     "texts": "mixed:0.5",
     "pack": False,
@@ -72,6 +74,35 @@ def _refusal(values):
         (ON_POLICY | {"rollout_batch": 9}, "rollout_batch, which is 9, got 8"),
         (ON_POLICY | {"completion_temperature": 1e-9}, "0 or >= 1e-06"),
         ({"selection_metric": "rouge_l"}, "eval_prompts: need >= 1"),
+        ({"teacher_prompt": "a b"}, "the name of a field, or a template with one"),
+        ({"teacher_prompt": "{a"}, "the name of a field, or a template with one"),
+        ({"teacher_prompt": "{{a}} {0}"}, "the name of a field, or a template with"),
+        ({"teacher_prompt": "{a}\0"}, "teacher_prompt: need text without control"),
+        ({"teacher_prompt": "{a}\ud800"}, "control characters and half surrogates"),
+        ({"teacher_seq_len": 9}, "teacher_seq_len: has no effect with teacher_prompt"),
+        (ASKED | {"train_on_prompts": True}, "train_on_prompts: has no effect with te"),
+        (ASKED | {"pack": False, "buckets": "64"}, "buckets: has no effect with teach"),
+        (ASKED | {"objective": "sft"}, "teacher_prompt: need none with objective sft"),
+        (
+            ASKED | {"teacher_store": "a", "student": "b"},
+            "teacher_prompt: need none with a teacher_store",
+        ),
+        (
+            ASKED | ON_POLICY | {"teacher_seq_len": 32},
+            "completion_tokens: need fewer than teacher_seq_len, which is 32",
+        ),
+        ({"teacher": "self"}, "student: need --student MODEL with teacher self"),
+        (ITSELF | {"student_layers": 2}, "cut from a model, or random"),
+        ({"teacher": "self", "student_config": "a"}, "cut from a model, or random"),
+        (ITSELF | {"resize_embeddings": True}, "it off with teacher self"),
+        (ITSELF | {"objective": "sft"}, "teacher: need another than self with obje"),
+        (ITSELF | {"teacher_store": "a"}, "teacher_store: need no teacher beside it"),
+        ({"teacher": "./self", "teacher_ema": 0.9}, "it needs teacher self"),
+        (ITSELF | {"teacher_ema": 1 - 1e-9}, "0 < teacher_ema < 1 in float32"),
+        (
+            ITSELF | {"teacher_ema": 0.9, "teacher_sharding": "replicated"},
+            "teacher_sharding: has no effect with teacher_ema 0.9",
+        ),
         # What the programs hold in float32 and int32.
         ({"b2": 0.99999999}, "0 <= b2 < 1 in float32"),
         ({"eps": 1e-50}, "eps: need >= 1e-20"),
@@ -494,3 +525,12 @@ def test_settings_import_neither_jax_nor_what_it_brings():
     )
     modules = set(found.stdout.split())
     assert not modules & {"jax", "numpy", "transformers", "datasets", "orbax"}
+
+
+def test_teacher_prompt_of_several_lines_is_saved_as_it_is(tmp_path):
+    text = "Here is the solution:\n\n\t{answer}\n\n{prompt}\n"
+    settings = s.from_dict({"teacher_prompt": text, "teacher_seq_len": 512})
+    path = tmp_path / "settings.yaml"
+    path.write_text(s.to_yaml(settings))
+    assert s.read_settings(path) == settings
+    assert settings.data.teacher_len == 512

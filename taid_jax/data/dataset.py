@@ -27,6 +27,7 @@ from taid_jax.data.packing import TokenTable, check_buckets, make_table, pack_ro
 from taid_jax.data.shards import read_manifest, read_shards
 from taid_jax.data.sources import Names, Source, find_source, read_source
 from taid_jax.data.split import cut_only_text, hold_out
+from taid_jax.data.teacher_prompt import TeacherPrompt
 from taid_jax.data.tokens import Encoder, Tokenizer
 
 _NAMED = 20
@@ -114,6 +115,8 @@ def load_dataset(
     merge_system: bool = False,
     template_date: str | None = None,
     prompts_suffice: bool = False,
+    teacher_prompt: str | None = None,
+    teacher_len: int | None = None,
 ) -> Dataset:
     """Reads a source, encodes it and splits it into train and held-out rows.
 
@@ -147,6 +150,9 @@ def load_dataset(
             None.
         prompts_suffice: Take records that are asked and not answered, as examples that
             end with the prompt. Not of a folder of prepared data, which has none.
+        teacher_prompt: What the teacher sees in place of the prompt: see
+            `TeacherPrompt`. Not of prepared data.
+        teacher_len: Tokens of a row of the teacher then, `seq_len` when None.
 
     Raises:
         DataError: If a file or record cannot be used, or nothing is left.
@@ -163,6 +169,13 @@ def load_dataset(
     encoder = Encoder(tokenizer)
     left_out = LeftOut(bad_records)
     manifest = read_manifest(source) if isinstance(source, str | os.PathLike) else None
+    asked = None if teacher_prompt is None else TeacherPrompt(teacher_prompt)
+    teacher_len = None if asked is None else teacher_len or seq_len
+    if manifest is not None and asked is not None:
+        raise DataError(
+            f"teacher_prompt: {source} is prepared data, whose records are tokens "
+            "already; give the files that it was made of"
+        )
     if manifest is not None:
         folder = pathlib.Path(source)  # pyright: ignore
         table, held_out = read_shards(
@@ -178,25 +191,33 @@ def load_dataset(
     else:
         intake = Intake(
             encoder,
-            Limits(seq_len),
+            Limits(seq_len, teacher=teacher_len),
             train_on_prompts=train_on_prompts,
             merge_system=merge_system,
             template_date=template_date,
             prompts_suffice=prompts_suffice,
         )
         found = find_source(source)
-        records = read_source(found)
-        documents = read_documents(records, split_seed, prompts_suffice=prompts_suffice)
+        records = read_source(found, also=asked.fields if asked else ())
+        documents = read_documents(
+            records,
+            split_seed,
+            prompts_suffice=prompts_suffice,
+            teacher_prompt=asked,
+        )
         encoded = _encode(found, documents, intake, held_out_fraction, left_out)
     table = encoded.table
-    sides = []
+    none = ExampleSet(
+        table, [], seq_len, encoder.pad_id, pack, lengths, teacher_len=teacher_len
+    )
+    sides, rooms = [], none.rooms()
     for examples in (np.flatnonzero(~encoded.held_out), encoded.held_out_order):
         if pack:
-            places = pack_rows(table.lengths[examples].tolist(), seq_len)
+            places = pack_rows(rooms[examples].tolist(), seq_len)
         else:
             places = [(place,) for place in range(len(examples))]
         rows = [tuple(examples[list(row)].tolist()) for row in places]
-        sides.append(ExampleSet(table, rows, seq_len, encoder.pad_id, pack, lengths))
+        sides.append(dataclasses.replace(none, rows=rows))
     train, held = sides
     info = DatasetInfo(
         train=_describe(train),
@@ -251,6 +272,8 @@ def _encode(
                 f"; the shortest conversation has {min(too_long)} tokens: raise "
                 "seq_len, or shorten the conversations"
             )
+        elif left_out.reasons["teacher_too_long"]:
+            message += "; the teacher's rows are too short: raise teacher_seq_len"
         elif left_out.reasons["all_masked"]:
             message += (
                 "; every token is masked: check the answers, or train on prompts too"

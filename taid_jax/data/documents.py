@@ -110,12 +110,14 @@ class Document(NamedTuple):
         rank: Its place between 0 and 1, from a hash: low ranks are held out.
         name: What the record is called, from the first of `ID_KEYS` that it has.
         unused_keys: Those of the record that change nothing.
+        teacher: What the teacher sees in place of it, where that is something else.
     """
 
     content: Content
     rank: float
     name: str | None = None
     unused_keys: tuple[str, ...] = ()
+    teacher: Chat | None = None
 
 
 def make_document(
@@ -234,10 +236,12 @@ def _pair(record: Mapping[str, Any], keys: Sequence[str]) -> Chat:
         # What a data set has in the prompt is context, and not to be learned.
         before = [
             each._replace(trained=each.role != ANSWER_ROLE)
-            for each in _turns(keys[0], asked, "user")
+            for each in read_turns(keys[0], asked, "user")
         ]
         after = [
-            turn for value in answered for turn in _turns(keys[1], value, ANSWER_ROLE)
+            turn
+            for value in answered
+            for turn in read_turns(keys[1], value, ANSWER_ROLE)
         ]
         return Chat((*opening, *before, *after), options)
     texts = [_string(key, record[key]) for key in keys]
@@ -272,7 +276,12 @@ def _is_turns(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
 
 
-def _turns(key: str, value: object, role: str) -> list[Message]:
+def read_turns(key: str, value: object, role: str) -> list[Message]:
+    """Returns messages, or a text as the turn of a role.
+
+    Raises:
+        RecordError: If it is neither, or empty.
+    """
     if _is_turns(value):
         return _messages(key, value)
     return [_message(1, {"role": role, "content": _string(key, value)})]

@@ -38,6 +38,7 @@ from taid_jax.store.format import read_manifest
 from taid_jax.store.teacher import head_params, stored_functions
 from taid_jax.train.build import build_step, placed
 from taid_jax.train.state import DistillState
+from taid_jax.train.teacher_rows import on_own_rows
 from taid_jax.types import Params
 
 _CACHE = "jax_enable_compilation_cache"
@@ -196,12 +197,20 @@ def abstract_step(
             head_params(tree, teacher) if hidden else {}
             for tree in (teacher_params, teacher_shardings)
         )
-    built = build_step(settings, student, functions, mesh)
+    if model.teacher_ema is not None:
+        teacher_params = teacher_shardings = {}  # It is in the state.
     beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
     shape = data.batch_size, data.seq_len
+    keys = dict.fromkeys(("input_ids", "labels", *beside), shape)
+    if data.teacher_len is not None:
+        functions = on_own_rows(functions)
+        rows = data.batch_size, data.teacher_len
+        keys |= {"teacher_index": shape}
+        keys |= {f"teacher_{name}": rows for name in ("input_ids", *beside)}
+    built = build_step(settings, student, functions, mesh)
     batch = {
-        key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-        for key in ("input_ids", "labels", *beside)
+        key: jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
+        for key, size in keys.items()
     } | {
         column.name: jax.ShapeDtypeStruct(
             (*shape, column.width), column.dtype, sharding=batch_sharding(mesh)

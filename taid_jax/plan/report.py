@@ -106,7 +106,9 @@ def pair_configs(
             f"for a plan. Presets are: {', '.join(PRESETS)}"
         )
 
-    if model.teacher_store is None:
+    if model.teaches_itself and model.student is not None:
+        teacher = find("student", model.student)
+    elif model.teacher_store is None:
         teacher = find("teacher", model.teacher)
     else:
         teacher = find("teacher_store", str(pathlib.Path(model.teacher_store, TEACHER)))
@@ -128,10 +130,14 @@ def pair_configs(
             )
         # Layers may differ: only the choice of them says what the student's are.
         _, student = select_layers({"layers": {}}, student, layers)
+    data = settings.data
     for flag, config in (("teacher", teacher), ("student", student)):
-        if settings.data.seq_len > config.max_position_embeddings:
+        name, length = "seq_len", data.seq_len
+        if flag == "teacher" and data.teacher_len is not None:
+            name, length = "teacher_seq_len", data.teacher_len
+        if length > config.max_position_embeddings:
             raise PlanError(
-                f"seq_len: {settings.data.seq_len} is beyond the {flag}'s context of "
+                f"{name}: {length} is beyond the {flag}'s context of "
                 f"{config.max_position_embeddings} tokens"
             )
     if model.resize_embeddings:

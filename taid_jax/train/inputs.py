@@ -39,6 +39,7 @@ from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
 from taid_jax.store.format import TEACHER, StoreError
 from taid_jax.store.read import Store
 from taid_jax.store.teacher import head_params, stored_functions
+from taid_jax.train.teacher_rows import on_own_rows
 from taid_jax.types import ModelFunctions, Params
 
 
@@ -47,7 +48,7 @@ class Pair:
     """A teacher and the student that it teaches.
 
     Attributes:
-        teacher: In the compute dtype.
+        teacher: In the compute dtype; without parameters where it is `averaged`.
         student_config: The student's architecture.
         student_params: Its float32 master weights.
         shardings: Where the student's weights live.
@@ -58,6 +59,8 @@ class Pair:
         teacher_functions: What the train step needs of the teacher.
         store: The teacher's outputs, where these stand for it: then `teacher.params`
             are what its head needs.
+        averaged: Whether it is the moving average of the student's weights, which is
+            in the state of the run.
     """
 
     teacher: LoadedModel
@@ -69,6 +72,12 @@ class Pair:
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     store: Store | None = None
+    averaged: bool = False
+
+    @property
+    def teacher_at_start(self) -> Params:
+        """The teacher's parameters before the first step."""
+        return self.student_params if self.averaged else self.teacher.params
 
 
 _BYTES_OF_TOKEN = 96
@@ -98,7 +107,8 @@ def check_memory(settings: Settings, mesh: Mesh, store: Store | None = None) -> 
     if texts.texts != "data":
         sizes["buffer_capacity"] = texts.buffer_capacity * 5  # Ids, and what counts.
     for name, size in sizes.items():
-        needed, memory = size * data.seq_len, host_memory()
+        needed = size * (data.seq_len + (data.teacher_len or 0))
+        memory = host_memory()
         if needed > memory:
             raise SettingsError(
                 f"{name}: so many sequences of seq_len {data.seq_len} need at least "
@@ -129,8 +139,15 @@ class OpenPair(NamedTuple):
     store: Store | None = None
 
 
-def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
+def check_models(
+    settings: ModelSettings, seq_len: int, teacher_len: int | None = None
+) -> OpenPair:
     """Returns the models after reading all but the weights, and comparing them.
+
+    Args:
+        settings: Of the models.
+        seq_len: Tokens of a row.
+        teacher_len: Of a row of the teacher; `seq_len` when None.
 
     Raises:
         ModelError: If a model cannot be used, or the tokenizers differ.
@@ -149,9 +166,12 @@ def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
             tokenizer = own_tokenizer(own, tokenizer)
     configs = {"teacher": models.teacher.config, "student": models.student_config}
     for name, config in configs.items():
-        if seq_len > config.max_position_embeddings:
+        flag, length = "seq_len", seq_len
+        if name == "teacher" and teacher_len is not None:
+            flag, length = "teacher_seq_len", teacher_len
+        if length > config.max_position_embeddings:
             raise SettingsError(
-                f"seq_len: {seq_len} is beyond the {name}'s context of "
+                f"{flag}: {length} is beyond the {name}'s context of "
                 f"{config.max_position_embeddings} tokens"
             )
         if not settings.resize_embeddings:
@@ -169,7 +189,10 @@ def open_pair(settings: ModelSettings) -> OpenPair:
     allow = settings.allow_unknown_keys
     store = None
     if settings.teacher_store is None:
-        teacher = open_model(settings.teacher, allow_unknown_keys=allow)
+        name = settings.teacher
+        if settings.teaches_itself and settings.student is not None:
+            name = settings.student
+        teacher = open_model(name, allow_unknown_keys=allow)
     else:
         store = Store(settings.teacher_store)
         if settings.tail != "student" and store.manifest.kind != "topk":
@@ -237,6 +260,8 @@ def read_data(
         merge_system=data.merge_system,
         template_date=date,
         prompts_suffice=settings.on_policy.prompts_suffice,
+        teacher_prompt=data.teacher_prompt,
+        teacher_len=data.teacher_len,
     )
     ids, count = dataset.train.table.ids, count_tokens(tokenizer)
     if len(ids) and not 0 <= ids.min() <= ids.max() < count:
@@ -328,12 +353,20 @@ def load_pair(
 
     models = models or open_pair(model)
     known, learner = models.teacher.config, models.student_config
+    averaged = model.teacher_ema is not None
     needs = [
         params_need(
-            "the student", learner, "float32", shardings(learner), copies=copies
+            "the student and its moving average" if averaged else "the student",
+            learner,
+            "float32",
+            shardings(learner),
+            copies=copies + averaged,
         )
     ]
-    if models.store is None:
+    if averaged:
+        check_fits(*needs)
+        teacher = models.teacher.without_weights()
+    elif models.store is None:
         need = params_need("the teacher", known, model.dtype, teacher_shardings(known))
         check_fits(need, *needs)
         teacher = models.teacher.load(dtype=model.dtype, shardings=teacher_shardings)
@@ -342,7 +375,7 @@ def load_pair(
         teacher = load_stored(
             models.store, models.teacher, model.dtype, teacher_shardings
         )
-    notes = [f"teacher: {note}" for note in teacher.notes]
+    notes = [f"teacher: {note}" for note in (*_of_itself(settings), *teacher.notes)]
     generation = teacher.generation
     if models.student is not None and model.student is not None:
         # A shallower student is cut out of one that lies as it does, all but in depth.
@@ -399,6 +432,8 @@ def load_pair(
         functions = decoder_functions(
             teacher.config, dtype=dtype, unroll=model.layer_unroll
         )
+        if settings.data.teacher_prompt is not None:
+            functions = on_own_rows(functions)
     else:
         about = models.store.manifest
         functions = stored_functions(
@@ -418,7 +453,27 @@ def load_pair(
         generation,
         tuple(notes),
         models.store,
+        averaged,
     )
+
+
+def _of_itself(settings: Settings) -> list[str]:
+    """Returns what is to be said of a teacher that is the student."""
+    if not settings.model.teaches_itself:
+        return []
+    ema = settings.model.teacher_ema
+    notes = [
+        "the student as it starts"
+        if ema is None
+        else f"the moving average of the student's weights, each step keeps {ema:g}"
+    ]
+    same = settings.data.teacher_prompt is None
+    if settings.objective.distil_ratio == 1 and same:
+        notes.append(
+            "it begins as the student and sees what that sees: with distil_ratio 1 "
+            "and no teacher_prompt there is nothing to learn from it"
+        )
+    return notes
 
 
 def load_stored(

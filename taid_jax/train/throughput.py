@@ -64,6 +64,7 @@ def step_flops(
     fused: bool = True,
     teacher_used: bool = True,
     stored: str | None = None,
+    teacher_length: int | None = None,
 ) -> StepFlops:
     """Returns the operations of a train step, from the two architectures.
 
@@ -82,12 +83,15 @@ def step_flops(
         teacher_used: False for an objective that looks at no teacher.
         stored: Kind of the store that the teacher's outputs come from, if they do: of
             hidden states the head is still applied.
+        teacher_length: Tokens of a row of the teacher, where they are others than the
+            student's; its head is applied to the student's.
 
     References:
         Chowdhery et al., PaLM, 2022 (arXiv:2204.02311), appendix B: MFU.
     """
     mine = forward_flops(student, batch, length)
-    theirs = forward_flops(teacher, batch, length)
+    theirs = forward_flops(teacher, batch, teacher_length or length)
+    their_head = forward_flops(teacher, batch, length).head
     # The scores are always computed again, "dots" and "full" do so with the values, and
     # "full" repeats all but the last product of each layer, which nothing depends on.
     last = 2 * batch * length * student.num_layers * student.d_model * student.mlp_dim
@@ -100,7 +104,7 @@ def step_flops(
     runs = teacher_used and stored is None
     teacher_layers = runs * (theirs.projections + theirs.attention)
     has_head = teacher_used and stored in (None, "hidden")
-    head, teacher_head = 3 * mine.head, has_head * theirs.head
+    head, teacher_head = 3 * mine.head, has_head * their_head
     if not fused:
         return StepFlops(layers + head, teacher_layers + teacher_head, 0, 0, repeated)
     tokens = batch * length
@@ -243,6 +247,7 @@ def make_throughput(
         fused=settings.run.fused,
         teacher_used=settings.objective.objective != "sft",
         stored=stored,
+        teacher_length=settings.data.teacher_len,
     )
     kinds = {device.device_kind for device in mesh.devices.flat}
     return Throughput(
