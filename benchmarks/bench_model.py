@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument(
-        "--unroll", type=int, nargs="+", default=[1], help="layers in a turn of the loop"
+        "--unroll", type=int, nargs="+", default=[1], help="layers in a turn"
     )
     parser.add_argument("--no-torch", action="store_true", help="ours alone")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
