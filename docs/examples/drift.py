@@ -1,10 +1,12 @@
 """Does a student that learns on its own texts get over its own mistakes?
 
 A task where that must show. A prompt has numbers to add one after the other, and the
-digit to begin with; the answer has the sums so far, modulo ten: `4 8 1 : 3` is
-continued by `7 5 6`. In the texts that students are given no sum is above four. The teacher has
-seen all, so that it knows how to go on from any digit. A student that writes a seven by
-mistake is where no text of the data has ever been: does it go on from there rightly?
+digit to begin with; the answer has the sums so far, modulo six: `4 1 3 : 2` is
+continued by `0 1 4`. The teacher has learned to slip: one digit of ten is any digit,
+and the sums go on from it. The texts that students are given have no slips, as texts
+that were looked through have none, and no sum above two. A student that takes over the
+teacher's slips soon writes a five, where no text of the data has ever been. The teacher
+knows how to go on from there; does the student?
 
 Every student of a seed has the same start, trained on the data without a teacher. Then
 each method trains it for as many steps, on texts of the data or on its own. Measured on
@@ -38,8 +40,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from taid_jax.files import write_whole
 from taid_jax.loss import ForwardKL
-from taid_jax.models import SamplingParams, export_model, generate, head, hidden_states
-from taid_jax.models import load_model, random_init
+from taid_jax.models import (
+    SamplingParams,
+    export_model,
+    generate,
+    head,
+    hidden_states,
+    load_model,
+    random_init,
+)
 from taid_jax.models.files.load import LoadedModel
 from taid_jax.settings import from_dict
 from taid_jax.study.figures import machine
@@ -280,7 +289,7 @@ def options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--teacher-rate", type=float, default=3e-3)
     parser.add_argument("--start-steps", type=int, default=400)
     parser.add_argument("--start-rate", type=float, default=3e-3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rate", type=float, default=2e-3)
     return parser.parse_args(words)
 
