@@ -584,6 +584,9 @@ class Settings:
 BASE = "base"
 """The key whose value is a file, or a list of files, that the others are laid over."""
 
+METHODS = "methods"
+"""The key under which a file says, by name, what is different for a method."""
+
 _GROUPS: dict[str, Any] = {k: kind for k, (kind, _) in typed_fields(Settings).items()}
 _HOME = {name: group for group, kind in _GROUPS.items() for name in typed_fields(kind)}
 # No two groups have a name in common.
@@ -701,6 +704,7 @@ def read_settings(
     base: Settings | None = None,
     *,
     under: Iterable[str | pathlib.Path] = (),
+    method: str | None = None,
 ) -> Settings:
     """Returns the settings in a YAML or JSON file, laid over `base`.
 
@@ -714,16 +718,20 @@ def read_settings(
         path: Of the file.
         base: What no file names stays as here; the defaults when None.
         under: Files that this one is laid over as if it called them its bases.
+        method: What the files say under `methods` of this name goes over all of them.
 
     Raises:
         SettingsError: If a file cannot be read or holds something else, with its name.
     """
     changes: dict[str, Any] = {}
+    different: dict[str, dict[str, Any]] = {}
     done: list[pathlib.Path] = []
     own: Collection[str] = ()
     for each in (*under, path):
-        own = _lay_over(changes, pathlib.Path(each), (), done)
-    return _apply(base or Settings(), changes, own)
+        own = _lay_over(changes, different, pathlib.Path(each), (), done)
+    last = {} if method is None else different.get(method, {})
+    changes |= _instead(last) | last
+    return _apply(base or Settings(), changes, {*own, *last})
 
 
 def _apply(base: Settings, changes: dict[str, Any], own: Collection[str]) -> Settings:
@@ -775,6 +783,7 @@ def _read_changes(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _lay_over(
     changes: dict[str, Any],
+    different: dict[str, dict[str, Any]],
     path: pathlib.Path,
     asking: tuple[pathlib.Path, ...],
     done: list[pathlib.Path],
@@ -783,6 +792,7 @@ def _lay_over(
 
     Args:
         changes: Changed in place.
+        different: The same by method.
         path: Of the file.
         asking: The files that led here, the first one first.
         done: All files that were read; this one is added.
@@ -802,10 +812,18 @@ def _lay_over(
         names = [named] if isinstance(named, str) else named
         texts = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
         need(BASE, named, texts, "a file or a list of files")
+        told = values.pop(METHODS, {})
+        mapped = isinstance(told, dict) and all(
+            isinstance(n, str) and isinstance(each, dict) for n, each in told.items()
+        )
+        need(METHODS, told, mapped, "names of methods, and settings of each")
+        by_method = {name: _read_changes(each) for name, each in told.items()}
         own = _read_changes(values)
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from error
     for name in names:
-        _lay_over(changes, path.parent / name, (*asking, path), done)
+        _lay_over(changes, different, path.parent / name, (*asking, path), done)
     changes |= _instead(own) | own
+    for name, each in by_method.items():
+        different.setdefault(name, {}).update(_instead(each) | each)
     return own.keys()
