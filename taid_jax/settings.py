@@ -56,6 +56,7 @@ ObjectiveName = Literal[
     "alpha_beta",
     "concrete_score",
     "entropy_gated",
+    "distillm2",
     "sft",
 ]
 SelectionMetric = Literal[
@@ -64,12 +65,13 @@ SelectionMetric = Literal[
 
 _TAID = {"objective": ("taid", "alpha_mixture")}
 _ADAPTIVE_TAID = {**_TAID, "disable_adaptive": (False,)}
-_SKEWED = {"objective": ("skew_forward_kl", "skew_reverse_kl")}
+_SKEW_KLS = ("skew_forward_kl", "skew_reverse_kl")
+_SKEWED = {"objective": (*_SKEW_KLS, "distillm2")}
 _SOFTENED = (
     "forward_kl",
     "reverse_kl",
     "jensen_shannon",
-    *_SKEWED["objective"],
+    *_SKEW_KLS,
     "adaptive_kl",
     "dkd",
     "alpha_beta",
@@ -234,7 +236,8 @@ class ObjectiveSettings(Checked):
     """What the student is taught by.
 
     Attributes:
-        objective: The distillation objective; `sft` learns from the data alone.
+        objective: The distillation objective; `sft` learns from the data alone, and
+            `distillm2` from `texts` that are `pairs`.
         distil_ratio: Weight of the objective; the rest is next-token cross-entropy.
         t_start: TAID's interpolation at the first step; that of alpha_mixture follows
             the same schedule.
@@ -270,7 +273,12 @@ class ObjectiveSettings(Checked):
         ge=0,
         le=1,
         when={
-            "objective": tuple(x for x in typing.get_args(ObjectiveName) if x != "sft")
+            # The cross-entropy of distillm2 would be to the student's own texts too.
+            "objective": tuple(
+                name
+                for name in typing.get_args(ObjectiveName)
+                if name not in ("sft", "distillm2")
+            )
         },
     )
     t_start: float = setting(0.4, ge=0, le=1, when=_TAID)
@@ -322,12 +330,16 @@ class OnPolicySettings(Checked):
             `teacher`, which complete the prompts of the data; `mixed:0.5`, in this
             share of the steps from a buffer of the student's completions, else the data
             (GKD); `adaptive`, the student's in a share that grows while the held-out
-            loss does not fall, else the data (DistiLLM).
+            loss does not fall, else the data (DistiLLM); `pairs`, the student's
+            completion of a prompt and in the same batch the data's answer to it, or the
+            teacher's where there is none (DistiLLM-2).
         rollout_batch: Prompts that are completed one after the other before training
-            goes on; as many as batch_size by default.
-        buffer_capacity: Completions that are kept to be trained on; the oldest go.
-        reuse: How often a completion is trained on at most; once by default if all
-            texts are the student's or the teacher's, as often as it is drawn if some.
+            goes on; by default as many as batch_size, of pairs half.
+        buffer_capacity: Completions that are kept to be trained on; the oldest go. A
+            pair counts once.
+        reuse: How often a completion is trained on at most; as often as it is drawn if
+            the data's answers come between them (`mixed`, `adaptive`), else once by
+            default.
         adaptive_step: How much the share grows each time (`adaptive`).
         completion_tokens: Tokens of a completion at most. A prompt of more than seq_len
             minus this many tokens is not completed.
@@ -354,9 +366,9 @@ class OnPolicySettings(Checked):
     def __post_init__(self):
         super().__post_init__()
         share = self.mixed_share
-        known = self.texts in ("data", "student", "teacher", "adaptive")
+        known = self.texts in ("data", "student", "teacher", "pairs", "adaptive")
         holds = known if share is None else share <= 1
-        what = "data, student, teacher, adaptive, or mixed:SHARE, as mixed:0.5"
+        what = "data, student, teacher, pairs, adaptive, or mixed:SHARE, as mixed:0.5"
         need("texts", self.texts, holds, what)
         warm = self.completion_temperature
         # Logits divided by less would not be numbers any more.
@@ -370,8 +382,8 @@ class OnPolicySettings(Checked):
 
     @property
     def prompts_suffice(self) -> bool:
-        """Whether no answer of the data is trained on."""
-        return self.texts in ("student", "teacher")
+        """Whether a prompt without an answer can be trained on."""
+        return self.texts in ("student", "teacher", "pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,6 +564,15 @@ class Settings:
     def __post_init__(self):
         data, generated = self.data, self.on_policy
         size, length = data.batch_size, data.seq_len
+        pairs = generated.texts == "pairs"
+        what = (
+            "pairs with objective distillm2, which has a loss for the teacher's texts "
+            "and another for the student's"
+        )
+        paired = self.objective.objective != "distillm2" or pairs
+        need("texts", generated.texts, paired, what)
+        what = "an even number with texts pairs, which takes two texts of each prompt"
+        need("batch_size", size, not pairs or size % 2 == 0, what)
         if generated.texts != "data":
             what = "no --buckets beside it: completions are of one length"
             need("texts", generated.texts, not data.buckets, what)
@@ -657,7 +678,8 @@ def with_steps(settings: Settings, rows: int) -> Settings:
         SettingsError: If the steps contradict another setting, such as `warmup_steps`.
     """
     run, ramp = settings.run, settings.objective.ctkd_ramp_epochs
-    epoch = rows / settings.data.batch_size
+    texts = 2 if settings.on_policy.texts == "pairs" else 1
+    epoch = texts * rows / settings.data.batch_size
     if settings.data.buckets:
         epoch = math.ceil(epoch)
     exact = {

@@ -198,6 +198,8 @@ def abstract_step(
         )
     built = build_step(settings, student, functions, mesh)
     beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
+    if settings.on_policy.texts == "pairs":
+        beside = (*beside, "from_student")
     shape = data.batch_size, data.seq_len
     batch = {
         key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))

@@ -22,12 +22,19 @@ class Completion(NamedTuple):
         step: That it was written before.
         ended: Whether the model ended it, and not the limit of its tokens.
         uses: How often it was trained on.
+        beside: The teacher's text of the same prompt, with texts that are pairs.
     """
 
     example: Example
     step: int
     ended: bool
     uses: int = 0
+    beside: Example | None = None
+
+    @property
+    def texts(self) -> tuple[Example, ...]:
+        """The completion and, of a pair, the teacher's text."""
+        return (self.example, *([] if self.beside is None else [self.beside]))
 
     @property
     def length(self) -> int:
@@ -40,6 +47,14 @@ class Completion(NamedTuple):
         if not self.ended:
             return "truncated"
         return "ended" if self.length > 1 else "empty"
+
+
+def completed(example: Example, said: np.ndarray) -> Example:
+    """Returns a prompt with what a model wrote to it, all of which counts."""
+    ids = np.concatenate([example.ids[: example.prompt], said]).astype(np.int32)
+    answer = np.ones(len(said), np.bool_)
+    counted = np.concatenate([example.counted[: example.prompt], answer])
+    return Example(ids, counted, example.prompt, len(ids))
 
 
 class ReplayBuffer:
@@ -96,7 +111,7 @@ class ReplayBuffer:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what it holds as JSON values, tokens compressed."""
-        examples = [each.example for each in self._kept]
+        examples = [text for each in self._kept for text in each.texts]
         # A token's lowest bit says whether it counts.
         tokens = [2 * e.ids.astype("<i8") + e.counted for e in examples]
         data = zlib.compress(b"".join(row.tobytes() for row in tokens))
@@ -107,6 +122,7 @@ class ReplayBuffer:
             "steps": [each.step for each in self._kept],
             "ended": [each.ended for each in self._kept],
             "uses": [each.uses for each in self._kept],
+            "pairs": any(each.beside is not None for each in self._kept),
             "unused": self.unused,
             "ages": sorted(self.ages.items()),
         }
@@ -117,15 +133,18 @@ class ReplayBuffer:
         tokens = np.frombuffer(data, "<i8")
         ids, counted = (tokens >> 1).astype(np.int32), tokens % 2 == 1
         ends = itertools.accumulate(state["lengths"], initial=0)
-        columns = (state[name] for name in ("prompts", "steps", "ended", "uses"))
+        examples = [
+            Example(ids[start:stop], counted[start:stop], prompt, stop - start)
+            for (start, stop), prompt in zip(
+                itertools.pairwise(ends), state["prompts"], strict=True
+            )
+        ]
+        beside: Sequence[Example | None] = [None] * len(examples)
+        if state.get("pairs", False):
+            examples, beside = examples[::2], examples[1::2]
+        columns = (state[name] for name in ("steps", "ended", "uses"))
         self._kept = [
-            Completion(
-                Example(ids[start:stop], counted[start:stop], prompt, stop - start),
-                *about,
-            )
-            for (start, stop), prompt, *about in zip(
-                itertools.pairwise(ends), *columns, strict=True
-            )
+            Completion(*about) for about in zip(examples, *columns, beside, strict=True)
         ]
         self.unused = state["unused"]
         self.ages = collections.Counter(dict(state["ages"]))

@@ -6,16 +6,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from taid_jax.data import Dataset
-from taid_jax.data.tokens import Example
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.settings import Settings, SettingsError
 from taid_jax.sharding import batch_part, batch_rows
 from taid_jax.train.inputs import Pair
+from taid_jax.train.on_policy.buffer import completed
 from taid_jax.train.on_policy.generation import Complete, Completer, training_ends
 from taid_jax.train.on_policy.texts import OnPolicyBatches
 
@@ -36,12 +35,16 @@ def make_on_policy(
     sampling = SamplingParams(
         chosen.completion_temperature, chosen.completion_top_k, chosen.completion_top_p
     )
-    whose = "teacher" if chosen.texts == "teacher" else "student"
     part, parts = batch_part(mesh)
+
+    def complete(whose: Literal["student", "teacher"]) -> Complete:
+        return _make_complete(settings, pair, whose, ends, mesh, sampling)
+
     return OnPolicyBatches(
         chosen,
         dataset.train,
-        _make_complete(settings, pair, whose, ends, mesh, sampling),
+        complete("teacher" if chosen.texts == "teacher" else "student"),
+        complete_beside=complete("teacher") if chosen.texts == "pairs" else None,
         ends=ends,
         batch_size=settings.data.batch_size,
         steps=settings.run.steps,
@@ -105,10 +108,7 @@ def with_answers(
     complete = _make_complete(settings, pair, "teacher", ends, mesh)
     found = complete({}, [each.ids for each in fitting], [()] * len(fitting))
     answered = [each for each in examples if each.prompt < len(each.ids)]
-    for each, said in zip(fitting, found, strict=True):
-        ids, answer = np.concatenate([each.ids, said]), np.ones(len(said), np.bool_)
-        counted = np.concatenate([each.counted, answer])
-        answered.append(Example(ids.astype(np.int32), counted, each.prompt, len(ids)))
+    answered += [completed(*each) for each in zip(fitting, found, strict=True)]
     if not answered:
         raise SettingsError(
             f"completion_tokens: none of {len(asking)} held-out prompts has room for "

@@ -15,9 +15,14 @@ from taid_jax.data import ExampleSet, NumpyBatch
 from taid_jax.data.batches import row_order
 from taid_jax.data.tokens import Example
 from taid_jax.settings import OnPolicySettings, SettingsError
-from taid_jax.train.on_policy.buffer import Completion, ReplayBuffer
+from taid_jax.train.on_policy.buffer import Completion, ReplayBuffer, completed
 from taid_jax.train.on_policy.generation import Complete
-from taid_jax.train.on_policy.rules import plan_step, prompts_with_room
+from taid_jax.train.on_policy.rules import (
+    Rows,
+    fill_rows,
+    plan_step,
+    prompts_with_room,
+)
 from taid_jax.train.throughput import Throughput
 from taid_jax.types import Params
 
@@ -39,6 +44,7 @@ class OnPolicyBatches:
         settings: With `texts` other than `data`.
         examples: The training side of the data.
         complete: Has student or teacher complete prompts.
+        complete_beside: Of pairs has the teacher complete prompts without an answer.
         ends: Tokens that end a completion.
         batch_size: Rows of a batch, over all processes.
         steps: Steps of the whole run.
@@ -62,6 +68,7 @@ class OnPolicyBatches:
         examples: ExampleSet,
         complete: Complete,
         *,
+        complete_beside: Complete | None = None,
         ends: Sequence[int],
         batch_size: int,
         steps: int,
@@ -71,8 +78,10 @@ class OnPolicyBatches:
     ):
         self._settings, self._examples = settings, examples
         self._complete, self._ends = complete, frozenset(ends)
+        self._complete_beside = complete_beside
         self._batch_size, self._steps, self._seed = batch_size, steps, seed
-        self._rollout = settings.rollout_batch or batch_size
+        self._pairs = settings.texts == "pairs"
+        self._rollout = settings.rollout_batch or batch_size // (1 + self._pairs)
         size = batch_size // process_count
         self._part = slice(process_index * size, (process_index + 1) * size)
         self._has_room = prompts_with_room(settings, examples)
@@ -122,35 +131,26 @@ class OnPolicyBatches:
         while plan.generate == "missing" and not filled:
             self._generate(params, step, throughput)
             rows, filled = self._draw(rng, new)
-        places = [place for row in rows for place in row]
+        places = list(dict.fromkeys(place for row in rows for place, _ in row))
         self._trained = self.buffer.use(places, step)
-        return self._as_batch([len(row) for row in rows])
+        drawn = dict(zip(places, self._trained, strict=True))
+        return self._as_batch(
+            [[(drawn[place].texts[text], text) for place, text in row] for row in rows]
+        )
 
     def _next_row(self) -> int:
         """Returns the number of the next row of the data."""
         self._place += 1
         return int(self._order[self._place - 1])  # pyright: ignore
 
-    def _draw(
-        self, rng: np.random.Generator, new: bool
-    ) -> tuple[list[list[int]], bool]:
-        """Returns the completions of each row, and whether more would not help."""
-        kept = [len(each.example.ids) for each in self.buffer]
-        places = self.buffer.draw(rng, new=new)
-        room: list[int] = []
-        rows: list[list[int]] = []
-        for place in places:
-            fits = (n for n, left in enumerate(room) if kept[place] <= left)
-            row = next(fits, len(rows))
-            if row == self._batch_size:
-                return rows, True
-            if row == len(rows):
-                rows.append([])
-                room.append(self._examples.seq_len)
-            rows[row].append(place)
-            # Without packing a row has one example.
-            room[row] = room[row] - kept[place] if self._examples.packed else -1
-        whole = len(rows) == self._batch_size and not self._examples.packed
+    def _draw(self, rng: np.random.Generator, new: bool) -> tuple[Rows, bool]:
+        """Returns the texts of each row, and whether more would not help."""
+        rows, whole = fill_rows(
+            [[len(text.ids) for text in each.texts] for each in self.buffer],
+            places := self.buffer.draw(rng, new=new),
+            batch_size=self._batch_size,
+            seq_len=self._examples.seq_len if self._examples.packed else None,
+        )
         return rows, whole or len(places) == self._settings.buffer_capacity
 
     def _generate(self, params: Params, step: int, throughput: Throughput) -> int:
@@ -167,14 +167,16 @@ class OnPolicyBatches:
             jax.block_until_ready(params)
         with throughput.measured("generate"):
             found = self._complete(params, prompts, asked)
-        written = []
-        for example, said in zip(examples, found, strict=True):
-            ids = np.concatenate([example.ids[: example.prompt], said])
-            counted = np.concatenate(
-                [example.counted[: example.prompt], np.ones(len(said), np.bool_)]
-            )
-            completed = Example(ids.astype(np.int32), counted, example.prompt, len(ids))
-            written.append(Completion(completed, step, int(said[-1]) in self._ends))
+        written = [
+            Completion(completed(example, said), step, int(said[-1]) in self._ends)
+            for example, said in zip(examples, found, strict=True)
+        ]
+        if self._pairs:
+            texts = self._texts_beside(params, examples, asked, throughput)
+            written = [
+                each._replace(beside=text)
+                for each, text in zip(written, texts, strict=True)
+            ]
         for each in written:
             self.counts[each.end] += 1
             self._empty = self._empty + 1 if each.end == "empty" else 0
@@ -189,19 +191,45 @@ class OnPolicyBatches:
         self.buffer.add(written)
         return len(written)
 
-    def _as_batch(self, sizes: Sequence[int]) -> NumpyBatch:
+    def _texts_beside(
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        asked: Sequence[tuple[int, int]],
+        throughput: Throughput,
+    ) -> list[Example]:
+        """Returns the teacher's text of each prompt: the data's answer, or its own."""
+        texts = list(examples)
+        open_ = [n for n, each in enumerate(texts) if each.prompt == len(each.ids)]
+        if open_ and self._complete_beside is not None:
+            prompts, numbers = [texts[n].ids for n in open_], [asked[n] for n in open_]
+            with throughput.measured("generate"):
+                found = self._complete_beside(params, prompts, numbers)
+            for n, said in zip(open_, found, strict=True):
+                texts[n] = completed(texts[n], said)
+        return texts
+
+    def _as_batch(self, rows: Sequence[Sequence[tuple[Example, int]]]) -> NumpyBatch:
         """Returns this process's rows of a batch of what the step trains on.
 
         Args:
-            sizes: How many each row has.
+            rows: The texts of each, and which of its completion's texts each is.
         """
-        bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
-        rows = [tuple(range(*bound)) for bound in bounds]
-        examples = [each.example for each in self._trained]
-        batch = self._examples.of_examples(examples, rows)
-        return batch.batch(
-            range(len(rows))[self._part], self._part.stop - self._part.start
+        sizes = itertools.accumulate(map(len, rows), initial=0)
+        places = [tuple(range(*bound)) for bound in itertools.pairwise(sizes)]
+        examples = self._examples.of_examples(
+            [text for row in rows for text, _ in row], places
         )
+        own = range(len(rows))[self._part]
+        batch = examples.batch(own, self._part.stop - self._part.start)
+        if self._pairs:
+            segments = batch["segment_ids" if examples.packed else "attention_mask"]
+            batch["from_student"] = np.zeros_like(segments)
+            for place, number in enumerate(own):
+                # Padding is segment 0.
+                who = np.array([0, *(text == 0 for _, text in rows[number])], np.int32)
+                batch["from_student"][place] = who[segments[place]]
+        return batch
 
     def metrics(self) -> dict[str, Array]:
         """Returns what a line of metrics says of the last step's batch.
