@@ -55,6 +55,18 @@ class Example(NamedTuple):
     prompt: int = 0
     answer_end: int = 0
 
+    def with_answer(self, answer: Int32[np.ndarray, " tokens"]) -> "Example":
+        """Returns the prompt with other tokens behind it, which count."""
+        before = slice(self.prompt)
+        ids = np.concatenate([self.ids[before], answer]).astype(np.int32)
+        counts = np.ones(len(answer), np.bool_)
+        return Example(
+            ids,
+            np.concatenate([self.counted[before], counts]),
+            self.prompt,
+            len(ids),
+        )
+
 
 class Span(NamedTuple):
     """Characters `start` to `stop`, the last not included."""

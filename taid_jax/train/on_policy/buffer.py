@@ -49,14 +49,6 @@ class Completion(NamedTuple):
         return "ended" if self.length > 1 else "empty"
 
 
-def completed(example: Example, said: np.ndarray) -> Example:
-    """Returns a prompt with what a model wrote to it, all of which counts."""
-    ids = np.concatenate([example.ids[: example.prompt], said]).astype(np.int32)
-    answer = np.ones(len(said), np.bool_)
-    counted = np.concatenate([example.counted[: example.prompt], answer])
-    return Example(ids, counted, example.prompt, len(ids))
-
-
 class ReplayBuffer:
     """The newest completions, up to a capacity: the oldest goes for each that comes.
 
@@ -111,40 +103,51 @@ class ReplayBuffer:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what it holds as JSON values, tokens compressed."""
-        examples = [text for each in self._kept for text in each.texts]
-        # A token's lowest bit says whether it counts.
-        tokens = [2 * e.ids.astype("<i8") + e.counted for e in examples]
-        data = zlib.compress(b"".join(row.tobytes() for row in tokens))
+        beside = [each.beside for each in self._kept if each.beside is not None]
         return {
-            "lengths": [len(row) for row in tokens],
-            "tokens": base64.b64encode(data).decode("ascii"),
-            "prompts": [example.prompt for example in examples],
+            **_write([each.example for each in self._kept]),
+            **({"beside": _write(beside)} if beside else {}),
             "steps": [each.step for each in self._kept],
             "ended": [each.ended for each in self._kept],
             "uses": [each.uses for each in self._kept],
-            "pairs": any(each.beside is not None for each in self._kept),
             "unused": self.unused,
             "ages": sorted(self.ages.items()),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Holds what `get_state` gave, and nothing else."""
-        data = zlib.decompress(base64.b64decode(state["tokens"]))
-        tokens = np.frombuffer(data, "<i8")
-        ids, counted = (tokens >> 1).astype(np.int32), tokens % 2 == 1
-        ends = itertools.accumulate(state["lengths"], initial=0)
-        examples = [
-            Example(ids[start:stop], counted[start:stop], prompt, stop - start)
-            for (start, stop), prompt in zip(
-                itertools.pairwise(ends), state["prompts"], strict=True
-            )
-        ]
+        examples = _read(state)
         beside: Sequence[Example | None] = [None] * len(examples)
-        if state.get("pairs", False):
-            examples, beside = examples[::2], examples[1::2]
+        if "beside" in state:
+            beside = _read(state["beside"])
         columns = (state[name] for name in ("steps", "ended", "uses"))
         self._kept = [
-            Completion(*about) for about in zip(examples, *columns, beside, strict=True)
+            Completion(*each) for each in zip(examples, *columns, beside, strict=True)
         ]
         self.unused = state["unused"]
         self.ages = collections.Counter(dict(state["ages"]))
+
+
+def _write(examples: Sequence[Example]) -> dict[str, Any]:
+    """Returns examples that end with their answer as JSON values."""
+    # A token's lowest bit says whether it counts.
+    tokens = [2 * each.ids.astype("<i8") + each.counted for each in examples]
+    data = zlib.compress(b"".join(row.tobytes() for row in tokens))
+    return {
+        "lengths": [len(row) for row in tokens],
+        "tokens": base64.b64encode(data).decode("ascii"),
+        "prompts": [example.prompt for example in examples],
+    }
+
+
+def _read(state: Mapping[str, Any]) -> list[Example]:
+    """Returns what `_write` was given."""
+    data = zlib.decompress(base64.b64decode(state["tokens"]))
+    tokens = np.frombuffer(data, "<i8")
+    ids, counted = (tokens >> 1).astype(np.int32), tokens % 2 == 1
+    ends = itertools.accumulate(state["lengths"], initial=0)
+    spans = zip(itertools.pairwise(ends), state["prompts"], strict=True)
+    return [
+        Example(ids[start:stop], counted[start:stop], prompt, stop - start)
+        for (start, stop), prompt in spans
+    ]

@@ -14,7 +14,6 @@ from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.settings import Settings, SettingsError
 from taid_jax.sharding import batch_part, batch_rows
 from taid_jax.train.inputs import Pair
-from taid_jax.train.on_policy.buffer import completed
 from taid_jax.train.on_policy.generation import Complete, Completer, training_ends
 from taid_jax.train.on_policy.texts import OnPolicyBatches
 
@@ -108,7 +107,8 @@ def with_answers(
     complete = _make_complete(settings, pair, "teacher", ends, mesh)
     found = complete({}, [each.ids for each in fitting], [()] * len(fitting))
     answered = [each for each in examples if each.prompt < len(each.ids)]
-    answered += [completed(*each) for each in zip(fitting, found, strict=True)]
+    for each, said in zip(fitting, found, strict=True):
+        answered.append(each.with_answer(said))
     if not answered:
         raise SettingsError(
             f"completion_tokens: none of {len(asking)} held-out prompts has room for "

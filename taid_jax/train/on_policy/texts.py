@@ -15,7 +15,7 @@ from taid_jax.data import ExampleSet, NumpyBatch
 from taid_jax.data.batches import row_order
 from taid_jax.data.tokens import Example
 from taid_jax.settings import OnPolicySettings, SettingsError
-from taid_jax.train.on_policy.buffer import Completion, ReplayBuffer, completed
+from taid_jax.train.on_policy.buffer import Completion, ReplayBuffer
 from taid_jax.train.on_policy.generation import Complete
 from taid_jax.train.on_policy.rules import (
     Rows,
@@ -168,7 +168,7 @@ class OnPolicyBatches:
         with throughput.measured("generate"):
             found = self._complete(params, prompts, asked)
         written = [
-            Completion(completed(example, said), step, int(said[-1]) in self._ends)
+            Completion(example.with_answer(said), step, int(said[-1]) in self._ends)
             for example, said in zip(examples, found, strict=True)
         ]
         if self._pairs:
@@ -206,7 +206,7 @@ class OnPolicyBatches:
             with throughput.measured("generate"):
                 found = self._complete_beside(params, prompts, numbers)
             for n, said in zip(open_, found, strict=True):
-                texts[n] = completed(texts[n], said)
+                texts[n] = texts[n].with_answer(said)
         return texts
 
     def _as_batch(self, rows: Sequence[Sequence[tuple[Example, int]]]) -> NumpyBatch:
