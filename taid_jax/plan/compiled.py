@@ -200,6 +200,8 @@ def abstract_step(
     if model.teacher_ema is not None:
         teacher_params = teacher_shardings = {}  # It is in the state.
     beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
+    if settings.on_policy.texts == "pairs":
+        beside = (*beside, "from_student")
     shape = data.batch_size, data.seq_len
     keys = dict.fromkeys(("input_ids", "labels", *beside), shape)
     if data.teacher_len is not None:

@@ -21,7 +21,7 @@ from taid_jax.study.plan import EQUAL_TIME, Run
 from taid_jax.train.report import read_json, save_picture
 
 LANGUAGE, PICTURES, DRIFT = "language.json", "pictures.json", "drift.json"
-"""Results of the parts, in the page's folder; `language-2.json` is of another machine."""
+"""Results of the parts, in the page's folder; `language-2.json`: another machine's."""
 
 _OF_PICTURES = (
     Figure("accuracy", "accuracy", 4, -1),
