@@ -84,9 +84,9 @@ def _score(settings: Settings) -> "HeldOut":
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
     opened = check_models(settings.model, settings.data.seq_len)
-    check_memory(settings, mesh, opened.store)
+    check_memory(settings, mesh, opened.stores)
     tokenizer = opened.tokenizer
-    dataset = read_data(settings, tokenizer, opened.store)
+    dataset = read_data(settings, tokenizer, opened.stores)
     settings = with_steps(settings, len(dataset.train))
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     pair = load_pair(settings, mesh, opened, copies=2)

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Shaped
+from jaxtyping import Float32, Int32, Shaped
 
 from taid_jax.data.errors import DataError
 from taid_jax.data.packing import (
@@ -23,8 +23,9 @@ from taid_jax.types import IGNORE_INDEX
 
 NumpyBatch = dict[str, Shaped[np.ndarray, "batch *length"]]
 """`input_ids`, `labels`, and `segment_ids` with `positions`, or `attention_mask`; where
-they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`; and the columns
-of a store, `(batch, length, width)`. All int32 but the last."""
+they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`; the columns of a
+store, `(batch, length, width)`; and `teacher_weights`, `(batch, length, teachers)`
+float32. All int32 but the last two."""
 
 
 @runtime_checkable
@@ -77,6 +78,8 @@ class ExampleSet:
         buckets: Lengths of batches, rising, the last of them `seq_len`; all are of
             `seq_len` when empty.
         columns: What batches have beside the examples themselves.
+        teacher_weights: Of each document, how much each of several teachers counts:
+            then batches have them for every token, 0 at padding.
     """
 
     table: TokenTable
@@ -86,6 +89,7 @@ class ExampleSet:
     packed: bool
     buckets: tuple[int, ...] = ()
     columns: TokenColumns | None = None
+    teacher_weights: Float32[np.ndarray, "documents teachers"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -105,7 +109,8 @@ class ExampleSet:
             places = [(place,) for place in range(len(examples))]
             rows = pack_rows(lengths, self.seq_len) if self.packed else places
         table = make_table(enumerate(examples))
-        return dataclasses.replace(self, table=table, rows=rows)
+        # Whose documents these are is not known.
+        return dataclasses.replace(self, table=table, rows=rows, teacher_weights=None)
 
     def tokens_of_rows(self) -> list[int]:
         """Returns the tokens of every row, padding left out."""
@@ -138,6 +143,9 @@ class ExampleSet:
         positions = np.zeros(shape, np.int32)
         steps = np.arange(self.seq_len, dtype=np.int32)
         more = {} if self.columns is None else self.columns.blank(shape)
+        weights = self.teacher_weights
+        if weights is not None:
+            more["teacher_weights"] = np.zeros((*shape, weights.shape[1]), np.float32)
         for row, index in enumerate(indices):
             if index == EMPTY:
                 continue
@@ -152,6 +160,9 @@ class ExampleSet:
                 if self.columns is not None:
                     for name, values in self.columns.read(ids, done).items():
                         more[name][row, span] = values
+                if weights is not None:
+                    of_document = weights[self.table.documents[number]]
+                    more["teacher_weights"][row, span] = of_document
                 done += len(ids)
         if self.packed:
             extra = {"segment_ids": segments, "positions": positions}

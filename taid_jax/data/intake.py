@@ -7,6 +7,7 @@ from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Chat, Document, Text, make_document
 from taid_jax.data.errors import RecordError
 from taid_jax.data.records import Record
+from taid_jax.data.teacher_field import TeacherField
 from taid_jax.data.tokens import Encoder, Example, Rendered, cut_windows
 
 _GROUP_DOCUMENTS = 512
@@ -50,7 +51,11 @@ class Outcome(NamedTuple):
 
 
 def read_documents(
-    records: Iterable[tuple[str, Record]], seed: int, *, prompts_suffice: bool = False
+    records: Iterable[tuple[str, Record]],
+    seed: int,
+    *,
+    prompts_suffice: bool = False,
+    teacher_field: TeacherField | None = None,
 ) -> Iterator[tuple[str, Document | RecordError]]:
     """Yields where each record stands and what it says, or why that cannot be known.
 
@@ -58,15 +63,22 @@ def read_documents(
         records: With their places.
         seed: Of the documents' ranks.
         prompts_suffice: As `make_document` has it.
+        teacher_field: Says which teachers a record learns from.
     """
     for origin, record in records:
         try:
             if isinstance(record, RecordError):
                 raise record
-            yield (
-                origin,
-                make_document(record, seed, prompts_suffice=prompts_suffice),
-            )
+            document = make_document(record, seed, prompts_suffice=prompts_suffice)
+            if teacher_field is not None:
+                unused = tuple(
+                    k for k in document.unused_keys if k != teacher_field.key
+                )
+                weights = teacher_field.read(record)
+                document = document._replace(
+                    unused_keys=unused, teacher_weights=weights
+                )
+            yield origin, document
         except RecordError as error:
             yield origin, error
 

@@ -48,12 +48,18 @@ def kind_of(path: pathlib.Path) -> str | None:
     return last if last in KINDS else None
 
 
-def read_file(path: pathlib.Path, max_record_bytes: int = MAX_RECORD_BYTES) -> Records:
+def read_file(
+    path: pathlib.Path,
+    max_record_bytes: int = MAX_RECORD_BYTES,
+    *,
+    beside: Sequence[str] = (),
+) -> Records:
     """Yields the records of a file; a text is one record.
 
     Args:
         path: Its ending is one of `KINDS`.
         max_record_bytes: Records above it are handed on as errors, unread.
+        beside: Columns of a table that are read beside those of its texts.
 
     Raises:
         DataError: If the file is empty or cannot be read.
@@ -67,7 +73,8 @@ def read_file(path: pathlib.Path, max_record_bytes: int = MAX_RECORD_BYTES) -> R
             yield str(path), {"text": _read_text(path)}
             return
         unit, reader = _READERS[kind]
-        for number, record in reader(path, max_record_bytes):
+        more = (beside,) if kind in _TABLES else ()
+        for number, record in reader(path, max_record_bytes, *more):
             found = True
             yield f"{path}, {unit} {number}", record
     except RecordError as error:
@@ -221,7 +228,7 @@ def _read_csv(path: pathlib.Path, limit: int) -> _Numbered:
             raise RecordError("damaged_file", f"no intact CSV file: {error}") from error
 
 
-def _read_parquet(path: pathlib.Path, limit: int) -> _Numbered:
+def _read_parquet(path: pathlib.Path, limit: int, beside: Sequence[str]) -> _Numbered:
     # Imported here: most runs read no Parquet.
     import pyarrow.parquet
 
@@ -230,7 +237,7 @@ def _read_parquet(path: pathlib.Path, limit: int) -> _Numbered:
         with pyarrow.parquet.ParquetFile(
             path, buffer_size=_BLOCK, pre_buffer=False
         ) as file:
-            columns = known_columns(file.schema_arrow.names)
+            columns = known_columns(file.schema_arrow.names, beside)
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
                 chunks = [
@@ -259,7 +266,7 @@ def _read_parquet(path: pathlib.Path, limit: int) -> _Numbered:
         yield from table_records(batches(), names, limit)
 
 
-def _read_arrow(path: pathlib.Path, limit: int) -> _Numbered:
+def _read_arrow(path: pathlib.Path, limit: int, beside: Sequence[str]) -> _Numbered:
     import pyarrow
 
     with _intact("Arrow"), pyarrow.memory_map(str(path)) as source:
@@ -270,7 +277,7 @@ def _read_arrow(path: pathlib.Path, limit: int) -> _Numbered:
             found = map(file.get_batch, range(file.num_record_batches))
         else:
             file = found = pyarrow.ipc.open_stream(source)
-        columns = known_columns(file.schema.names)
+        columns = known_columns(file.schema.names, beside)
         batches = (batch.select(columns) for batch in found)
         yield from table_records(batches, file.schema.names, limit)
 
@@ -289,9 +296,15 @@ def _intact(kind: str) -> Iterator[None]:
         raise RecordError("damaged_file", damage) from error
 
 
-def known_columns(names: Sequence[str]) -> list[str]:
-    """Returns the columns that records are made of; all where there are none."""
-    return [name for name in names if name in (*RECORD_KEYS, *ID_KEYS)] or [*names]
+def known_columns(names: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
+    """Returns the columns that records are made of; all where there are none.
+
+    Args:
+        names: Of all columns.
+        beside: Those that are wanted too.
+    """
+    known = (*RECORD_KEYS, *ID_KEYS, *beside)
+    return [name for name in names if name in known] or [*names]
 
 
 def table_records(
@@ -337,7 +350,7 @@ def _without_nulls(value: Any, *, inner: bool = False) -> Any:
     return value
 
 
-_READERS: dict[str, tuple[str, Callable[[pathlib.Path, int], _Numbered]]] = {
+_READERS: dict[str, tuple[str, Callable[..., _Numbered]]] = {
     ".jsonl": ("line", _read_jsonl),
     ".parquet": ("row", _read_parquet),
     ".json": ("record", _read_json),

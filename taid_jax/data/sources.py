@@ -84,22 +84,28 @@ def find_source(names: Names, split: str | None = None) -> Source:
     return source
 
 
-def read_source(source: Source, max_record_bytes: int = MAX_RECORD_BYTES) -> Records:
+def read_source(
+    source: Source,
+    max_record_bytes: int = MAX_RECORD_BYTES,
+    *,
+    beside: Sequence[str] = (),
+) -> Records:
     """Yields where each record stands and what it holds, in order.
 
     Args:
         source: From `find_source`.
         max_record_bytes: Records above it are handed on as errors, unread.
+        beside: As `read_file` has it.
 
     Raises:
         DataError: If a file is empty or cannot be read.
     """
     for entry in source.entries:
         if isinstance(entry, pathlib.Path):
-            yield from read_file(entry, max_record_bytes)
+            yield from read_file(entry, max_record_bytes, beside=beside)
         elif isinstance(entry, tuple):
             name, found = entry
-            columns = known_columns(found.column_names)
+            columns = known_columns(found.column_names, beside)
             tables = found.select_columns(columns).with_format("arrow").iter(256)
             batches = (batch for table in tables for batch in table.to_batches())
             rows = table_records(batches, found.column_names, max_record_bytes)

@@ -48,10 +48,10 @@ class TeachersHead:
     Examples:
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import Head, Teachers, TeachersHead
-        >>> one, other = jnp.log(jnp.array([[0.8, 0.2]])), jnp.log(jnp.array([[0.4, 0.6]]))
+        >>> one, other = jnp.log(jnp.array([[[0.8, 0.2]], [[0.4, 0.6]]]))
         >>> rows = Teachers((one, other), jnp.array([[0.5, 0.5]]))
-        >>> heads, student = (Head(jnp.eye(2)), Head(jnp.eye(2))), jnp.zeros((1, 2))
-        >>> row = TeachersHead(heads, "arithmetic").logits(rows, student)
+        >>> heads = (Head(jnp.eye(2)), Head(jnp.eye(2)))
+        >>> row = TeachersHead(heads, "arithmetic").logits(rows, jnp.zeros((1, 2)))
         >>> print(jnp.exp(row).round(2))
         [[0.6 0.4]]
     """

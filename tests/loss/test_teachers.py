@@ -30,7 +30,12 @@ def _case(mean, seed=0):
     rows = tuple(normal(*TOKENS, width) for width in (4, 6, 5))
     weights = rng.dirichlet(np.ones(3), TOKENS)
     weights[0, 0] = 0, 1, 0
-    return hidden, kernel, Teachers(rows, jnp.float32(weights)), TeachersHead(heads, mean)
+    return (
+        hidden,
+        kernel,
+        Teachers(rows, jnp.float32(weights)),
+        TeachersHead(heads, mean),
+    )
 
 
 def _exact_row(teachers, head):

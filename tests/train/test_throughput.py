@@ -32,7 +32,7 @@ def test_step_flops_are_those_of_the_program(values):
     step, arguments = abstract_step(settings, teacher, student, mesh)
     program = count_flops(step.trace(*arguments).jaxpr)
 
-    throughput = tp.make_throughput(settings, student, teacher, mesh)
+    throughput = tp.make_throughput(settings, student, [teacher], mesh)
     counted = 4.0 * 256
     found = throughput.flops.total(counted) + throughput.flops.repeated
     # The program's four blocks of queries cover five eighths of the attention's square,
@@ -68,8 +68,8 @@ def test_step_without_a_teacher_has_none_of_its_products(kind, tmp_path):
     # One block covers the attention's whole square, of which the half is counted. What
     # is left: sums over positions that RoPE and the norms write as products.
     np.testing.assert_allclose(live - found, gone + part.attention, rtol=2e-3)
-    counted = tp.make_throughput(settings, student, teacher, mesh).flops.total(128.0)
-    without = tp.make_throughput(stored, student, teacher, mesh, stored=kind)
+    counted = tp.make_throughput(settings, student, [teacher], mesh).flops.total(128.0)
+    without = tp.make_throughput(stored, student, [teacher], mesh, stored=[kind])
     assert counted - without.flops.total(128.0) == gone
 
 
@@ -203,7 +203,7 @@ def test_throughput_of_unknown_chips_gives_operations_without_mfu():
     settings = from_dict({})
     mesh = make_mesh("data=8")
     teacher, student, _ = pair_configs(settings)
-    throughput = tp.make_throughput(settings, student, teacher, mesh)
+    throughput = tp.make_throughput(settings, student, [teacher], mesh)
     throughput.count(1024.0)
     row = throughput.take(1, 1024)
     assert row["mfu"] is None

@@ -115,6 +115,7 @@ def with_answers(
             f"{chosen.completion_tokens} tokens in seq_len {side.seq_len}; set "
             "completion_tokens lower or seq_len higher"
         )
-    note = f"{len(fitting)} held-out prompts have the teacher's answers"
+    whose = f"{pair.teacher.source}'s" if len(pair.teachers) > 1 else "the teacher's"
+    note = f"{len(fitting)} held-out prompts have {whose} answers"
     info = dataclasses.replace(dataset.info, notes=(*dataset.info.notes, note))
     return Dataset(dataset.train, side.of_examples(answered), info)
