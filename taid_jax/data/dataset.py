@@ -264,7 +264,7 @@ def _with_teachers(source: Source, encoded: _Encoded, field: TeacherField) -> _E
     if not named:
         raise DataError(
             f"teacher_field: no record of {source.shown} says by `{field.key}` "
-            "anything else than --teacher-weights; leave it out, or give the key's right name"
+            "anything else than --teacher-weights; leave it out, or give the right key"
         )
     means = ", ".join(
         f"{name} {share:.1%}"

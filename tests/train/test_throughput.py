@@ -21,6 +21,7 @@ from taid_jax.train import throughput as tp
     [
         {"remat": "full", "grad_accum": 2},
         {"fused": False},
+        {"teacher": ["smollm2-135m-instruct"] * 2, "teacher_mean": "geometric"},
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
     ],
@@ -28,11 +29,12 @@ from taid_jax.train import throughput as tp
 def test_step_flops_are_those_of_the_program(values):
     settings = from_dict({"batch_size": 4, "seq_len": 256} | values)
     teacher, student, _ = pair_configs(settings)
+    teachers = teacher if isinstance(teacher, list) else [teacher]
     mesh = make_mesh("data=1", jax.devices()[:1])
     step, arguments = abstract_step(settings, teacher, student, mesh)
     program = count_flops(step.trace(*arguments).jaxpr)
 
-    throughput = tp.make_throughput(settings, student, [teacher], mesh)
+    throughput = tp.make_throughput(settings, student, teachers, mesh)
     counted = 4.0 * 256
     found = throughput.flops.total(counted) + throughput.flops.repeated
     # The program's four blocks of queries cover five eighths of the attention's square,
@@ -40,7 +42,7 @@ def test_step_flops_are_those_of_the_program(values):
     # where they are repeated) and one of the teacher.
     passes = 3.5 if settings.model.remat == "none" else 4.5
     attention = passes * forward_flops(student, 4, 256).attention
-    attention += forward_flops(teacher, 4, 256).attention
+    attention += sum(forward_flops(each, 4, 256).attention for each in teachers)
     # What is left: sums over positions that RoPE and the norms write as products.
     np.testing.assert_allclose(found + attention / 4, program, rtol=2e-3)
     # And so without any correction, by less than the 1.5% that are promised.

@@ -323,7 +323,8 @@ def same_tokenizer(
         raise ModelError(
             f"the tokenizers of {one_of} and {other_of} have the same tokens and cut "
             "text in other ways (splitting, merges or normaliser), first "
-            f"{show(text)}: after {same} tokens {' and '.join(map(show, parts))}. {needed}"
+            f"{show(text)}: after {same} tokens {' and '.join(map(show, parts))}. "
+            f"{needed}"
         )
     edges = [*EDGES, *special, *(f"{token} a\n b" for token in special)]
     if (text := first_difference(*encoders, edges)) is not None:
