@@ -22,6 +22,18 @@ class Teachers(NamedTuple):
         weights: `(*tokens, teachers)`, how much each counts, at least 0. A token may
             have one teacher alone: the others then contribute nothing, whatever they
             say.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from taid_jax.loss import ForwardKL, Head, fused_loss
+        >>> from taid_jax.loss import Teachers, TeachersHead
+        >>> weights = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]])
+        >>> teachers = Teachers((jnp.ones((3, 4)), jnp.ones((3, 6))), weights)
+        >>> head = TeachersHead((Head(jnp.eye(4, 5)), Head(jnp.eye(6, 5))))
+        >>> student = jnp.ones((3, 2)), Head(jnp.eye(2, 5))
+        >>> total, sums = fused_loss(ForwardKL(), *student, teachers, head)
+        >>> print(f"{total:.3f}")
+        5.111
     """
 
     rows: tuple[Any, ...]
@@ -48,12 +60,12 @@ class TeachersHead:
     Examples:
         >>> import jax.numpy as jnp
         >>> from taid_jax.loss import Head, Teachers, TeachersHead
-        >>> one, other = jnp.log(jnp.array([[[0.8, 0.2]], [[0.4, 0.6]]]))
+        >>> one, other = jnp.log(jnp.array([[[0.75, 0.25]], [[0.25, 0.75]]]))
         >>> rows = Teachers((one, other), jnp.array([[0.5, 0.5]]))
         >>> heads = (Head(jnp.eye(2)), Head(jnp.eye(2)))
         >>> row = TeachersHead(heads, "arithmetic").logits(rows, jnp.zeros((1, 2)))
         >>> print(jnp.exp(row).round(2))
-        [[0.6 0.4]]
+        [[0.5 0.5]]
     """
 
     heads: tuple[Any, ...]

@@ -331,7 +331,7 @@ def test_every_token_of_a_record_has_the_weights_of_its_teachers(
 
 def test_other_teachers_of_records_are_other_data(write_jsonl, tokenizer, documents):
     fields = [
-        TeacherField("who", ("a", "b"), weights) for weights in ((1, 0), (0.5, 0.5))
+        TeacherField("who", ("a", "b"), weights) for weights in ((1.0, 0.0), (0.5, 0.5))
     ]
     records = [{"text": text} for text in documents]
     records[3]["who"] = [0, 1]
@@ -342,7 +342,7 @@ def test_other_teachers_of_records_are_other_data(write_jsonl, tokenizer, docume
     ]
     assert len({*found}) == 3
     del records[3]["who"]
-    with pytest.raises(DataError, match="no record of .* says by `who`"):
+    with pytest.raises(DataError, match=r"no record of .* says by `who`"):
         load_dataset(
             write_jsonl(records), tokenizer, seq_len=16, teacher_field=fields[0]
         )

@@ -89,7 +89,8 @@ def test_a_run_with_two_teachers_says_who_teaches(run, pair):
     assert len(shown["tokens"]) == 4
     assert f"completions are those of {pair[0]} alone" in " ".join(shown["notes"])
     lines = " ".join(shown["lines"])
-    assert "teacher 1: 4 layers" in lines and "teacher 2: 3 layers" in lines
+    assert "teacher 1: 4 layers" in lines
+    assert "teacher 2: 3 layers" in lines
 
 
 def test_a_run_with_two_teachers_goes_on_bit_for_bit(train_tpu, run, tmp_path, capsys):
