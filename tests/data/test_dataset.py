@@ -299,7 +299,7 @@ def test_every_token_of_a_record_has_the_weights_of_its_teachers(
     chosen = {"weather": ("b", (0, 1)), "fine": ([3, 1], (0.75, 0.25))}
     chosen["that"] = (None, (0.5, 0.5))
     records = [
-        {"text": f"{n} " + " ".join([word] * 13)}
+        {"text": f"{n} " + " ".join([word] * 40)}
         | ({} if named is None else {"who": named if kind == "jsonl" else str(named)})
         for n in range(20)
         for word, (named, _) in chosen.items()
