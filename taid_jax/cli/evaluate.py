@@ -48,10 +48,12 @@ def parse(arguments: Sequence[str]) -> Command:
         SettingsError: If the file cannot be used, or no student is named.
     """
     base = _flags.read_config(arguments)
-    no_student = dataclasses.replace(
-        base.model, student=None, student_layers=None, student_config=None
+    # Of a run from a store a student has to be named in any case.
+    student = _flags.first_flags(arguments, "student").student
+    model = dataclasses.replace(
+        base.model, student=student, student_layers=None, student_config=None
     )
-    base = dataclasses.replace(base, model=no_student)
+    base = dataclasses.replace(base, model=model)
     command = _flags.parse(Command, arguments, __doc__, base)
     if command.settings.model.student is None:
         raise SettingsError("student: need the folder of the student to be scored")
