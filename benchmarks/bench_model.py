@@ -28,9 +28,11 @@ from taid_jax.models.presets import preset
 from taid_jax.types import Params
 
 
-def jax_side(config: DecoderConfig, ids: np.ndarray) -> Callable[[], float]:
+def jax_side(
+    config: DecoderConfig, ids: np.ndarray, unroll: int = 1
+) -> Callable[[], float]:
     """Returns a function that computes the loss and all gradients once."""
-    functions = decoder_functions(config)
+    functions = decoder_functions(config, unroll=unroll)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     if functions.hidden is None or functions.head is None:
         raise TypeError("the decoder gives hidden states and a head")
@@ -49,9 +51,16 @@ def jax_side(config: DecoderConfig, ids: np.ndarray) -> Callable[[], float]:
         return total / sums["num_tokens"]
 
     given = jnp.asarray(ids)
+    lowered = loss_and_gradients.lower(params, given)
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    temporary = "?" if memory is None else f"{memory.temp_size_in_bytes / 2**20:.0f}"
+    print(f"unroll {unroll}: compiled in {seconds:.1f} s, {temporary} MiB temporary")
 
     def run() -> float:
-        loss, gradients = loss_and_gradients(params, given)
+        loss, gradients = compiled(params, given)
         jax.block_until_ready(gradients)
         return float(loss)
 
@@ -83,6 +92,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument(
+        "--unroll", type=int, nargs="+", default=[1], help="layers in a turn"
+    )
+    parser.add_argument("--no-torch", action="store_true", help="ours alone")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     args = parser.parse_args(arguments)
 
@@ -90,14 +103,19 @@ def main(arguments: Sequence[str]) -> int:
     shape = (args.batch_size, args.seq_len)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     ids = ids.astype(np.int32)
-    sides = {"taid_jax": jax_side(config, ids)}
+    sides = {"taid_jax": jax_side(config, ids, args.unroll[0])}
+    for unroll in args.unroll[1:]:
+        sides[f"unroll {unroll}"] = jax_side(config, ids, unroll)
     try:
+        if args.no_torch:
+            raise ImportError
         import torch
 
         torch.set_num_threads(args.threads)
         sides["PyTorch"] = torch_side(config, ids)
     except ImportError:
-        print("PyTorch is not installed: pip install 'torch<2.14'", file=sys.stderr)
+        if not args.no_torch:
+            print("PyTorch is not installed: pip install 'torch<2.14'", file=sys.stderr)
     for run in sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}

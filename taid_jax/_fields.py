@@ -27,6 +27,7 @@ def setting(
     instead_of: tuple[str, ...] = (),
     replaces: tuple[str, ...] = (),
     free: bool = False,
+    prose: bool = False,
     **bounds: float | int,
 ) -> Any:
     """Returns a dataclass field for a group of settings.
@@ -40,6 +41,7 @@ def setting(
             without them, and the reverse; beside those of `instead_of`.
         free: Whether a resumed run may change it, as it does not touch the numbers that
             the run computes, or the checkpoint knows better.
+        prose: Whether it is a text of any length and several lines, and no name.
         **bounds: `ge` or `gt`, then `le` or `lt`, as in the module `operator`.
     """
     metadata = {
@@ -47,6 +49,7 @@ def setting(
         "instead_of": instead_of,
         "replaces": (*instead_of, *replaces),
         "free": free,
+        "prose": prose,
         "bounds": bounds,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -62,7 +65,8 @@ class Checked:
                 if isinstance(each, str):
                     filled = each != "" or field.default == ""
                     need(name, each, filled, "a text that is not empty")
-                    check_text(name, each)
+                    check = check_prose if field.metadata.get("prose") else check_text
+                    check(name, each)
                 elif type(each) in (int, float):
                     check_number(name, each, field.metadata.get("bounds", {}))
             object.__setattr__(self, name, value)  # An int became the float it means.
@@ -140,6 +144,17 @@ def check_text(name: str, text: str) -> None:
     need(name, text, text == text.strip(), "no white space at its ends")
 
 
+def check_prose(name: str, text: str) -> None:
+    """Raises unless a text has characters alone that are written: lines and tabs too.
+
+    Raises:
+        SettingsError: If it has others.
+    """
+    kinds = {unicodedata.category(each) for each in text if each not in "\n\t"}
+    what = "text without control characters and half surrogates"
+    need(name, text, not kinds & {"Cc", "Cs"}, what)
+
+
 def check_file(name: str, path: str | pathlib.Path) -> None:
     """Raises unless a command can write a file at its end.
 
@@ -160,7 +175,8 @@ def check_file(name: str, path: str | pathlib.Path) -> None:
 def cast(name: str, value: Any, kind: Any) -> Any:
     """Returns a value as a setting's type; an int will do for a float.
 
-    A list becomes a tuple, which is what a setting of several values is.
+    A list becomes a tuple, which is what a setting of several values is; a list of one
+    becomes that one where a single value will do.
     """
     choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     wanted = []
@@ -174,6 +190,8 @@ def cast(name: str, value: Any, kind: Any) -> Any:
         if typing.get_origin(choice) is tuple:
             each = typing.get_args(choice)[0]
             if isinstance(value, list | tuple):
+                if len(value) == 1 and each in choices:
+                    return cast(name, value[0], each)
                 return tuple(cast(name, one, each) for one in value)
             wanted.append(f"a list of {each.__name__}")
             continue

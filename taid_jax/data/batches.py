@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Float32, Int32, Int64, Shaped
 
 from taid_jax.data.errors import DataError
 from taid_jax.data.packing import (
@@ -25,7 +25,9 @@ NumpyBatch = dict[str, Shaped[np.ndarray, "batch *length"]]
 """`input_ids`, `labels`, and `segment_ids` with `positions`, or `attention_mask`; where
 they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`; the columns of a
 store, `(batch, length, width)`; and `teacher_weights`, `(batch, length, teachers)`
-float32. All int32 but the last two."""
+float32. All int32 but the last two. Where the teacher has rows of its own these are
+there with `teacher_` before their names, and `teacher_index`: the place in the
+teacher's row that predicts the same token as this one, -1 without any."""
 
 
 @runtime_checkable
@@ -80,6 +82,7 @@ class ExampleSet:
         columns: What batches have beside the examples themselves.
         teacher_weights: Of each document, how much each of several teachers counts:
             then batches have them for every token, 0 at padding.
+        teacher_len: Tokens of a row of the teacher; None where it has the student's.
     """
 
     table: TokenTable
@@ -90,6 +93,7 @@ class ExampleSet:
     buckets: tuple[int, ...] = ()
     columns: TokenColumns | None = None
     teacher_weights: Float32[np.ndarray, "documents teachers"] | None = None
+    teacher_len: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -104,13 +108,24 @@ class ExampleSet:
             rows: Which of them share a row, by their places; as few rows as packing
                 allows when None.
         """
+        found = dataclasses.replace(self, table=make_table(enumerate(examples)))
         if rows is None:
-            lengths = [len(example.ids) for example in examples]
             places = [(place,) for place in range(len(examples))]
-            rows = pack_rows(lengths, self.seq_len) if self.packed else places
-        table = make_table(enumerate(examples))
+            packed = self.packed
+            rows = pack_rows(found.rooms().tolist(), self.seq_len) if packed else places
         # Whose documents these are is not known.
-        return dataclasses.replace(self, table=table, rows=rows, teacher_weights=None)
+        return dataclasses.replace(found, rows=rows, teacher_weights=None)
+
+    def rooms(self) -> Int64[np.ndarray, " examples"]:
+        """Returns the tokens of a row that each example of the table takes.
+
+        More than its own, where it takes a larger share of the teacher's row: what fits
+        into one then fits into both.
+        """
+        own, teacher = self.table.lengths, self.table.teacher
+        if self.teacher_len is None or teacher is None:
+            return own
+        return np.maximum(own, -(-teacher.lengths * self.seq_len // self.teacher_len))
 
     def tokens_of_rows(self) -> list[int]:
         """Returns the tokens of every row, padding left out."""
@@ -169,7 +184,30 @@ class ExampleSet:
         else:
             # One example per row: its segment number, 1, is the mask.
             extra = {"attention_mask": segments}
+        if self.teacher_len is not None:
+            more |= self._teacher_rows(indices, labels)
         return {"input_ids": input_ids, "labels": labels, **extra, **more}
+
+    def _teacher_rows(
+        self, indices: Sequence[int] | np.ndarray, labels: np.ndarray
+    ) -> NumpyBatch:
+        """Returns the teacher's side of a batch, whose labels are those of the student.
+
+        A row has the same examples on both sides, and they the same tokens that count.
+        """
+        teacher = dataclasses.replace(
+            self,
+            table=self.table.teacher or make_table([]),
+            seq_len=self.teacher_len,
+            teacher_len=None,
+            teacher_weights=None,
+        )
+        rows = teacher.batch(indices, len(labels))
+        index = np.full(labels.shape, -1, np.int32)
+        for at, mine, theirs in zip(index, labels, rows.pop("labels"), strict=True):
+            counted = np.flatnonzero(theirs != IGNORE_INDEX)
+            at[np.flatnonzero(mine != IGNORE_INDEX) - 1] = counted - 1
+        return {"teacher_index": index} | {f"teacher_{k}": v for k, v in rows.items()}
 
     def prompts(self, indices: Sequence[int] | np.ndarray, size: int) -> NumpyBatch:
         """Returns where the last answer of each row's first example begins and ends.

@@ -22,12 +22,13 @@ from taid_jax.data.errors import (
     RecordError,
     nothing_left,
 )
-from taid_jax.data.intake import Intake, Limits, read_documents
+from taid_jax.data.intake import Intake, Limits, fields_read, read_documents
 from taid_jax.data.packing import TokenTable, check_buckets, make_table, pack_rows
 from taid_jax.data.shards import read_manifest, read_shards
 from taid_jax.data.sources import Names, Source, find_source, read_source
 from taid_jax.data.split import cut_only_text, hold_out
 from taid_jax.data.teacher_field import TeacherField
+from taid_jax.data.teacher_prompt import TeacherPrompt
 from taid_jax.data.tokens import Encoder, Tokenizer
 
 _NAMED = 20
@@ -116,6 +117,8 @@ def load_dataset(
     template_date: str | None = None,
     prompts_suffice: bool = False,
     teacher_field: TeacherField | None = None,
+    teacher_prompt: str | None = None,
+    teacher_len: int | None = None,
 ) -> Dataset:
     """Reads a source, encodes it and splits it into train and held-out rows.
 
@@ -151,6 +154,9 @@ def load_dataset(
             end with the prompt. Not of a folder of prepared data, which has none.
         teacher_field: Says of each record which of several teachers it learns from:
             batches then have `teacher_weights`. Not of prepared data either.
+        teacher_prompt: What the teacher sees in place of the prompt: see
+            `TeacherPrompt`. Not of prepared data.
+        teacher_len: Tokens of a row of the teacher then, `seq_len` when None.
 
     Raises:
         DataError: If a file or record cannot be used, or nothing is left.
@@ -167,6 +173,13 @@ def load_dataset(
     encoder = Encoder(tokenizer)
     left_out = LeftOut(bad_records)
     manifest = read_manifest(source) if isinstance(source, str | os.PathLike) else None
+    asked = None if teacher_prompt is None else TeacherPrompt(teacher_prompt)
+    teacher_len = None if asked is None else teacher_len or seq_len
+    if manifest is not None and asked is not None:
+        raise DataError(
+            f"teacher_prompt: {source} is prepared data, whose records are tokens "
+            "already; give the files that it was made of"
+        )
     if manifest is not None:
         if teacher_field is not None:
             raise DataError(
@@ -187,42 +200,42 @@ def load_dataset(
     else:
         intake = Intake(
             encoder,
-            Limits(seq_len),
+            Limits(seq_len, teacher=teacher_len),
             train_on_prompts=train_on_prompts,
             merge_system=merge_system,
             template_date=template_date,
             prompts_suffice=prompts_suffice,
         )
         found = find_source(source)
-        beside = () if teacher_field is None else (teacher_field.key,)
         documents = read_documents(
-            read_source(found, beside=beside),
+            read_source(found, also=fields_read(asked, teacher_field)),
             split_seed,
             prompts_suffice=prompts_suffice,
+            teacher_prompt=asked,
             teacher_field=teacher_field,
         )
         encoded = _encode(found, documents, intake, held_out_fraction, left_out)
         if teacher_field is not None:
             encoded = _with_teachers(found, encoded, teacher_field)
     table = encoded.table
-    sides = []
+    none = ExampleSet(
+        table,
+        [],
+        seq_len,
+        encoder.pad_id,
+        pack,
+        lengths,
+        teacher_weights=encoded.teacher_weights,
+        teacher_len=teacher_len,
+    )
+    sides, rooms = [], none.rooms()
     for examples in (np.flatnonzero(~encoded.held_out), encoded.held_out_order):
         if pack:
-            places = pack_rows(table.lengths[examples].tolist(), seq_len)
+            places = pack_rows(rooms[examples].tolist(), seq_len)
         else:
             places = [(place,) for place in range(len(examples))]
         rows = [tuple(examples[list(row)].tolist()) for row in places]
-        sides.append(
-            ExampleSet(
-                table,
-                rows,
-                seq_len,
-                encoder.pad_id,
-                pack,
-                lengths,
-                teacher_weights=encoded.teacher_weights,
-            )
-        )
+        sides.append(dataclasses.replace(none, rows=rows))
     train, held = sides
     info = DatasetInfo(
         train=_describe(train),
@@ -306,6 +319,8 @@ def _encode(
                 f"; the shortest conversation has {min(too_long)} tokens: raise "
                 "seq_len, or shorten the conversations"
             )
+        elif left_out.reasons["teacher_too_long"]:
+            message += "; the teacher's rows are too short: raise teacher_seq_len"
         elif left_out.reasons["all_masked"]:
             message += (
                 "; every token is masked: check the answers, or train on prompts too"

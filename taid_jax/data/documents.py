@@ -111,6 +111,7 @@ class Document(NamedTuple):
         name: What the record is called, from the first of `ID_KEYS` that it has.
         unused_keys: Those of the record that change nothing.
         teacher_weights: How much each of several teachers counts; see `TeacherField`.
+        teacher: What the teacher sees in place of it, where that is something else.
     """
 
     content: Content
@@ -118,6 +119,7 @@ class Document(NamedTuple):
     name: str | None = None
     unused_keys: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()
+    teacher: Chat | None = None
 
 
 def make_document(
@@ -236,10 +238,12 @@ def _pair(record: Mapping[str, Any], keys: Sequence[str]) -> Chat:
         # What a data set has in the prompt is context, and not to be learned.
         before = [
             each._replace(trained=each.role != ANSWER_ROLE)
-            for each in _turns(keys[0], asked, "user")
+            for each in read_turns(keys[0], asked, "user")
         ]
         after = [
-            turn for value in answered for turn in _turns(keys[1], value, ANSWER_ROLE)
+            turn
+            for value in answered
+            for turn in read_turns(keys[1], value, ANSWER_ROLE)
         ]
         return Chat((*opening, *before, *after), options)
     texts = [_string(key, record[key]) for key in keys]
@@ -274,7 +278,12 @@ def _is_turns(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
 
 
-def _turns(key: str, value: object, role: str) -> list[Message]:
+def read_turns(key: str, value: object, role: str) -> list[Message]:
+    """Returns messages, or a text as the turn of a role.
+
+    Raises:
+        RecordError: If it is neither, or empty.
+    """
     if _is_turns(value):
         return _messages(key, value)
     return [_message(1, {"role": role, "content": _string(key, value)})]

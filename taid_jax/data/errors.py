@@ -23,6 +23,8 @@ REASONS: Mapping[str, str] = {
     "no_end": "answers that nothing ends in the chat template",
     "tool_calls_not_written": "calls of tools that the chat template does not write",
     "unknown_teacher": "none of the teachers named under the key of `--teacher-field`",
+    "no_teacher_prompt": "a record without what the teacher's prompt is made of",
+    "answers_differ": "answers of other tokens behind the teacher's prompt",
 }
 """Why a record cannot be used."""
 
@@ -30,6 +32,7 @@ FILTERS: Mapping[str, str] = {
     "too_long": "more tokens than a row holds",
     "prompt_too_long": "more tokens before the last answer than the limit",
     "answer_too_long": "more tokens in the last answer than the limit",
+    "teacher_too_long": "more tokens than the teacher's row holds (--teacher-seq-len)",
     "empty": "white space only, or a single token",
     "all_masked": "every token masked: no answer is trained on",
     "copy": "the same record, under the same name, as one before it",

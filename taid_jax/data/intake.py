@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from taid_jax.data.chat import ChatRenderer
-from taid_jax.data.documents import Chat, Document, Text, make_document
+from taid_jax.data.documents import Chat, Content, Document, Text, make_document
 from taid_jax.data.errors import RecordError
 from taid_jax.data.records import Record
 from taid_jax.data.teacher_field import TeacherField
+from taid_jax.data.teacher_prompt import TeacherPrompt, align
 from taid_jax.data.tokens import Encoder, Example, Rendered, cut_windows
 
 _GROUP_DOCUMENTS = 512
@@ -23,11 +24,13 @@ class Limits(NamedTuple):
         tokens: Of all of it.
         prompt: Of what comes before the last answer; any number when None.
         answer: Of the last answer; any number when None.
+        teacher: Of all that the teacher sees; any number when None.
     """
 
     tokens: int
     prompt: int | None = None
     answer: int | None = None
+    teacher: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -56,6 +59,7 @@ def read_documents(
     *,
     prompts_suffice: bool = False,
     teacher_field: TeacherField | None = None,
+    teacher_prompt: TeacherPrompt | None = None,
 ) -> Iterator[tuple[str, Document | RecordError]]:
     """Yields where each record stands and what it says, or why that cannot be known.
 
@@ -64,23 +68,34 @@ def read_documents(
         seed: Of the documents' ranks.
         prompts_suffice: As `make_document` has it.
         teacher_field: Says which teachers a record learns from.
+        teacher_prompt: What the teacher sees in place of the prompt.
     """
+    also = fields_read(teacher_prompt, teacher_field)
     for origin, record in records:
         try:
             if isinstance(record, RecordError):
                 raise record
             document = make_document(record, seed, prompts_suffice=prompts_suffice)
+            unused = tuple(key for key in document.unused_keys if key not in also)
+            document = document._replace(unused_keys=unused)
+            if teacher_prompt is not None:
+                content = document.content
+                asks = prompts_suffice and isinstance(content, Chat) and content.asks
+                seen = teacher_prompt.apply(record, content, asks=asks)  # pyright: ignore
+                document = document._replace(teacher=seen)
             if teacher_field is not None:
-                unused = tuple(
-                    k for k in document.unused_keys if k != teacher_field.key
-                )
-                weights = teacher_field.read(record)
-                document = document._replace(
-                    unused_keys=unused, teacher_weights=weights
-                )
+                document = document._replace(teacher_weights=teacher_field.read(record))
             yield origin, document
         except RecordError as error:
             yield origin, error
+
+
+def fields_read(
+    teacher_prompt: TeacherPrompt | None, teacher_field: TeacherField | None
+) -> tuple[str, ...]:
+    """Returns the keys of records that are read for the teachers alone."""
+    fields = () if teacher_prompt is None else teacher_prompt.fields
+    return fields if teacher_field is None else (*fields, teacher_field.key)
 
 
 class Intake:
@@ -128,43 +143,60 @@ class Intake:
         for origin, document in documents:
             outcome, rendered = self._render(Outcome(origin, document))
             group.append((outcome, rendered))
-            characters += len(rendered.text) if rendered is not None else 0
+            characters += sum(len(each.text) for each in rendered)
             if len(group) >= _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
                 yield from self._encode(group)
                 group, characters = [], 0
         yield from self._encode(group)
 
-    def _render(self, outcome: Outcome) -> tuple[Outcome, Rendered | None]:
-        """Returns the outcome, and what is encoded where there is no error yet."""
+    def _render(self, outcome: Outcome) -> tuple[Outcome, Sequence[Rendered]]:
+        """Returns the outcome, and what is encoded where there is no error yet.
+
+        What the teacher sees comes second, where it is something else.
+        """
         document = outcome.document
         if isinstance(document, RecordError):
-            return outcome._replace(error=document), None
+            return outcome._replace(error=document), ()
+        sides = [document.content]
+        if document.teacher is not None:
+            sides.append(document.teacher)
         try:
-            match document.content:
-                case Chat() as content if self._prompts_suffice and content.asks:
-                    rendered = self._renderer.prompt(content)
-                case Chat() as content:
-                    rendered = self._renderer.chat(content)
-                case Text(text):
-                    if not text.strip():
-                        raise RecordError("empty", "white space only")
-                    rendered = Rendered(text, counts_all=True, framed=True)
+            rendered = [*map(self._rendered, sides)]
         except RecordError as error:
             keys = document.unused_keys
-            return outcome._replace(error=error, unused_keys=keys), None
-        keys = (*document.unused_keys, *rendered.unused_keys)
+            return outcome._replace(error=error, unused_keys=keys), ()
+        keys = (*document.unused_keys, *rendered[0].unused_keys)
         return outcome._replace(unused_keys=keys), rendered
 
+    def _rendered(self, content: Content) -> Rendered:
+        match content:
+            case Chat() if self._prompts_suffice and content.asks:
+                return self._renderer.prompt(content)
+            case Chat():
+                return self._renderer.chat(content)
+            case Text(text):
+                if not text.strip():
+                    raise RecordError("empty", "white space only")
+                return Rendered(text, counts_all=True, framed=True)
+
     def _encode(
-        self, group: Sequence[tuple[Outcome, Rendered | None]]
+        self, group: Sequence[tuple[Outcome, Sequence[Rendered]]]
     ) -> Iterator[Outcome]:
-        texts = [rendered for _, rendered in group if rendered is not None]
+        texts = [each for _, rendered in group for each in rendered]
         encoded = iter(self._encoder.examples(texts))
         for outcome, rendered in group:
-            yield self._fit(outcome, next(encoded)) if rendered else outcome
+            examples = [next(encoded) for _ in rendered]
+            yield self._fit(outcome, examples) if examples else outcome
 
-    def _fit(self, outcome: Outcome, example: Example | RecordError) -> Outcome:
+    def _fit(
+        self, outcome: Outcome, examples: Sequence[Example | RecordError]
+    ) -> Outcome:
         """Returns the outcome with the example, its windows, or why there are none."""
+        example, seen = examples[0], examples[-1]
+        if len(examples) > 1 and not isinstance(example, RecordError):
+            # What is wrong with the teacher's is told as if it were the student's.
+            whole = not isinstance(seen, RecordError)
+            example = align(example, seen) if whole else seen
         if isinstance(example, RecordError):
             return outcome._replace(error=example)
         length, limits = len(example.ids), self._limits
@@ -179,6 +211,8 @@ class Intake:
             "prompt_too_long": (example.prompt, limits.prompt),
             "answer_too_long": (example.answer_end - example.prompt, limits.answer),
         }
+        if example.teacher is not None:
+            sizes["teacher_too_long"] = (len(example.teacher.ids), limits.teacher)
         for reason, (size, limit) in sizes.items():
             if limit is not None and size > limit:
                 message = f"{size} tokens, the limit is {limit}"

@@ -26,6 +26,7 @@ class TokenTable:
         documents: `(examples,)` int64, the number of the document it comes from.
         prompts: `(examples,)` int64, the tokens before the last answer.
         answer_ends: `(examples,)` int64, the token after the last answer.
+        teacher: The same of what the teacher sees, where that is something else.
     """
 
     ids: Int32[np.ndarray, " tokens"]
@@ -34,6 +35,7 @@ class TokenTable:
     documents: Int64[np.ndarray, " examples"]
     prompts: Int64[np.ndarray, " examples"]
     answer_ends: Int64[np.ndarray, " examples"]
+    teacher: "TokenTable | None" = None
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -45,6 +47,7 @@ class TokenTable:
             self.counted[span],
             int(self.prompts[index]),
             int(self.answer_ends[index]),
+            None if self.teacher is None else self.teacher[index],
         )
 
     @property
@@ -58,18 +61,23 @@ class TokenTable:
         answers = (self.prompts, self.answer_ends)
         for array in (self.ids, self.counted, self.starts, *answers):
             digest.update(array.tobytes())
+        if self.teacher is not None:
+            digest.update(self.teacher.digest().encode())
         return digest.hexdigest()
 
 
 def make_table(examples: Iterable[tuple[int, Example]]) -> TokenTable:
     """Returns the table of (number of the document, example) pairs."""
     documents, ids, counted, prompts, ends = [], [], [], [], []
+    teachers: list[tuple[int, Example]] = []
     for document, example in examples:
         documents.append(document)
         ids.append(example.ids)
         counted.append(example.counted)
         prompts.append(example.prompt)
         ends.append(example.answer_end)
+        if example.teacher is not None:
+            teachers.append((document, example.teacher))
     lengths = np.array([0, *map(len, ids)], np.int64)
     return TokenTable(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -78,6 +86,7 @@ def make_table(examples: Iterable[tuple[int, Example]]) -> TokenTable:
         documents=np.array(documents, np.int64),
         prompts=np.array(prompts, np.int64),
         answer_ends=np.array(ends, np.int64),
+        teacher=make_table(teachers) if teachers else None,
     )
 
 

@@ -52,14 +52,14 @@ def read_file(
     path: pathlib.Path,
     max_record_bytes: int = MAX_RECORD_BYTES,
     *,
-    beside: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> Records:
     """Yields the records of a file; a text is one record.
 
     Args:
         path: Its ending is one of `KINDS`.
         max_record_bytes: Records above it are handed on as errors, unread.
-        beside: Columns of a table that are read beside those of its texts.
+        also: Columns of a table that are read beside those that say what a record is.
 
     Raises:
         DataError: If the file is empty or cannot be read.
@@ -73,8 +73,8 @@ def read_file(
             yield str(path), {"text": _read_text(path)}
             return
         unit, reader = _READERS[kind]
-        more = (beside,) if kind in _TABLES else ()
-        for number, record in reader(path, max_record_bytes, *more):
+        more = {"also": also} if kind in _TABLES else {}
+        for number, record in reader(path, max_record_bytes, **more):
             found = True
             yield f"{path}, {unit} {number}", record
     except RecordError as error:
@@ -228,7 +228,9 @@ def _read_csv(path: pathlib.Path, limit: int) -> _Numbered:
             raise RecordError("damaged_file", f"no intact CSV file: {error}") from error
 
 
-def _read_parquet(path: pathlib.Path, limit: int, beside: Sequence[str]) -> _Numbered:
+def _read_parquet(
+    path: pathlib.Path, limit: int, *, also: Sequence[str] = ()
+) -> _Numbered:
     # Imported here: most runs read no Parquet.
     import pyarrow.parquet
 
@@ -237,7 +239,7 @@ def _read_parquet(path: pathlib.Path, limit: int, beside: Sequence[str]) -> _Num
         with pyarrow.parquet.ParquetFile(
             path, buffer_size=_BLOCK, pre_buffer=False
         ) as file:
-            columns = known_columns(file.schema_arrow.names, beside)
+            columns = known_columns(file.schema_arrow.names, also)
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
                 chunks = [
@@ -266,7 +268,9 @@ def _read_parquet(path: pathlib.Path, limit: int, beside: Sequence[str]) -> _Num
         yield from table_records(batches(), names, limit)
 
 
-def _read_arrow(path: pathlib.Path, limit: int, beside: Sequence[str]) -> _Numbered:
+def _read_arrow(
+    path: pathlib.Path, limit: int, *, also: Sequence[str] = ()
+) -> _Numbered:
     import pyarrow
 
     with _intact("Arrow"), pyarrow.memory_map(str(path)) as source:
@@ -277,7 +281,7 @@ def _read_arrow(path: pathlib.Path, limit: int, beside: Sequence[str]) -> _Numbe
             found = map(file.get_batch, range(file.num_record_batches))
         else:
             file = found = pyarrow.ipc.open_stream(source)
-        columns = known_columns(file.schema.names, beside)
+        columns = known_columns(file.schema.names, also)
         batches = (batch.select(columns) for batch in found)
         yield from table_records(batches, file.schema.names, limit)
 
@@ -296,14 +300,9 @@ def _intact(kind: str) -> Iterator[None]:
         raise RecordError("damaged_file", damage) from error
 
 
-def known_columns(names: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
-    """Returns the columns that records are made of; all where there are none.
-
-    Args:
-        names: Of all columns.
-        beside: Those that are wanted too.
-    """
-    known = (*RECORD_KEYS, *ID_KEYS, *beside)
+def known_columns(names: Sequence[str], also: Sequence[str] = ()) -> list[str]:
+    """Returns the columns that records are made of; all where there are none."""
+    known = (*RECORD_KEYS, *ID_KEYS, *also)
     return [name for name in names if name in known] or [*names]
 
 

@@ -88,24 +88,24 @@ def read_source(
     source: Source,
     max_record_bytes: int = MAX_RECORD_BYTES,
     *,
-    beside: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> Records:
     """Yields where each record stands and what it holds, in order.
 
     Args:
         source: From `find_source`.
         max_record_bytes: Records above it are handed on as errors, unread.
-        beside: As `read_file` has it.
+        also: Columns of tables that are read beside those that say what a record is.
 
     Raises:
         DataError: If a file is empty or cannot be read.
     """
     for entry in source.entries:
         if isinstance(entry, pathlib.Path):
-            yield from read_file(entry, max_record_bytes, beside=beside)
+            yield from read_file(entry, max_record_bytes, also=also)
         elif isinstance(entry, tuple):
             name, found = entry
-            columns = known_columns(found.column_names, beside)
+            columns = known_columns(found.column_names, also)
             tables = found.select_columns(columns).with_format("arrow").iter(256)
             batches = (batch for table in tables for batch in table.to_batches())
             rows = table_records(batches, found.column_names, max_record_bytes)

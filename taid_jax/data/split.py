@@ -74,7 +74,9 @@ def cut_only_text(
                 cut = text.rfind(border, target // 2, target)
                 if cut > 0 and text[:cut].strip() and text[cut:].strip():
                     first, last = (
-                        Document(Text(part), rank, None, (), whole.teacher_weights)
+                        Document(
+                            Text(part), rank, teacher_weights=whole.teacher_weights
+                        )
                         for part, rank in ((text[:cut], 1.0), (text[cut:], 0.0))
                     )
                     return [

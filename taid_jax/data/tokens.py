@@ -48,12 +48,28 @@ class Example(NamedTuple):
         prompt: Tokens before the last answer, which a model is asked to go on from.
         answer_end: The token after the last answer's last. Both are 0 where the last
             answer is not known, and all tokens where there is none yet.
+        teacher: What the teacher sees, where its prompt is another one: the tokens that
+            count are the same, in the same order.
     """
 
     ids: Int32[np.ndarray, " tokens"]
     counted: Bool[np.ndarray, " tokens"]
     prompt: int = 0
     answer_end: int = 0
+    teacher: "Example | None" = None
+
+    def with_answer(self, answer: Int32[np.ndarray, " tokens"]) -> "Example":
+        """Returns the prompt with other tokens behind it, which count."""
+        before = slice(self.prompt)
+        ids = np.concatenate([self.ids[before], answer]).astype(np.int32)
+        counts = np.ones(len(answer), np.bool_)
+        return Example(
+            ids,
+            np.concatenate([self.counted[before], counts]),
+            self.prompt,
+            len(ids),
+            None if self.teacher is None else self.teacher.with_answer(answer),
+        )
 
 
 class Span(NamedTuple):

@@ -191,7 +191,9 @@ def abstract_step(
     stores = []
     if model.teacher_store is not None:
         stores = [read_manifest(pathlib.Path(each)) for each in model.teachers]
-    functions = teacher_functions(model, teachers, stores)
+    functions = teacher_functions(
+        model, teachers, stores, own_rows=data.teacher_len is not None
+    )
 
     def weights(config: DecoderConfig, kind: str | None) -> Params:
         shapes = abstract_params(config, dtype)
@@ -206,14 +208,17 @@ def abstract_step(
 
     kinds = [store.kind for store in stores] or [None] * len(teachers)
     pairs = zip(teachers, kinds, strict=True)
-    teacher_params = join_params([weights(*pair) for pair in pairs])
+    # An average is in the state.
+    averaged = model.teacher_ema is not None
+    teacher_params = {} if averaged else join_params([weights(*pair) for pair in pairs])
     built = build_step(settings, student, functions, mesh)
     beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
-    shape = data.batch_size, data.seq_len
 
-    def array(dtype: Any, *width: int) -> jax.ShapeDtypeStruct:
-        where = batch_sharding(mesh)
-        return jax.ShapeDtypeStruct((*shape, *width), dtype, sharding=where)
+    def array(
+        dtype: Any, *width: int, length: int = data.seq_len
+    ) -> jax.ShapeDtypeStruct:
+        shape, where = (data.batch_size, length, *width), batch_sharding(mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     columns = [
         {column.name: array(column.dtype, column.width) for column in store.columns}
@@ -221,6 +226,12 @@ def abstract_step(
     ]
     batch = {key: array(jnp.int32) for key in ("input_ids", "labels", *beside)}
     batch |= join_columns(columns) if columns else {}
+    if data.teacher_len is not None:
+        batch["teacher_index"] = array(jnp.int32)
+        batch |= {
+            f"teacher_{key}": array(jnp.int32, length=data.teacher_len)
+            for key in ("input_ids", *beside)
+        }
     if model.teacher_field is not None:
         batch[WEIGHTS] = array(jnp.float32, len(teachers))
     return built.step, (built.state, teacher_params, batch)

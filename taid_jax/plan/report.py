@@ -107,7 +107,9 @@ def pair_configs(settings: Settings) -> tuple[Teachers, DecoderConfig, list[str]
             f"for a plan. Presets are: {', '.join(PRESETS)}"
         )
 
-    if model.teacher_store is None:
+    if model.teaches_itself and model.student is not None:
+        teachers = [find("student", model.student)]
+    elif model.teacher_store is None:
         teachers = [find("teacher", each) for each in model.teachers]
     else:
         folders = [str(pathlib.Path(each, TEACHER)) for each in model.teachers]
@@ -131,11 +133,14 @@ def pair_configs(settings: Settings) -> tuple[Teachers, DecoderConfig, list[str]
             )
         # Layers may differ: only the choice of them says what the student's are.
         _, student = select_layers({"layers": {}}, student, layers)
-    named = {**named_teachers(teachers), "student": student}
+    named, data = {**named_teachers(teachers), "student": student}, settings.data
     for flag, config in named.items():
-        if settings.data.seq_len > config.max_position_embeddings:
+        name, length = "seq_len", data.seq_len
+        if flag != "student" and data.teacher_len is not None:
+            name, length = "teacher_seq_len", data.teacher_len
+        if length > config.max_position_embeddings:
             raise PlanError(
-                f"seq_len: {settings.data.seq_len} is beyond the {flag}'s context of "
+                f"{name}: {length} is beyond the {flag}'s context of "
                 f"{config.max_position_embeddings} tokens"
             )
     if model.resize_embeddings:

@@ -70,7 +70,11 @@ def build_step(
 
     def init(params: Params) -> DistillState:
         return init_state(
-            params, optimizer=optimizer, schedule=scheduler.init(), learned=learned
+            params,
+            optimizer=optimizer,
+            schedule=scheduler.init(),
+            learned=learned,
+            averaged=settings.model.teacher_ema is not None,
         )
 
     params = abstract_params(student)
@@ -98,6 +102,7 @@ def build_step(
         chunk_size=run.chunk_size,
         mesh=mesh,
         fused=run.fused,
+        teacher_ema=settings.model.teacher_ema,
     )
     return BuiltStep(
         step,

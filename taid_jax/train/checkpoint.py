@@ -176,6 +176,11 @@ def _known(metric: float | None) -> bool:
     return metric is not None and math.isfinite(metric)
 
 
+def _saved(state: DistillState) -> dict[str, Any]:
+    """Returns what is kept of a state: no average where it has none."""
+    return {k: v for k, v in state._asdict().items() if v is not None}
+
+
 class Checkpoints:
     """The checkpoints of one output folder: the last few, and the best.
 
@@ -292,7 +297,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()),
+                    state=ocp.args.StandardSave(_saved(state)),
                     run=ocp.args.JsonSave(
                         {"settings": to_dict(settings), "place": place}
                     ),
@@ -327,7 +332,7 @@ class Checkpoints:
             self._silence.remove()
 
     def _check_shapes(self, template: DistillState, step: int) -> None:
-        leaves = jax.tree_util.tree_leaves_with_path(template._asdict())
+        leaves = jax.tree_util.tree_leaves_with_path(_saved(template))
         wanted = {
             jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
             for path, leaf in leaves
@@ -361,6 +366,6 @@ class Checkpoints:
         """
         with parsing(f"checkpoint {step} in {self.folder}", CheckpointError):
             self._check_shapes(template, step)
-            state = ocp.args.StandardRestore(template._asdict())
+            state = ocp.args.StandardRestore(_saved(template))
             found = self._manager.restore(step, args=ocp.args.Composite(state=state))
         return DistillState(**found["state"])

@@ -145,7 +145,7 @@ def make_eval_step(
             student,
             state.params,
             teacher,
-            teacher_params,
+            state.teacher_of(teacher_params),
             batch,
             chunk_size=chunk_size,
             mesh=mesh,

@@ -48,7 +48,7 @@ class Pair:
     """A teacher, or several that teach together, and their student.
 
     Attributes:
-        teachers: In the compute dtype.
+        teachers: In the compute dtype; without parameters where one is `averaged`.
         student_config: The student's architecture.
         student_params: Its float32 master weights.
         shardings: Where the student's weights live.
@@ -59,6 +59,8 @@ class Pair:
         teacher_functions: What the train step needs of the teachers.
         stores: The teachers' outputs, where these stand for them: their parameters are
             then what their heads need.
+        averaged: Whether the teacher is the moving average of the student's weights,
+            which is in the state of the run.
     """
 
     teachers: tuple[LoadedModel, ...]
@@ -70,6 +72,7 @@ class Pair:
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     stores: tuple[Store, ...] = ()
+    averaged: bool = False
 
     @property
     def teacher(self) -> LoadedModel:
@@ -80,6 +83,13 @@ class Pair:
     def teacher_params(self) -> Any:
         """What `teacher_functions` take."""
         return join_params([each.params for each in self.teachers])
+
+    @property
+    def teachers_at_start(self) -> list[Params]:
+        """The parameters of each teacher before the first step."""
+        if self.averaged:
+            return [self.student_params]
+        return [each.params for each in self.teachers]
 
 
 _BYTES_OF_TOKEN = 96
@@ -108,7 +118,8 @@ def check_memory(settings: Settings, mesh: Mesh, stores: Sequence[Store] = ()) -
     if texts.texts != "data":
         sizes["buffer_capacity"] = texts.buffer_capacity * 5  # Ids, and what counts.
     for name, size in sizes.items():
-        needed, memory = size * data.seq_len, host_memory()
+        needed = size * (data.seq_len + (data.teacher_len or 0))
+        memory = host_memory()
         if needed > memory:
             raise SettingsError(
                 f"{name}: so many sequences of seq_len {data.seq_len} need at least "
@@ -150,8 +161,15 @@ _ONE_TOKENIZER = (
 )
 
 
-def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
+def check_models(
+    settings: ModelSettings, seq_len: int, teacher_len: int | None = None
+) -> OpenPair:
     """Returns the models after reading all but the weights, and comparing them.
+
+    Args:
+        settings: Of the models.
+        seq_len: Tokens of a row.
+        teacher_len: Of a row of the teacher; `seq_len` when None.
 
     Raises:
         ModelError: If a model cannot be used, or the tokenizers differ.
@@ -177,9 +195,12 @@ def check_models(settings: ModelSettings, seq_len: int) -> OpenPair:
         "student": models.student_config,
     }
     for name, config in configs.items():
-        if seq_len > config.max_position_embeddings:
+        flag, length = "seq_len", seq_len
+        if name != "student" and teacher_len is not None:
+            flag, length = "teacher_seq_len", teacher_len
+        if length > config.max_position_embeddings:
             raise SettingsError(
-                f"seq_len: {seq_len} is beyond the {name}'s context of "
+                f"{flag}: {length} is beyond the {name}'s context of "
                 f"{config.max_position_embeddings} tokens"
             )
         if settings.resize_embeddings:
@@ -201,7 +222,10 @@ def open_pair(settings: ModelSettings) -> OpenPair:
     allow = settings.allow_unknown_keys
     stores: tuple[Store, ...] = ()
     if settings.teacher_store is None:
-        opened = [open_model(t, allow_unknown_keys=allow) for t in settings.teachers]
+        named = settings.teachers
+        if settings.teaches_itself and settings.student is not None:
+            named = (settings.student,)
+        opened = [open_model(each, allow_unknown_keys=allow) for each in named]
     else:
         stores = tuple(Store(each) for each in settings.teachers)
         kinds = [store.manifest.kind for store in stores]
@@ -289,6 +313,8 @@ def read_data(
         template_date=date,
         prompts_suffice=settings.on_policy.prompts_suffice,
         teacher_field=field,
+        teacher_prompt=data.teacher_prompt,
+        teacher_len=data.teacher_len,
     )
     ids, count = dataset.train.table.ids, count_tokens(tokenizer)
     if len(ids) and not 0 <= ids.min() <= ids.max() < count:
@@ -386,13 +412,20 @@ def load_pair(
         return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
 
     models = models or open_pair(model)
-    learner = models.student_config
+    learner, averaged = models.student_config, model.teacher_ema is not None
     needs = [
         params_need(
-            "the student", learner, "float32", shardings(learner), copies=copies
+            "the student and its moving average" if averaged else "the student",
+            learner,
+            "float32",
+            shardings(learner),
+            copies=copies + averaged,
         )
     ]
-    if not models.stores:
+    if averaged:
+        check_fits(*needs)
+        teachers = [models.teacher.without_weights()]
+    elif not models.stores:
         for name, each in named_teachers(models.teachers).items():
             where = teacher_shardings(each.config)
             needs.append(params_need(f"the {name}", each.config, model.dtype, where))
@@ -408,7 +441,8 @@ def load_pair(
             for store, each in zip(models.stores, models.teachers, strict=True)
         ]
     teacher = teachers[0]
-    notes = [
+    notes = [f"teacher: {note}" for note in _of_itself(settings)]
+    notes += [
         f"{name}: {note}"
         for name, each in named_teachers(teachers).items()
         for note in each.notes
@@ -471,6 +505,7 @@ def load_pair(
         model,
         [each.config for each in teachers],
         [store.manifest for store in models.stores],
+        own_rows=settings.data.teacher_prompt is not None,
     )
     return Pair(
         tuple(teachers),
@@ -482,6 +517,7 @@ def load_pair(
         generation,
         tuple(notes),
         models.stores,
+        averaged,
     )
 
 
@@ -494,6 +530,25 @@ def _describe_mean(model: ModelSettings) -> list[str]:
         f"the teacher is the {model.teacher_mean} mean {parts}"
         f"{by_record if model.teacher_field else ''}; KL and perplexity are of the mean"
     ]
+
+
+def _of_itself(settings: Settings) -> list[str]:
+    """Returns what is to be said of a teacher that is the student."""
+    if not settings.model.teaches_itself:
+        return []
+    ema = settings.model.teacher_ema
+    notes = [
+        "the student as it starts"
+        if ema is None
+        else f"the moving average of the student's weights, each step keeps {ema:g}"
+    ]
+    same = settings.data.teacher_prompt is None
+    if settings.objective.distil_ratio == 1 and same:
+        notes.append(
+            "it begins as the student and sees what that sees: with distil_ratio 1 "
+            "and no teacher_prompt there is nothing to learn from it"
+        )
+    return notes
 
 
 def load_stored(

@@ -219,7 +219,10 @@ class Loop:
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
         """Returns what a step trains on: a batch of the data, or of completions."""
         if isinstance(self.batches, OnPolicyBatches):
-            rows = self.batches.batch(state.params, step, self.throughput)
+            writer = state.params
+            if self.settings.on_policy.texts == "teacher":
+                writer = state.teacher_of(self.teacher_params)
+            rows = self.batches.batch(writer, step, self.throughput)
         else:
             with self.throughput.measured("data"):
                 rows = next(self.batches)

@@ -121,7 +121,9 @@ def _distil(
     saved, place = None, {}
     if step is not None:
         saved, place = read_run(folder / CHECKPOINTS / str(step))
-    opened = check_models(settings.model, settings.data.seq_len)
+    opened = check_models(
+        settings.model, settings.data.seq_len, settings.data.teacher_len
+    )
     given = settings.data.template_date or (saved and saved.data.template_date)
     # Texts with another day in them would not be those that are stored.
     given = given or template_date(opened.stores)
@@ -178,7 +180,7 @@ def _distil(
         models,
     )
     shown = Shown(settings, folder, pair, dataset, tokenizer, mesh, lines)
-    shown.begin(state.params, int(state.step), console)
+    shown.begin(state, console)
     with shown.watched(console):
         with ConsoleProgress(console, settings.run.steps, int(state.step)) as progress:
             loop.progress = progress
@@ -232,7 +234,7 @@ def _distil(
         report = distributed.broadcast(publish)
     except ModelError as error:  # Of the student's folder; what was read is good.
         raise WriteError(str(error)) from error
-    shown.end(state.params, console)
+    shown.end(state, console)
     return report
 
 

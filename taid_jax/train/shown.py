@@ -15,7 +15,7 @@ from rich.console import Console
 from taid_jax import distributed
 from taid_jax.data import DataError, Dataset
 from taid_jax.data.dataset import DatasetInfo
-from taid_jax.errors import InputError, ModelError, explain, parsing
+from taid_jax.errors import InputError, ModelError, explain, parsing, show
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import Settings
@@ -27,6 +27,7 @@ from taid_jax.train.inputs import Pair, named_teachers
 from taid_jax.train.loop import Interrupted, TrainingError
 from taid_jax.train.on_policy.prompts import EvalPrompt, find_eval_prompts
 from taid_jax.train.report import write_json
+from taid_jax.train.state import DistillState
 from taid_jax.train.token_kl import held_out_token_kl, make_token_kl, tokens_of_rows
 from taid_jax.types import Params
 
@@ -63,23 +64,31 @@ def describe(settings: Settings, pair: Pair, dataset: Dataset, mesh: Mesh) -> li
     def size(params: Params) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
 
-    def held(params: Params) -> int:
+    def held(params: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
     axes = ", ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
     info, data, run = dataset.info, settings.data, settings.run
     sides = {"training": info.train, "held out": info.held_out}
     # The student's weights, their gradient and the two moments of the optimizer.
-    memory = held(pair.teacher_params) + 4 * held(pair.student_params)
-    rows = len(dataset.train)
+    starts = pair.teachers_at_start
+    memory = held(starts) + 4 * held(pair.student_params)
+    sees, rows = "", len(dataset.train)
+    if data.teacher_prompt is not None:
+        sees = (
+            f"teacher: it sees {show(data.teacher_prompt)} in place of the prompt, in "
+            f"rows of {data.teacher_len} tokens"
+        )
+    named = named_teachers([*zip(pair.teachers, starts, strict=True)])
     lines = [
         *(
-            f"{name}: {each.config.num_layers} layers, {size(each.params)}"
-            for name, each in named_teachers(pair.teachers).items()
+            f"{name}: {each.config.num_layers} layers, {size(params)}"
+            for name, (each, params) in named.items()
         ),
         f"student: {pair.student_config.num_layers} layers, "
         f"{size(pair.student_params)}",
         *pair.notes,
+        *([sees] if sees else []),
         *(
             f"{name}: {side.documents} documents, {side.tokens:,} tokens in "
             f"{side.rows} rows"
@@ -171,16 +180,27 @@ class Shown:
         self._prompts = [
             str(self._tokenizer.decode(each.prompt[-_OF_PROMPT:])) for each in found
         ]
-        return [each._replace(prompt=each.prompt[-room:]) for each in found]
+        return [
+            each._replace(
+                prompt=each.prompt[-room:],
+                teacher=None if each.teacher is None else each.teacher[-room:],
+            )
+            for each in found
+        ]
 
     def _complete(self, name: str, params: Params) -> None:
         """Has a model complete the prompts."""
         if not self._chosen:
             return
-        pair, size = self._pair, batch_rows(self._mesh)
+        pair, size, chosen = self._pair, batch_rows(self._mesh), self._chosen
+        if name == TEACHER:
+            chosen = [
+                each if each.teacher is None else each._replace(prompt=each.teacher)
+                for each in chosen
+            ]
         try:
             completions = EvalCompletions(
-                self._chosen,
+                chosen,
                 self._tokenizer,
                 pair.teacher.config if name == TEACHER else pair.student_config,
                 pair.generation,
@@ -196,30 +216,30 @@ class Shown:
         except (ModelError, jax.errors.JaxRuntimeError) as error:
             self._notes.append(f"{name}: no completions ({explain(error)})")
 
-    def begin(self, params: Params, step: int, console: Console) -> None:
+    def begin(self, state: DistillState, console: Console) -> None:
         """Has teacher and student complete prompts, and writes what is known so far.
 
         Args:
-            params: Of the student.
-            step: Steps done before. What the student said before the first is read from
-                the folder where there are any.
+            state: Of the run. What the student said before the first step is read from
+                the folder where some are done.
             console: Is told what goes wrong.
 
         Raises:
             WriteError: If it cannot be written.
         """
+        step = int(state.step)
         saved = distributed.broadcast(self._read) if step else {}
         if saved and saved.get("prompts") != self._prompts:
             saved = {}
         self._texts |= saved.get("texts", {})
         self._texts.pop(AFTER, None)
         if not self._pair.stores and TEACHER not in self._texts:
-            self._complete(TEACHER, self._pair.teacher.params)
+            self._complete(TEACHER, state.teacher_of(self._pair.teacher.params))
         if not self._pair.stores and len(self._pair.teachers) > 1 and self._chosen:
             first = self._pair.teacher.source
             self._notes.append(f"the teacher's completions are those of {first} alone")
         if not step:
-            self._complete(BEFORE, params)
+            self._complete(BEFORE, state.params)
         elif self._chosen and BEFORE not in self._texts:
             self._notes.append(
                 f"what the student completed before training is missing: the {SHOWN} "
@@ -239,14 +259,16 @@ class Shown:
                 return {"texts": texts, "prompts": prompts}
         return {}
 
-    def end(self, params: Params, console: Console) -> None:
+    def end(self, state: DistillState, console: Console) -> None:
         """Looks at the trained student, prints its completions and writes the page.
 
         Raises:
             WriteError: If the page cannot be written.
         """
-        self._complete(AFTER, params)
-        self._look(params)
+        self._complete(AFTER, state.params)
+        if state.average is not None:  # It is another than at the start.
+            self._complete(TEACHER, state.average)
+        self._look(state)
         for number, prompt in enumerate(self._prompts):
             console.rule(f"sample {number + 1}")
             console.print(prompt, markup=False, highlight=False)
@@ -257,7 +279,7 @@ class Shown:
                     console.print(text, markup=False, highlight=False)
         self._tell(distributed.broadcast(lambda: self._write("done")), console)
 
-    def _look(self, params: Params) -> None:
+    def _look(self, state: DistillState) -> None:
         """Finds the KL of every token of a few held-out rows."""
         pair, config = self._pair, self._pair.student_config
         compare = make_token_kl(
@@ -268,7 +290,11 @@ class Shown:
         )
         try:
             found = held_out_token_kl(
-                compare, params, pair.teacher_params, self._dataset, self._mesh
+                compare,
+                state.params,
+                state.teacher_of(pair.teacher_params),
+                self._dataset,
+                self._mesh,
             )
         except jax.errors.JaxRuntimeError as error:  # Out of memory; the run is done.
             self._notes.append(f"held-out text was not coloured: {explain(error)}")

@@ -21,6 +21,8 @@ class DistillState(NamedTuple):
         schedule: TAID's t and what its controller remembers.
         learned: What the objective itself learns, such as CTKD's temperature; an empty
             dict for most.
+        average: The moving average of the parameters, float32, where that is the
+            teacher; else None.
     """
 
     step: Int32[Array, ""]
@@ -28,6 +30,11 @@ class DistillState(NamedTuple):
     opt_state: PyTree
     schedule: TAIDState
     learned: dict[str, Array]
+    average: Params | None = None
+
+    def teacher_of(self, params: Params) -> Params:
+        """Returns the teacher's parameters: the average, or else those given."""
+        return params if self.average is None else self.average
 
 
 def init_state(
@@ -36,6 +43,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     schedule: TAIDState,
     learned: dict[str, Array] | None = None,
+    averaged: bool = False,
 ) -> DistillState:
     """Returns the state before the first step.
 
@@ -44,7 +52,13 @@ def init_state(
         optimizer: Any optax optimizer; it sees the pair `(params, learned)`.
         schedule: `TAIDScheduler.init()`.
         learned: What the objective itself learns.
+        averaged: Whether the state has the average of the parameters, which begins as
+            a copy of them.
     """
+
+    def copy(leaf: Array) -> Array:
+        return jnp.array(leaf, jnp.float32)
+
     learned = {} if learned is None else learned
     return DistillState(
         step=jnp.zeros((), jnp.int32),
@@ -52,6 +66,7 @@ def init_state(
         opt_state=optimizer.init((params, learned)),
         schedule=schedule,
         learned=learned,
+        average=jax.tree.map(copy, params) if averaged else None,
     )
 
 
@@ -66,7 +81,7 @@ def state_shardings(
     Args:
         state: A state, or its shapes.
         params_shardings: The tree of the parameters' shardings; the optimizer's moments
-            go with them.
+            and the average go with them.
         optimizer: The one that the state was made with.
         whole: The sharding of everything else.
     """
@@ -79,7 +94,26 @@ def state_shardings(
         (params_shardings, learned),
         transform_non_params=lambda _: whole,
     )
-    return everywhere._replace(params=params_shardings, opt_state=opt_state)
+    average = None if state.average is None else params_shardings
+    return everywhere._replace(
+        params=params_shardings, opt_state=opt_state, average=average
+    )
+
+
+def move_average(average: Params, params: Params, decay: float) -> Params:
+    """Returns `decay * average + (1 - decay) * params`, float32.
+
+    Args:
+        average: Of the parameters before, float32.
+        params: The parameters after a step.
+        decay: Share of the average that is kept, in (0, 1).
+    """
+
+    def move(old: Array, new: Array) -> Array:
+        # In this form what is equal stays so to the last bit.
+        return old + (1 - decay) * (new.astype(jnp.float32) - old)
+
+    return jax.tree.map(move, average, params)
 
 
 def decay_mask(params: Any) -> Any:

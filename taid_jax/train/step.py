@@ -13,7 +13,12 @@ from jaxtyping import Array, Float, Float32, Int
 from taid_jax.loss import TeachersHead, TopKHead, distillation_sums, fused_loss
 from taid_jax.sharding import activations_on
 from taid_jax.train.objective import MakeObjective, Objective
-from taid_jax.train.state import DistillState, all_finite, updates_applied
+from taid_jax.train.state import (
+    DistillState,
+    all_finite,
+    move_average,
+    updates_applied,
+)
 from taid_jax.types import IGNORE_INDEX, Batch, ModelFunctions, Params
 
 Metrics = dict[str, Array]
@@ -171,6 +176,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     shardings: DistillState | None = None,
     fused: bool = True,
+    teacher_ema: float | None = None,
 ) -> TrainStep:
     """Returns the jitted step `(state, teacher_params, batch) -> (state, metrics)`.
 
@@ -195,6 +201,9 @@ def make_train_step(
         mesh: Where the batch lives, when on several devices.
         shardings: Where the new state lives; as XLA likes when None.
         fused: Use the fused head where both models offer hidden states and head.
+        teacher_ema: Of a state with an `average`, which is the teacher in place of
+            `teacher_params`: so much of it is kept when a step moves the parameters,
+            in (0, 1).
 
     Returns:
         A function whose metrics are float32 scalars: `loss`, `distil_loss`, the
@@ -239,7 +248,13 @@ def make_train_step(
         return jax.lax.scan(add, zero, micro)[0]
 
     def step(state: DistillState, teacher_params: Params, batch: Batch):
+        if (state.average is None) != (teacher_ema is None):
+            raise ValueError(
+                "need a state with an average, and teacher_ema, together: see "
+                f"init_state(averaged=True); got teacher_ema {teacher_ema}"
+            )
         trainable = (state.params, state.learned)
+        teacher_params = state.teacher_of(teacher_params)
         (loss_sum, sums), gradients = whole_gradient(
             trainable, state, teacher_params, batch
         )
@@ -265,6 +280,9 @@ def make_train_step(
         schedule = scheduler.update(state.schedule, distil_loss, state.step)
         schedule = keep(schedule, state.schedule)
         params, learned = keep(moved, trainable)
+        average = state.average
+        if average is not None and teacher_ema is not None:
+            average = keep(move_average(average, params, teacher_ema), average)
         metrics = {
             **means,
             "loss": loss,
@@ -285,6 +303,7 @@ def make_train_step(
             opt_state=keep(opt_state, state.opt_state),
             schedule=schedule,
             learned=learned,
+            average=average,
         )
         return state, metrics
 

@@ -14,6 +14,7 @@ from taid_jax.settings import ModelSettings
 from taid_jax.store.format import Manifest
 from taid_jax.store.read import Store
 from taid_jax.store.teacher import stored_functions
+from taid_jax.train.teacher_rows import on_own_rows
 from taid_jax.types import Batch, ModelFunctions, Params
 
 WEIGHTS = "teacher_weights"
@@ -121,6 +122,8 @@ def teacher_functions(
     settings: ModelSettings,
     configs: Sequence[DecoderConfig],
     manifests: Sequence[Manifest] = (),
+    *,
+    own_rows: bool = False,
 ) -> ModelFunctions:
     """Returns the functions of the one teacher, or of all, that settings ask for.
 
@@ -128,6 +131,7 @@ def teacher_functions(
         settings: Of the run.
         configs: Architectures of the teachers.
         manifests: Of the stores that stand for them, if these do.
+        own_rows: Whether they see rows of their own, all the same; see `on_own_rows`.
     """
     dtype = jnp.dtype(settings.dtype)
     if manifests:
@@ -142,6 +146,8 @@ def teacher_functions(
             decoder_functions(config, dtype=dtype, unroll=settings.layer_unroll)
             for config in configs
         ]
+    if own_rows:
+        found = [on_own_rows(each) for each in found]
     if len(found) == 1:
         return found[0]
     weights = None if settings.teacher_field else settings.shares_of_teachers

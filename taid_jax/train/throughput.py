@@ -63,6 +63,7 @@ def step_flops(
     fused: bool = True,
     teacher_used: bool = True,
     stored: Sequence[str] = (),
+    teacher_length: int | None = None,
 ) -> StepFlops:
     """Returns the operations of a train step, from the two architectures.
 
@@ -81,12 +82,15 @@ def step_flops(
         teacher_used: False for an objective that looks at no teacher.
         stored: Kinds of the stores that the teachers' outputs come from, if they do: of
             hidden states the head is still applied.
+        teacher_length: Tokens of a row of the teacher, where they are others than the
+            student's; its head is applied to the student's.
 
     References:
         Chowdhery et al., PaLM, 2022 (arXiv:2204.02311), appendix B: MFU.
     """
     mine = forward_flops(student, batch, length)
-    theirs = [forward_flops(teacher, batch, length) for teacher in teachers]
+    theirs = [forward_flops(each, batch, teacher_length or length) for each in teachers]
+    their_heads = [forward_flops(each, batch, length).head for each in teachers]
     # The scores are always computed again, "dots" and "full" do so with the values, and
     # "full" repeats all but the last product of each layer, which nothing depends on.
     last = 2 * batch * length * student.num_layers * student.d_model * student.mlp_dim
@@ -101,8 +105,8 @@ def step_flops(
     kinds = stored or ["hidden"] * len(theirs)
     head, teacher_head = 3 * mine.head, 0
     if teacher_used:
-        pairs = zip(theirs, kinds, strict=True)
-        teacher_head = sum(each.head for each, kind in pairs if kind == "hidden")
+        pairs = zip(their_heads, kinds, strict=True)
+        teacher_head = sum(each for each, kind in pairs if kind == "hidden")
     if not fused:
         return StepFlops(layers + head, teacher_layers + teacher_head, 0, 0, repeated)
     tokens = batch * length
@@ -245,6 +249,7 @@ def make_throughput(
         fused=settings.run.fused,
         teacher_used=settings.objective.objective != "sft",
         stored=stored,
+        teacher_length=settings.data.teacher_len,
     )
     kinds = {device.device_kind for device in mesh.devices.flat}
     return Throughput(

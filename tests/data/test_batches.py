@@ -204,7 +204,7 @@ def test_held_out_batches_count_every_token_once(examples, size):
 def test_batches_tell_where_the_last_answer_is(any_examples, count):
     """Of each row's first example."""
     places = {
-        int(any_examples.table[row[0]].ids[0]): any_examples.table[row[0]][2:]
+        int(any_examples.table[row[0]].ids[0]): any_examples.table[row[0]][2:4]
         for row in any_examples.rows
     }
     options = {"process_count": count, "with_prompts": True}

@@ -209,9 +209,9 @@ def test_make_document_names_the_record_and_what_changes_nothing():
     assert document.unused_keys == ("prompt", "source")
     assert document.name == "3"
     record = {"text": "a", "prompt": "b", "prompt_id": "p", "id": "i"}
-    assert make_document(record, 0)[2:] == ("p", ("prompt",))
+    assert make_document(record, 0)[2:4] == ("p", ("prompt",))
     record = {"instruction": "Q", "input": "", "output": "A", "id": None}
-    assert make_document(record, 0)[2:] == (None, ())
+    assert make_document(record, 0)[2:4] == (None, ())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taid_jax.data.batches import ExampleSet
+from taid_jax.data.packing import make_table
+from taid_jax.data.tokens import Example
 from taid_jax.models.decoder import abstract_params, decoder_functions, init_params
 from taid_jax.plan.compiled import abstract_step
 from taid_jax.sharding import make_mesh
@@ -70,6 +73,36 @@ def _products(jaxpr):
         for equation in _equations(jaxpr)
         if equation.primitive.name == "dot_general"
     }
+
+
+def test_abstract_step_has_the_moving_average_in_its_state(
+    tiny, make_settings, one_device
+):
+    """In float32, where the student's weights are; the teacher has none of its own."""
+    itself = {"teacher": "self", "student": "a", "teacher_ema": 0.9}
+    settings = make_settings(mesh="fsdp=8", **itself)
+    _, arguments = abstract_step(settings, tiny[1], tiny[1], make_mesh("fsdp=8"))
+    state, teacher, _ = arguments
+    assert jax.tree.leaves(teacher) == []
+    params = [(leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(state.params)]
+    average = [(leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(state.average)]
+    assert average == params
+    assert any(not where.is_fully_replicated for _, where in average)
+
+
+def test_abstract_step_has_the_rows_of_a_teacher_that_is_asked_otherwise(
+    tiny, make_settings, one_device
+):
+    """By name and shape, those that the data room makes."""
+    asked = {"teacher_prompt": "{prompt}", "teacher_seq_len": 48, "pack": False}
+    _, arguments = abstract_step(make_settings(**asked), *tiny, one_device)
+    ids = np.arange(3, dtype=np.int32)
+    example = Example(ids, ids > 1, 1, 3)
+    side = ExampleSet(make_table([]), [], 32, 0, False, teacher_len=48)
+    side = side.of_examples([example._replace(teacher=example)] * 16)
+    batch = side.batch(range(16), 16)
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in arguments[2].items()}
+    assert shapes == {name: (x.shape, x.dtype) for name, x in batch.items()}
 
 
 def test_layer_unroll_is_that_of_both_models(tiny, make_settings, one_device):

@@ -104,6 +104,18 @@ def test_a_run_with_two_teachers_goes_on_bit_for_bit(train_tpu, run, tmp_path, c
         np.testing.assert_array_equal(found, expected[name])
 
 
+def test_two_teachers_see_a_prompt_of_their_own(train_tpu, flags, tmp_path):
+    asked = ["--teacher-prompt={answer} {prompt}", "--teacher-seq-len=64", "--steps=2"]
+    folder = tmp_path / "run"
+    assert train_tpu.main([*flags, *asked, f"--output={folder}"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert "41 of 60 documents say by `expert`" in " ".join(report["data"]["notes"])
+    assert report["data"]["dropped"] == {}
+    shown = json.loads((folder / "shown.json").read_text())
+    assert "rows of 64 tokens" in " ".join(shown["lines"])
+    assert len(shown["tokens"]) == 4
+
+
 def test_another_set_of_teachers_or_records_is_another_run(
     train_tpu, make_model, run, pair, records, tmp_path, capsys
 ):

@@ -135,6 +135,7 @@ def make_trainer(functions, make_params):
             optimizer=optimizer,
             schedule=scheduler.init(),
             learned=learned,
+            averaged="teacher_ema" in options,
         )
         state = make_state(jax.tree.map(jnp.array, make_params(seed)))
         if shared:

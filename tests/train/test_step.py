@@ -298,3 +298,88 @@ def test_train_step_eight_devices_equal_one(
             np.testing.assert_allclose(
                 found[key], metrics[key], rtol=1e-5, atol=1e-7, err_msg=key
             )
+
+
+EMA = 0.75
+
+
+def test_train_step_teacher_is_the_moving_average(
+    make_trainer, make_params, make_batch
+):
+    """By numpy; the first loss is that of a live teacher with those weights."""
+    step, state = make_trainer(teacher_ema=EMA)
+    start = jax.tree.map(np.array, make_params(TEACHER_SEED))
+    state = state._replace(average=jax.tree.map(jnp.array, start))
+    # Taken in hand before the step donates them.
+    plain, other = make_trainer()
+    _, expected = plain(other, start, make_batch(0))
+    average = jax.tree.map(np.float64, start)
+    for index in range(4):
+        state, metrics = step(state, {}, make_batch(index))
+        if not index:
+            for key in ("loss", "kl_teacher", "grad_norm"):
+                assert metrics[key] == expected[key]
+        average = jax.tree.map(
+            lambda a, p: EMA * a + (1 - EMA) * np.float64(p), average, state.params
+        )
+        for found, wanted in zip(
+            jax.tree.leaves(state.average), jax.tree.leaves(average), strict=True
+        ):
+            assert found.dtype == jnp.float32
+            # A few roundings of float32.
+            np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_init_state_average_begins_as_the_parameters(make_trainer):
+    _, state = make_trainer(teacher_ema=EMA)
+    assert jax.tree.structure(state.average) == jax.tree.structure(state.params)
+    for leaf, average in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(state.average), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, average)
+        assert leaf.unsafe_buffer_pointer() != average.unsafe_buffer_pointer()
+
+
+def test_train_step_that_is_skipped_leaves_the_average(
+    make_trainer, make_params, make_batch
+):
+    step, state = make_trainer(teacher_ema=EMA)
+    state = state._replace(average=make_params(TEACHER_SEED))
+    state, _ = step(state, {}, make_batch(0))
+    broken = jax.tree.map(np.array, state)
+    jax.tree.leaves(broken.params)[0][0] = np.nan
+    before = jax.tree.map(np.array, broken)
+    state, metrics = step(broken, {}, make_batch(1))
+    assert metrics["skipped"] == 1
+    _unchanged(state, before)
+
+
+def test_train_step_average_and_its_decay_come_together(make_trainer, make_batch):
+    step, state = make_trainer(teacher_ema=EMA)
+    with pytest.raises(ValueError, match=r"averaged=True.*teacher_ema 0.75"):
+        step(state._replace(average=None), {}, make_batch(0))
+    plain, _ = make_trainer()
+    with pytest.raises(ValueError, match="teacher_ema None"):
+        plain(state, {}, make_batch(0))
+
+
+@pytest.mark.multidevice
+def test_train_step_average_on_eight_devices_is_that_of_one(
+    make_trainer, make_params, make_batch
+):
+    from taid_jax.sharding import make_mesh, place_batch, replicated
+
+    mesh = make_mesh("data=2,fsdp=4")
+    alone, state = make_trainer(teacher_ema=EMA)
+    shared, other = make_trainer(teacher_ema=EMA, mesh=mesh)
+    state, other = (each._replace(average=make_params(2)) for each in (state, other))
+    other = jax.device_put(other, replicated(mesh))
+    for index in range(3):
+        batch = make_batch(index)
+        state, _ = alone(state, {}, batch)
+        other, _ = shared(other, {}, place_batch(batch, mesh))
+    for a, b in zip(
+        jax.tree.leaves(state.average), jax.tree.leaves(other.average), strict=True
+    ):
+        # The order of sums differs between the meshes.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -22,6 +22,7 @@ from taid_jax.train import throughput as tp
         {"remat": "full", "grad_accum": 2},
         {"fused": False},
         {"teacher": ["smollm2-135m-instruct"] * 2, "teacher_mean": "geometric"},
+        {"fused": False, "teacher_prompt": "{prompt}", "teacher_seq_len": 512},
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
     ],
@@ -42,7 +43,8 @@ def test_step_flops_are_those_of_the_program(values):
     # where they are repeated) and one of the teacher.
     passes = 3.5 if settings.model.remat == "none" else 4.5
     attention = passes * forward_flops(student, 4, 256).attention
-    attention += sum(forward_flops(each, 4, 256).attention for each in teachers)
+    length = settings.data.teacher_len or 256
+    attention += sum(forward_flops(each, 4, length).attention for each in teachers)
     # What is left: sums over positions that RoPE and the norms write as products.
     np.testing.assert_allclose(found + attention / 4, program, rtol=2e-3)
     # And so without any correction, by less than the 1.5% that are promised.

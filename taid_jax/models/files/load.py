@@ -122,6 +122,10 @@ class OpenModel:
         )
         return self._loaded(params, unknown)
 
+    def without_weights(self) -> LoadedModel:
+        """Returns the model with no parameters."""
+        return self._loaded({}, self.unknown)
+
     def random_init(
         self,
         rng: Array,

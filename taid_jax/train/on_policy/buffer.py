@@ -97,13 +97,10 @@ class ReplayBuffer:
     def get_state(self) -> dict[str, Any]:
         """Returns what it holds as JSON values, tokens compressed."""
         examples = [each.example for each in self._kept]
-        # A token's lowest bit says whether it counts.
-        tokens = [2 * e.ids.astype("<i8") + e.counted for e in examples]
-        data = zlib.compress(b"".join(row.tobytes() for row in tokens))
+        teachers = [each.teacher for each in examples if each.teacher is not None]
         return {
-            "lengths": [len(row) for row in tokens],
-            "tokens": base64.b64encode(data).decode("ascii"),
-            "prompts": [example.prompt for example in examples],
+            **_write(examples),
+            **({"teacher": _write(teachers)} if teachers else {}),
             "steps": [each.step for each in self._kept],
             "ended": [each.ended for each in self._kept],
             "uses": [each.uses for each in self._kept],
@@ -113,19 +110,38 @@ class ReplayBuffer:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Holds what `get_state` gave, and nothing else."""
-        data = zlib.decompress(base64.b64decode(state["tokens"]))
-        tokens = np.frombuffer(data, "<i8")
-        ids, counted = (tokens >> 1).astype(np.int32), tokens % 2 == 1
-        ends = itertools.accumulate(state["lengths"], initial=0)
-        columns = (state[name] for name in ("prompts", "steps", "ended", "uses"))
+        examples = _read(state)
+        if "teacher" in state:
+            pairs = zip(examples, _read(state["teacher"]), strict=True)
+            examples = [each._replace(teacher=teacher) for each, teacher in pairs]
+        columns = (state[name] for name in ("steps", "ended", "uses"))
         self._kept = [
-            Completion(
-                Example(ids[start:stop], counted[start:stop], prompt, stop - start),
-                *about,
-            )
-            for (start, stop), prompt, *about in zip(
-                itertools.pairwise(ends), *columns, strict=True
-            )
+            Completion(*each) for each in zip(examples, *columns, strict=True)
         ]
         self.unused = state["unused"]
         self.ages = collections.Counter(dict(state["ages"]))
+
+
+def _write(examples: Sequence[Example]) -> dict[str, Any]:
+    """Returns examples that end with their answer as JSON values."""
+    # A token's lowest bit says whether it counts.
+    tokens = [2 * each.ids.astype("<i8") + each.counted for each in examples]
+    data = zlib.compress(b"".join(row.tobytes() for row in tokens))
+    return {
+        "lengths": [len(row) for row in tokens],
+        "tokens": base64.b64encode(data).decode("ascii"),
+        "prompts": [example.prompt for example in examples],
+    }
+
+
+def _read(state: Mapping[str, Any]) -> list[Example]:
+    """Returns what `_write` was given."""
+    data = zlib.decompress(base64.b64decode(state["tokens"]))
+    tokens = np.frombuffer(data, "<i8")
+    ids, counted = (tokens >> 1).astype(np.int32), tokens % 2 == 1
+    ends = itertools.accumulate(state["lengths"], initial=0)
+    spans = zip(itertools.pairwise(ends), state["prompts"], strict=True)
+    return [
+        Example(ids[start:stop], counted[start:stop], prompt, stop - start)
+        for (start, stop), prompt in spans
+    ]

@@ -6,11 +6,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from taid_jax.data import Dataset
-from taid_jax.data.tokens import Example
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.settings import Settings, SettingsError
@@ -59,17 +57,16 @@ def _make_complete(
     mesh: Mesh,
     sampling: SamplingParams = GREEDY,
 ) -> Complete:
-    """Returns what has the student complete prompts, or the teacher with its own."""
+    """Returns what has the student complete prompts, or the teacher."""
     student, chosen = whose == "student", settings.on_policy
-    known = pair.teacher.params
     parts = batch_rows(mesh)
     wanted = chosen.rollout_batch or settings.data.batch_size
-    complete = Completer(
+    return Completer(
         pair.student_config if student else pair.teacher.config,
         mesh,
         shardings=pair.shardings
         if student
-        else jax.tree.map(lambda leaf: leaf.sharding, known),
+        else jax.tree.map(lambda leaf: leaf.sharding, pair.teachers_at_start[0]),
         ends=ends,
         max_new_tokens=chosen.completion_tokens,
         dtype=jnp.dtype(settings.model.dtype),
@@ -77,9 +74,6 @@ def _make_complete(
         sampling=sampling,
         seed=settings.run.seed,
     )
-    if student:
-        return complete
-    return lambda _, prompts, numbers: complete(known, prompts, numbers)
 
 
 def with_answers(
@@ -100,15 +94,20 @@ def with_answers(
         return dataset
     most = settings.data.held_out_batches * settings.data.batch_size
     room = side.seq_len - chosen.completion_tokens
-    fitting = [each for each in asking if each.prompt <= room][:most]
+    theirs = (side.teacher_len or side.seq_len) - chosen.completion_tokens
+    fitting = [
+        each
+        for each in asking
+        if each.prompt <= room and (each.teacher or each).prompt <= theirs
+    ][:most]
     ends = training_ends(tokenizer, pair.generation, dataset)
     complete = _make_complete(settings, pair, "teacher", ends, mesh)
-    found = complete({}, [each.ids for each in fitting], [()] * len(fitting))
+    known = pair.teachers_at_start[0]
+    prompts = [(each.teacher or each).ids for each in fitting]
+    found = complete(known, prompts, [()] * len(fitting))
     answered = [each for each in examples if each.prompt < len(each.ids)]
     for each, said in zip(fitting, found, strict=True):
-        ids, answer = np.concatenate([each.ids, said]), np.ones(len(said), np.bool_)
-        counted = np.concatenate([each.counted, answer])
-        answered.append(Example(ids.astype(np.int32), counted, each.prompt, len(ids)))
+        answered.append(each.with_answer(said))
     if not answered:
         raise SettingsError(
             f"completion_tokens: none of {len(asking)} held-out prompts has room for "

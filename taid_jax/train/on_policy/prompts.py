@@ -27,10 +27,12 @@ class EvalPrompt(NamedTuple):
     Attributes:
         prompt: `(tokens,)` int32, all up to the last answer.
         reference: `(tokens,)` int32, the last answer with the token that ends it.
+        teacher: The teacher's prompt, where it has one of its own.
     """
 
     prompt: Int32[np.ndarray, " prompt"]
     reference: Int32[np.ndarray, " reference"]
+    teacher: Int32[np.ndarray, " teacher"] | None = None
 
 
 def find_eval_prompts(examples: ExampleSet, limit: int) -> list[EvalPrompt]:
@@ -45,11 +47,13 @@ def find_eval_prompts(examples: ExampleSet, limit: int) -> list[EvalPrompt]:
     found: list[EvalPrompt] = []
     # More than are wanted: the last answer is not found in every conversation.
     rows = held_out_batches(examples, 1, limit=2 * limit, with_prompts=True)
-    for row in rows if limit else []:
+    for number, row in enumerate(rows if limit else []):
         start, stop = int(row["prompt_lengths"][0]), int(row["answer_ends"][0])
         if 0 < start < stop and len(found) < limit:
             ids = row["input_ids"][0]
-            found.append(EvalPrompt(ids[:start], ids[start:stop]))
+            own = examples.table[examples.rows[number][0]].teacher
+            own = own and own.ids[: own.prompt]
+            found.append(EvalPrompt(ids[:start], ids[start:stop], own))
     if limit and not found:
         raise DataError(
             "completions cannot be scored: no held-out example has a prompt. Give data "

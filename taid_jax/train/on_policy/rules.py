@@ -66,6 +66,8 @@ def prompts_with_room(
 ) -> Bool[np.ndarray, " examples"]:
     """Returns which examples have a prompt that leaves room for a completion.
 
+    Where the teacher has a prompt of its own, that has to leave room in its row too.
+
     Args:
         settings: Of the completions.
         examples: A side of the data; those of its table that are not in its rows are
@@ -78,6 +80,7 @@ def prompts_with_room(
     prompts = np.zeros(len(examples.table), np.int64)
     numbers = [number for row in examples.rows for number in row]
     prompts[numbers] = examples.table.prompts[numbers]
+    fits = (prompts > 0) & (prompts <= room)
     asking = prompts[prompts > 0]
     if not len(asking):
         raise SettingsError(
@@ -91,7 +94,18 @@ def prompts_with_room(
             f"{examples.seq_len} has room for {room}; set completion_tokens lower or "
             "seq_len higher"
         )
-    return (prompts > 0) & (prompts <= room)
+    teacher, length = examples.table.teacher, examples.teacher_len
+    if teacher is None or length is None:
+        return fits
+    theirs = length - settings.completion_tokens
+    fits &= (teacher.prompts > 0) & (teacher.prompts <= theirs)
+    if not fits.any():
+        raise SettingsError(
+            f"teacher_seq_len: no prompt of the teacher leaves room for a completion "
+            f"of {settings.completion_tokens} tokens in a row of {length}; set "
+            "completion_tokens lower or teacher_seq_len higher"
+        )
+    return fits
 
 
 def describe_prompts(settings: OnPolicySettings, examples: ExampleSet) -> list[str]:
@@ -105,8 +119,10 @@ def describe_prompts(settings: OnPolicySettings, examples: ExampleSet) -> list[s
     left_out = len(numbers) - int(np.count_nonzero(has_room))
     if not left_out:
         return []
-    room = examples.seq_len - settings.completion_tokens
+    room, length = settings.completion_tokens, examples.teacher_len
+    theirs = "" if length is None else f", or {length - room} for the teacher"
     return [
         f"{left_out:,} of {len(numbers):,} training examples have no prompt of at most "
-        f"{room} tokens (seq_len less completion_tokens): no model completes them"
+        f"{examples.seq_len - room} tokens (seq_len less completion_tokens){theirs}: "
+        "no model completes them"
     ]

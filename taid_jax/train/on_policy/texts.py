@@ -13,7 +13,6 @@ from jaxtyping import Array
 
 from taid_jax.data import ExampleSet, NumpyBatch
 from taid_jax.data.batches import row_order
-from taid_jax.data.tokens import Example
 from taid_jax.settings import OnPolicySettings, SettingsError
 from taid_jax.train.on_policy.buffer import Completion, ReplayBuffer
 from taid_jax.train.on_policy.generation import Complete
@@ -92,7 +91,7 @@ class OnPolicyBatches:
         """Returns this process's rows of what a step trains on.
 
         Args:
-            params: The student's parameters before the step.
+            params: Of whoever writes, before the step.
             step: Its number, from 1.
             throughput: Measures what is waited for and generated.
 
@@ -135,7 +134,8 @@ class OnPolicyBatches:
         self, rng: np.random.Generator, new: bool
     ) -> tuple[list[list[int]], bool]:
         """Returns the completions of each row, and whether more would not help."""
-        kept = [len(each.example.ids) for each in self.buffer]
+        kept = self._examples.of_examples([each.example for each in self.buffer], [])
+        kept = kept.rooms().tolist()
         places = self.buffer.draw(rng, new=new)
         room: list[int] = []
         rows: list[list[int]] = []
@@ -162,19 +162,17 @@ class OnPolicyBatches:
             numbers = rows[self._next_row()]
             asked += [(number, epoch) for number in numbers if self._has_room[number]]
         examples = [table[number] for number, _ in asked]
-        prompts = [example.ids[: example.prompt] for example in examples]
+        teacher = self._settings.texts == "teacher"
+        asked_of = [(teacher and example.teacher) or example for example in examples]
+        prompts = [example.ids[: example.prompt] for example in asked_of]
         with throughput.measured("wait"):
             jax.block_until_ready(params)
         with throughput.measured("generate"):
             found = self._complete(params, prompts, asked)
         written = []
         for example, said in zip(examples, found, strict=True):
-            ids = np.concatenate([example.ids[: example.prompt], said])
-            counted = np.concatenate(
-                [example.counted[: example.prompt], np.ones(len(said), np.bool_)]
-            )
-            completed = Example(ids.astype(np.int32), counted, example.prompt, len(ids))
-            written.append(Completion(completed, step, int(said[-1]) in self._ends))
+            ended = int(said[-1]) in self._ends
+            written.append(Completion(example.with_answer(said), step, ended))
         for each in written:
             self.counts[each.end] += 1
             self._empty = self._empty + 1 if each.end == "empty" else 0
@@ -251,7 +249,7 @@ class OnPolicyBatches:
                     "step": each.step,
                 }
                 for each in shown
-                for ids, _, prompt, _ in [each.example]
+                for ids, _, prompt, *_ in [each.example]
             ],
         }
 

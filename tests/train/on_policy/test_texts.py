@@ -163,7 +163,7 @@ def test_batches_puts_the_students_completions_behind_the_prompts(
     width = SEQ_LEN - NEW
     asked = {}
     for number in range(ROWS):
-        ids, counted, prompt, _ = examples.table[number]
+        ids, counted, prompt, *_ = examples.table[number]
         if prompt <= width:
             asked[tuple(ids[:prompt].tolist())] = counted[:prompt]
     for row in range(BATCH):
