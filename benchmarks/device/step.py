@@ -107,7 +107,7 @@ def throughput(
         pair.teacher,
         batch=batch,
         length=length,
-        stored="hidden" if stored else None,
+        stored=["hidden"] if stored else [],
     ).total(batch * (length - 1))
     peak = peak_flops(kind)
     return {

@@ -60,10 +60,12 @@ def parse(arguments: Sequence[str]) -> Command:
                 "with its start"
             )
         own = {"teacher": model.student, "teacher_ema": None}
-    no_student = dataclasses.replace(
-        model, student=None, student_layers=None, student_config=None, **own
+    # Of a run from a store a student has to be named in any case.
+    student = _flags.first_flags(arguments, "student").student
+    model = dataclasses.replace(
+        model, student=student, student_layers=None, student_config=None, **own
     )
-    base = dataclasses.replace(base, model=no_student)
+    base = dataclasses.replace(base, model=model)
     command = _flags.parse(Command, arguments, __doc__, base)
     if command.settings.model.student is None:
         raise SettingsError("student: need the folder of the student to be scored")
@@ -100,9 +102,9 @@ def _score(settings: Settings) -> "HeldOut":
     opened = check_models(
         settings.model, settings.data.seq_len, settings.data.teacher_len
     )
-    check_memory(settings, mesh, opened.store)
+    check_memory(settings, mesh, opened.stores)
     tokenizer = opened.tokenizer
-    dataset = read_data(settings, tokenizer, opened.store)
+    dataset = read_data(settings, tokenizer, opened.stores)
     settings = with_steps(settings, len(dataset.train))
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     pair = load_pair(settings, mesh, opened, copies=2)

@@ -37,7 +37,7 @@ class Command:
     """
 
     options: Annotated[PrepareOptions, tyro.conf.arg(name="")]
-    tokenizer: str = ModelSettings().teacher
+    tokenizer: str = ModelSettings().teachers[0]
     chat_template: str | None = None
     preset: Literal["ultrachat"] | None = None
 

@@ -70,6 +70,12 @@ def parse(arguments: Sequence[str]) -> Command:
         raise SettingsError(what)
     if command.settings.model.teacher_store is not None:
         raise SettingsError("teacher_store: need a --teacher to be stored, got a store")
+    named = command.settings.model.teachers
+    if len(named) > 1:
+        raise SettingsError(
+            f"teacher: need one to be stored, got {len(named)}; make a store of each, "
+            "and train with --teacher-store A B"
+        )
     return command
 
 

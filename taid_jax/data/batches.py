@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Int64, Shaped
+from jaxtyping import Float32, Int32, Int64, Shaped
 
 from taid_jax.data.errors import DataError
 from taid_jax.data.packing import (
@@ -23,10 +23,11 @@ from taid_jax.types import IGNORE_INDEX
 
 NumpyBatch = dict[str, Shaped[np.ndarray, "batch *length"]]
 """`input_ids`, `labels`, and `segment_ids` with `positions`, or `attention_mask`; where
-they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`; and the columns
-of a store, `(batch, length, width)`. All int32 but the last. Where the teacher has rows
-of its own these are there with `teacher_` before their names, and `teacher_index`: the
-place in the teacher's row that predicts the same token as this one, -1 without any."""
+they are asked for `prompt_lengths` and `answer_ends`, both `(batch,)`; the columns of a
+store, `(batch, length, width)`; and `teacher_weights`, `(batch, length, teachers)`
+float32. All int32 but the last two. Where the teacher has rows of its own these are
+there with `teacher_` before their names, and `teacher_index`: the place in the
+teacher's row that predicts the same token as this one, -1 without any."""
 
 
 @runtime_checkable
@@ -79,6 +80,8 @@ class ExampleSet:
         buckets: Lengths of batches, rising, the last of them `seq_len`; all are of
             `seq_len` when empty.
         columns: What batches have beside the examples themselves.
+        teacher_weights: Of each document, how much each of several teachers counts:
+            then batches have them for every token, 0 at padding.
         teacher_len: Tokens of a row of the teacher; None where it has the student's.
     """
 
@@ -89,6 +92,7 @@ class ExampleSet:
     packed: bool
     buckets: tuple[int, ...] = ()
     columns: TokenColumns | None = None
+    teacher_weights: Float32[np.ndarray, "documents teachers"] | None = None
     teacher_len: int | None = None
 
     def __len__(self) -> int:
@@ -109,7 +113,8 @@ class ExampleSet:
             places = [(place,) for place in range(len(examples))]
             packed = self.packed
             rows = pack_rows(found.rooms().tolist(), self.seq_len) if packed else places
-        return dataclasses.replace(found, rows=rows)
+        # Whose documents these are is not known.
+        return dataclasses.replace(found, rows=rows, teacher_weights=None)
 
     def rooms(self) -> Int64[np.ndarray, " examples"]:
         """Returns the tokens of a row that each example of the table takes.
@@ -153,6 +158,9 @@ class ExampleSet:
         positions = np.zeros(shape, np.int32)
         steps = np.arange(self.seq_len, dtype=np.int32)
         more = {} if self.columns is None else self.columns.blank(shape)
+        weights = self.teacher_weights
+        if weights is not None:
+            more["teacher_weights"] = np.zeros((*shape, weights.shape[1]), np.float32)
         for row, index in enumerate(indices):
             if index == EMPTY:
                 continue
@@ -167,6 +175,9 @@ class ExampleSet:
                 if self.columns is not None:
                     for name, values in self.columns.read(ids, done).items():
                         more[name][row, span] = values
+                if weights is not None:
+                    of_document = weights[self.table.documents[number]]
+                    more["teacher_weights"][row, span] = of_document
                 done += len(ids)
         if self.packed:
             extra = {"segment_ids": segments, "positions": positions}
@@ -189,6 +200,7 @@ class ExampleSet:
             table=self.table.teacher or make_table([]),
             seq_len=self.teacher_len,
             teacher_len=None,
+            teacher_weights=None,
         )
         rows = teacher.batch(indices, len(labels))
         index = np.full(labels.shape, -1, np.int32)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float32, Int
 
 from taid_jax.data.batches import ExampleSet, TokenColumns
 from taid_jax.data.documents import Document
@@ -22,11 +22,12 @@ from taid_jax.data.errors import (
     RecordError,
     nothing_left,
 )
-from taid_jax.data.intake import Intake, Limits, read_documents
+from taid_jax.data.intake import Intake, Limits, fields_read, read_documents
 from taid_jax.data.packing import TokenTable, check_buckets, make_table, pack_rows
 from taid_jax.data.shards import read_manifest, read_shards
 from taid_jax.data.sources import Names, Source, find_source, read_source
 from taid_jax.data.split import cut_only_text, hold_out
+from taid_jax.data.teacher_field import TeacherField
 from taid_jax.data.teacher_prompt import TeacherPrompt
 from taid_jax.data.tokens import Encoder, Tokenizer
 
@@ -115,6 +116,7 @@ def load_dataset(
     merge_system: bool = False,
     template_date: str | None = None,
     prompts_suffice: bool = False,
+    teacher_field: TeacherField | None = None,
     teacher_prompt: str | None = None,
     teacher_len: int | None = None,
 ) -> Dataset:
@@ -150,6 +152,8 @@ def load_dataset(
             None.
         prompts_suffice: Take records that are asked and not answered, as examples that
             end with the prompt. Not of a folder of prepared data, which has none.
+        teacher_field: Says of each record which of several teachers it learns from:
+            batches then have `teacher_weights`. Not of prepared data either.
         teacher_prompt: What the teacher sees in place of the prompt: see
             `TeacherPrompt`. Not of prepared data.
         teacher_len: Tokens of a row of the teacher then, `seq_len` when None.
@@ -177,6 +181,11 @@ def load_dataset(
             "already; give the files that it was made of"
         )
     if manifest is not None:
+        if teacher_field is not None:
+            raise DataError(
+                f"teacher_field: {source} was prepared and has no keys of records any "
+                "more; give the files that it was made of"
+            )
         folder = pathlib.Path(source)  # pyright: ignore
         table, held_out = read_shards(
             folder,
@@ -198,17 +207,26 @@ def load_dataset(
             prompts_suffice=prompts_suffice,
         )
         found = find_source(source)
-        records = read_source(found, also=asked.fields if asked else ())
         documents = read_documents(
-            records,
+            read_source(found, also=fields_read(asked, teacher_field)),
             split_seed,
             prompts_suffice=prompts_suffice,
             teacher_prompt=asked,
+            teacher_field=teacher_field,
         )
         encoded = _encode(found, documents, intake, held_out_fraction, left_out)
+        if teacher_field is not None:
+            encoded = _with_teachers(found, encoded, teacher_field)
     table = encoded.table
     none = ExampleSet(
-        table, [], seq_len, encoder.pad_id, pack, lengths, teacher_len=teacher_len
+        table,
+        [],
+        seq_len,
+        encoder.pad_id,
+        pack,
+        lengths,
+        teacher_weights=encoded.teacher_weights,
+        teacher_len=teacher_len,
     )
     sides, rooms = [], none.rooms()
     for examples in (np.flatnonzero(~encoded.held_out), encoded.held_out_order):
@@ -242,6 +260,34 @@ class _Encoded(NamedTuple):
     unused_keys: Mapping[str, int] = types.MappingProxyType({})
     skipped_files: Sequence[str] = ()
     notes: Sequence[str] = ()
+    teacher_weights: Float32[np.ndarray, "documents teachers"] | None = None
+
+
+def _with_teachers(source: Source, encoded: _Encoded, field: TeacherField) -> _Encoded:
+    """Returns the same with a line about how many records name their teachers.
+
+    Raises:
+        DataError: If none does.
+    """
+    weights = encoded.teacher_weights
+    if weights is None:
+        raise ValueError("need weights of the teachers, got none")
+    default = np.asarray(field.weights, np.float32)
+    named = int((weights != default).any(axis=1).sum())
+    if not named:
+        raise DataError(
+            f"teacher_field: no record of {source.shown} says by `{field.key}` "
+            "anything else than --teacher-weights; leave it out, or give the right key"
+        )
+    means = ", ".join(
+        f"{name} {share:.1%}"
+        for name, share in zip(field.teachers, weights.mean(axis=0), strict=True)
+    )
+    note = (
+        f"{named:,} of {len(weights):,} documents say by `{field.key}` which teachers "
+        f"they learn from; on average {means}"
+    )
+    return encoded._replace(notes=(note, *encoded.notes))
 
 
 def _encode(
@@ -254,13 +300,14 @@ def _encode(
     first = list(itertools.islice(documents, 2))
     if held_out_fraction:
         first = cut_only_text(first, held_out_fraction)
-    pairs, ranks, too_long = [], [], []
+    pairs, ranks, too_long, teachers = [], [], [], []
     unused_keys: Counter[str] = Counter()
     for outcome in intake.outcomes(itertools.chain(first, documents)):
         unused_keys.update(outcome.unused_keys)
         if outcome.error is None:
             pairs += [(len(ranks), example) for example in outcome.examples]
             ranks.append(outcome.document.rank)  # pyright: ignore
+            teachers.append(outcome.document.teacher_weights)  # pyright: ignore
             continue
         left_out.add(outcome.origin, outcome.error)
         if outcome.error.reason == "too_long":
@@ -289,7 +336,13 @@ def _encode(
     order = np.flatnonzero(held_out)
     order = order[np.argsort(rank[order], kind="stable")]
     return _Encoded(
-        table, held_out, order, unused_keys, source.skipped_files, source.notes
+        table,
+        held_out,
+        order,
+        unused_keys,
+        source.skipped_files,
+        source.notes,
+        np.array(teachers, np.float32) if teachers[0] else None,
     )
 
 
@@ -318,4 +371,6 @@ def _slots(side: ExampleSet) -> int:
 def _fingerprint(table: TokenTable, *sides: ExampleSet) -> str:
     rows = [side.rows for side in sides]
     digest = hashlib.blake2b(f"{table.digest()} {rows}".encode(), digest_size=8)
+    if sides[0].teacher_weights is not None:
+        digest.update(sides[0].teacher_weights.tobytes())
     return digest.hexdigest()

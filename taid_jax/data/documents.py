@@ -110,6 +110,7 @@ class Document(NamedTuple):
         rank: Its place between 0 and 1, from a hash: low ranks are held out.
         name: What the record is called, from the first of `ID_KEYS` that it has.
         unused_keys: Those of the record that change nothing.
+        teacher_weights: How much each of several teachers counts; see `TeacherField`.
         teacher: What the teacher sees in place of it, where that is something else.
     """
 
@@ -117,6 +118,7 @@ class Document(NamedTuple):
     rank: float
     name: str | None = None
     unused_keys: tuple[str, ...] = ()
+    teacher_weights: tuple[float, ...] = ()
     teacher: Chat | None = None
 
 

@@ -22,6 +22,7 @@ REASONS: Mapping[str, str] = {
     "answer_not_found": "answers whose tokens cannot be told from the prompts'",
     "no_end": "answers that nothing ends in the chat template",
     "tool_calls_not_written": "calls of tools that the chat template does not write",
+    "unknown_teacher": "none of the teachers named under the key of `--teacher-field`",
     "no_teacher_prompt": "a record without what the teacher's prompt is made of",
     "answers_differ": "answers of other tokens behind the teacher's prompt",
 }

@@ -1,12 +1,13 @@
 """Records to examples that fit, each of the others with what is wrong with it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from taid_jax.data.chat import ChatRenderer
 from taid_jax.data.documents import Chat, Content, Document, Text, make_document
 from taid_jax.data.errors import RecordError
 from taid_jax.data.records import Record
+from taid_jax.data.teacher_field import TeacherField
 from taid_jax.data.teacher_prompt import TeacherPrompt, align
 from taid_jax.data.tokens import Encoder, Example, Rendered, cut_windows
 
@@ -57,6 +58,7 @@ def read_documents(
     seed: int,
     *,
     prompts_suffice: bool = False,
+    teacher_field: TeacherField | None = None,
     teacher_prompt: TeacherPrompt | None = None,
 ) -> Iterator[tuple[str, Document | RecordError]]:
     """Yields where each record stands and what it says, or why that cannot be known.
@@ -65,35 +67,35 @@ def read_documents(
         records: With their places.
         seed: Of the documents' ranks.
         prompts_suffice: As `make_document` has it.
+        teacher_field: Says which teachers a record learns from.
         teacher_prompt: What the teacher sees in place of the prompt.
     """
+    also = fields_read(teacher_prompt, teacher_field)
     for origin, record in records:
         try:
             if isinstance(record, RecordError):
                 raise record
             document = make_document(record, seed, prompts_suffice=prompts_suffice)
+            unused = tuple(key for key in document.unused_keys if key not in also)
+            document = document._replace(unused_keys=unused)
             if teacher_prompt is not None:
-                document = _with_teacher(
-                    document, record, teacher_prompt, prompts_suffice
-                )
+                content = document.content
+                asks = prompts_suffice and isinstance(content, Chat) and content.asks
+                seen = teacher_prompt.apply(record, content, asks=asks)  # pyright: ignore
+                document = document._replace(teacher=seen)
+            if teacher_field is not None:
+                document = document._replace(teacher_weights=teacher_field.read(record))
             yield origin, document
         except RecordError as error:
             yield origin, error
 
 
-def _with_teacher(
-    document: Document, record: Any, prompt: TeacherPrompt, prompts_suffice: bool
-) -> Document:
-    """Returns a document with what the teacher sees of it.
-
-    Raises:
-        RecordError: If the record has not what is needed.
-    """
-    content, used = document.content, prompt.fields
-    asks = prompts_suffice and isinstance(content, Chat) and content.asks
-    unused = tuple(key for key in document.unused_keys if key not in used)
-    teacher = prompt.apply(record, content, asks=asks)
-    return document._replace(teacher=teacher, unused_keys=unused)
+def fields_read(
+    teacher_prompt: TeacherPrompt | None, teacher_field: TeacherField | None
+) -> tuple[str, ...]:
+    """Returns the keys of records that are read for the teachers alone."""
+    fields = () if teacher_prompt is None else teacher_prompt.fields
+    return fields if teacher_field is None else (*fields, teacher_field.key)
 
 
 class Intake:

@@ -68,13 +68,19 @@ def cut_only_text(
     repeats it.
     """
     match documents:
-        case [(origin, Document(Text(text)))]:
+        case [(origin, Document(Text(text)) as whole)]:
             target = round(len(text) * (1 - fraction))
             for border in ("\n\n", "\n", " "):
                 cut = text.rfind(border, target // 2, target)
                 if cut > 0 and text[:cut].strip() and text[cut:].strip():
+                    first, last = (
+                        Document(
+                            Text(part), rank, teacher_weights=whole.teacher_weights
+                        )
+                        for part, rank in ((text[:cut], 1.0), (text[cut:], 0.0))
+                    )
                     return [
-                        (f"{origin}, first part", Document(Text(text[:cut]), 1.0)),
-                        (f"{origin}, last part", Document(Text(text[cut:]), 0.0)),
+                        (f"{origin}, first part", first),
+                        (f"{origin}, last part", last),
                     ]
     return list(documents)

@@ -24,6 +24,7 @@ from taid_jax.loss._objective import Objective
 from taid_jax.loss._reduce import distillation_loss, distillation_sums
 from taid_jax.loss._sequences import SequenceWeighted, distillm2_weight
 from taid_jax.loss._taid import TAID, taid_loss
+from taid_jax.loss._teachers import Teachers, TeachersHead
 from taid_jax.loss._topk import TopK, TopKHead
 from taid_jax.types import Head
 
@@ -47,6 +48,8 @@ __all__ = [
     "SequenceWeighted",
     "SkewForwardKL",
     "SkewReverseKL",
+    "Teachers",
+    "TeachersHead",
     "TopK",
     "TopKHead",
     "TotalVariation",

@@ -39,6 +39,15 @@ from taid_jax.loss._reduce import (
     token_weights,
     weighted_sum,
 )
+from taid_jax.loss._teachers import (
+    TeacherHead,
+    TeacherOut,
+    Teachers,
+    TeachersHead,
+    heads_of,
+    map_heads,
+    map_rows,
+)
 from taid_jax.loss._topk import TopK, TopKHead
 from taid_jax.types import Head
 
@@ -77,8 +86,8 @@ def fused_loss(
     objective: Objective,
     student_hidden: Float[Array, "*tokens d_student"],
     student_head: Head,
-    teacher_hidden: Float[Array, "..."] | TopK | None,
-    teacher_head: Head | TopKHead | None,
+    teacher_hidden: Float[Array, "..."] | TopK | Teachers | None,
+    teacher_head: TeacherHead,
     mask: Shaped[Array, "..."] | None = None,
     labels: Int[Array, "..."] | None = None,
     *,
@@ -112,8 +121,8 @@ def fused_loss(
         student_hidden: `(*tokens, d_student)`, any float dtype.
         student_head: Pass the embedding table itself for a tied head: `transposed`.
         teacher_hidden: `(*tokens, d_teacher)`; receives no gradient. `TopK` with a
-            `TopKHead`, whose rows are made in each chunk. None only for an objective
-            that needs no teacher.
+            `TopKHead`, whose rows are made in each chunk; `Teachers` with a
+            `TeachersHead` for several. None only for an objective that needs none.
         teacher_head: Receives no gradient. Of unequal vocabularies the first entries,
             as many as the smaller has, are shared: only they count, in both softmaxes.
         mask: `(*tokens,)`, bool or number; a token counts by its weight, and one of
@@ -187,22 +196,29 @@ def fused_loss(
 def _check_kinds(
     student_hidden: Array,
     student_head: Head,
-    teacher_hidden: Array | TopK | None,
-    teacher_head: Head | TopKHead | None,
+    teacher_hidden: TeacherOut,
+    teacher_head: TeacherHead,
 ) -> None:
     """Raises TypeError unless hidden states and heads are floats, in a `Head`."""
     if student_hidden is None:
         raise ValueError("need student_hidden, got None")
     check_kinds(student_hidden=student_hidden)
+    if isinstance(teacher_hidden, Teachers) and isinstance(teacher_head, TeachersHead):
+        check_kinds(weights=teacher_hidden.weights)
+        for each in zip(teacher_hidden.rows, teacher_head.heads, strict=False):
+            _check_kinds(student_hidden, student_head, *each)
+        return
     if isinstance(teacher_hidden, TopK):
         check_kinds(logprobs=teacher_hidden.logprobs, tail=teacher_hidden.tail)
-    else:
+    elif not isinstance(teacher_hidden, Teachers):
         check_kinds(teacher_hidden=teacher_hidden)
-    if isinstance(teacher_hidden, TopK) != isinstance(teacher_head, TopKHead):
-        raise TypeError(
-            "need TopK for teacher_hidden with a TopKHead for teacher_head, got "
-            f"{type(teacher_hidden).__name__} with {type(teacher_head).__name__}"
-        )
+    for rows, head in ((TopK, TopKHead), (Teachers, TeachersHead)):
+        if isinstance(teacher_hidden, rows) != isinstance(teacher_head, head):
+            raise TypeError(
+                f"need {rows.__name__} for teacher_hidden with a {head.__name__} for "
+                f"teacher_head, got {type(teacher_hidden).__name__} with "
+                f"{type(teacher_head).__name__}"
+            )
     for name, head in (("student", student_head), ("teacher", teacher_head)):
         if name == "teacher" and (head is None or isinstance(head, TopKHead)):
             continue
@@ -225,8 +241,8 @@ def _check_kinds(
 def _check(
     student_hidden: Array,
     student_head: Head,
-    teacher_hidden: Array | TopK | None,
-    teacher_head: Head | TopKHead | None,
+    teacher_hidden: TeacherOut,
+    teacher_head: TeacherHead,
     mask: Array | None,
     labels: Array | None,
 ) -> int:
@@ -235,6 +251,20 @@ def _check(
     Raises:
         ValueError: With every shape in the message.
     """
+    if isinstance(teacher_hidden, Teachers) and isinstance(teacher_head, TeachersHead):
+        rows, heads = teacher_hidden.rows, teacher_head.heads
+        wanted = (*student_hidden.shape[:-1], len(heads))
+        if not len(rows) == len(heads) > 0 or teacher_hidden.weights.shape != wanted:
+            raise ValueError(
+                "need rows and a head of each teacher, and weights of shape (*tokens, "
+                f"teachers), got {len(rows)} rows, {len(heads)} heads and weights "
+                f"{teacher_hidden.weights.shape} beside student_hidden "
+                f"{student_hidden.shape}"
+            )
+        return min(
+            _check(student_hidden, student_head, *each, mask, labels)
+            for each in zip(rows, heads, strict=True)
+        )
     if isinstance(teacher_hidden, TopK) and isinstance(teacher_head, TopKHead):
         tokens, rows = student_hidden.shape[:-1], teacher_hidden
         shapes = rows.ids.shape, rows.logprobs.shape, rows.tail.shape
@@ -247,9 +277,7 @@ def _check(
             )
         own = _check(student_hidden, student_head, None, None, mask, labels)
         return min(own, teacher_head.vocab_size)
-    if isinstance(teacher_hidden, TopK | None) or isinstance(
-        teacher_head, TopKHead | None
-    ):
+    if not isinstance(teacher_hidden, Array) or not isinstance(teacher_head, Head):
         both = [("student", student_hidden, student_head)]
     else:
         both = [
@@ -297,7 +325,7 @@ def _check(
 def _trace_objective(
     objective: Objective,
     student_hidden: Array,
-    teacher_hidden: Array | TopK | None,
+    teacher_hidden: TeacherOut,
     labels: Array | None,
     vocab_size: int,
 ) -> list[str]:
@@ -422,7 +450,7 @@ class _Tokens(NamedTuple):
     """What comes with every token."""
 
     student: Shaped[Array, "tokens d_student"]
-    teacher: Shaped[Array, "tokens d_teacher"] | TopK | None
+    teacher: TeacherOut
     weight: Float[Array, " tokens"]
     labels: Int[Array, " tokens"] | None
 
@@ -446,7 +474,7 @@ class _Problem(NamedTuple):
 
     objective: Objective
     student: Head
-    teacher: Head | TopKHead | None
+    teacher: TeacherHead
     vocab_size: int
     wanted: Gradients
     partition: Partition | None
@@ -466,8 +494,8 @@ def _local(
     """Returns the sums over the tokens of one device; the heads are whole."""
     hidden, vocab = moving.hidden, moving.head.axes[1]
     entries = width = moving.head.kernel.shape[vocab]
-    if isinstance(fixed.head, Head):
-        width = min(entries, fixed.head.kernel.shape[fixed.head.axes[1]])
+    for head in heads_of(fixed.head):
+        width = min(width, head.kernel.shape[head.axes[1]])
 
     def cut(head: Head, dtype: Any) -> Head:
         axis = head.axes[1]
@@ -476,9 +504,8 @@ def _local(
         kernel = spread_vocabulary(kernel, axis, partition)
         return dataclasses.replace(head, kernel=kernel, bias=bias)
 
-    student, teacher = cut(moving.head, hidden.dtype), fixed.head
-    if isinstance(fixed.head, Head) and isinstance(fixed.hidden, Array):
-        teacher = cut(fixed.head, fixed.hidden.dtype)
+    student = cut(moving.head, hidden.dtype)
+    teacher = map_heads(lambda x, head: cut(head, x.dtype), fixed.hidden, fixed.head)
     tensor = 1 if partition is None else partition.tensor
     parts = 1 if width % tensor else tensor
     weight = token_weights(fixed.mask, hidden.shape[:-1], fixed.labels)
@@ -651,7 +678,7 @@ class _Rows(NamedTuple):
     """Products of some tokens with both heads, and what comes with each."""
 
     student: Float[Array, "tokens vocab"]
-    teacher: Float[Array, "tokens vocab"] | TopK | None
+    teacher: TeacherOut
     weight: Float[Array, " tokens"]
     labels: Int[Array, " tokens"] | None
 
@@ -662,9 +689,9 @@ def _chunk(
     """Returns the sums with a chunk added, and the gradient of its hidden states."""
     student, teacher, wanted = problem.student, problem.teacher, problem.wanted
     product = _dot(tokens.student, student.kernel, 1, student.axes[0])
-    teacher_rows = tokens.teacher
-    if isinstance(teacher, Head) and isinstance(teacher_rows, Array):
-        teacher_rows = _dot(teacher_rows, teacher.kernel, 1, teacher.axes[0])
+    teacher_rows = map_rows(
+        lambda x, head: _dot(x, head.kernel, 1, head.axes[0]), tokens.teacher, teacher
+    )
     rows = _Rows(product, teacher_rows, tokens.weight, tokens.labels)
     found, in_product = _evaluate(problem, rows)
     in_logits = in_product.astype(tokens.student.dtype)
@@ -710,13 +737,7 @@ def _evaluate(
 def _evaluate_group(
     problem: _Problem, rows: _Rows
 ) -> tuple[_Found, Float[Array, "tokens vocab"]]:
-    # None for an objective that asks for it: hence Any.
-    teacher: Any = None
-    if isinstance(rows.teacher, TopK) and isinstance(problem.teacher, TopKHead):
-        own = _logits(rows.student, problem.student, problem.vocab_size)
-        teacher = problem.teacher.logits(rows.teacher, own)
-    elif isinstance(problem.teacher, Head) and isinstance(rows.teacher, Array):
-        teacher = _logits(rows.teacher, problem.teacher, problem.vocab_size)
+    teacher = _teacher_logits(problem, rows.student, rows.teacher, problem.teacher)
     leaves, tree = jax.tree.flatten(problem.objective)
 
     def total(
@@ -738,6 +759,22 @@ def _evaluate_group(
     # A token of weight 0 has slope 0 times its own, which may be infinite.
     in_product = select_tokens(in_product, rows.weight)
     return _Found(value, metrics, in_leaves), in_product
+
+
+def _teacher_logits(
+    problem: _Problem, student: Array, rows: TeacherOut, head: TeacherHead
+) -> Any:
+    """Returns a teacher's logits, or those of several; None where there is none."""
+    if isinstance(rows, Teachers) and isinstance(head, TeachersHead):
+        pairs = zip(rows.rows, head.heads, strict=True)
+        made = [_teacher_logits(problem, student, *pair) for pair in pairs]
+        return head.mix(made, rows.weights)
+    if isinstance(rows, TopK) and isinstance(head, TopKHead):
+        own = _logits(student, problem.student, problem.vocab_size)
+        return head.logits(rows, own)
+    if isinstance(rows, Array) and isinstance(head, Head):
+        return _logits(rows, head, problem.vocab_size)
+    return None
 
 
 def _hidden_gradient(

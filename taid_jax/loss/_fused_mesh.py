@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 
 from taid_jax.loss._objective import Objective
 from taid_jax.loss._one_pass import runs_on
-from taid_jax.loss._topk import TopK, TopKHead
+from taid_jax.loss._teachers import TeacherHead, TeacherOut, map_heads
 from taid_jax.types import DATA, FSDP, TENSOR, Head
 
 
@@ -29,8 +29,8 @@ class Moving(NamedTuple):
 class Fixed(NamedTuple):
     """What may not."""
 
-    hidden: Array | TopK | None
-    head: Head | TopKHead | None
+    hidden: TeacherOut
+    head: TeacherHead
     mask: Array | None
     labels: Array | None
 
@@ -172,8 +172,8 @@ def over_mesh(
 
     axes = moving.head.axes
     moving = moving._replace(head=gathered(moving.head, moving.hidden.dtype))
-    if isinstance(fixed.head, Head) and isinstance(fixed.hidden, Array):
-        fixed = fixed._replace(head=gathered(fixed.head, fixed.hidden.dtype))
+    teacher = map_heads(lambda x, head: gathered(head, x.dtype), *fixed[:2])
+    fixed = fixed._replace(head=teacher)
     tokens: Any = PartitionSpec(partition.tokens or None)
     loss, metrics, gradients = jax.shard_map(
         on_device,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.plan.compiled import Plan, plan_mesh, plan_step
+from taid_jax.plan.compiled import Plan, Teachers, plan_mesh, plan_step
 from taid_jax.plan.machine import Machine
 from taid_jax.settings import Settings, from_dict
 from taid_jax.types import DATA, FSDP, TENSOR
@@ -28,7 +28,7 @@ class Attempt:
 
 def find_fit(
     settings: Settings,
-    teacher: DecoderConfig,
+    teacher: Teachers,
     student: DecoderConfig,
     machine: Machine,
     *,
@@ -42,7 +42,7 @@ def find_fit(
 
     Args:
         settings: Of the run that does not fit.
-        teacher: Its architecture.
+        teacher: Its architecture, or those of several.
         student: Its architecture.
         machine: What to compile for.
         compiled: Called after each attempt.

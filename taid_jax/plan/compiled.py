@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
+from taid_jax.models.decoder import abstract_params, param_axes
 from taid_jax.plan.collectives import Collectives, count_collectives
 from taid_jax.plan.flops import count_flops_of_parts
 from taid_jax.plan.machine import Machine, PlanError
@@ -35,10 +35,15 @@ from taid_jax.sharding import (
     tree_shardings,
 )
 from taid_jax.store.format import read_manifest
-from taid_jax.store.teacher import head_params, stored_functions
+from taid_jax.store.teacher import head_params
 from taid_jax.train.build import build_step, placed
 from taid_jax.train.state import DistillState
-from taid_jax.train.teacher_rows import on_own_rows
+from taid_jax.train.teachers import (
+    WEIGHTS,
+    join_columns,
+    join_params,
+    teacher_functions,
+)
 from taid_jax.types import Params
 
 _CACHE = "jax_enable_compilation_cache"
@@ -99,14 +104,19 @@ class Plan:
         return max(self.seconds.values(), default=None)
 
 
+Teachers = DecoderConfig | Sequence[DecoderConfig]
+"""The architecture of the teacher, or those of several."""
+
+
 def plan_step(
-    settings: Settings, teacher: DecoderConfig, student: DecoderConfig, machine: Machine
+    settings: Settings, teacher: Teachers, student: DecoderConfig, machine: Machine
 ) -> Plan:
     """Returns the plan of a run's train step, by compiling it; no array is made.
 
     Args:
         settings: Of the run; mesh, batch, dtype, remat and objective among them.
-        teacher: Its architecture; weights in the compute dtype, as a run loads them.
+        teacher: Its architecture; weights in the compute dtype, as a run loads them. A
+            list of those of several.
         student: Its architecture; float32 master weights.
         machine: What to compile for.
 
@@ -165,61 +175,67 @@ def plan_step(
 
 
 def abstract_step(
-    settings: Settings, teacher: DecoderConfig, student: DecoderConfig, mesh: Mesh
+    settings: Settings, teacher: Teachers, student: DecoderConfig, mesh: Mesh
 ) -> tuple[Any, tuple[DistillState, Params, dict[str, jax.ShapeDtypeStruct]]]:
     """Returns a run's jitted train step and the shapes and places of its arguments.
 
     Args:
         settings: Of the run.
-        teacher: Its architecture; weights in the compute dtype.
+        teacher: Its architecture, or those of several; weights in the compute dtype.
         student: Its architecture; float32 weights.
         mesh: Where the arguments would lie.
     """
     model, data = settings.model, settings.data
     dtype = jnp.dtype(model.dtype)
-    teacher_params: Params = abstract_params(teacher, dtype)
-    teacher_shardings: Params = tree_shardings(
-        param_axes(teacher),
-        teacher_params,
-        mesh,
-        TEACHER_RULES[model.teacher_sharding],
-    )
-    unroll = model.layer_unroll
-    functions, columns = decoder_functions(teacher, dtype=dtype, unroll=unroll), ()
+    teachers = [teacher] if isinstance(teacher, DecoderConfig) else list(teacher)
+    stores = []
     if model.teacher_store is not None:
-        store = read_manifest(pathlib.Path(model.teacher_store))
-        columns = store.columns
-        functions = stored_functions(
-            store.kind, teacher, dtype=dtype, tail=model.tail, draws=store.draws
-        )
-        hidden = store.kind == "hidden"
-        teacher_params, teacher_shardings = (
-            head_params(tree, teacher) if hidden else {}
-            for tree in (teacher_params, teacher_shardings)
-        )
-    if model.teacher_ema is not None:
-        teacher_params = teacher_shardings = {}  # It is in the state.
-    beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
-    if settings.on_policy.texts == "pairs":
-        beside = (*beside, "from_student")
-    shape = data.batch_size, data.seq_len
-    keys = dict.fromkeys(("input_ids", "labels", *beside), shape)
-    if data.teacher_len is not None:
-        functions = on_own_rows(functions)
-        rows = data.batch_size, data.teacher_len
-        keys |= {"teacher_index": shape}
-        keys |= {f"teacher_{name}": rows for name in ("input_ids", *beside)}
+        stores = [read_manifest(pathlib.Path(each)) for each in model.teachers]
+    functions = teacher_functions(
+        model, teachers, stores, own_rows=data.teacher_len is not None
+    )
+
+    def weights(config: DecoderConfig, kind: str | None) -> Params:
+        shapes = abstract_params(config, dtype)
+        rules = TEACHER_RULES[model.teacher_sharding]
+        places = tree_shardings(param_axes(config), shapes, mesh, rules)
+        if kind is not None:
+            shapes, places = (
+                head_params(tree, config) if kind == "hidden" else {}
+                for tree in (shapes, places)
+            )
+        return placed(shapes, places)
+
+    kinds = [store.kind for store in stores] or [None] * len(teachers)
+    pairs = zip(teachers, kinds, strict=True)
+    # An average is in the state.
+    averaged = model.teacher_ema is not None
+    teacher_params = {} if averaged else join_params([weights(*pair) for pair in pairs])
     built = build_step(settings, student, functions, mesh)
-    batch = {
-        key: jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
-        for key, size in keys.items()
-    } | {
-        column.name: jax.ShapeDtypeStruct(
-            (*shape, column.width), column.dtype, sharding=batch_sharding(mesh)
-        )
-        for column in columns
-    }
-    teacher_params = placed(teacher_params, teacher_shardings)
+    beside = ("segment_ids", "positions") if data.pack else ("attention_mask",)
+
+    def array(
+        dtype: Any, *width: int, length: int = data.seq_len
+    ) -> jax.ShapeDtypeStruct:
+        shape, where = (data.batch_size, length, *width), batch_sharding(mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    columns = [
+        {column.name: array(column.dtype, column.width) for column in store.columns}
+        for store in stores
+    ]
+    batch = {key: array(jnp.int32) for key in ("input_ids", "labels", *beside)}
+    batch |= join_columns(columns) if columns else {}
+    if settings.on_policy.texts == "pairs":
+        batch["from_student"] = array(jnp.int32)
+    if data.teacher_len is not None:
+        batch["teacher_index"] = array(jnp.int32)
+        batch |= {
+            f"teacher_{key}": array(jnp.int32, length=data.teacher_len)
+            for key in ("input_ids", *beside)
+        }
+    if model.teacher_field is not None:
+        batch[WEIGHTS] = array(jnp.float32, len(teachers))
     return built.step, (built.state, teacher_params, batch)
 
 

@@ -16,12 +16,13 @@ from taid_jax.models.files.hub import DEFAULT_TEACHER
 from taid_jax.models.files.load import load_config
 from taid_jax.models.presets import PRESETS
 from taid_jax.plan.advice import Attempt, find_fit
-from taid_jax.plan.compiled import Plan, plan_mesh, plan_step
+from taid_jax.plan.compiled import Plan, Teachers, plan_mesh, plan_step
 from taid_jax.plan.machine import PlanError, find_machine
 from taid_jax.plan.roofline import least_seconds
 from taid_jax.settings import Settings, to_dict
 from taid_jax.sharding import check_batch
 from taid_jax.store.format import TEACHER
+from taid_jax.train.inputs import named_teachers
 
 PLAN = "plan.json"
 FORMAT = "taid-jax plan 1"
@@ -84,10 +85,10 @@ def make_plan(settings: Settings, machine_name: str, console: Console) -> Plan:
     return plan
 
 
-def pair_configs(
-    settings: Settings,
-) -> tuple[DecoderConfig, DecoderConfig, list[str]]:
+def pair_configs(settings: Settings) -> tuple[Teachers, DecoderConfig, list[str]]:
     """Returns teacher, student, and what about them is not as in the real models.
+
+    Of several teachers it is a list.
 
     Raises:
         PlanError: If a model is not here, or the two cannot be a pair.
@@ -107,11 +108,13 @@ def pair_configs(
         )
 
     if model.teaches_itself and model.student is not None:
-        teacher = find("student", model.student)
+        teachers = [find("student", model.student)]
     elif model.teacher_store is None:
-        teacher = find("teacher", model.teacher)
+        teachers = [find("teacher", each) for each in model.teachers]
     else:
-        teacher = find("teacher_store", str(pathlib.Path(model.teacher_store, TEACHER)))
+        folders = [str(pathlib.Path(each, TEACHER)) for each in model.teachers]
+        teachers = [find("teacher_store", each) for each in folders]
+    teacher = teachers[0]
     if model.student is not None:
         student = find("student", model.student)
     elif model.student_config is not None:
@@ -130,10 +133,10 @@ def pair_configs(
             )
         # Layers may differ: only the choice of them says what the student's are.
         _, student = select_layers({"layers": {}}, student, layers)
-    data = settings.data
-    for flag, config in (("teacher", teacher), ("student", student)):
+    named, data = {**named_teachers(teachers), "student": student}, settings.data
+    for flag, config in named.items():
         name, length = "seq_len", data.seq_len
-        if flag == "teacher" and data.teacher_len is not None:
+        if flag != "student" and data.teacher_len is not None:
             name, length = "teacher_seq_len", data.teacher_len
         if length > config.max_position_embeddings:
             raise PlanError(
@@ -142,29 +145,32 @@ def pair_configs(
             )
     if model.resize_embeddings:
         # To the tokenizer's size, which is the teacher's but for a little padding.
-        student = dataclasses.replace(
-            student,
-            vocab_size=teacher.vocab_size,
-            padded_vocab_size=teacher.padded_vocab_size,
+        own = {k: getattr(teacher, k) for k in ("vocab_size", "padded_vocab_size")}
+        *teachers, student = (
+            dataclasses.replace(config, **own) for config in (*teachers, student)
         )
         notes.append(f"both vocabularies are planned with {teacher.vocab_size} entries")
-    sizes = teacher.padded_vocab_size, student.padded_vocab_size
-    if abs(sizes[0] - sizes[1]) > _OTHER_VOCABULARY:
-        raise PlanError(
-            f"the teacher has {sizes[0]} vocabulary entries, the student {sizes[1]}: "
-            "a student needs its teacher's tokenizer, or --resize-embeddings"
-        )
-    if sizes[0] != sizes[1]:
+    sizes = [config.padded_vocab_size for config in (*teachers, student)]
+    for (name, config), size in zip(named.items(), sizes, strict=True):
+        if abs(size - sizes[-1]) > _OTHER_VOCABULARY:
+            raise PlanError(
+                f"the {name} has {config.padded_vocab_size} vocabulary entries, the "
+                f"student {sizes[-1]}: a student needs its teacher's tokenizer, or "
+                "--resize-embeddings"
+            )
+    if len({*sizes}) > 1:
         shared = min(sizes)
         notes.append(
-            f"vocabularies of {sizes[0]} and {sizes[1]} entries differ by padding; "
-            f"at most {shared} of either take part"
+            f"vocabularies of {' and '.join(map(str, sizes))} entries differ by "
+            f"padding; at most {shared} of either take part"
         )
-        teacher, student = (
+        *teachers, student = (
             dataclasses.replace(config, vocab_size=shared)
-            for config in (teacher, student)
+            for config in (*teachers, student)
         )
-    return teacher, student, notes
+    if len(teachers) > 1:
+        notes.append(f"{len(teachers)} teachers run on every token")
+    return (teachers if len(teachers) > 1 else teachers[0]), student, notes
 
 
 def _prepare(folder: pathlib.Path) -> pathlib.Path:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from taid_jax.train.state import make_optimizer as make_optimizer
     from taid_jax.train.step import batch_loss as batch_loss
     from taid_jax.train.step import make_train_step as make_train_step
+    from taid_jax.train.teachers import join_params as join_params
+    from taid_jax.train.teachers import mix_teachers as mix_teachers
     from taid_jax.types import ModelFunctions as ModelFunctions
 
 _NAMES = {
@@ -31,6 +33,7 @@ _NAMES = {
         *("DistillState", "init_state", "learning_rate_schedule", "make_optimizer"),
     ),
     "taid_jax.train.step": ("batch_loss", "make_train_step"),
+    "taid_jax.train.teachers": ("join_params", "mix_teachers"),
     "taid_jax.types": ("ModelFunctions",),
 }
 __getattr__, __all__ = lazy(

@@ -249,7 +249,7 @@ def make_evaluator(
         )
 
     def evaluator(state: DistillState) -> HeldOut:
-        found = evaluate(eval_step, state, pair.teacher.params, held_out(), mesh)
+        found = evaluate(eval_step, state, pair.teacher_params, held_out(), mesh)
         # A model that is no distribution completes nothing.
         if completions is None or nonfinite_figures(found._asdict()):
             return found

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from taid_jax.data import DataError, Dataset, load_dataset
 from taid_jax.data import Tokenizer as DataTokenizer
+from taid_jax.data.teacher_field import TeacherField
 from taid_jax.data.template import set_chat_template
 from taid_jax.errors import ModelError, show
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import (
     abstract_params,
-    decoder_functions,
     param_axes,
     select_layers,
 )
@@ -38,46 +38,58 @@ from taid_jax.settings import ModelSettings, Settings, SettingsError
 from taid_jax.sharding import TEACHER_RULES, batch_part, tree_shardings
 from taid_jax.store.format import TEACHER, StoreError
 from taid_jax.store.read import Store
-from taid_jax.store.teacher import head_params, stored_functions
-from taid_jax.train.teacher_rows import on_own_rows
+from taid_jax.store.teacher import head_params
+from taid_jax.train.teachers import StoreColumns, join_params, teacher_functions
 from taid_jax.types import ModelFunctions, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A teacher and the student that it teaches.
+    """A teacher, or several that teach together, and their student.
 
     Attributes:
-        teacher: In the compute dtype; without parameters where it is `averaged`.
+        teachers: In the compute dtype; without parameters where one is `averaged`.
         student_config: The student's architecture.
         student_params: Its float32 master weights.
         shardings: Where the student's weights live.
-        teacher_path: The teacher's folder or file.
+        teacher_paths: The teachers' folders or files.
         generation: Settings of generation, as in generation_config.json: the student's
             own, and of the teacher's what these lack.
         notes: What a user should know of how the models were read, a line each.
-        teacher_functions: What the train step needs of the teacher.
-        store: The teacher's outputs, where these stand for it: then `teacher.params`
-            are what its head needs.
-        averaged: Whether it is the moving average of the student's weights, which is
-            in the state of the run.
+        teacher_functions: What the train step needs of the teachers.
+        stores: The teachers' outputs, where these stand for them: their parameters are
+            then what their heads need.
+        averaged: Whether the teacher is the moving average of the student's weights,
+            which is in the state of the run.
     """
 
-    teacher: LoadedModel
+    teachers: tuple[LoadedModel, ...]
     student_config: DecoderConfig
     student_params: Params
     shardings: Any
-    teacher_path: pathlib.Path
+    teacher_paths: tuple[pathlib.Path, ...]
     teacher_functions: ModelFunctions
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    store: Store | None = None
+    stores: tuple[Store, ...] = ()
     averaged: bool = False
 
     @property
-    def teacher_at_start(self) -> Params:
-        """The teacher's parameters before the first step."""
-        return self.student_params if self.averaged else self.teacher.params
+    def teacher(self) -> LoadedModel:
+        """The first teacher, which alone completes texts."""
+        return self.teachers[0]
+
+    @property
+    def teacher_params(self) -> Any:
+        """What `teacher_functions` take."""
+        return join_params([each.params for each in self.teachers])
+
+    @property
+    def teachers_at_start(self) -> list[Params]:
+        """The parameters of each teacher before the first step."""
+        if self.averaged:
+            return [self.student_params]
+        return [each.params for each in self.teachers]
 
 
 _BYTES_OF_TOKEN = 96
@@ -88,21 +100,20 @@ _BATCHES = 6
 """Batches with a teacher's outputs that are there at once, read ahead and in use."""
 
 
-def check_memory(settings: Settings, mesh: Mesh, store: Store | None = None) -> None:
+def check_memory(settings: Settings, mesh: Mesh, stores: Sequence[Store] = ()) -> None:
     """Raises unless the batches, and the completions that are kept, can be held at all.
 
     Args:
         settings: Of the run.
         mesh: Its devices.
-        store: Where the teacher's outputs come from.
+        stores: Where the teachers' outputs come from.
 
     Raises:
         SettingsError: If they need more memory than this machine has.
     """
     data, texts = settings.data, settings.on_policy
     width = _BYTES_OF_TOKEN
-    if store is not None:
-        width += _BATCHES * store.manifest.bytes_per_token
+    width += _BATCHES * sum(store.manifest.bytes_per_token for store in stores)
     sizes = {"batch_size": data.batch_size // batch_part(mesh)[1] * width}
     if texts.texts != "data":
         kept = texts.buffer_capacity * (2 if texts.texts == "pairs" else 1)
@@ -122,22 +133,33 @@ class OpenPair(NamedTuple):
     """Teacher and student of which everything was read but the weights.
 
     Attributes:
-        teacher: Opened.
-        student: The same; None where it is made of the teacher's layers.
+        teachers: Opened.
+        student: The same; None where it is made of the first teacher's layers.
         student_config: Its architecture.
         tokenizer: Of the run: the student's own, with what that lacks from the
             teacher's, and the teacher's where the student is made of its layers, of a
             config, or for its tokenizer (`resize_embeddings`; without a chat template
             that gets the student's).
-        store: The teacher's outputs, where these stand for it; `teacher` is then the
-            model without weights that they are of.
+        stores: The teachers' outputs, where these stand for them; `teachers` are then
+            the models without weights that they are of.
     """
 
-    teacher: OpenModel
+    teachers: tuple[OpenModel, ...]
     student: OpenModel | None
     student_config: DecoderConfig
     tokenizer: Tokenizer
-    store: Store | None = None
+    stores: tuple[Store, ...] = ()
+
+    @property
+    def teacher(self) -> OpenModel:
+        """The first teacher, whose tokenizer all have."""
+        return self.teachers[0]
+
+
+_ONE_TOKENIZER = (
+    "Several teachers need one tokenizer, since their mean is of what each gives to an "
+    "id; take teachers of one family"
+)
 
 
 def check_models(
@@ -156,6 +178,10 @@ def check_models(
     """
     models = open_pair(settings)
     tokenizer, student = models.tokenizer, models.student
+    for number, other in enumerate(models.teachers[1:], start=2):
+        found = require_tokenizer(other.tokenizer, other.source)
+        whose = "the first teacher", f"teacher {number}, {other.source.name},"
+        same_tokenizer(tokenizer, found, whose=whose, needed=_ONE_TOKENIZER)
     if student is not None and settings.student is not None:
         if settings.resize_embeddings:
             own = student.tokenizer
@@ -165,18 +191,25 @@ def check_models(
             own = require_tokenizer(student.tokenizer, student.source)
             same_tokenizer(tokenizer, own)
             tokenizer = own_tokenizer(own, tokenizer)
-    configs = {"teacher": models.teacher.config, "student": models.student_config}
+    configs = {
+        **{name: each.config for name, each in named_teachers(models.teachers).items()},
+        "student": models.student_config,
+    }
     for name, config in configs.items():
         flag, length = "seq_len", seq_len
-        if name == "teacher" and teacher_len is not None:
+        if name != "student" and teacher_len is not None:
             flag, length = "teacher_seq_len", teacher_len
         if length > config.max_position_embeddings:
             raise SettingsError(
                 f"{flag}: {length} is beyond the {name}'s context of "
                 f"{config.max_position_embeddings} tokens"
             )
-        if not settings.resize_embeddings:
+        if settings.resize_embeddings:
+            continue
+        try:
             with_tokenizer(config, tokenizer)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from error
     return models._replace(tokenizer=tokenizer)
 
 
@@ -188,20 +221,28 @@ def open_pair(settings: ModelSettings) -> OpenPair:
         SettingsError: If the teacher has not the layers that the student is to have.
     """
     allow = settings.allow_unknown_keys
-    store = None
+    stores: tuple[Store, ...] = ()
     if settings.teacher_store is None:
-        name = settings.teacher
+        named = settings.teachers
         if settings.teaches_itself and settings.student is not None:
-            name = settings.student
-        teacher = open_model(name, allow_unknown_keys=allow)
+            named = (settings.student,)
+        opened = [open_model(each, allow_unknown_keys=allow) for each in named]
     else:
-        store = Store(settings.teacher_store)
-        if settings.tail != "student" and store.manifest.kind != "topk":
+        stores = tuple(Store(each) for each in settings.teachers)
+        kinds = [store.manifest.kind for store in stores]
+        if settings.tail != "student" and "topk" not in kinds:
             raise SettingsError(
                 "tail: has no effect with a store of kind "
-                f"{store.manifest.kind}; leave it out"
+                f"{', '.join(kinds)}; leave it out"
             )
-        teacher = open_model(store.folder / TEACHER, weights=False)
+        if settings.teacher_mean == "geometric" and "sampled" in kinds:
+            raise SettingsError(
+                "teacher_mean: need arithmetic with the drawn tokens of "
+                f"{stores[kinds.index('sampled')].folder}, got geometric: what was not "
+                "drawn has probability 0, and so would have the mean"
+            )
+        opened = [open_model(each.folder / TEACHER, weights=False) for each in stores]
+    teacher = opened[0]
     tokenizer = require_tokenizer(teacher.tokenizer, teacher.source)
     whose, layers = "teacher", settings.layers_of_teacher
     if settings.student is not None:
@@ -223,11 +264,18 @@ def open_pair(settings: ModelSettings) -> OpenPair:
             )
         # Only the choice of layers says what the student's are.
         _, config = select_layers({"layers": {}}, config, layers)
-    return OpenPair(teacher, student, config, tokenizer, store)
+    return OpenPair(tuple(opened), student, config, tokenizer, stores)
+
+
+def named_teachers(teachers: Sequence[Any]) -> dict[str, Any]:
+    """Returns teachers by what messages call them."""
+    if len(teachers) == 1:
+        return {"teacher": teachers[0]}
+    return {f"teacher {n}": each for n, each in enumerate(teachers, start=1)}
 
 
 def read_data(
-    settings: Settings, tokenizer: Tokenizer, store: Store | None = None
+    settings: Settings, tokenizer: Tokenizer, stores: Sequence[Store] = ()
 ) -> Dataset:
     """Returns the training and held-out examples that the settings ask for.
 
@@ -236,18 +284,22 @@ def read_data(
     Args:
         settings: Of the run.
         tokenizer: Of the run.
-        store: The teacher's outputs, which the batches then have too.
+        stores: The teachers' outputs, which the batches then have too.
 
     Raises:
         DataError: If the data cannot be used, or have ids that the models lack.
-        StoreError: If the store lacks examples.
+        StoreError: If a store lacks examples.
     """
-    data = settings.data
+    data, model = settings.data, settings.model
     if data.chat_template is not None:
         set_chat_template(cast(DataTokenizer, tokenizer), data.chat_template)
     date = data.template_date
-    if date is None and store is not None:
-        date = store.manifest.made.get("template_date")
+    if date is None:
+        date = template_date(stores)
+    field = None
+    if model.teacher_field is not None:
+        shares = model.shares_of_teachers
+        field = TeacherField(model.teacher_field, model.teachers, shares)
     dataset = load_dataset(
         data.data,
         # transformers declares some of these methods on its subclasses alone.
@@ -261,6 +313,7 @@ def read_data(
         merge_system=data.merge_system,
         template_date=date,
         prompts_suffice=settings.on_policy.prompts_suffice,
+        teacher_field=field,
         teacher_prompt=data.teacher_prompt,
         teacher_len=data.teacher_len,
     )
@@ -271,16 +324,23 @@ def read_data(
             f"{data.data} has the token id {wrong}, and the tokenizer ids from 0 to "
             f"{count - 1}; prepare the data with the tokenizer of this teacher"
         )
-    if store is None:
+    if not stores:
         return dataset
     objective = settings.objective.objective
-    if store.manifest.kind == "sampled" and objective not in ("forward_kl", "sft"):
-        raise SettingsError(
-            f"objective: need forward_kl with the drawn tokens of {store.folder}, got "
-            f"{objective}: draws are unbiased for its gradient alone"
-        )
-    _check_stored(settings, dataset, store)
-    return dataset.with_columns(store)
+    for store in stores:
+        if store.manifest.kind == "sampled" and objective not in ("forward_kl", "sft"):
+            raise SettingsError(
+                f"objective: need forward_kl with the drawn tokens of {store.folder}, "
+                f"got {objective}: draws are unbiased for its gradient alone"
+            )
+        _check_stored(settings, dataset, store)
+    return dataset.with_columns(StoreColumns(stores))
+
+
+def template_date(stores: Sequence[Store]) -> str | None:
+    """Returns the day that the texts of stores have in them, if they say so."""
+    dates = [store.manifest.made.get("template_date") for store in stores]
+    return next((date for date in dates if date is not None), None)
 
 
 def _check_stored(settings: Settings, dataset: Dataset, store: Store) -> None:
@@ -353,8 +413,7 @@ def load_pair(
         return tree_shardings(param_axes(config), abstract_params(config), mesh, rules)
 
     models = models or open_pair(model)
-    known, learner = models.teacher.config, models.student_config
-    averaged = model.teacher_ema is not None
+    learner, averaged = models.student_config, model.teacher_ema is not None
     needs = [
         params_need(
             "the student and its moving average" if averaged else "the student",
@@ -366,17 +425,31 @@ def load_pair(
     ]
     if averaged:
         check_fits(*needs)
-        teacher = models.teacher.without_weights()
-    elif models.store is None:
-        need = params_need("the teacher", known, model.dtype, teacher_shardings(known))
-        check_fits(need, *needs)
-        teacher = models.teacher.load(dtype=model.dtype, shardings=teacher_shardings)
+        teachers = [models.teacher.without_weights()]
+    elif not models.stores:
+        for name, each in named_teachers(models.teachers).items():
+            where = teacher_shardings(each.config)
+            needs.append(params_need(f"the {name}", each.config, model.dtype, where))
+        check_fits(*needs[1:], needs[0])
+        teachers = [
+            each.load(dtype=model.dtype, shardings=teacher_shardings)
+            for each in models.teachers
+        ]
     else:
         check_fits(*needs)
-        teacher = load_stored(
-            models.store, models.teacher, model.dtype, teacher_shardings
-        )
-    notes = [f"teacher: {note}" for note in (*_of_itself(settings), *teacher.notes)]
+        teachers = [
+            load_stored(store, each, model.dtype, teacher_shardings)
+            for store, each in zip(models.stores, models.teachers, strict=True)
+        ]
+    teacher = teachers[0]
+    notes = [f"teacher: {note}" for note in _of_itself(settings)]
+    notes += [
+        f"{name}: {note}"
+        for name, each in named_teachers(teachers).items()
+        for note in each.notes
+    ]
+    if len(teachers) > 1:
+        notes += _describe_mean(model)
     generation = teacher.generation
     if models.student is not None and model.student is not None:
         # A shallower student is cut out of one that lies as it does, all but in depth.
@@ -414,12 +487,13 @@ def load_pair(
     def resized(params: Params) -> Params:
         return resize_vocabulary(params, size) if model.resize_embeddings else params
 
-    if model.resize_embeddings and teacher.config.padded_vocab_size != size:
-        new = fitted(teacher.config)
-        resize = jax.jit(resized, out_shardings=teacher_shardings(new))
-        teacher = dataclasses.replace(
-            teacher, config=new, params=resize(teacher.params)
-        )
+    for number, each in enumerate(teachers):
+        if model.resize_embeddings and each.config.padded_vocab_size != size:
+            new = fitted(each.config)
+            resize = jax.jit(resized, out_shardings=teacher_shardings(new))
+            teachers[number] = dataclasses.replace(
+                each, config=new, params=resize(each.params)
+            )
     config = fitted(config)
     where = shardings(config)
 
@@ -428,34 +502,35 @@ def load_pair(
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), resized(params))
 
     own_params = jax.jit(own, out_shardings=where)(params)
-    dtype = jnp.dtype(model.dtype)
-    if models.store is None:
-        functions = decoder_functions(
-            teacher.config, dtype=dtype, unroll=model.layer_unroll
-        )
-        if settings.data.teacher_prompt is not None:
-            functions = on_own_rows(functions)
-    else:
-        about = models.store.manifest
-        functions = stored_functions(
-            about.kind,
-            teacher.config,
-            dtype=dtype,
-            tail=model.tail,
-            draws=about.draws,
-        )
+    functions = teacher_functions(
+        model,
+        [each.config for each in teachers],
+        [store.manifest for store in models.stores],
+        own_rows=settings.data.teacher_prompt is not None,
+    )
     return Pair(
-        teacher,
+        tuple(teachers),
         config,
         own_params,
         where,
-        models.teacher.source.path,
+        tuple(each.source.path for each in models.teachers),
         functions,
         generation,
         tuple(notes),
-        models.store,
+        models.stores,
         averaged,
     )
+
+
+def _describe_mean(model: ModelSettings) -> list[str]:
+    """Returns what several teachers teach together, in lines."""
+    pairs = zip(model.teachers, model.shares_of_teachers, strict=True)
+    parts = " + ".join(f"{share:.3g} x {name}" for name, share in pairs)
+    by_record = f", or as the records' `{model.teacher_field}` says"
+    return [
+        f"the teacher is the {model.teacher_mean} mean {parts}"
+        f"{by_record if model.teacher_field else ''}; KL and perplexity are of the mean"
+    ]
 
 
 def _of_itself(settings: Settings) -> list[str]:

@@ -193,15 +193,21 @@ def identify_models(pair: Pair) -> dict[str, str]:
     It is the content, wherever the files lie.
 
     Returns:
-        Settings of both, and what identifies the teacher's weights or its store.
+        Settings of both, and what identifies the teacher's weights or its store; of
+        several teachers all in their order.
     """
-    if pair.store is None:
-        weights = digest_weights(pair.teacher_path)
+    if pair.stores:
+        weights = [f"stored: {store.identity()}" for store in pair.stores]
     else:
-        weights = f"stored: {pair.store.identity()}"
+        weights = [digest_weights(path) for path in pair.teacher_paths]
+    # Of several teachers together: with one more or less all of them are others.
+    known = [_fields(each.config) for each in pair.teachers]
     return {
-        "the teacher's weights": weights,
-        **{f"the teacher's {k}": v for k, v in _fields(pair.teacher.config).items()},
+        "the teacher's weights": " and ".join(weights),
+        **{
+            f"the teacher's {name}": " and ".join(each[name] for each in known)
+            for name in known[0]
+        },
         **{f"the student's {k}": v for k, v in _fields(pair.student_config).items()},
     }
 

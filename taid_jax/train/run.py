@@ -27,7 +27,13 @@ from taid_jax.train.folder import (
     WriteError,
     way_on,
 )
-from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
+from taid_jax.train.inputs import (
+    check_memory,
+    check_models,
+    load_pair,
+    read_data,
+    template_date,
+)
 from taid_jax.train.loop import Loop, TrainingError
 from taid_jax.train.on_policy.build import with_answers
 from taid_jax.train.on_policy.generation import export_generation
@@ -56,7 +62,7 @@ from taid_jax.train.resume import (
     refuse_other_models,
     set_aside_others,
 )
-from taid_jax.train.shown import Shown, describe, describe_left_out
+from taid_jax.train.shown import Shown, describe, describe_left_out, teacher_names
 from taid_jax.train.state import DistillState, nonfinite_leaves
 
 
@@ -120,15 +126,14 @@ def _distil(
     )
     given = settings.data.template_date or (saved and saved.data.template_date)
     # Texts with another day in them would not be those that are stored.
-    if not given and opened.store is not None:
-        given = opened.store.manifest.made.get("template_date")
+    given = given or template_date(opened.stores)
     # Process 0's: another may begin after midnight.
     date = distributed.broadcast(lambda: given or datetime.date.today().isoformat())
     data = dataclasses.replace(settings.data, template_date=date)
     settings = dataclasses.replace(settings, data=data)
     tokenizer = opened.tokenizer
-    check_memory(settings, mesh, opened.store)
-    dataset = read_data(settings, tokenizer, opened.store)
+    check_memory(settings, mesh, opened.stores)
+    dataset = read_data(settings, tokenizer, opened.stores)
     distributed.agree("data", dataclasses.asdict(dataset.info))
     settings = with_steps(settings, len(dataset.train))
     if settings.on_policy.texts != "data":
@@ -220,7 +225,7 @@ def _distil(
             folder / CURVES,
             metrics,
             evaluations,
-            title=f"{settings.objective.objective}: {pair.teacher.source} -> "
+            title=f"{settings.objective.objective}: {teacher_names(pair)} -> "
             f"{pair.student_config.num_layers} layers",
         )
         return report

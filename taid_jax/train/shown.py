@@ -23,7 +23,7 @@ from taid_jax.sharding import batch_rows
 from taid_jax.train.completions import EvalCompletions
 from taid_jax.train.folder import WriteError
 from taid_jax.train.html import PAGE, SHOWN, run_page, write_page
-from taid_jax.train.inputs import Pair
+from taid_jax.train.inputs import Pair, named_teachers
 from taid_jax.train.loop import Interrupted, TrainingError
 from taid_jax.train.on_policy.prompts import EvalPrompt, find_eval_prompts
 from taid_jax.train.report import write_json
@@ -45,29 +45,46 @@ REFERENCE, TEACHER, BEFORE, AFTER = (
 )
 
 
+def teacher_names(pair: Pair, *, layers: bool = False) -> str:
+    """Returns what the teachers are called, for titles.
+
+    Args:
+        pair: The models.
+        layers: Whether to say how many layers each has.
+    """
+    return " + ".join(
+        f"{each.source} ({each.config.num_layers} layers)" if layers else each.source
+        for each in pair.teachers
+    )
+
+
 def describe(settings: Settings, pair: Pair, dataset: Dataset, mesh: Mesh) -> list[str]:
     """Returns what is about to be trained, on what, and where, in lines."""
 
     def size(params: Params) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
 
-    def held(params: Params) -> int:
+    def held(params: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
     axes = ", ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
     info, data, run = dataset.info, settings.data, settings.run
     sides = {"training": info.train, "held out": info.held_out}
     # The student's weights, their gradient and the two moments of the optimizer.
-    memory = held(pair.teacher_at_start) + 4 * held(pair.student_params)
+    starts = pair.teachers_at_start
+    memory = held(starts) + 4 * held(pair.student_params)
     sees, rows = "", len(dataset.train)
     if data.teacher_prompt is not None:
         sees = (
             f"teacher: it sees {show(data.teacher_prompt)} in place of the prompt, in "
             f"rows of {data.teacher_len} tokens"
         )
+    named = named_teachers([*zip(pair.teachers, starts, strict=True)])
     lines = [
-        f"teacher: {pair.teacher.config.num_layers} layers, "
-        f"{size(pair.teacher_at_start)}",
+        *(
+            f"{name}: {each.config.num_layers} layers, {size(params)}"
+            for name, (each, params) in named.items()
+        ),
         f"student: {pair.student_config.num_layers} layers, "
         f"{size(pair.student_params)}",
         *pair.notes,
@@ -149,7 +166,8 @@ class Shown:
 
     def _choose(self) -> list[EvalPrompt]:
         """Returns held-out prompts, their ends where both models have room for them."""
-        configs = self._pair.teacher.config, self._pair.student_config
+        models = [each.config for each in self._pair.teachers]
+        configs = *models, self._pair.student_config
         room = min(each.max_position_embeddings for each in configs) - _COMPLETED
         try:
             found = find_eval_prompts(self._dataset.held_out, _PROMPTS)
@@ -215,8 +233,11 @@ class Shown:
             saved = {}
         self._texts |= saved.get("texts", {})
         self._texts.pop(AFTER, None)
-        if self._pair.store is None and TEACHER not in self._texts:
+        if not self._pair.stores and TEACHER not in self._texts:
             self._complete(TEACHER, state.teacher_of(self._pair.teacher.params))
+        if not self._pair.stores and len(self._pair.teachers) > 1 and self._chosen:
+            first = self._pair.teacher.source
+            self._notes.append(f"the teacher's completions are those of {first} alone")
         if not step:
             self._complete(BEFORE, state.params)
         elif self._chosen and BEFORE not in self._texts:
@@ -271,7 +292,7 @@ class Shown:
             found = held_out_token_kl(
                 compare,
                 state.params,
-                state.teacher_of(pair.teacher.params),
+                state.teacher_of(pair.teacher_params),
                 self._dataset,
                 self._mesh,
             )
@@ -280,7 +301,7 @@ class Shown:
             return
         if distributed.is_main_process():
             self._tokens = tokens_of_rows(found, self._tokenizer)
-        if pair.store is not None and pair.store.manifest.kind != "hidden":
+        if any(store.manifest.kind != "hidden" for store in pair.stores):
             self._notes.append(
                 "KL a token and the teacher's most probable tokens are of rows that "
                 "are made again from what is stored of them"
@@ -312,8 +333,8 @@ class Shown:
         settings, pair = self._settings, self._pair
         shown: Mapping[str, Any] = {
             "outcome": outcome,
-            "title": f"{settings.objective.objective}: {pair.teacher.source} "
-            f"({pair.teacher.config.num_layers} layers) → "
+            "title": f"{settings.objective.objective}: "
+            f"{teacher_names(pair, layers=True)} → "
             f"{pair.student_config.num_layers} layers",
             "lines": self._lines,
             "notes": self._notes,

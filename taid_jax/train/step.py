@@ -10,7 +10,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from taid_jax.loss import ByText, TopKHead, distillation_sums, fused_loss
+from taid_jax.loss import (
+    ByText,
+    TeachersHead,
+    TopKHead,
+    distillation_sums,
+    fused_loss,
+)
 from taid_jax.sharding import activations_on
 from taid_jax.train.objective import MakeObjective, Objective
 from taid_jax.train.state import (
@@ -56,13 +62,16 @@ def paired_logits(
     Args:
         student_out: `(*tokens, d_model)` hidden states, or logits where it has no head.
         student_head: Of the student; None without any.
-        teacher_out: As the student's, or `TopK`.
-        teacher_head: Of the teacher, `TopKHead` beside `TopK`.
+        teacher_out: As the student's, or `TopK`, or `Teachers`.
+        teacher_head: Of the teacher, `TopKHead` beside `TopK`, `TeachersHead` beside
+            `Teachers`.
     """
     student_logits = student_head.logits(student_out) if student_head else student_out
-    if isinstance(teacher_head, TopKHead):
-        # The rest of the probability lies on the entries that count, and no others.
-        counted = student_logits[..., : teacher_head.vocab_size]
+    if isinstance(teacher_head, TopKHead | TeachersHead):
+        # The rest of the probability lies on the entries that count, and no others; and
+        # each of several teachers is a distribution over these.
+        own = None if student_head is None else student_head.vocab_size
+        counted = student_logits[..., : min(teacher_head.vocab_size, own or 1 << 62)]
         teacher_logits = teacher_head.logits(teacher_out, counted)
     else:
         teacher_logits = (

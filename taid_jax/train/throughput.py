@@ -56,14 +56,13 @@ class StepFlops(NamedTuple):
 
 def step_flops(
     student: DecoderConfig,
-    teacher: DecoderConfig,
-    *,
+    *teachers: DecoderConfig,
     batch: int,
     length: int,
     remat: str = "none",
     fused: bool = True,
     teacher_used: bool = True,
-    stored: str | None = None,
+    stored: Sequence[str] = (),
     teacher_length: int | None = None,
 ) -> StepFlops:
     """Returns the operations of a train step, from the two architectures.
@@ -75,13 +74,13 @@ def step_flops(
 
     Args:
         student: Its architecture.
-        teacher: Its architecture.
+        *teachers: Their architectures.
         batch: Sequences of the step, over all micro-batches.
         length: Tokens of each.
         remat: What the student's backward pass computes again, as in `hidden_states`.
         fused: The fused head is used; else the heads see every token.
         teacher_used: False for an objective that looks at no teacher.
-        stored: Kind of the store that the teacher's outputs come from, if they do: of
+        stored: Kinds of the stores that the teachers' outputs come from, if they do: of
             hidden states the head is still applied.
         teacher_length: Tokens of a row of the teacher, where they are others than the
             student's; its head is applied to the student's.
@@ -90,8 +89,8 @@ def step_flops(
         Chowdhery et al., PaLM, 2022 (arXiv:2204.02311), appendix B: MFU.
     """
     mine = forward_flops(student, batch, length)
-    theirs = forward_flops(teacher, batch, teacher_length or length)
-    their_head = forward_flops(teacher, batch, length).head
+    theirs = [forward_flops(each, batch, teacher_length or length) for each in teachers]
+    their_heads = [forward_flops(each, batch, length).head for each in teachers]
     # The scores are always computed again, "dots" and "full" do so with the values, and
     # "full" repeats all but the last product of each layer, which nothing depends on.
     last = 2 * batch * length * student.num_layers * student.d_model * student.mlp_dim
@@ -101,10 +100,13 @@ def step_flops(
         "full": mine.attention + mine.attention // 2 + mine.projections - last,
     }[remat]
     layers = 3 * (mine.projections + mine.attention)
-    runs = teacher_used and stored is None
-    teacher_layers = runs * (theirs.projections + theirs.attention)
-    has_head = teacher_used and stored in (None, "hidden")
-    head, teacher_head = 3 * mine.head, has_head * their_head
+    runs = teacher_used and not stored
+    teacher_layers = runs * sum(each.projections + each.attention for each in theirs)
+    kinds = stored or ["hidden"] * len(theirs)
+    head, teacher_head = 3 * mine.head, 0
+    if teacher_used:
+        pairs = zip(their_heads, kinds, strict=True)
+        teacher_head = sum(each for each, kind in pairs if kind == "hidden")
     if not fused:
         return StepFlops(layers + head, teacher_layers + teacher_head, 0, 0, repeated)
     tokens = batch * length
@@ -232,15 +234,15 @@ class Throughput:
 def make_throughput(
     settings: Settings,
     student: DecoderConfig,
-    teacher: DecoderConfig,
+    teachers: Sequence[DecoderConfig],
     mesh: Mesh,
     *,
-    stored: str | None = None,
+    stored: Sequence[str] = (),
 ) -> Throughput:
     """Returns the throughput of a run, with nothing measured yet; see `step_flops`."""
     flops = step_flops(
         student,
-        teacher,
+        *teachers,
         batch=settings.data.batch_size,
         length=settings.data.seq_len,
         remat=settings.model.remat,

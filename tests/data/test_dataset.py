@@ -10,6 +10,7 @@ import pytest
 
 from taid_jax.data import DataError, held_out_batches, load_dataset, train_iterator
 from taid_jax.data.corpus import pydoc_sections
+from taid_jax.data.teacher_field import TeacherField
 from taid_jax.types import IGNORE_INDEX
 
 CHAT = [
@@ -288,3 +289,60 @@ def test_load_dataset_takes_prompts_without_answers_where_they_suffice(
     assert [each.prompt == len(each.ids) for each in examples] == [True] * 3 + [False]
     alone = load_dataset(str(path), tokenizer, **options)
     assert alone.info.dropped == {"wrong_shape": 2}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_every_token_of_a_record_has_the_weights_of_its_teachers(
+    kind, tmp_path, write_jsonl, tokenizer
+):
+    """Of several windows of a text, of several examples in a row, and at padding."""
+    chosen = {"weather": ("b", (0, 1)), "fine": ([3, 1], (0.75, 0.25))}
+    chosen["that"] = (None, (0.5, 0.5))
+    records = [
+        {"text": f"{n} " + " ".join([word] * 40)}
+        | ({} if named is None else {"who": named if kind == "jsonl" else str(named)})
+        for n in range(20)
+        for word, (named, _) in chosen.items()
+    ]
+    path = write_jsonl(records)
+    if kind == "parquet":
+        import pyarrow
+
+        path = tmp_path / "data.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    field = TeacherField("who", ("models/a", "models/b"), (0.5, 0.5))
+    dataset = load_dataset(path, tokenizer, seq_len=16, teacher_field=field)
+    assert "40 of 60 documents say by `who`" in dataset.info.notes[0]
+    assert not dataset.info.unused_keys
+    seen = set()
+    for side in (dataset.train, dataset.held_out):
+        for batch in held_out_batches(side, 4):
+            for row, segments in enumerate(batch["segment_ids"]):
+                for segment in np.unique(segments):
+                    here = segments == segment
+                    text = tokenizer.decode(batch["input_ids"][row][here])
+                    word = next((w for w in chosen if w in text), None)
+                    expected = chosen[word][1] if segment else (0, 0)
+                    seen.add(word if segment else None)
+                    found = batch["teacher_weights"][row][here]
+                    np.testing.assert_array_equal(found, [expected] * here.sum())
+    assert seen == {*chosen, None}
+
+
+def test_other_teachers_of_records_are_other_data(write_jsonl, tokenizer, documents):
+    fields = [
+        TeacherField("who", ("a", "b"), weights) for weights in ((1.0, 0.0), (0.5, 0.5))
+    ]
+    records = [{"text": text} for text in documents]
+    records[3]["who"] = [0, 1]
+    path = write_jsonl(records)
+    found = [
+        load_dataset(path, tokenizer, seq_len=16, teacher_field=field).info.fingerprint
+        for field in (None, *fields)
+    ]
+    assert len({*found}) == 3
+    del records[3]["who"]
+    with pytest.raises(DataError, match=r"no record of .* says by `who`"):
+        load_dataset(
+            write_jsonl(records), tokenizer, seq_len=16, teacher_field=fields[0]
+        )

@@ -10,6 +10,7 @@ import pytest
 from taid_jax.data import DataError, held_out_batches, load_dataset
 from taid_jax.data.documents import Text, make_document
 from taid_jax.data.errors import RecordError
+from taid_jax.data.teacher_field import TeacherField
 from taid_jax.data.teacher_prompt import TeacherPrompt, align
 from taid_jax.data.tokens import Example
 from taid_jax.types import IGNORE_INDEX
@@ -195,15 +196,25 @@ def test_load_dataset_leaves_out_answers_of_other_tokens(write_jsonl, tokenizers
 
 
 def test_load_dataset_reads_the_field_from_tables(tmp_path, tokenizer):
-    """Other columns of a table are not read."""
+    """Other columns are not read; who teaches a record may stand in a third."""
     rows = [{**PAIR, "hint": f"number {n}", "more": "x"} for n in range(4)]
+    for row, name in zip(rows, "abab", strict=True):
+        row["who"] = name
     path = tmp_path / "data.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    options = {"seq_len": 64, "pack": False, "held_out_fraction": 0.0}
     found = load_dataset(
-        path, tokenizer, seq_len=64, teacher_prompt="{hint}", held_out_fraction=0.0
+        path,
+        tokenizer,
+        teacher_prompt="{hint}",
+        teacher_field=TeacherField("who", ("a", "b"), (0.5, 0.5)),
+        **options,
     )
-    table = found.train.table.teacher
-    texts = [tokenizer.decode(table[number].ids) for number in range(4)]
+    assert found.info.unused_keys == {"n": 4, "more": 4}
+    batch = found.train.batch(range(4), 4)
+    texts = map(tokenizer.decode, batch["teacher_input_ids"])
     assert all(f"number {n}" in text for n, text in enumerate(texts))
+    np.testing.assert_array_equal(batch["teacher_weights"][:, 0], np.eye(2)[[0, 1] * 2])
+    assert "teacher_teacher_weights" not in batch
     with pytest.raises(DataError, match="no `other`"):
         load_dataset(path, tokenizer, seq_len=64, teacher_prompt="{other}")

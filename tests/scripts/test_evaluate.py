@@ -123,6 +123,15 @@ def test_evaluate_needs_a_student(evaluate, teacher, questions, capsys):
     assert "need the folder" in capsys.readouterr().err
 
 
+def test_evaluate_takes_the_settings_of_a_run_from_stores(evaluate, tmp_path):
+    saved = tmp_path / "settings.json"
+    model = {"teacher_store": ["a", "b"], "student": "c", "student_layers": 2}
+    saved.write_text(json.dumps({"model": model}))
+    model = evaluate.parse([f"--config={saved}", "--student=d"]).settings.model
+    assert model.teacher_store == ("a", "b")
+    assert (model.student, model.student_layers) == ("d", None)
+
+
 @pytest.fixture(scope="module")
 def broken(teacher, tmp_path_factory):
     """The teacher's folder with NaN in its last norm."""

@@ -1,5 +1,7 @@
 """A teacher on rows of its own, against each pair of texts by itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ from taid_jax.data.packing import make_table, pack_rows
 from taid_jax.data.tokens import Example
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import decoder_functions, init_params
+from taid_jax.settings import ModelSettings
 from taid_jax.sharding import make_mesh, place_batch, replicated
 from taid_jax.train.step import batch_loss
 from taid_jax.train.teacher_rows import on_own_rows
+from taid_jax.train.teachers import join_params, teacher_functions
 from taid_jax.types import ModelFunctions
 
 CONFIG = DecoderConfig(
@@ -123,6 +127,22 @@ def test_on_own_rows_is_each_pair_alone(models, examples, alone, packed):
         assert count == sum(map(len, alone))
         # Float32 against float64, over some tens of tokens.
         np.testing.assert_allclose(kl, np.concatenate(alone).sum(), rtol=2e-6)
+
+
+def test_several_teachers_on_own_rows_are_the_one_that_a_document_names(
+    models, examples, alone
+):
+    functions, student, known = models
+    names = np.array([(1, 0, 0), (0, 0, 1), (0.5, 0, 0.5)], np.float32)
+    weights = names[np.arange(len(examples)) % 3]
+    side = dataclasses.replace(make_set(examples, packed=True), teacher_weights=weights)
+    batch = side.batch(range(len(side)), len(side) + 1)
+    settings = ModelSettings(teacher=("a", "b", "c"), teacher_field="who")
+    teacher = teacher_functions(settings, [CONFIG] * 3, own_rows=True)
+    params = join_params([known, student, known])
+    kl, count = total((functions, student, params), batch, teacher=teacher)
+    assert count == sum(map(len, alone))
+    np.testing.assert_allclose(kl, np.concatenate(alone).sum(), rtol=2e-6)
 
 
 def test_on_own_rows_with_the_students_prompts_are_the_students(models, examples):

@@ -21,6 +21,7 @@ from taid_jax.train import throughput as tp
     [
         {"remat": "full", "grad_accum": 2},
         {"fused": False},
+        {"teacher": ["smollm2-135m-instruct"] * 2, "teacher_mean": "geometric"},
         {"fused": False, "teacher_prompt": "{prompt}", "teacher_seq_len": 512},
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
@@ -29,11 +30,12 @@ from taid_jax.train import throughput as tp
 def test_step_flops_are_those_of_the_program(values):
     settings = from_dict({"batch_size": 4, "seq_len": 256} | values)
     teacher, student, _ = pair_configs(settings)
+    teachers = teacher if isinstance(teacher, list) else [teacher]
     mesh = make_mesh("data=1", jax.devices()[:1])
     step, arguments = abstract_step(settings, teacher, student, mesh)
     program = count_flops(step.trace(*arguments).jaxpr)
 
-    throughput = tp.make_throughput(settings, student, teacher, mesh)
+    throughput = tp.make_throughput(settings, student, teachers, mesh)
     counted = 4.0 * 256
     found = throughput.flops.total(counted) + throughput.flops.repeated
     # The program's four blocks of queries cover five eighths of the attention's square,
@@ -41,7 +43,8 @@ def test_step_flops_are_those_of_the_program(values):
     # where they are repeated) and one of the teacher.
     passes = 3.5 if settings.model.remat == "none" else 4.5
     attention = passes * forward_flops(student, 4, 256).attention
-    attention += forward_flops(teacher, 4, settings.data.teacher_len or 256).attention
+    length = settings.data.teacher_len or 256
+    attention += sum(forward_flops(each, 4, length).attention for each in teachers)
     # What is left: sums over positions that RoPE and the norms write as products.
     np.testing.assert_allclose(found + attention / 4, program, rtol=2e-3)
     # And so without any correction, by less than the 1.5% that are promised.
@@ -69,8 +72,8 @@ def test_step_without_a_teacher_has_none_of_its_products(kind, tmp_path):
     # One block covers the attention's whole square, of which the half is counted. What
     # is left: sums over positions that RoPE and the norms write as products.
     np.testing.assert_allclose(live - found, gone + part.attention, rtol=2e-3)
-    counted = tp.make_throughput(settings, student, teacher, mesh).flops.total(128.0)
-    without = tp.make_throughput(stored, student, teacher, mesh, stored=kind)
+    counted = tp.make_throughput(settings, student, [teacher], mesh).flops.total(128.0)
+    without = tp.make_throughput(stored, student, [teacher], mesh, stored=[kind])
     assert counted - without.flops.total(128.0) == gone
 
 
@@ -204,7 +207,7 @@ def test_throughput_of_unknown_chips_gives_operations_without_mfu():
     settings = from_dict({})
     mesh = make_mesh("data=8")
     teacher, student, _ = pair_configs(settings)
-    throughput = tp.make_throughput(settings, student, teacher, mesh)
+    throughput = tp.make_throughput(settings, student, [teacher], mesh)
     throughput.count(1024.0)
     row = throughput.take(1, 1024)
     assert row["mfu"] is None

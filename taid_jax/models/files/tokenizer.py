@@ -263,7 +263,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
+_NEEDED = (
+    "Both models need the same tokenizer, since the student learns the teacher's "
+    "probability of each id; take a pair of one family, build the student from the "
+    "teacher, or give --resize-embeddings, which makes both vocabularies that of "
+    "the teacher's tokenizer and exports the student with it"
+)
+
+
+def same_tokenizer(
+    teacher: Tokenizer,
+    student: Tokenizer,
+    *,
+    whose: tuple[str, str] = ("teacher", "student"),
+    needed: str = _NEEDED,
+) -> None:
     """Raises unless both tokenizers give every token and every text the same ids.
 
     A distribution over the vocabulary means the same for both models only then; equal
@@ -272,16 +286,17 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
     white space, or have added tokens in them, get other ids, that is a warning: files
     of one model in several formats differ there.
 
+    Args:
+        teacher: The one.
+        student: The other; another teacher's where there are several.
+        whose: What messages call the two.
+        needed: Why they have to be the same, and the way out.
+
     Raises:
         ModelError: With how many ids differ and the first of them, or the first text.
     """
     ours, theirs = teacher.get_vocab(), student.get_vocab()
-    out = (
-        "Both models need the same tokenizer, since the student learns the teacher's "
-        "probability of each id; take a pair of one family, build the student from the "
-        "teacher, or give --resize-embeddings, which makes both vocabularies that of "
-        "the teacher's tokenizer and exports the student with it"
-    )
+    one_of, other_of = whose
     if ours != theirs:
         by_id, other_by_id = _by_id(ours), _by_id(theirs)
         different = [
@@ -290,9 +305,9 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
             if by_id.get(number) != other_by_id.get(number)
         ]
         raise ModelError(
-            f"the tokenizers of teacher ({len(ours):,} tokens) and student "
+            f"the tokenizers of {one_of} ({len(ours):,} tokens) and {other_of} "
             f"({len(theirs):,} tokens) differ in {len(different):,} ids: "
-            f"{'; '.join(different[:_EXAMPLES])}. {out}"
+            f"{'; '.join(different[:_EXAMPLES])}. {needed}"
         )
     backends = [getattr(each, "backend_tokenizer", None) for each in (teacher, student)]
     if len({backend.to_str() if backend else object() for backend in backends}) == 1:
@@ -306,16 +321,17 @@ def same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
         same = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
         parts = (teacher.convert_ids_to_tokens(ids[same:][:3]) for ids in (one, other))
         raise ModelError(
-            "the tokenizers of teacher and student have the same tokens and cut text "
-            f"in other ways (splitting, merges or normaliser), first {show(text)}: "
-            f"after {same} tokens {' and '.join(map(show, parts))}. {out}"
+            f"the tokenizers of {one_of} and {other_of} have the same tokens and cut "
+            "text in other ways (splitting, merges or normaliser), first "
+            f"{show(text)}: after {same} tokens {' and '.join(map(show, parts))}. "
+            f"{needed}"
         )
     edges = [*EDGES, *special, *(f"{token} a\n b" for token in special)]
     if (text := first_difference(*encoders, edges)) is not None:
         warn(
             [
-                "the tokenizers of teacher and student differ in how a text begins, or "
-                f"in its special tokens, first in {show(text)}"
+                f"the tokenizers of {one_of} and {other_of} differ in how a text "
+                f"begins, or in its special tokens, first in {show(text)}"
             ]
         )
 

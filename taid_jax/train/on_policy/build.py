@@ -70,7 +70,7 @@ def _make_complete(
         mesh,
         shardings=pair.shardings
         if student
-        else jax.tree.map(lambda leaf: leaf.sharding, pair.teacher_at_start),
+        else jax.tree.map(lambda leaf: leaf.sharding, pair.teachers_at_start[0]),
         ends=ends,
         max_new_tokens=chosen.completion_tokens,
         dtype=jnp.dtype(settings.model.dtype),
@@ -106,7 +106,7 @@ def with_answers(
     ][:most]
     ends = training_ends(tokenizer, pair.generation, dataset)
     complete = _make_complete(settings, pair, "teacher", ends, mesh)
-    known = pair.teacher_at_start
+    known = pair.teachers_at_start[0]
     prompts = [(each.teacher or each).ids for each in fitting]
     found = complete(known, prompts, [()] * len(fitting))
     answered = [each for each in examples if each.prompt < len(each.ids)]
@@ -118,6 +118,7 @@ def with_answers(
             f"{chosen.completion_tokens} tokens in seq_len {side.seq_len}; set "
             "completion_tokens lower or seq_len higher"
         )
-    note = f"{len(fitting)} held-out prompts have the teacher's answers"
+    whose = f"{pair.teacher.source}'s" if len(pair.teachers) > 1 else "the teacher's"
+    note = f"{len(fitting)} held-out prompts have {whose} answers"
     info = dataclasses.replace(dataset.info, notes=(*dataset.info.notes, note))
     return Dataset(dataset.train, side.of_examples(answered), info)
