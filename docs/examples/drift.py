@@ -16,7 +16,8 @@ prompts that are in no training, with completions that are drawn, not the most p
 - after a mistake that is put into an answer of the data, how probable the right digits
   are where the one before is above two;
 - exposure bias: how much larger KL(teacher, student) of a token is on the student's own
-  texts than on the data's, in percent (Arora et al., 2022, arXiv:2204.01171).
+  texts than on the data's, in nats (after Arora et al., 2022, arXiv:2204.01171, who
+  divide by that on the data, which is next to nothing here).
 
 Results are written after each run; the same command goes on where the last one ended:
 
@@ -181,7 +182,7 @@ def figures_of(
         "after_mistake": float(np.mean(probable[..., 0][lost])),
         "kl_data": of_data,
         "kl_own": own,
-        "exposure_bias": 100 * (own / of_data - 1) if of_data else None,
+        "exposure_bias": own - of_data,
     }
 
 

@@ -33,7 +33,7 @@ _OF_DRIFT = (
     Figure("after_mistake", "right after a mistake", 3, -1),
     Figure("kl_data", "KL on the data's texts", 4, 1),
     Figure("kl_own", "KL on own texts", 4, 1),
-    Figure("exposure_bias", "exposure bias, %", 0, 1),
+    Figure("exposure_bias", "exposure bias", 4, 1),
 )
 
 Rows = Mapping[str, Mapping[str, Any]]
