@@ -250,7 +250,7 @@ def _exact_temperature(bigrams: Bigrams) -> float:
 def _our_temperature(bigrams: Bigrams) -> float:
     """Returns the learned number, the student held still."""
     settings = ObjectiveSettings(objective="ctkd", ctkd_ramp_steps=STEPS)
-    objective, learned = make_objective(settings)
+    objective, learned = make_objective(settings, STEPS)
     optimizer = optax.multi_transform(
         {"held": optax.set_to_zero(), "learned": optax.sgd(_RATE)},
         ({"table": "held"}, {"raw_temperature": "learned"}),

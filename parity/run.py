@@ -89,7 +89,7 @@ def replay(
     chosen = ObjectiveSettings(
         objective=settings.objective, distil_ratio=settings.distil_ratio, **adaptive
     )
-    objective, learned = make_objective(chosen)
+    objective, learned = make_objective(chosen, settings.steps)
     scheduler = make_schedule(chosen, settings.steps)
     rate = learning_rate_schedule(settings.lr, settings.steps)
     adamw = settings.adamw

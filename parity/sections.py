@@ -30,7 +30,7 @@ class Options:
 
 def losses(options: Options) -> list[AnyRow]:
     """Returns the rows of values and gradients."""
-    from parity import fused, recorded
+    from parity import fused, pairs, recorded
     from parity import losses as rows
 
     seeds = range(options.seeds)
@@ -40,6 +40,7 @@ def losses(options: Options) -> list[AnyRow]:
         *recorded.temperature_rows(options.golden),
         *rows.random_rows(seeds),
         *fused.random_rows(seeds),
+        *pairs.random_rows(seeds),
     ]
     if options.upstream is not None:
         theirs = options.upstream.loss

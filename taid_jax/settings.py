@@ -59,6 +59,7 @@ ObjectiveName = Literal[
     "alpha_beta",
     "concrete_score",
     "entropy_gated",
+    "distillm2",
     "sft",
 ]
 SelectionMetric = Literal[
@@ -79,12 +80,13 @@ def template_fields(text: str) -> tuple[str, ...]:
 
 _TAID = {"objective": ("taid", "alpha_mixture")}
 _ADAPTIVE_TAID = {**_TAID, "disable_adaptive": (False,)}
-_SKEWED = {"objective": ("skew_forward_kl", "skew_reverse_kl")}
+_SKEW_KLS = ("skew_forward_kl", "skew_reverse_kl")
+_SKEWED = {"objective": (*_SKEW_KLS, "distillm2")}
 _SOFTENED = (
     "forward_kl",
     "reverse_kl",
     "jensen_shannon",
-    *_SKEWED["objective"],
+    *_SKEW_KLS,
     "adaptive_kl",
     "dkd",
     "alpha_beta",
@@ -328,7 +330,8 @@ class ObjectiveSettings(Checked):
     """What the student is taught by.
 
     Attributes:
-        objective: The distillation objective; `sft` learns from the data alone.
+        objective: The distillation objective; `sft` learns from the data alone, and
+            `distillm2` from `texts` that are `pairs`.
         distil_ratio: Weight of the objective; the rest is next-token cross-entropy.
         t_start: TAID's interpolation at the first step; that of alpha_mixture follows
             the same schedule.
@@ -364,7 +367,12 @@ class ObjectiveSettings(Checked):
         ge=0,
         le=1,
         when={
-            "objective": tuple(x for x in typing.get_args(ObjectiveName) if x != "sft")
+            # The cross-entropy of distillm2 would be to the student's own texts too.
+            "objective": tuple(
+                name
+                for name in typing.get_args(ObjectiveName)
+                if name not in ("sft", "distillm2")
+            )
         },
     )
     t_start: float = setting(0.4, ge=0, le=1, when=_TAID)
@@ -416,12 +424,16 @@ class OnPolicySettings(Checked):
             `teacher`, which complete the prompts of the data; `mixed:0.5`, in this
             share of the steps from a buffer of the student's completions, else the data
             (GKD); `adaptive`, the student's in a share that grows while the held-out
-            loss does not fall, else the data (DistiLLM).
+            loss does not fall, else the data (DistiLLM); `pairs`, the student's
+            completion of a prompt and in the same batch the data's answer to it, or the
+            teacher's where there is none (DistiLLM-2).
         rollout_batch: Prompts that are completed one after the other before training
-            goes on; as many as batch_size by default.
-        buffer_capacity: Completions that are kept to be trained on; the oldest go.
-        reuse: How often a completion is trained on at most; once by default if all
-            texts are the student's or the teacher's, as often as it is drawn if some.
+            goes on; by default as many as batch_size, of pairs half.
+        buffer_capacity: Completions that are kept to be trained on; the oldest go. A
+            pair counts once.
+        reuse: How often a completion is trained on at most; as often as it is drawn if
+            the data's answers come between them (`mixed`, `adaptive`), else once by
+            default.
         adaptive_step: How much the share grows each time (`adaptive`).
         completion_tokens: Tokens of a completion at most. A prompt of more than seq_len
             minus this many tokens is not completed.
@@ -448,9 +460,9 @@ class OnPolicySettings(Checked):
     def __post_init__(self):
         super().__post_init__()
         share = self.mixed_share
-        known = self.texts in ("data", "student", "teacher", "adaptive")
+        known = self.texts in ("data", "student", "teacher", "pairs", "adaptive")
         holds = known if share is None else share <= 1
-        what = "data, student, teacher, adaptive, or mixed:SHARE, as mixed:0.5"
+        what = "data, student, teacher, pairs, adaptive, or mixed:SHARE, as mixed:0.5"
         need("texts", self.texts, holds, what)
         warm = self.completion_temperature
         # Logits divided by less would not be numbers any more.
@@ -464,8 +476,8 @@ class OnPolicySettings(Checked):
 
     @property
     def prompts_suffice(self) -> bool:
-        """Whether no answer of the data is trained on."""
-        return self.texts in ("student", "teacher")
+        """Whether a prompt without an answer can be trained on."""
+        return self.texts in ("student", "teacher", "pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -646,6 +658,15 @@ class Settings:
     def __post_init__(self):
         data, generated = self.data, self.on_policy
         size, length = data.batch_size, data.seq_len
+        pairs = generated.texts == "pairs"
+        what = (
+            "pairs with objective distillm2, which has a loss for the teacher's texts "
+            "and another for the student's"
+        )
+        paired = self.objective.objective != "distillm2" or pairs
+        need("texts", generated.texts, paired, what)
+        what = "an even number with texts pairs, which takes two texts of each prompt"
+        need("batch_size", size, not pairs or size % 2 == 0, what)
         if generated.texts != "data":
             what = "no --buckets beside it: completions are of one length"
             need("texts", generated.texts, not data.buckets, what)
@@ -671,8 +692,8 @@ class Settings:
             field = self.model.teacher_field
             need("teacher_field", field, field is None, what)
         names = self.model.teachers
-        what = "one teacher that writes the texts with texts teacher"
-        written = generated.texts == "teacher" and len(names) > 1
+        what = "one teacher, which writes the texts, with texts teacher or pairs"
+        written = generated.texts in ("teacher", "pairs") and len(names) > 1
         need("teacher", names, not written, what)
         what = "none with objective sft, which looks at no teacher"
         asked, learns = data.teacher_prompt, self.objective.objective != "sft"
@@ -696,6 +717,9 @@ class Settings:
 
 BASE = "base"
 """The key whose value is a file, or a list of files, that the others are laid over."""
+
+METHODS = "methods"
+"""The key under which a file says, by name, what is different for a method."""
 
 _GROUPS: dict[str, Any] = {k: kind for k, (kind, _) in typed_fields(Settings).items()}
 _HOME = {name: group for group, kind in _GROUPS.items() for name in typed_fields(kind)}
@@ -767,7 +791,8 @@ def with_steps(settings: Settings, rows: int) -> Settings:
         SettingsError: If the steps contradict another setting, such as `warmup_steps`.
     """
     run, ramp = settings.run, settings.objective.ctkd_ramp_epochs
-    epoch = rows / settings.data.batch_size
+    texts = 2 if settings.on_policy.texts == "pairs" else 1
+    epoch = texts * rows / settings.data.batch_size
     if settings.data.buckets:
         epoch = math.ceil(epoch)
     exact = {
@@ -814,6 +839,7 @@ def read_settings(
     base: Settings | None = None,
     *,
     under: Iterable[str | pathlib.Path] = (),
+    method: str | None = None,
 ) -> Settings:
     """Returns the settings in a YAML or JSON file, laid over `base`.
 
@@ -827,16 +853,20 @@ def read_settings(
         path: Of the file.
         base: What no file names stays as here; the defaults when None.
         under: Files that this one is laid over as if it called them its bases.
+        method: What the files say under `methods` of this name goes over all of them.
 
     Raises:
         SettingsError: If a file cannot be read or holds something else, with its name.
     """
     changes: dict[str, Any] = {}
+    different: dict[str, dict[str, Any]] = {}
     done: list[pathlib.Path] = []
     own: Collection[str] = ()
     for each in (*under, path):
-        own = _lay_over(changes, pathlib.Path(each), (), done)
-    return _apply(base or Settings(), changes, own)
+        own = _lay_over(changes, different, pathlib.Path(each), (), done)
+    last = {} if method is None else different.get(method, {})
+    changes |= _instead(last) | last
+    return _apply(base or Settings(), changes, {*own, *last})
 
 
 def _apply(base: Settings, changes: dict[str, Any], own: Collection[str]) -> Settings:
@@ -888,6 +918,7 @@ def _read_changes(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _lay_over(
     changes: dict[str, Any],
+    different: dict[str, dict[str, Any]],
     path: pathlib.Path,
     asking: tuple[pathlib.Path, ...],
     done: list[pathlib.Path],
@@ -896,6 +927,7 @@ def _lay_over(
 
     Args:
         changes: Changed in place.
+        different: The same by method.
         path: Of the file.
         asking: The files that led here, the first one first.
         done: All files that were read; this one is added.
@@ -915,10 +947,18 @@ def _lay_over(
         names = [named] if isinstance(named, str) else named
         texts = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
         need(BASE, named, texts, "a file or a list of files")
+        told = values.pop(METHODS, {})
+        mapped = isinstance(told, dict) and all(
+            isinstance(n, str) and isinstance(each, dict) for n, each in told.items()
+        )
+        need(METHODS, told, mapped, "names of methods, and settings of each")
+        by_method = {name: _read_changes(each) for name, each in told.items()}
         own = _read_changes(values)
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from error
     for name in names:
-        _lay_over(changes, path.parent / name, (*asking, path), done)
+        _lay_over(changes, different, path.parent / name, (*asking, path), done)
     changes |= _instead(own) | own
+    for name, each in by_method.items():
+        different.setdefault(name, {}).update(_instead(each) | each)
     return own.keys()

@@ -21,7 +21,8 @@ Params = Mapping[str, Any]
 
 Batch = Mapping[str, Array | np.ndarray]
 """`input_ids`, `labels`, and where they are needed `attention_mask`, `segment_ids` and
-`positions`: int32 arrays of shape (batch, length)."""
+`positions`: int32 arrays of shape (batch, length). `from_student` is 1 where the
+student wrote a token's text, in batches of both models' texts."""
 
 
 @jax.tree_util.register_dataclass

@@ -18,6 +18,7 @@ ON_POLICY = {
     "batch_size": 8,
     "buffer_capacity": 8,
 }
+PAIRS = ON_POLICY | {"texts": "pairs", "objective": "distillm2"}
 DKD = {"objective": "dkd"}
 KL = {"objective": "forward_kl"}
 SHORT = {"pack": False}
@@ -68,7 +69,12 @@ def _refusal(values):
         (SEVERAL | {"teacher_store": "s", "student": "t"}, "need no teacher beside it"),
         (
             SEVERAL | {"texts": "teacher", "completion_tokens": 64},
-            "teacher: need one teacher that writes the texts",
+            "teacher: need one teacher, which writes the texts",
+        ),
+        (
+            SEVERAL
+            | {"texts": "pairs", "objective": "distillm2", "completion_tokens": 64},
+            "teacher: need one teacher, which writes the texts",
         ),
         (
             SEVERAL
@@ -96,8 +102,17 @@ def _refusal(values):
         (SHORT | {"buckets": "\u0666\u0664,128"}, "numbers with commas"),
         (ON_POLICY | {"buckets": "32"}, "no --buckets beside it"),
         (ON_POLICY | {"texts": "mixed:1.01"}, "adaptive, or mixed:SHARE, as mixed:0.5"),
-        ({"texts": "mixed:half"}, "need data, student, teacher, adaptive, or mixed:"),
-        ({"texts": "none"}, "need data, student, teacher, adaptive, or mixed:SHARE"),
+        (
+            {"texts": "mixed:half"},
+            "need data, student, teacher, pairs, adaptive, or mixed:",
+        ),
+        (
+            {"texts": "none"},
+            "need data, student, teacher, pairs, adaptive, or mixed:SHARE",
+        ),
+        ({"objective": "distillm2"}, "texts: need pairs with objective distillm2"),
+        (ON_POLICY | {"objective": "distillm2", "texts": "student"}, "got 'student'"),
+        (ON_POLICY | {"texts": "pairs", "batch_size": 5}, "batch_size: need an even"),
         (ON_POLICY | {"completion_tokens": 64}, "need fewer than seq_len, which is 64"),
         (
             ON_POLICY | {"buffer_capacity": 7},
@@ -260,6 +275,8 @@ WITHOUT_EFFECT = [
     ("objective dkd", {}, "dkd_alpha=2.0 dkd_beta=2.0"),
     ("objective ctkd", {}, "ctkd_ramp_steps=3 ctkd_ramp_epochs=3.0"),
     ("objective taid or", {"objective": "sft"}, "distil_ratio=0.5"),
+    ("objective taid or", PAIRS, "distil_ratio=0.5"),
+    ("objective forward_kl or", PAIRS, "temperature=2.0"),
     ("texts other than data", {}, "buffer_capacity=9 completion_tokens=9 reuse=2"),
     ("texts other than data", {}, "completion_temperature=1.0 rollout_batch=8"),
     ("completion_temperature > 0", ON_POLICY, "completion_top_k=5"),
@@ -518,6 +535,8 @@ def test_with_steps_from_epochs():
     assert s.with_steps(s.from_dict(values), 1).run.steps == 1
     # Its own steps are as good as given.
     assert s.with_steps(found, 7) == found
+    # Two texts of each prompt.
+    assert s.with_steps(s.from_dict(PAIRS | {"epochs": 3.0}), 100).run.steps == 75
     each = s.from_dict({"steps": 7, "evals_per_epoch": 2})
     assert s.with_steps(each, 40).run.eval_every == 5
     assert s.with_steps(each, 40).run.save_every == 20

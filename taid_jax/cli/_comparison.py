@@ -18,6 +18,7 @@ import matplotlib.figure
 import numpy as np
 
 from taid_jax.errors import parsing
+from taid_jax.recipes import read_recipe
 from taid_jax.settings import (
     Settings,
     SettingsError,
@@ -123,45 +124,34 @@ class Cell:
 
 
 def plan_cells(
-    config: pathlib.Path,
+    config: pathlib.Path | None,
     methods: Sequence[str],
     seeds: Sequence[int],
     output: pathlib.Path,
     overrides: Mapping[str, Any],
+    pair: str | None = None,
 ) -> list[Cell]:
     """Returns the cells, those of one seed together.
 
     Args:
-        config: Settings that all methods share.
-        methods: Names of files in the folder `methods` beside `config`, or paths.
+        config: Settings that all methods share, over those of the pair.
+        methods: Names or files of methods.
         seeds: Of the runs.
         output: Gets a folder per cell.
         overrides: Settings laid over those of config and method.
+        pair: Name or file of a pair of models.
 
     Raises:
         SettingsError: If a settings file is missing or cannot be used, or a cell was
             begun with other settings.
     """
-    if not config.exists():
-        raise SettingsError(f"config: there is no file {config}")
-    files = {}
-    for method in methods:
-        path = pathlib.Path(method)
-        if path.suffix != ".yaml":
-            path = config.parent / "methods" / f"{method}.yaml"
-        if not path.is_file():
-            known = sorted(each.stem for each in path.parent.glob("*.yaml"))
-            raise SettingsError(
-                f"methods: {method} has no file {path}; there are "
-                f"{', '.join(known) or 'none'}"
-            )
-        files[path.stem] = path.absolute()
+    named = {pathlib.Path(method).stem: method for method in methods}
     cells = []
     for seed in seeds:
-        for method, path in files.items():
+        for method, given in named.items():
             folder = output.absolute() / f"{method}-seed{seed}"
             own = {"seed": seed, "output": str(folder / "run")}
-            shared = read_settings(path, under=[config])
+            shared = read_recipe(pair=pair, config=config, method=given)
             # Of several methods not each has a use for them.
             settings = from_dict({**overrides, **own}, shared, strict=False)
             cells.append(Cell(method, seed, folder, settings))

@@ -7,7 +7,8 @@ from typing import Any, TypeVar, cast
 
 import tyro
 
-from taid_jax.settings import Settings, SettingsError, make_room, read_settings
+from taid_jax.recipes import read_recipe
+from taid_jax.settings import Settings, SettingsError, make_room
 
 EXIT_STATUS = "\n\nExit status: 0 done, 2 bad input, 1 anything else."
 """The end of what every command says of itself."""
@@ -25,13 +26,15 @@ def first_flags(arguments: Sequence[str], *names: str) -> argparse.Namespace:
 
 
 def read_config(arguments: Sequence[str], base: Settings | None = None) -> Settings:
-    """Returns the settings of `--config`, laid over `base`, or `base` without it.
+    """Returns the settings of `--pair`, `--config` and `--method`, over `base`.
 
     Raises:
-        SettingsError: If the file cannot be used.
+        SettingsError: If a file cannot be used.
     """
-    path = first_flags(arguments, "config").config
-    return (base or Settings()) if path is None else read_settings(path, base)
+    given = first_flags(arguments, "pair", "config", "method")
+    return read_recipe(
+        pair=given.pair, config=given.config, method=given.method, base=base
+    )
 
 
 def parse(

@@ -1,6 +1,7 @@
 """Trains several methods from the same start, on the same batches, and compares them.
 
     taid-jax compare --config scripts/recipes/smoke.yaml --seeds 0 1 2
+    taid-jax compare --pair zephyr_pythia --methods sft taid
 
 A cell is one method with one seed, in a process of its own. A cell that is finished is
 not run again, and one that was stopped goes on from its last checkpoint: the same
@@ -48,15 +49,17 @@ class Command:
     """The flags.
 
     Attributes:
-        config: Settings that all cells share.
+        config: Settings that all cells share, over those of the pair.
+        pair: Settings of a pair of models that are shipped, or a file.
         output: Gets a folder per cell, the table and the picture.
-        methods: Files in the folder `methods` beside the config, or paths to such.
+        methods: Settings of methods that are shipped, or files.
         seeds: Of data order and random weights.
         set: Settings over those of all cells, such as `steps=20 seq_len=64`.
         only_table: Run nothing; make the table of what is finished.
     """
 
-    config: pathlib.Path
+    config: pathlib.Path | None = None
+    pair: str | None = None
     output: pathlib.Path = pathlib.Path("runs/comparison")
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0,)
@@ -139,7 +142,9 @@ def compare(command: Command, console: Console, errors: Console) -> int:
     """
     from taid_jax.cli._comparison import plan_cells
 
-    for name in ("output", "config"):
+    if command.config is None and command.pair is None:
+        raise SettingsError("config: need --config or --pair, got neither")
+    for name in ("output", "config", "pair"):
         check_text(name, str(getattr(command, name)))
     for method in command.methods:
         check_text("methods", method)
@@ -147,7 +152,12 @@ def compare(command: Command, console: Console, errors: Console) -> int:
         raise SettingsError(f"output: {command.output} is not a folder")
     overrides = parse_overrides(command.set)
     cells = plan_cells(
-        command.config, command.methods, command.seeds, command.output, overrides
+        command.config,
+        command.methods,
+        command.seeds,
+        command.output,
+        overrides,
+        pair=command.pair,
     )
     waiting = [cell for cell in cells if cell.report() is None]
     statuses = []

@@ -27,11 +27,15 @@ class Command:
         machine: What to compile for, such as v5p:4x4x8 or h100:8x8 (hosts x GPUs), or N
             devices of this machine, local:N.
         config: A YAML file with settings; flags go over it.
+        pair: As in training.
+        method: As in training.
     """
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     machine: tyro.conf.Positional[str] = "local:1"
     config: pathlib.Path | None = None
+    pair: str | None = None
+    method: str | None = None
 
 
 def show(settings: Settings, machine: str) -> int:

@@ -38,6 +38,8 @@ class Command:
         options: What is stored.
         config: A YAML or JSON file with settings, such as a run's settings.json; flags
             go over it, and the output that it names is left out.
+        pair: As in training.
+        method: As in training.
     """
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
@@ -45,6 +47,8 @@ class Command:
         default_factory=StoreOptions
     )
     config: pathlib.Path | None = None
+    pair: str | None = None
+    method: str | None = None
 
 
 def parse(arguments: Sequence[str]) -> Command:

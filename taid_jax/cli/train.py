@@ -35,6 +35,10 @@ class Command:
     Attributes:
         settings: All settings of the run.
         config: A YAML file with settings; flags go over it.
+        pair: Settings of a pair of models that are shipped, such as zephyr_pythia, or a
+            file; --config goes over them.
+        method: Settings of a method that are shipped, such as taid, or a file; they go
+            over pair and config.
         plan: Only compile the step for this machine, such as v5p:4x4x8 or h100:8x8
             (hosts x GPUs), or for N devices of this one, local:N, and write plan.json
             into the output folder. Models are presets (llama-3-8b, ...), folders or
@@ -43,11 +47,13 @@ class Command:
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     config: pathlib.Path | None = None
+    pair: str | None = None
+    method: str | None = None
     plan: str | None = None
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Returns the flags, laid over the settings of `--config`.
+    """Returns the flags, laid over the settings of pair, file and method.
 
     With `--resume` those lie over the settings that the run began with.
 

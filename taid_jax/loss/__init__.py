@@ -6,6 +6,7 @@ mean over counted tokens, `fused_loss` its sum straight from hidden states.
 
 from taid_jax.loss._alpha_beta import AlphaBeta
 from taid_jax.loss._alpha_mixture import AlphaMixture
+from taid_jax.loss._by_text import ByText
 from taid_jax.loss._concrete_score import ConcreteScore
 from taid_jax.loss._ctkd import CTKD, ctkd_strength, ctkd_temperature
 from taid_jax.loss._divergences import (
@@ -34,6 +35,7 @@ __all__ = [
     "AdaptiveKL",
     "AlphaBeta",
     "AlphaMixture",
+    "ByText",
     "ConcreteScore",
     "CrossEntropy",
     "EntropyGated",

@@ -92,7 +92,8 @@ class SequenceWeighted:
     A text of the teacher is taught by `SkewForwardKL`, one of the student by
     `SkewReverseKL`, each as the mean over its tokens, with the weights `2 -
     student_weight` and `student_weight`. It needs whole sequences, so it is a loss of
-    logits and no `Objective`: the fused head does not take it.
+    logits and no `Objective`: the fused head does not take it. With one skew for all
+    texts `ByText` is the same loss in the fused head, which the trainer uses.
 
     Where a margin is given, each sequence has a skew of its own: with p and q the
     geometric means of the probabilities that teacher and student give to its tokens,

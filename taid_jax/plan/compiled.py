@@ -232,6 +232,8 @@ def abstract_step(
             f"teacher_{key}": array(jnp.int32, length=data.teacher_len)
             for key in ("input_ids", *beside)
         }
+    if settings.on_policy.texts == "pairs":
+        batch["from_student"] = array(jnp.int32)
     if model.teacher_field is not None:
         batch[WEIGHTS] = array(jnp.float32, len(teachers))
     return built.step, (built.state, teacher_params, batch)

@@ -20,12 +20,20 @@ from taid_jax.study.figures import (
 from taid_jax.study.plan import EQUAL_TIME, Run
 from taid_jax.train.report import read_json, save_picture
 
-LANGUAGE, PICTURES = "language.json", "pictures.json"
-"""Results of the two parts, in the page's folder."""
+LANGUAGE, PICTURES, DRIFT = "language.json", "pictures.json", "drift.json"
+"""Results of the parts, in the page's folder; `language-2.json`: another machine's."""
 
 _OF_PICTURES = (
     Figure("accuracy", "accuracy", 4, -1),
     *(f for f in FIGURES if f.key not in ("rouge_l", "distinct_2")),
+)
+
+_OF_DRIFT = (
+    Figure("follows", "digits that follow", 3, -1),
+    Figure("after_mistake", "right after a mistake", 3, -1),
+    Figure("kl_data", "KL on the data's texts", 4, 1),
+    Figure("kl_own", "KL on own texts", 4, 1),
+    Figure("exposure_bias", "exposure bias, %", 0, 1),
 )
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -40,12 +48,19 @@ def make_page(folder: pathlib.Path) -> str:
     """
     found = {
         name.removesuffix(".json"): read_json(folder / name)
-        for name in (LANGUAGE, PICTURES)
+        for name in (PICTURES, DRIFT)
         if (folder / name).is_file()
     }
-    values: dict[str, Any] = {"folder": folder.name, "equal_time": EQUAL_TIME}
-    if "language" in found:
-        values |= _language(found["language"], folder)
+    stem = LANGUAGE.removesuffix(".json")
+    languages = [
+        _language(read_json(path), folder, f"methods{path.stem.removeprefix(stem)}.png")
+        for path in sorted(folder.glob(f"{stem}*.json"), key=lambda path: path.stem)
+    ]
+    values: dict[str, Any] = {
+        "folder": folder.name,
+        "equal_time": EQUAL_TIME,
+        "languages": [{**part, "place": n} for n, part in enumerate(languages)],
+    }
     if "pictures" in found:
         results = Results(found["pictures"]["runs"])
         rows = {name: {"method": name} for name in results.methods()}
@@ -57,18 +72,30 @@ def make_page(folder: pathlib.Path) -> str:
             _rates(results, grid),
             *_tables(results, rows, references, _OF_PICTURES),
         ]
-    text = importlib.resources.files("taid_jax.study").joinpath("page.md.jinja")
+    if "drift" in found:
+        results = Results(found["drift"]["runs"])
+        rows = {name: {"method": name} for name in results.methods()}
+        references = "forward KL, data", "sft, data"
+        values["drift_tables"] = _tables(results, rows, references, _OF_DRIFT)
+    home = importlib.resources.files("taid_jax.study")
     template = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False
-    ).from_string(text.read_text(encoding="utf-8"))
+        loader=jinja2.FunctionLoader(
+            lambda name: home.joinpath(name).read_text(encoding="utf-8")
+        ),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        autoescape=False,
+    ).get_template("page.md.jinja")
     return template.render(
-        **({"language": None, "pictures": None} | found | values),
+        **({"pictures": None, "drift": None} | found | values),
         machine=machine_line,
         ms=lambda seconds: f"{1000 * seconds:.1f}",
     ).replace("\n\n\n", "\n\n")
 
 
-def _language(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+def _language(
+    found: dict[str, Any], folder: pathlib.Path, picture: str
+) -> dict[str, Any]:
     results, plan = Results(found["runs"]), found["plan"]
     teacher, student = plan["pair"]
     pair = {"teacher": teacher, "student": student}
@@ -80,12 +107,15 @@ def _language(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
         verdicts[steps] = {
             reference: _verdict(results, rows, reference)
             for reference in ("sft", EQUAL_TIME, "forward_kl")
+            if reference in rows
         }
-    _draw(results, pair, plan["budgets"], folder / "methods.png")
+    _draw(results, pair, plan["budgets"], folder / picture)
     middle = {**pair, "budget": plan["middle_steps"]}
     rows = {name: {**middle, "method": name} for name in results.methods(**middle)}
     has_variants = any(name in rows for name in plan["variants"])
     return {
+        "language": found,
+        "picture": picture,
         "teachers": _teachers(found, results),
         "diverged": [
             "`" + Run(*(each[name] for name in Run._fields)).name + "`"
@@ -121,7 +151,7 @@ def _tables(
             [
                 [
                     name,
-                    str(len(results.values("cross_entropy", **row))),
+                    str(len(results.values(figures[0].key, **row))),
                     *_cells(
                         [results.mean(f.key, **row) for f in figures], figures, _mean
                     ),
@@ -256,7 +286,9 @@ def _sizes(plan: dict[str, Any], results: Results) -> list[str]:
             change = results.difference(figure.key, last, first)
             means = [_mean(cell, figure) for cell in cells]
             rows.append([method, *means, _difference(change, figure)])
-        tables.append(_table([f"student `{student}`", *teachers, "change"], rows))
+        if any(any(row[1:]) for row in rows):
+            head = [f"student `{student}`", *teachers, "change"]
+            tables.append(_table(head, rows))
     return tables
 
 

@@ -64,7 +64,7 @@ def build_step(
         clip_norm=opt.clip_norm,
     )
     scheduler = make_scheduler(settings.objective, run.steps)
-    objective, learned = make_objective(settings.objective)
+    objective, learned = make_objective(settings.objective, run.steps)
     if settings.on_policy.texts != "data" and settings.objective.objective != "sft":
         objective = with_text_figures(objective)
 

@@ -24,6 +24,7 @@ from taid_jax.train.objective import (
     MakeObjective,
     make_objective,
     make_scheduler,
+    on_data,
 )
 from taid_jax.train.on_policy.prompts import EvalPrompt
 from taid_jax.train.state import DistillState
@@ -42,7 +43,8 @@ class HeldOut(NamedTuple):
         teacher_perplexity: Exponential of the teacher's mean cross-entropy.
         tokens: Tokens that counted.
         loss: Mean of the run's own objective, nats per token: TAID's at the t that the
-            state has, CTKD's at the learned temperature.
+            state has, CTKD's at the learned temperature, DistiLLM-2's of the teacher's
+            texts.
         rouge_l: ROUGE-L of the student's greedy completions, 0 to 1; None without any.
         exact_match: Share of those that are the reference; None without any.
         kl_reverse: Mean KL(student || teacher) at temperature 1, nats per token, over
@@ -141,7 +143,7 @@ def make_eval_step(
     def step(state: DistillState, teacher_params: Params, batch: Batch) -> Metrics:
         objective = make_objective(state.schedule, state.learned, state.step)
         loss_sum, sums = batch_loss(
-            Evaluation(objective),
+            Evaluation(on_data(objective)),
             student,
             state.params,
             teacher,
@@ -216,7 +218,7 @@ def make_evaluator(
     eval_step = make_eval_step(
         decoder_functions(pair.student_config, dtype=dtype),
         pair.teacher_functions,
-        make_objective(settings.objective)[0],
+        make_objective(settings.objective, run.steps)[0],
         chunk_size=run.chunk_size,
         mesh=mesh,
         fused=run.fused,
@@ -270,5 +272,5 @@ def finished_state(settings: Settings, params: Params) -> DistillState:
         params=params,
         opt_state=(),
         schedule=schedule._replace(t=jnp.asarray(settings.objective.t_end, "float32")),
-        learned=make_objective(settings.objective)[1],
+        learned=make_objective(settings.objective, steps)[1],
     )

@@ -116,7 +116,8 @@ def check_memory(settings: Settings, mesh: Mesh, stores: Sequence[Store] = ()) -
     width += _BATCHES * sum(store.manifest.bytes_per_token for store in stores)
     sizes = {"batch_size": data.batch_size // batch_part(mesh)[1] * width}
     if texts.texts != "data":
-        sizes["buffer_capacity"] = texts.buffer_capacity * 5  # Ids, and what counts.
+        kept = texts.buffer_capacity * (2 if texts.texts == "pairs" else 1)
+        sizes["buffer_capacity"] = kept * 5  # Ids, and what counts.
     for name, size in sizes.items():
         needed = size * (data.seq_len + (data.teacher_len or 0))
         memory = host_memory()

@@ -219,10 +219,8 @@ class Loop:
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
         """Returns what a step trains on: a batch of the data, or of completions."""
         if isinstance(self.batches, OnPolicyBatches):
-            writer = state.params
-            if self.settings.on_policy.texts == "teacher":
-                writer = state.teacher_of(self.teacher_params)
-            rows = self.batches.batch(writer, step, self.throughput)
+            teacher = state.teacher_of(self.teacher_params)
+            rows = self.batches.batch(state.params, teacher, step, self.throughput)
         else:
             with self.throughput.measured("data"):
                 rows = next(self.batches)

@@ -14,7 +14,7 @@ from taid_jax.schedule import TAIDScheduler, TAIDState
 from taid_jax.settings import ObjectiveSettings
 
 Objective = Callable[..., Array]
-MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective]
+MakeObjective = Callable[[TAIDState, dict[str, Array], Array], Objective | loss.ByText]
 """`(schedule, learned, step) -> objective`: the objective of one step."""
 
 
@@ -59,12 +59,13 @@ def _fixed(settings: ObjectiveSettings) -> Objective | None:
 
 
 def make_objective(
-    settings: ObjectiveSettings,
+    settings: ObjectiveSettings, steps: int
 ) -> tuple[MakeObjective, dict[str, Array]]:
     """Returns the objective of a step, and what it learns at the start.
 
     Args:
         settings: Name and numbers.
+        steps: Of the run, over the first half of which DistiLLM-2's weight rises.
 
     Returns:
         `(schedule, learned, step) -> objective`, and the learned values before the
@@ -75,7 +76,15 @@ def make_objective(
     # At 1 the mixture is the objective; sft has nothing to be mixed with.
     mixed = settings.distil_ratio < 1 and settings.objective != "sft"
 
-    def make(schedule: TAIDState, learned: dict[str, Array], step: Array) -> Objective:
+    def make(
+        schedule: TAIDState, learned: dict[str, Array], step: Array
+    ) -> Objective | loss.ByText:
+        if settings.objective == "distillm2":
+            return loss.ByText(
+                loss.SkewForwardKL(settings.skew),
+                loss.SkewReverseKL(settings.skew),
+                loss.distillm2_weight(step, steps),
+            )
         if fixed is not None:
             objective = fixed
         elif settings.objective == "ctkd":
@@ -91,6 +100,11 @@ def make_objective(
 
     learns = settings.objective == "ctkd"
     return make, {"raw_temperature": jnp.ones((), jnp.float32)} if learns else {}
+
+
+def on_data(objective: Objective | loss.ByText) -> Objective:
+    """Returns what judges a text of the data: of two, that of the teacher's texts."""
+    return objective.teacher_texts if isinstance(objective, loss.ByText) else objective
 
 
 CALIBRATION_BINS = tuple(f"calibration_{number}" for number in range(15))

@@ -10,7 +10,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from taid_jax.loss import TeachersHead, TopKHead, distillation_sums, fused_loss
+from taid_jax.loss import (
+    ByText,
+    TeachersHead,
+    TopKHead,
+    distillation_sums,
+    fused_loss,
+)
 from taid_jax.sharding import activations_on
 from taid_jax.train.objective import MakeObjective, Objective
 from taid_jax.train.state import (
@@ -86,7 +92,7 @@ def paired_logits(
 
 
 def batch_loss(
-    objective: Objective,
+    objective: Objective | ByText,
     student: ModelFunctions,
     params: Params,
     teacher: ModelFunctions,
@@ -102,7 +108,8 @@ def batch_loss(
     The fused head is used when both models offer hidden states, unless not `fused`.
 
     Args:
-        objective: Loss of a token.
+        objective: Loss of a token; `ByText` takes who wrote it from `from_student` of
+            the batch.
         student: Functions of the student.
         params: Its parameters; gradients flow to these alone.
         teacher: Functions of the teacher.
@@ -113,10 +120,12 @@ def batch_loss(
         fused: Use the fused head where both models offer hidden states and head.
 
     Returns:
-        The sum in nats, and `{"num_tokens": counted tokens, metric: sum, ...}`.
+        The sum in nats, and `{"num_tokens": counted tokens, metric: sum, ...}`; of
+        `ByText` as its `sums` has it.
 
     Raises:
-        ValueError: If a model offers neither hidden states and head, nor logits.
+        ValueError: If a model offers neither hidden states and head, nor logits, or the
+            batch does not say who wrote its texts where that is needed.
     """
     labels = next_token_labels(batch)
     mask = labels != IGNORE_INDEX
@@ -138,7 +147,8 @@ def batch_loss(
             teacher_out, teacher_head = jax.lax.stop_gradient(
                 output(teacher, teacher_params)
             )
-    with jax.named_scope("head"):
+
+    def over(objective: Objective, mask: Array) -> tuple[Array, Metrics]:
         if fused:
             return fused_loss(
                 objective,
@@ -153,6 +163,16 @@ def batch_loss(
             )
         logits = paired_logits(student_out, student_head, teacher_out, teacher_head)
         return distillation_sums(objective, *logits, mask, labels)
+
+    with jax.named_scope("head"):
+        if not isinstance(objective, ByText):
+            return over(objective, mask)
+        if "from_student" not in batch:
+            raise ValueError("ByText needs `from_student` in the batch, of each token")
+        own, texts = jnp.asarray(batch["from_student"]) != 0, None
+        if "segment_ids" in batch:
+            texts = jnp.asarray(batch["segment_ids"])
+        return objective.sums(over, mask, own, texts)
 
 
 def _micro_batches(batch: Batch, parts: int) -> Batch:
@@ -259,6 +279,7 @@ def make_train_step(
             trainable, state, teacher_params, batch
         )
         num_tokens = sums.pop("num_tokens")
+        tokens = sums.pop("tokens", num_tokens)
         divisor = jnp.where(num_tokens == 0, 1.0, num_tokens)
         gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
         means = {key: value / divisor for key, value in sums.items()}
@@ -290,7 +311,7 @@ def make_train_step(
             "t": state.schedule.t,
             "delta_t": schedule.t - state.schedule.t,
             "grad_norm": grad_norm,
-            "tokens": num_tokens,
+            "tokens": tokens,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
         if learning_rate is not None:

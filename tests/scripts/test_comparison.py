@@ -1,22 +1,19 @@
 import csv
 import io
 import json
-import pathlib
 
 import pytest
 
 from taid_jax.cli import _comparison as cp
 from taid_jax.cli.compare import METHODS
-from taid_jax.settings import SettingsError, read_settings
+from taid_jax.recipes import read_recipe
+from taid_jax.settings import SettingsError, flatten, read_settings
 
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "methods").mkdir()
     path = tmp_path / "shared.yaml"
-    path.write_text("steps: 5\nbatch_size: 8\n")
-    (tmp_path / "methods" / "rkl.yaml").write_text("objective: reverse_kl\n")
-    (tmp_path / "methods" / "taid.yaml").write_text("objective: taid\nt_start: 0.2\n")
+    path.write_text("steps: 5\nbatch_size: 8\nt_start: 0.2\n")
     return path
 
 
@@ -60,8 +57,15 @@ def test_plan_cells_takes_a_path_for_a_method(plan, tmp_path):
 
 
 def test_plan_cells_unknown_method_names_those_there_are(plan):
-    with pytest.raises(SettingsError, match=r"nothing has no file.*rkl, taid"):
+    with pytest.raises(SettingsError, match=r"method: need .*rkl.*taid.*'nothing'"):
         plan(["nothing"])
+
+
+def test_plan_cells_of_a_pair_are_its_recipes(plan, tmp_path):
+    cells = cp.plan_cells(None, METHODS, [0], tmp_path / "pair", {}, "zephyr_pythia")
+    for cell in cells:
+        recipe = flatten(read_recipe(pair="zephyr_pythia", method=cell.method))
+        assert flatten(cell.settings) == recipe | {"run.output": str(cell.run)}
 
 
 def test_cell_with_other_settings_is_refused(plan):
@@ -161,8 +165,3 @@ def test_table_and_picture_show_what_is_not_finite(plan, tmp_path, value, text):
     assert table[3].startswith(f"| rkl | 2 | {text} | inf |")
     cp.draw(cells, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
-
-
-def test_methods_are_the_recipes():
-    folder = pathlib.Path(__file__).parents[2] / "scripts" / "recipes" / "methods"
-    assert {path.stem for path in folder.iterdir()} == set(METHODS)

@@ -1,14 +1,24 @@
 """The recipes against what is published: arXiv:2501.16937 and the methods' papers."""
 
 import itertools
+import json
 import pathlib
+import re
 
 import pytest
 import yaml
 
-from taid_jax.settings import Settings, flatten, read_settings, with_steps
+from taid_jax.cli import plan, train
+from taid_jax.recipes import find_recipe, known_recipes, read_recipe
+from taid_jax.settings import (
+    Settings,
+    contradictions,
+    flatten,
+    to_dict,
+    with_steps,
+)
 
-RECIPES = pathlib.Path(__file__).parents[2] / "scripts" / "recipes"
+JOBS = pathlib.Path(__file__).parents[2] / "scripts" / "recipes"
 
 # Teacher, student and where TAID starts.
 PAIRS = {
@@ -78,6 +88,16 @@ METHODS = {
     ),
 }
 
+OTHERS = {
+    "on_policy_rkl": ("reverse_kl", "student"),
+    "distillm2": ("distillm2", "pairs"),
+    "entropy_gated": ("entropy_gated", "student"),
+    "amid": ("alpha_mixture", "data"),
+    "abkd": ("alpha_beta", "data"),
+    "csd": ("concrete_score", "data"),
+}
+"""Methods that are not in the published comparison: objective, whose texts."""
+
 # The one pair that has another objective for a method.
 EXCEPTIONS = {("llama2_tinyllama", "distillm"): "skew_reverse_kl"}
 
@@ -113,7 +133,7 @@ NAMES = list(itertools.product(PAIRS, METHODS))
 
 
 def _read(pair, method):
-    return read_settings(RECIPES / pair / f"{method}.yaml")
+    return read_recipe(pair=pair, method=method)
 
 
 @pytest.mark.parametrize(("pair", "method"), NAMES)
@@ -138,39 +158,76 @@ def test_recipe_is_what_is_published(pair, method):
     assert {name: found[name] for name in expected} == expected
 
 
-def test_recipes_are_all_there_and_no_others():
-    folders = [path for path in RECIPES.iterdir() if path.is_dir()]
-    recipes = {
-        (folder.name, path.stem)
-        for folder in folders
-        if folder.name not in ("pairs", "methods")
-        for path in folder.iterdir()
-    }
-    assert recipes == set(NAMES)
-    assert {path.stem for path in (RECIPES / "methods").iterdir()} == set(METHODS)
-    assert {path.stem for path in (RECIPES / "pairs").iterdir()} == set(PAIRS)
+def test_no_part_of_a_recipe_sets_what_another_one_sets():
+    assert set(known_recipes("pair")) == set(PAIRS)
+    assert set(known_recipes("method")) == {*METHODS, *OTHERS}
+    published = find_recipe("pair", "zephyr_pythia").parents[1] / "published.yaml"
+    shared, *pairs = (
+        {*yaml.safe_load(path.read_text())} - {"base", "methods"}
+        for path in (published, *(find_recipe("pair", name) for name in PAIRS))
+    )
+    for name in METHODS:
+        own = {*yaml.safe_load(find_recipe("method", name).read_text())} - {"base"}
+        assert not own & shared
+        assert not any(own & each or shared & each for each in pairs)
 
 
-def test_recipes_repeat_nothing():
-    """A recipe names its parts, and no part sets what another one sets."""
-    parts = {
-        path.relative_to(RECIPES): set(yaml.safe_load(path.read_text()))
-        for path in RECIPES.rglob("*.yaml")
-    }
-    for pair, method in NAMES:
-        own = parts[pathlib.Path(pair, f"{method}.yaml")]
-        named = {"base", "output"}
-        if (pair, method) in EXCEPTIONS:
-            named |= {"objective"}
-        # DistiLLM alone is validated more often than the others.
-        assert own - named <= ({"evals_per_epoch"} if method == "distillm" else set())
-    shared = parts[pathlib.Path("published.yaml")]
-    for pair, method in NAMES:
-        of_pair = parts[pathlib.Path("pairs", f"{pair}.yaml")]
-        of_method = parts[pathlib.Path("methods", f"{method}.yaml")] - {"base"}
-        assert not shared & of_pair
-        assert not of_pair & of_method
-        assert not shared & of_method
+@pytest.mark.parametrize("command", [train, plan])
+def test_flags_go_over_the_method_and_that_over_a_file_and_the_pair(
+    command, tmp_path, monkeypatch, capsys
+):
+    """Also from another folder, where the clone is not."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def show(settings, machine):
+        found.append(settings)
+        return 0
+
+    monkeypatch.setattr(plan, "show", show)
+    machine = ["--plan=local:1"] if command is train else ["local:1"]
+    words = [*machine, "--pair", "llama2_tinyllama", "--method", "distillm"]
+    command.main(words)
+    assert found.pop() == _read("llama2_tinyllama", "distillm")
+
+    (tmp_path / "here.yaml").write_text("grad_accum: 4\noutput: x\nskew: 0.3\n")
+    command.main([*words, "--config=here.yaml", "--epochs=2", "--skew=0.2"])
+    here = found.pop()
+    assert (here.optimizer.grad_accum, here.run.output) == (4, "x")
+    assert (here.run.epochs, here.objective.skew) == (2.0, 0.2)
+    # Of the file alone the method's own number is the last word.
+    assert read_recipe(config="here.yaml", method="distillm").objective.skew == 0.1
+
+    # What `methods` says of another method is nothing to this one.
+    mine = "base: here.yaml\nmethods: {mine: {t_start: 0.1}, taid: {t_start: 0.3}}\n"
+    (tmp_path / "own.yaml").write_text(mine)
+    (tmp_path / "mine.yaml").write_text("objective: taid\nt_start: 0.9\n")
+    command.main([*machine, "--pair=own.yaml", "--method", str(tmp_path / "mine.yaml")])
+    assert found.pop().objective.t_start == 0.1
+
+    for words, named in (
+        (["--pair=nothing"], "pair: need llama2_tinyllama, phi3_tinyllama"),
+        (["--method=nothing.yaml"], "method: need "),
+        (["--pair=bad.yaml"], "methods: need names of methods"),
+    ):
+        (tmp_path / "bad.yaml").write_text("methods: [sft]\n")
+        assert command.main([*machine, *words]) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_a_resumed_run_takes_its_pair_and_its_method_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--pair=zephyr_pythia", "--method=taid", "--t-start=0.5"]
+    begun = train.parse(words).settings
+    folder = tmp_path / begun.run.output
+    assert begun.run.output == "runs/zephyr_pythia/taid"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps(to_dict(begun)))
+    again = train.parse([*words, "--resume"]).settings
+    assert contradictions(begun, again) == []
+    assert again.run.resume
+    alone = train.parse(["--resume", f"--output={begun.run.output}"]).settings
+    assert alone == again
 
 
 def test_recipe_differs_from_the_defaults_in_what_is_published_alone():
@@ -204,11 +261,33 @@ def test_recipe_of_ctkd_ramps_over_ten_epochs_of_the_data():
     assert distillm.run.eval_every == 50
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_say_their_source_and_go_with_every_pair(method):
+    text = find_recipe("method", method).read_text()
+    assert re.search(r"^# .*arXiv:\d{4}\.\d{5}", text)
+    own = yaml.safe_load(text)
+    assert (own["objective"], own.get("texts", "data")) == OTHERS[method]
+    for found in (
+        *(_read(pair, method) for pair in PAIRS),
+        read_recipe(config=JOBS / "smoke.yaml", method=method),
+    ):
+        values = {name.split(".")[1]: value for name, value in flatten(found).items()}
+        # All that the file says has an effect and the last word.
+        assert {name: values[name] for name in own} == own
+
+
 def test_smoke_is_little():
     # Shared settings, of which each method takes what it has a use for.
-    method = RECIPES / "methods" / "taid.yaml"
-    settings = read_settings(method, under=[RECIPES / "smoke.yaml"])
+    settings = read_recipe(config=JOBS / "smoke.yaml", method="taid")
     assert settings.model.teacher == "smollm2-135m-instruct"
     assert settings.model.student_layers == 8
     assert settings.data.data == "pydoc-questions"
     assert settings.run.steps <= 20
+
+
+def test_self_distillation_shows_the_answer_to_the_teacher_alone():
+    settings = read_recipe(config=JOBS / "self_distillation.yaml")
+    assert settings.model.teaches_itself
+    assert settings.model.teacher_ema == 0.99
+    assert settings.on_policy.texts == "student"
+    assert "{answer}" in settings.data.teacher_prompt

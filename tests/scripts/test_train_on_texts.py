@@ -87,6 +87,57 @@ def test_train_tpu_needs_no_more_than_prompts(
     assert json.loads(scores.read_text())["kl_teacher"] == report["kl_after"]
 
 
+@pytest.mark.slow
+def test_train_tpu_on_pairs_goes_on_bit_for_bit(
+    train_tpu, load_script, arguments, questions, tmp_path
+):
+    """Of half of the prompts the data have the answer, of the others the teacher's."""
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    for number, record in enumerate(lines):
+        if number % 2:
+            record.pop("completion")
+    path = tmp_path / "half.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    flags = [
+        *arguments,
+        f"--data={path}",
+        "--method=distillm2",
+        "--no-pack",
+        "--completion-tokens=6",
+        "--batch-size=16",
+        "--rollout-batch=12",
+        "--seq-len=40",
+        "--buffer-capacity=32",
+        "--grad-accum=2",
+        "--learning-rate=0.01",
+        "--save-every=2",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train_tpu.main([*flags, "--steps=6", f"--output={whole}"]) == 0
+    assert train_tpu.main([*flags, "--steps=6", f"--output={cut}", "--keep=9"]) == 0
+    (cut / "student").rename(tmp_path / "student")
+    again = [*flags, "--steps=6", f"--output={cut}", "--resume", "--resume-step=2"]
+    assert train_tpu.main(again) == 0
+    name = "student/model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    rows = _rows(whole)
+    assert [row["student_weight"] for row in rows] == pytest.approx(
+        [1 + 0.5 * min(1, 2 * step / 6) for step in range(6)], rel=1e-6
+    )
+    for row, other in zip(rows, _rows(cut), strict=True):
+        assert (row["loss"], row["completions"]) == (other["loss"], 8)
+        both = row["teacher_texts_loss"] + row["student_texts_loss"]
+        assert both == pytest.approx(row["loss"], rel=1e-6)
+        assert row["tokens"] > row["completions"] * 2
+    report = json.loads((whole / "report.json").read_text())
+    assert report["kl_after"] < report["kl_before"]
+    assert report["settings"]["objective"]["objective"] == "distillm2"
+    scores = tmp_path / "scores.json"
+    flags = [f"--config={whole / 'settings.json'}", f"--student={whole / 'student'}"]
+    assert load_script("evaluate").main([*flags, f"--json={scores}"]) == 0
+    assert json.loads(scores.read_text())["loss"] == report["loss_after"]
+
+
 def test_train_tpu_without_answers_needs_texts_of_a_model(
     train_tpu, arguments, tmp_path, capsys
 ):

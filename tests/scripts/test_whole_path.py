@@ -1,12 +1,12 @@
 """From raw conversations by a published recipe to a scored, exported student."""
 
 import json
-import pathlib
 
 import pytest
 import yaml
 
-RECIPES = pathlib.Path(__file__).parents[2] / "scripts" / "recipes"
+from taid_jax.recipes import find_recipe
+
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -46,7 +46,7 @@ def test_recipe_from_conversations_to_a_scored_student(
     train_tpu, load_script, teacher, make_model, prepared, tmp_path
 ):
     recipe = {
-        "base": [str(RECIPES / "published.yaml"), str(RECIPES / "methods/gkd.yaml")],
+        "base": str(find_recipe("pair", "zephyr_pythia").parents[1] / "published.yaml"),
         "teacher": str(teacher),
         # Another vocabulary, which the recipe fits to the teacher's.
         "student": str(make_model(layers=1, vocab_size=280, seed=3)),
@@ -59,9 +59,9 @@ def test_recipe_from_conversations_to_a_scored_student(
         "learning_rate": 0.01,
         "output": str(tmp_path / "run"),
     }
-    path = tmp_path / "recipe.yaml"
+    path = tmp_path / "pair.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    assert train_tpu.main([f"--config={path}"]) == 0
+    assert train_tpu.main([f"--pair={path}", "--method=gkd"]) == 0
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text())
     # 48 conversations are six batches of 8: five epochs, judged after each.

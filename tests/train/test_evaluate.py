@@ -330,7 +330,7 @@ def test_evaluate_loss_is_the_mean_of_the_objective_as_the_state_has_it(
     functions, student, teacher = models
     learned = {key: jnp.float32(value) for key, value in learned.items()}
     state = _state(student, t=0.7, learned=learned)
-    make, _ = make_objective(from_dict(settings).objective)
+    make, _ = make_objective(from_dict(settings).objective, 10)
     step = ev.make_eval_step(functions, functions, make)
     mesh = make_mesh("data=1", jax.devices()[:1])
     found = ev.evaluate(step, state, teacher, batches, mesh)
@@ -355,7 +355,7 @@ def test_evaluate_leaves_the_state_as_it_is_and_repeats_itself(models, batches):
     functions, student, teacher = models
     state = _state(student)
     before = jax.tree.map(np.array, state)
-    make, _ = make_objective(from_dict({}).objective)
+    make, _ = make_objective(from_dict({}).objective, 10)
     step = ev.make_eval_step(functions, functions, make)
     mesh = make_mesh("data=1", jax.devices()[:1])
     first = ev.evaluate(step, state, teacher, batches, mesh)

@@ -37,6 +37,10 @@ OBJECTIVES = {
         loss.ConcreteScore("teacher", 2.0),
     ),
     "entropy_gated": (WARM | {"entropy_threshold": 0.5}, loss.EntropyGated(0.5, 2.0)),
+    "distillm2": (
+        {"skew": 0.2},
+        loss.ByText(loss.SkewForwardKL(0.2), loss.SkewReverseKL(0.2), np.float32(1.25)),
+    ),
     "dkd": (WARM | {"dkd_alpha": 0.9, "dkd_beta": 0.4}, loss.DKD(0.9, 0.4, 2.0)),
 }
 
@@ -44,9 +48,9 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", typing.get_args(ObjectiveName))
 def test_make_objective_every_name_and_setting_arrives(name):
     values, objective = OBJECTIVES[name]
-    for ratio in (1.0,) if name == "sft" else (1.0, 0.25):
+    for ratio in (1.0,) if name in ("sft", "distillm2") else (1.0, 0.25):
         chosen = ObjectiveSettings(objective=name, distil_ratio=ratio, **values)
-        make, learned = make_objective(chosen)
+        make, learned = make_objective(chosen, 20)
         found = make(make_scheduler(chosen, 10).init(), learned, jnp.int32(5))
         expected = loss.Mix(objective, ratio) if ratio < 1 else objective
         # Kind, settings, and the numbers that are traced.
@@ -59,7 +63,7 @@ def test_make_objective_ctkd_learns_its_temperature(
     make_trainer, make_params, make_batch
 ):
     settings = ObjectiveSettings(objective="ctkd", ctkd_ramp_steps=2)
-    make, learned = make_objective(settings)
+    make, learned = make_objective(settings, 20)
     step, state = make_trainer(make, learned=learned)
     for index in range(2):
         state, _ = step(state, make_params(2), make_batch(index))

@@ -268,6 +268,53 @@ def test_train_step_without_counted_tokens_changes_no_weight_by_gradient(
     assert metrics["skipped"] == 0
 
 
+def _pairs(batch):
+    """The batch packed, of two texts a row; every second text is the student's."""
+    place = np.arange(batch["input_ids"].shape[1])
+    ends = np.random.default_rng(1).integers(2, 5, (len(batch["input_ids"]), 1))
+    segments = np.where(place < ends, 1, 2).astype(np.int32)
+    own = ((segments + np.arange(len(segments))[:, None]) % 2).astype(np.int32)
+    return batch | {"segment_ids": segments, "from_student": own}
+
+
+@pytest.mark.multidevice
+def test_train_step_pairs_accumulated_and_on_eight_devices_are_one(
+    make_trainer, make_params, make_batch
+):
+    from taid_jax.sharding import make_mesh, place_batch, replicated
+    from taid_jax.train.on_policy.figures import with_text_figures
+
+    def make_objective(schedule, learned, step):
+        weight = loss.distillm2_weight(step, 4)
+        return loss.ByText(loss.SkewForwardKL(), loss.SkewReverseKL(), weight)
+
+    make, teacher = with_text_figures(make_objective), make_params(TEACHER_SEED)
+    plain, state = make_trainer(make, fused=False)
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    shared, other = make_trainer(make, mesh=mesh, grad_accum=2)
+    other = jax.device_put(other, replicated(mesh))
+    there = jax.device_put(teacher, replicated(mesh))
+    for index in range(4):
+        batch = _pairs(make_batch(index))
+        state, metrics = plain(state, teacher, batch)
+        other, found = shared(other, there, place_batch(batch, mesh))
+        assert found.keys() == metrics.keys()
+        for key in metrics:
+            np.testing.assert_allclose(
+                found[key], metrics[key], rtol=1e-5, atol=1e-7, err_msg=key
+            )
+        # It rises over the first half of the steps.
+        np.testing.assert_allclose(
+            metrics["student_weight"], (1.0, 1.25, 1.5, 1.5)[index], rtol=1e-6
+        )
+        both = metrics["teacher_texts_loss"] + metrics["student_texts_loss"]
+        np.testing.assert_allclose(both, metrics["loss"], rtol=1e-6)
+        counted = s.next_token_labels(jax.tree.map(jnp.asarray, batch)) != -100
+        assert float(metrics["tokens"]) == int(counted.sum())
+    with pytest.raises(ValueError, match="needs `from_student` in the batch"):
+        plain(state, teacher, make_batch(0))
+
+
 @pytest.mark.multidevice
 @pytest.mark.parametrize(
     ("mesh_text", "parts"),

@@ -22,12 +22,19 @@ class Completion(NamedTuple):
         step: That it was written before.
         ended: Whether the model ended it, and not the limit of its tokens.
         uses: How often it was trained on.
+        beside: The teacher's text of the same prompt, with texts that are pairs.
     """
 
     example: Example
     step: int
     ended: bool
     uses: int = 0
+    beside: Example | None = None
+
+    @property
+    def texts(self) -> tuple[Example, ...]:
+        """The completion and, of a pair, the teacher's text."""
+        return (self.example, *([] if self.beside is None else [self.beside]))
 
     @property
     def length(self) -> int:
@@ -96,11 +103,10 @@ class ReplayBuffer:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what it holds as JSON values, tokens compressed."""
-        examples = [each.example for each in self._kept]
-        teachers = [each.teacher for each in examples if each.teacher is not None]
+        beside = [each.beside for each in self._kept if each.beside is not None]
         return {
-            **_write(examples),
-            **({"teacher": _write(teachers)} if teachers else {}),
+            **_write([each.example for each in self._kept]),
+            **({"beside": _write(beside)} if beside else {}),
             "steps": [each.step for each in self._kept],
             "ended": [each.ended for each in self._kept],
             "uses": [each.uses for each in self._kept],
@@ -111,12 +117,12 @@ class ReplayBuffer:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Holds what `get_state` gave, and nothing else."""
         examples = _read(state)
-        if "teacher" in state:
-            pairs = zip(examples, _read(state["teacher"]), strict=True)
-            examples = [each._replace(teacher=teacher) for each, teacher in pairs]
+        beside: Sequence[Example | None] = [None] * len(examples)
+        if "beside" in state:
+            beside = _read(state["beside"])
         columns = (state[name] for name in ("steps", "ended", "uses"))
         self._kept = [
-            Completion(*each) for each in zip(examples, *columns, strict=True)
+            Completion(*each) for each in zip(examples, *columns, beside, strict=True)
         ]
         self.unused = state["unused"]
         self.ages = collections.Counter(dict(state["ages"]))
@@ -127,7 +133,9 @@ def _write(examples: Sequence[Example]) -> dict[str, Any]:
     # A token's lowest bit says whether it counts.
     tokens = [2 * each.ids.astype("<i8") + each.counted for each in examples]
     data = zlib.compress(b"".join(row.tobytes() for row in tokens))
+    teachers = [each.teacher for each in examples if each.teacher is not None]
     return {
+        **({"teacher": _write(teachers)} if teachers else {}),
         "lengths": [len(row) for row in tokens],
         "tokens": base64.b64encode(data).decode("ascii"),
         "prompts": [example.prompt for example in examples],
@@ -141,7 +149,10 @@ def _read(state: Mapping[str, Any]) -> list[Example]:
     ids, counted = (tokens >> 1).astype(np.int32), tokens % 2 == 1
     ends = itertools.accumulate(state["lengths"], initial=0)
     spans = zip(itertools.pairwise(ends), state["prompts"], strict=True)
+    teachers: Sequence[Example | None] = [None] * len(state["lengths"])
+    if "teacher" in state:
+        teachers = _read(state["teacher"])
     return [
-        Example(ids[start:stop], counted[start:stop], prompt, stop - start)
-        for (start, stop), prompt in spans
+        Example(ids[start:stop], counted[start:stop], prompt, stop - start, teacher)
+        for ((start, stop), prompt), teacher in zip(spans, teachers, strict=True)
     ]

@@ -34,12 +34,16 @@ def make_on_policy(
     sampling = SamplingParams(
         chosen.completion_temperature, chosen.completion_top_k, chosen.completion_top_p
     )
-    whose = "teacher" if chosen.texts == "teacher" else "student"
     part, parts = batch_part(mesh)
+
+    def complete(whose: Literal["student", "teacher"]) -> Complete:
+        return _make_complete(settings, pair, whose, ends, mesh, sampling)
+
     return OnPolicyBatches(
         chosen,
         dataset.train,
-        _make_complete(settings, pair, whose, ends, mesh, sampling),
+        complete("teacher" if chosen.texts == "teacher" else "student"),
+        complete_beside=complete("teacher") if chosen.texts == "pairs" else None,
         ends=ends,
         batch_size=settings.data.batch_size,
         steps=settings.run.steps,

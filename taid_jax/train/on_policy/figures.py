@@ -1,6 +1,7 @@
 """What is measured of texts that a model wrote, beside the objective."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
@@ -59,4 +60,15 @@ class WithTextFigures:
 
 def with_text_figures(make: MakeObjective) -> MakeObjective:
     """Returns what makes the objectives of steps, with the figures of their texts."""
-    return lambda *about: WithTextFigures(make(*about))
+
+    def wrapped(*about: Any) -> Objective | loss.ByText:
+        objective = make(*about)
+        if not isinstance(objective, loss.ByText):
+            return WithTextFigures(objective)
+        return dataclasses.replace(
+            objective,
+            teacher_texts=WithTextFigures(objective.teacher_texts),
+            student_texts=WithTextFigures(objective.student_texts),
+        )
+
+    return wrapped

@@ -5,6 +5,7 @@ References:
     (arXiv:2402.03898), section 3.2 and algorithm 1.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -40,7 +41,8 @@ def plan_step(
 
     GKD (`mixed`) trains on completions in a fixed share of the steps; DistiLLM
     (`adaptive`) in the share `threshold`, and the further it gets, the fewer of them
-    are new. With `student` and `teacher` all are, as often as `reuse` says.
+    are new. With `student`, `teacher` and `pairs` all are completions, as often as
+    `reuse` says.
 
     Args:
         settings: Which of them.
@@ -59,6 +61,45 @@ def plan_step(
     if draw < threshold * (1 - progress) or not full:
         return Plan("missing", "new")
     return Plan(None, "buffer")
+
+
+Rows = list[list[tuple[int, int]]]
+"""The texts of each row: the place of a completion, and which of its texts it is."""
+
+
+def fill_rows(
+    lengths: Sequence[Sequence[int]],
+    places: Iterable[int],
+    *,
+    batch_size: int,
+    seq_len: int | None,
+) -> tuple[Rows, bool]:
+    """Returns rows of completions, all texts of each, and whether no more fit.
+
+    Args:
+        lengths: Tokens of the texts of every completion.
+        places: Completions in the order in which they are taken.
+        batch_size: Rows at most.
+        seq_len: Tokens of a row; None where a row is one text.
+    """
+    rows: Rows = []
+    room: list[int] = []
+    for place in places:
+        taken: list[int] = []
+        for text, length in enumerate(lengths[place]):
+            fits = (n for n, left in enumerate(room) if length <= left)
+            row = next(fits, len(rows))
+            if row == batch_size:
+                for each in taken:  # A part of a pair is none.
+                    rows[each].pop()
+                return [row for row in rows if row], True
+            if row == len(rows):
+                rows.append([])
+                room.append(-1 if seq_len is None else seq_len)
+            rows[row].append((place, text))
+            room[row] = -1 if seq_len is None else room[row] - length
+            taken.append(row)
+    return rows, seq_len is None and len(rows) == batch_size
 
 
 def prompts_with_room(

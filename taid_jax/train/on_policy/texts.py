@@ -9,14 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from taid_jax.data import ExampleSet, NumpyBatch
 from taid_jax.data.batches import row_order
+from taid_jax.data.tokens import Example
 from taid_jax.settings import OnPolicySettings, SettingsError
 from taid_jax.train.on_policy.buffer import Completion, ReplayBuffer
 from taid_jax.train.on_policy.generation import Complete
-from taid_jax.train.on_policy.rules import plan_step, prompts_with_room
+from taid_jax.train.on_policy.rules import (
+    Rows,
+    fill_rows,
+    plan_step,
+    prompts_with_room,
+)
 from taid_jax.train.throughput import Throughput
 from taid_jax.types import Params
 
@@ -38,6 +44,7 @@ class OnPolicyBatches:
         settings: With `texts` other than `data`.
         examples: The training side of the data.
         complete: Has student or teacher complete prompts.
+        complete_beside: Of pairs has the teacher complete prompts without an answer.
         ends: Tokens that end a completion.
         batch_size: Rows of a batch, over all processes.
         steps: Steps of the whole run.
@@ -61,6 +68,7 @@ class OnPolicyBatches:
         examples: ExampleSet,
         complete: Complete,
         *,
+        complete_beside: Complete | None = None,
         ends: Sequence[int],
         batch_size: int,
         steps: int,
@@ -70,8 +78,10 @@ class OnPolicyBatches:
     ):
         self._settings, self._examples = settings, examples
         self._complete, self._ends = complete, frozenset(ends)
+        self._complete_beside = complete_beside
         self._batch_size, self._steps, self._seed = batch_size, steps, seed
-        self._rollout = settings.rollout_batch or batch_size
+        self._pairs = settings.texts == "pairs"
+        self._rollout = settings.rollout_batch or batch_size // (1 + self._pairs)
         size = batch_size // process_count
         self._part = slice(process_index * size, (process_index + 1) * size)
         self._has_room = prompts_with_room(settings, examples)
@@ -87,11 +97,14 @@ class OnPolicyBatches:
         self._trained: list[Completion] = []
         self._step = 0
 
-    def batch(self, params: Params, step: int, throughput: Throughput) -> NumpyBatch:
+    def batch(
+        self, student: Params, teacher: Params, step: int, throughput: Throughput
+    ) -> NumpyBatch:
         """Returns this process's rows of what a step trains on.
 
         Args:
-            params: Of whoever writes, before the step.
+            student: The student's parameters before the step.
+            teacher: The teacher's.
             step: Its number, from 1.
             throughput: Measures what is waited for and generated.
 
@@ -114,46 +127,40 @@ class OnPolicyBatches:
             self._place += self._batch_size  # The data's batch is passed over.
         elif plan.generate == "batch":
             while self._ahead < self._batch_size:
-                self._ahead += self._generate(params, step, throughput)
+                self._ahead += self._generate(student, teacher, step, throughput)
             self._ahead -= self._batch_size
         new = plan.train_on == "new"
         rows, filled = self._draw(rng, new)
         while plan.generate == "missing" and not filled:
-            self._generate(params, step, throughput)
+            self._generate(student, teacher, step, throughput)
             rows, filled = self._draw(rng, new)
-        places = [place for row in rows for place in row]
+        places = list(dict.fromkeys(place for row in rows for place, _ in row))
         self._trained = self.buffer.use(places, step)
-        return self._as_batch([len(row) for row in rows])
+        drawn = dict(zip(places, self._trained, strict=True))
+        return self._as_batch(
+            [[(drawn[place].texts[text], text) for place, text in row] for row in rows]
+        )
 
     def _next_row(self) -> int:
         """Returns the number of the next row of the data."""
         self._place += 1
         return int(self._order[self._place - 1])  # pyright: ignore
 
-    def _draw(
-        self, rng: np.random.Generator, new: bool
-    ) -> tuple[list[list[int]], bool]:
-        """Returns the completions of each row, and whether more would not help."""
-        kept = self._examples.of_examples([each.example for each in self.buffer], [])
-        kept = kept.rooms().tolist()
-        places = self.buffer.draw(rng, new=new)
-        room: list[int] = []
-        rows: list[list[int]] = []
-        for place in places:
-            fits = (n for n, left in enumerate(room) if kept[place] <= left)
-            row = next(fits, len(rows))
-            if row == self._batch_size:
-                return rows, True
-            if row == len(rows):
-                rows.append([])
-                room.append(self._examples.seq_len)
-            rows[row].append(place)
-            # Without packing a row has one example.
-            room[row] = room[row] - kept[place] if self._examples.packed else -1
-        whole = len(rows) == self._batch_size and not self._examples.packed
+    def _draw(self, rng: np.random.Generator, new: bool) -> tuple[Rows, bool]:
+        """Returns the texts of each row, and whether more would not help."""
+        texts = [text for each in self.buffer for text in each.texts]
+        rooms = iter(self._examples.of_examples(texts, []).rooms().tolist())
+        rows, whole = fill_rows(
+            [[next(rooms) for _ in each.texts] for each in self.buffer],
+            places := self.buffer.draw(rng, new=new),
+            batch_size=self._batch_size,
+            seq_len=self._examples.seq_len if self._examples.packed else None,
+        )
         return rows, whole or len(places) == self._settings.buffer_capacity
 
-    def _generate(self, params: Params, step: int, throughput: Throughput) -> int:
+    def _generate(
+        self, student: Params, teacher: Params, step: int, throughput: Throughput
+    ) -> int:
         """Adds the completions of the next prompts to the buffer; returns how many."""
         table, rows = self._examples.table, self._examples.rows
         asked: list[tuple[int, int]] = []
@@ -162,17 +169,23 @@ class OnPolicyBatches:
             numbers = rows[self._next_row()]
             asked += [(number, epoch) for number in numbers if self._has_room[number]]
         examples = [table[number] for number, _ in asked]
-        teacher = self._settings.texts == "teacher"
-        asked_of = [(teacher and example.teacher) or example for example in examples]
-        prompts = [example.ids[: example.prompt] for example in asked_of]
+        writer, prompts = student, [each.ids[: each.prompt] for each in examples]
+        if self._settings.texts == "teacher":
+            writer, prompts = teacher, _teachers_prompts(examples)
         with throughput.measured("wait"):
-            jax.block_until_ready(params)
+            jax.block_until_ready(student)
         with throughput.measured("generate"):
-            found = self._complete(params, prompts, asked)
-        written = []
-        for example, said in zip(examples, found, strict=True):
-            ended = int(said[-1]) in self._ends
-            written.append(Completion(example.with_answer(said), step, ended))
+            found = self._complete(writer, prompts, asked)
+        written = [
+            Completion(example.with_answer(said), step, int(said[-1]) in self._ends)
+            for example, said in zip(examples, found, strict=True)
+        ]
+        if self._pairs:
+            texts = self._texts_beside(teacher, examples, asked, throughput)
+            written = [
+                each._replace(beside=text)
+                for each, text in zip(written, texts, strict=True)
+            ]
         for each in written:
             self.counts[each.end] += 1
             self._empty = self._empty + 1 if each.end == "empty" else 0
@@ -187,19 +200,46 @@ class OnPolicyBatches:
         self.buffer.add(written)
         return len(written)
 
-    def _as_batch(self, sizes: Sequence[int]) -> NumpyBatch:
+    def _texts_beside(
+        self,
+        teacher: Params,
+        examples: Sequence[Example],
+        asked: Sequence[tuple[int, int]],
+        throughput: Throughput,
+    ) -> list[Example]:
+        """Returns the teacher's text of each prompt: the data's answer, or its own."""
+        texts = list(examples)
+        open_ = [n for n, each in enumerate(texts) if each.prompt == len(each.ids)]
+        if open_ and self._complete_beside is not None:
+            prompts = _teachers_prompts([texts[n] for n in open_])
+            numbers = [asked[n] for n in open_]
+            with throughput.measured("generate"):
+                found = self._complete_beside(teacher, prompts, numbers)
+            for n, said in zip(open_, found, strict=True):
+                texts[n] = texts[n].with_answer(said)
+        return texts
+
+    def _as_batch(self, rows: Sequence[Sequence[tuple[Example, int]]]) -> NumpyBatch:
         """Returns this process's rows of a batch of what the step trains on.
 
         Args:
-            sizes: How many each row has.
+            rows: The texts of each, and which of its completion's texts each is.
         """
-        bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
-        rows = [tuple(range(*bound)) for bound in bounds]
-        examples = [each.example for each in self._trained]
-        batch = self._examples.of_examples(examples, rows)
-        return batch.batch(
-            range(len(rows))[self._part], self._part.stop - self._part.start
+        sizes = itertools.accumulate(map(len, rows), initial=0)
+        places = [tuple(range(*bound)) for bound in itertools.pairwise(sizes)]
+        examples = self._examples.of_examples(
+            [text for row in rows for text, _ in row], places
         )
+        own = range(len(rows))[self._part]
+        batch = examples.batch(own, self._part.stop - self._part.start)
+        if self._pairs:
+            segments = batch["segment_ids" if examples.packed else "attention_mask"]
+            batch["from_student"] = np.zeros_like(segments)
+            for place, number in enumerate(own):
+                # Padding is segment 0.
+                who = np.array([0, *(text == 0 for _, text in rows[number])], np.int32)
+                batch["from_student"][place] = who[segments[place]]
+        return batch
 
     def metrics(self) -> dict[str, Array]:
         """Returns what a line of metrics says of the last step's batch.
@@ -286,3 +326,9 @@ class OnPolicyBatches:
         self._place, self._ahead = state["place"], state["ahead"]
         self._empty, self.counts = state["empty"], collections.Counter(state["counts"])
         self.threshold, self.held_out_loss = state["threshold"], state["loss"]
+
+
+def _teachers_prompts(examples: Sequence[Example]) -> list[Int32[np.ndarray, " _"]]:
+    """Returns the prompts as the teacher sees them."""
+    seen = [each.teacher or each for each in examples]
+    return [each.ids[: each.prompt] for each in seen]

@@ -56,7 +56,7 @@ def make_batches(examples, texts, *, packed=True, **options):
 
 
 def take(batches, step):
-    return batches.batch({}, step, Throughput())
+    return batches.batch({}, {}, step, Throughput())
 
 
 @pytest.mark.parametrize("texts", ["student", "teacher"])

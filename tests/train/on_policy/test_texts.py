@@ -131,7 +131,8 @@ def make_batches(examples):
 def take(batches, steps, params=()):
     steps = [steps] if isinstance(steps, int) else steps
     return [
-        batches.batch({} if params == () else params, n, Throughput()) for n in steps
+        batches.batch(*[{} if params == () else params] * 2, n, Throughput())
+        for n in steps
     ]
 
 
@@ -235,7 +236,7 @@ def test_batches_draws_by_seed_and_step_alone(make_batches):
     assert 3 < sum(first) < 17
 
 
-@pytest.mark.parametrize("texts", ["student", "mixed:1", "mixed:0"])
+@pytest.mark.parametrize("texts", ["student", "pairs", "mixed:1", "mixed:0"])
 def test_batches_of_two_processes_gives_the_batch_of_one(make_batches, texts):
     whole = take(make_batches(settings(texts), Writer()), [1, 2])
     parts = [
@@ -395,6 +396,8 @@ def complete_by_weights(params, prompts, numbers):
         ({"texts": "student", "rollout_batch": 5, "pack": True}, 7),
         ({"texts": "mixed:0.7", "rollout_batch": 3 * BATCH}, 7),
         ({"texts": "adaptive", "adaptive_step": 0.4, "rollout_batch": 12}, 8),
+        ({"texts": "pairs", "rollout_batch": BATCH}, 6),
+        ({"texts": "pairs", "rollout_batch": 7, "reuse": 2, "pack": True}, 7),
     ],
     ids=lambda value: str(value.get("texts")) if isinstance(value, dict) else None,
 )
@@ -435,6 +438,7 @@ def test_loop_resumed_at_any_moment_continues_bit_for_bit(
                 chosen.on_policy,
                 data,
                 complete_by_weights,
+                complete_beside=Writer(),
                 ends=(END,),
                 batch_size=BATCH,
                 steps=12,
@@ -473,6 +477,72 @@ def test_loop_resumed_at_any_moment_continues_bit_for_bit(
     assert sum(count > 0 for count in counts[killed:])
     ages = [row["completion_age"] for row in rows if row["completions"]]
     assert len(set(ages)) > 1
+
+
+@pytest.fixture(params=["examples", "packed"])
+def half_answered(request):
+    """Of every second example the prompt alone is known."""
+    data = request.getfixturevalue(request.param)
+    cut = [
+        each._replace(ids=each.ids[: each.prompt], counted=each.counted[: each.prompt])
+        if number % 2
+        else each
+        for number, each in enumerate(data.table[n] for n in range(ROWS))
+    ]
+    return dataclasses.replace(data, table=make_table(enumerate(cut)))
+
+
+@pytest.mark.parametrize("size", [BATCH, 2])
+def test_pairs_are_both_texts_of_a_prompt_and_each_says_whose_it_is(
+    make_batches, half_answered, size
+):
+    student, teacher = Writer(), Writer(length=4, end=True)
+    batches = make_batches(
+        settings("pairs"),
+        student,
+        complete_beside=teacher,
+        data=half_answered,
+        batch_size=size,
+    )
+    known = [half_answered.table[n] for n in range(ROWS)]
+    found = []
+    for step in range(1, 9):
+        [batch] = take(batches, step)
+        segments = batch["segment_ids" if half_answered.packed else "attention_mask"]
+        assert batch["from_student"].dtype == np.int32
+        assert not batch["from_student"][segments == 0].any()
+        arrays = [batch[name] for name in ("input_ids", "labels", "from_student")]
+        rows = zip(*arrays, segments, strict=True)
+        texts = {0: [], 1: []}
+        for ids, labels, own, segment in rows:
+            for number in range(1, segment.max() + 1):
+                (whose,) = set(own[segment == number].tolist())
+                text = [row[segment == number].tolist() for row in (ids, labels)]
+                texts[whose].append(text)
+        assert float(batches.metrics()["completions"]) == len(texts[1])
+        assert len(texts[0]) == len(texts[1]) > 0
+        for said, _ in texts[1]:
+            prompt = said[:-NEW]
+            beside = [text for text in texts[0] if text[0][: len(prompt)] == prompt]
+            assert beside
+            found += [(prompt, *each) for each in beside]
+    answered = {tuple(each.ids.tolist()) for each in known}
+    open_ = 0
+    for prompt, ids, labels in found:
+        if tuple(ids) in answered:  # the data's answer, with what counts of it
+            at = [tuple(each.ids.tolist()) for each in known].index(tuple(ids))
+            assert labels == np.where(known[at].counted, ids, -100).tolist()
+        else:
+            open_ += 1
+            assert len(ids) == len(prompt) + 4
+            assert labels[-4:] == ids[-4:]
+            assert ids[-1] == END
+    assert 0 < open_ < len(found)
+    # The teacher is asked what the student is, where the data have no answer.
+    assert teacher.asked == [pair for pair in student.asked if pair[0] % 2]
+    written = batches.summary(str)
+    assert written["written"] == {"truncated": len(student.asked)}
+    assert sum(written["trained_by_age"].values()) == len(found)
 
 
 def test_adaptive_trains_on_new_ones_alone_then_on_the_buffer(make_batches):
