@@ -692,7 +692,7 @@ class Settings:
             field = self.model.teacher_field
             need("teacher_field", field, field is None, what)
         names = self.model.teachers
-        what = "one teacher, which writes the texts, with texts teacher or pairs"
+        what = f"one teacher that writes the texts with texts {generated.texts}"
         written = generated.texts in ("teacher", "pairs") and len(names) > 1
         need("teacher", names, not written, what)
         what = "none with objective sft, which looks at no teacher"

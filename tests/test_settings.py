@@ -69,12 +69,12 @@ def _refusal(values):
         (SEVERAL | {"teacher_store": "s", "student": "t"}, "need no teacher beside it"),
         (
             SEVERAL | {"texts": "teacher", "completion_tokens": 64},
-            "teacher: need one teacher, which writes the texts",
+            "teacher: need one teacher that writes the texts",
         ),
         (
             SEVERAL
             | {"texts": "pairs", "objective": "distillm2", "completion_tokens": 64},
-            "teacher: need one teacher, which writes the texts",
+            "teacher: need one teacher that writes the texts",
         ),
         (
             SEVERAL

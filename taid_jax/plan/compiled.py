@@ -226,14 +226,14 @@ def abstract_step(
     ]
     batch = {key: array(jnp.int32) for key in ("input_ids", "labels", *beside)}
     batch |= join_columns(columns) if columns else {}
+    if settings.on_policy.texts == "pairs":
+        batch["from_student"] = array(jnp.int32)
     if data.teacher_len is not None:
         batch["teacher_index"] = array(jnp.int32)
         batch |= {
             f"teacher_{key}": array(jnp.int32, length=data.teacher_len)
             for key in ("input_ids", *beside)
         }
-    if settings.on_policy.texts == "pairs":
-        batch["from_student"] = array(jnp.int32)
     if model.teacher_field is not None:
         batch[WEIGHTS] = array(jnp.float32, len(teachers))
     return built.step, (built.state, teacher_params, batch)

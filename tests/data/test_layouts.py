@@ -62,6 +62,7 @@ def total(step, side, batches=None):
     return value, weight, gradient
 
 
+@pytest.mark.slow
 def test_loss_does_not_depend_on_how_rows_are_laid_out(step, source, tokenizer):
     layouts = {
         "padded": {"pack": False},

@@ -121,6 +121,7 @@ def temp_bytes(length):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_causal_attention_memory_grows_with_the_length(monkeypatch):
     monkeypatch.setattr(attention_module, "_PIECE", 16)
     # Twice the length: twice the memory. With the square it would be four times.

@@ -77,6 +77,7 @@ def as_batch(**arrays):
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
+@pytest.mark.slow
 def test_hidden_states_jitted_are_those_run_step_by_step():
     params, batch = tiny_params(), as_batch(input_ids=ids_of(TINY))
     with jax.disable_jit():

@@ -22,6 +22,7 @@ PROMISED = {
 }
 
 
+@pytest.mark.slow
 def test_make_plan_writes_what_it_promises(made, folder):
     plan, values = made
     assert values.keys() >= PROMISED

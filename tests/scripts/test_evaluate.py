@@ -45,6 +45,7 @@ def _evaluations(folder):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_train_tpu_writes_all_that_is_judged(judged):
     rows = _evaluations(judged)
     assert [row["step"] for row in rows] == [0, 2, 4, 6]

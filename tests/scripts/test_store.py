@@ -100,6 +100,7 @@ def _rows(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_from_a_store_is_the_live_run_bit_for_bit(
     train_tpu, teacher, stored, finished, data, tmp_path
 ):
@@ -479,6 +480,7 @@ def test_a_teacher_that_is_not_finite_is_refused(
     assert "the teacher: not finite on an example" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_store_and_its_runs_keep_the_day_of_the_chat_template(
     store, train_tpu, teacher, tmp_path
 ):

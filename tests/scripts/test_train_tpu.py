@@ -384,6 +384,7 @@ def _is_one_message_and_the_way_on(captured, message, last):
     assert "with --resume goes on" in captured.err
 
 
+@pytest.mark.slow
 def test_train_tpu_starts_anew_and_goes_on_after_a_full_disk(
     train_tpu, arguments, finished, tmp_path, capsys, monkeypatch
 ):

@@ -74,6 +74,7 @@ def check_pair(teacher, student, batch):
     jax.tree.map(compare, jax.device_get(cut_gradient), gradient, norms)
 
 
+@pytest.mark.slow
 # The vocabulary of 67 and the one key head of a case do not divide by two.
 @pytest.mark.filterwarnings("ignore:.*is not cut over")
 @pytest.mark.multidevice

@@ -252,6 +252,7 @@ def test_batches_of_two_processes_gives_the_batch_of_one(make_batches, texts):
         assert_equal(joined, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_completions_are_the_same_on_eight_devices_packed_or_not(
     make_batches, examples, packed, params
