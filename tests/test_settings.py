@@ -73,6 +73,11 @@ def _refusal(values):
         ),
         (
             SEVERAL
+            | {"texts": "pairs", "objective": "distillm2", "completion_tokens": 64},
+            "teacher: need one teacher that writes the texts",
+        ),
+        (
+            SEVERAL
             | {"teacher_field": "k", "texts": "student", "completion_tokens": 9},
             "teacher_field: need none",
         ),
