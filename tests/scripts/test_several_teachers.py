@@ -104,6 +104,7 @@ def test_a_run_with_two_teachers_goes_on_bit_for_bit(train_tpu, run, tmp_path, c
         np.testing.assert_array_equal(found, expected[name])
 
 
+@pytest.mark.slow
 def test_two_teachers_see_a_prompt_of_their_own(train_tpu, flags, tmp_path):
     asked = ["--teacher-prompt={answer} {prompt}", "--teacher-seq-len=64", "--steps=2"]
     folder = tmp_path / "run"
