@@ -292,7 +292,7 @@ def options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--teacher-steps", type=int, default=1500)
     parser.add_argument("--teacher-rate", type=float, default=3e-3)
-    parser.add_argument("--start-steps", type=int, default=800)
+    parser.add_argument("--start-steps", type=int, default=2000)
     parser.add_argument("--start-rate", type=float, default=3e-3)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=2e-3)
