@@ -808,11 +808,17 @@ def with_steps(settings: Settings, rows: int) -> Settings:
 def make_room(settings: Settings, given: Iterable[str]) -> Settings:
     """Returns the settings without what those to be `given` say in another way.
 
-    With `steps` given, for instance, `epochs` is none. All else stays.
+    With `steps` given, for instance, `epochs` is none. All else stays; what is given
+    too, until it comes, as other settings may need it.
     """
-    names = {*given} & _HOME.keys()
+    names, model = {*given} & _HOME.keys(), settings.model
     others = {other for name in names for other in _OTHER_WAYS[name]} - names
-    return _apply(settings, {name: _default(name) for name in others}, own=())
+    changes: dict[str, Any] = {name: _default(name) for name in others}
+    changes |= {name: getattr(getattr(settings, _HOME[name]), name) for name in names}
+    for name in names & {"teacher", "teacher_store"}:
+        if len(model.teachers) > 1:  # As their weights need several.
+            changes[name] = model.teachers
+    return _apply(settings, changes, own=())
 
 
 def from_dict(

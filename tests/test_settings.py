@@ -327,6 +327,21 @@ def test_from_dict_lays_over_what_says_the_same_in_another_way():
     assert s.from_dict(KL, taid).objective.t_start == 0.4
 
 
+@pytest.mark.parametrize("given", ["teacher", "teacher_store"])
+@pytest.mark.parametrize("there", ["teacher", "teacher_store"])
+def test_make_room_for_other_teachers_keeps_what_needs_several(there, given):
+    about = {"teacher_weights": [1, 2], "teacher_field": "who", "student": "s"}
+    model = s.make_room(s.from_dict(about | {there: ["a", "b"]}), [given]).model
+    assert (model.teacher_weights, model.teacher_field) == ((1, 2), "who")
+    # What is given takes the place of this.
+    assert getattr(model, given) == ("a", "b")
+
+
+def test_make_room_for_another_store_keeps_how_it_is_read():
+    base = s.from_dict({"teacher_store": "a", "student": "s", "tail": "uniform"})
+    assert s.make_room(base, ["teacher_store"]) == base
+
+
 def test_make_room_for_flags_to_come():
     base = s.from_dict({"student_layers": 4, "epochs": 2.0, "saves_per_epoch": 3})
     found = s.make_room(base, ["student", "save_every", "seed", "nonsense"])
