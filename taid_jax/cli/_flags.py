@@ -16,11 +16,19 @@ EXIT_STATUS = "\n\nExit status: 0 done, 2 bad input, 1 anything else."
 Command = TypeVar("Command")
 
 
-def first_flags(arguments: Sequence[str], *names: str) -> argparse.Namespace:
-    """Returns a few flags that have to be known before the others are read."""
+def first_flags(
+    arguments: Sequence[str], *names: str, many: bool = False
+) -> argparse.Namespace:
+    """Returns a few flags that have to be known before the others are read.
+
+    Args:
+        arguments: The words of the command line.
+        *names: Of the flags.
+        many: Whether each has a list of values.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
-        parser.add_argument(f"--{name}")
+        parser.add_argument(f"--{name}", nargs="*" if many else None)
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     return parser.parse_known_args(arguments)[0]
 

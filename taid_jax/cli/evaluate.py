@@ -19,7 +19,14 @@ from rich.table import Table
 
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, refuse
-from taid_jax.settings import Settings, SettingsError, check_file, to_dict, with_steps
+from taid_jax.settings import (
+    ModelSettings,
+    Settings,
+    SettingsError,
+    check_file,
+    to_dict,
+    with_steps,
+)
 
 if TYPE_CHECKING:
     from taid_jax.train.evaluate import HeldOut
@@ -60,6 +67,11 @@ def parse(arguments: Sequence[str]) -> Command:
                 "with its start"
             )
         own = {"teacher": model.student, "teacher_ema": None}
+    named = _flags.first_flags(arguments, "teacher", "teacher-store", many=True)
+    if 1 in (len(each or ()) for each in (named.teacher, named.teacher_store)):
+        # What the run says of several teachers has no effect with one alone.
+        names = ("teacher_weights", "teacher_mean", "teacher_field")
+        own |= {name: getattr(ModelSettings, name) for name in names}
     # Of a run from a store a student has to be named in any case.
     student = _flags.first_flags(arguments, "student").student
     model = dataclasses.replace(

@@ -132,6 +132,20 @@ def test_evaluate_takes_the_settings_of_a_run_from_stores(evaluate, tmp_path):
     assert (model.student, model.student_layers) == ("d", None)
 
 
+@pytest.mark.parametrize("kind", ["teacher", "teacher_store"])
+def test_evaluate_of_several_teachers_takes_one_alone(evaluate, tmp_path, kind):
+    saved, flag = tmp_path / "settings.json", f"--{kind.replace('_', '-')}"
+    model = {kind: ["a", "b"], "teacher_weights": [1, 2], "student": "c"}
+    saved.write_text(json.dumps({"model": model | {"teacher_field": "who"}}))
+    words = [f"--config={saved}", "--student=d", flag]
+    model = evaluate.parse([*words, "a"]).settings.model
+    assert model.teachers == ("a",)
+    assert (model.teacher_weights, model.teacher_field) == ((), None)
+    moved = evaluate.parse([*words, "e", "f"]).settings.model
+    assert moved.teachers == ("e", "f")
+    assert (moved.teacher_weights, moved.teacher_field) == ((1, 2), "who")
+
+
 @pytest.fixture(scope="module")
 def broken(teacher, tmp_path_factory):
     """The teacher's folder with NaN in its last norm."""
