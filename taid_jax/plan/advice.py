@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from taid_jax.models.config import DecoderConfig
 from taid_jax.plan.compiled import Plan, Teachers, plan_mesh, plan_step
 from taid_jax.plan.machine import Machine
-from taid_jax.settings import Settings, from_dict
+from taid_jax.settings import Settings, SettingsError, from_dict
 from taid_jax.types import DATA, FSDP, TENSOR
 
 SHORTEST = 256
@@ -49,7 +49,10 @@ def find_fit(
     """
     attempts = []
     for flags in _changes(settings, machine):
-        changed = from_dict(flags, settings)
+        try:
+            changed = from_dict(flags, settings)
+        except SettingsError:  # Completions, for one, have no room in shorter rows.
+            break
         attempts.append(Attempt(flags, plan_step(changed, teacher, student, machine)))
         compiled(attempts[-1])
         if attempts[-1].plan.fits:
@@ -78,5 +81,8 @@ def _changes(settings: Settings, machine: Machine) -> Iterator[dict[str, str | i
     length = settings.data.seq_len // 2
     while length >= SHORTEST:
         flags["seq_len"] = length
+        if settings.data.teacher_seq_len is not None:
+            own = settings.data.teacher_seq_len * length // settings.data.seq_len
+            flags["teacher_seq_len"] = own
         yield dict(flags)
         length //= 2

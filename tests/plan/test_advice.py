@@ -15,6 +15,29 @@ ALL_CHANGES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("given", "tried"),
+    [
+        ({"texts": "student", "completion_tokens": 600}, [{"seq_len": 1024}]),
+        (
+            {"teacher_prompt": "hint", "teacher_seq_len": 3072},
+            [
+                {"seq_len": length, "teacher_seq_len": 3 * length // 2}
+                for length in (1024, 512, 256)
+            ],
+        ),
+    ],
+)
+def test_find_fit_of_shorter_rows_is_what_the_settings_allow(
+    make_settings, planned, tiny, monkeypatch, given, tried
+):
+    planned = dataclasses.replace(planned, fits=False)
+    monkeypatch.setattr(advice, "plan_step", lambda *_: planned)
+    settings = make_settings(batch_size=1, seq_len=2048, remat="full", **given)
+    found = advice.find_fit(settings, *tiny, find_machine("local:1"))
+    assert [attempt.flags for attempt in found] == tried
+
+
 @pytest.mark.parametrize("fitting", [1, 2, 4, 6, None])
 def test_find_fit_adds_changes_until_it_fits(
     make_settings, planned, tiny, monkeypatch, fitting
