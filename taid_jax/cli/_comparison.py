@@ -145,7 +145,14 @@ def plan_cells(
         SettingsError: If a settings file is missing or cannot be used, or a cell was
             begun with other settings.
     """
-    named = {pathlib.Path(method).stem: method for method in methods}
+    named: dict[str, str] = {}
+    for method in methods:
+        name = pathlib.Path(method).stem
+        if named.setdefault(name, method) != method:
+            raise SettingsError(
+                f"methods: {named[name]} and {method} are both called {name}, and "
+                "would share a folder; rename a file"
+            )
     cells = []
     for seed in seeds:
         for method, given in named.items():

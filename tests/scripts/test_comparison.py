@@ -56,6 +56,14 @@ def test_plan_cells_takes_a_path_for_a_method(plan, tmp_path):
     assert cell.settings.objective.objective == "dkd"
 
 
+def test_plan_cells_of_one_name_are_refused(plan, tmp_path):
+    path = tmp_path / "taid.yaml"
+    path.write_text("objective: dkd\n")
+    with pytest.raises(SettingsError, match=r"methods: taid and .*yaml are both"):
+        plan(["taid", str(path)])
+    assert len(plan(["taid", "taid"], [0])) == 1
+
+
 def test_plan_cells_unknown_method_names_those_there_are(plan):
     with pytest.raises(SettingsError, match=r"method: need .*rkl.*taid.*'nothing'"):
         plan(["nothing"])
