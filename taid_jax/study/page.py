@@ -77,6 +77,9 @@ def make_page(folder: pathlib.Path) -> str:
         rows = {name: {"method": name} for name in results.methods()}
         references = "forward KL, data", "sft, data"
         values["drift_tables"] = _tables(results, rows, references, _OF_DRIFT)
+        values["drift_verdict"] = _verdict(
+            results, rows, references[0], "exposure_bias"
+        )
     home = importlib.resources.files("taid_jax.study")
     template = jinja2.Environment(
         loader=jinja2.FunctionLoader(
@@ -186,11 +189,13 @@ def _cells(
     ]
 
 
-def _verdict(results: Results, rows: Rows, reference: str) -> str:
-    """Returns which rows have a lower cross-entropy than one of them, and which not."""
+def _verdict(
+    results: Results, rows: Rows, reference: str, key: str = "cross_entropy"
+) -> str:
+    """Returns which rows have a lower figure than one of them, and which not."""
     found: dict[str, list[str]] = {"better": [], "worse": [], "within noise": []}
     for name, row in rows.items() if reference in rows else ():
-        value = results.difference("cross_entropy", row, rows[reference])
+        value = results.difference(key, row, rows[reference])
         if name != reference and value is not None and not math.isinf(value.half):
             word = {-1: "better", 1: "worse", 0: "within noise"}[value.sign]
             found[word].append(name)
