@@ -198,7 +198,7 @@ def _verdict(
         value = results.difference(key, row, rows[reference])
         if name != reference and value is not None and not math.isinf(value.half):
             word = {-1: "better", 1: "worse", 0: "within noise"}[value.sign]
-            found[word].append(name)
+            found[word].append(f"`{name}`")
     texts = [f"{word}: {', '.join(names)}" for word, names in found.items() if names]
     return "; ".join(texts) or "no differences of two seeds yet"
 
