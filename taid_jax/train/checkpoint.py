@@ -368,4 +368,4 @@ class Checkpoints:
             self._check_shapes(template, step)
             state = ocp.args.StandardRestore(_saved(template))
             found = self._manager.restore(step, args=ocp.args.Composite(state=state))
-        return DistillState(**found["state"])
+        return template._replace(**found["state"])

@@ -143,7 +143,7 @@ def test_prepare_gives_what_reading_the_files_gives(
         found.append(
             sorted(
                 (ids.tolist(), counted.tolist(), prompt, end)
-                for ids, counted, prompt, end in examples
+                for ids, counted, prompt, end, _ in examples
             )
         )
     assert found[0] == found[1]
@@ -281,7 +281,7 @@ def test_prepare_limits_conversations_and_says_why(source, tmp_path, tokenizer):
     assert saved + sum(manifest.left_out.values()) == 120
     table = load_dataset(tmp_path / "out", tokenizer, seq_len=2048).train.table
     for number in range(len(table)):
-        ids, _, prompt, end = table[number]
+        ids, _, prompt, end, _ = table[number]
         assert len(ids) <= 240
         assert prompt <= 200
         assert end - prompt <= 25

@@ -144,7 +144,7 @@ def test_compare_shared_settings_are_for_those_methods_that_use_them(shared, sta
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "nothing"], "need adaptive_kl, "),
+        (["--methods", "nothing"], "need abkd, adaptive_kl, "),
         (["--set", "steps"], "need NAME=VALUE, got 'steps'"),
         (["--set", "sed=3"], "no setting is called 'sed'"),
         (["--set", "steps=0"], "steps: need >= 1"),

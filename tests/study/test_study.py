@@ -161,8 +161,9 @@ def test_page_says_what_is_noise_and_what_is_not(tmp_path):
     assert "| reverse_kl | **+0.250 ± 0.000** worse |" in page
     assert " noise |" in page
     assert page.count(" (of 4) |") == 3  # The mean, and a difference in two tables.
-    assert "| 10 | sft | better: forward_kl; worse: reverse_kl; within noise: " in page
-    assert "| 10 | forward_kl | worse: sft, reverse_kl, sft, equal time |" in page
+    verdict = "| 10 | sft | better: `forward_kl`; worse: `reverse_kl`; within noise: "
+    assert verdict in page
+    assert "| 10 | forward_kl | worse: `sft`, `reverse_kl`, `sft, equal time` |" in page
     assert "an end of the grid for sft, forward_kl, reverse_kl." in page
     assert "3.0 times as many steps" in page
     assert f"So far {len(records)} of {len(records) + 1} runs are finished" in page
