@@ -4,10 +4,17 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 PATH = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "drift.py"
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_has_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def test_answers_are_sums_that_stay_below_the_bound(drift):
 @pytest.mark.slow
 def test_study_runs_goes_on_and_refuses_another(drift, tmp_path, monkeypatch):
     words = f"--output {tmp_path / 'out'} --seeds 1 --records 200 --prompts 8"
-    words += " --batch-size 4 --teacher-steps 3 --start-steps 2 --steps 2"
+    words += " --batch-size 8 --teacher-steps 3 --start-steps 2 --steps 2"
     words = [*words.split(), "--student", "1", "8", "1", "--teacher", "1", "8", "1"]
     words += ["--methods", "sft, data", "reverse KL, student"]
     results = drift.main(words)
