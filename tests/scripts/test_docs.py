@@ -176,6 +176,7 @@ def tiny(make_model, tmp_path_factory):
         records = [
             {
                 "prompt_id": f"{name} {number}",
+                "solution": "It runs.",
                 "messages": [
                     {"role": "user", "content": f"The {name} cat {number}?"},
                     {"role": "assistant", "content": "runs " * (1 + number % 5)},
@@ -225,14 +226,17 @@ def test_documented_command_line_runs_on_tiny_models(
         ],
     }[script]
     if script == "train_tpu":
-        if "--data" in flags or "--config" in flags:
+        recipe = {"--config", "--pair"} & {*flags}
+        if "self" in flags:  # Its student is its teacher.
+            del small[0]
+        if "--data" in flags or recipe:
             small.append(f"--data={chats}")
-        if "--student" in flags or "--config" in flags:
+        if "--student" in flags or recipe:
             small.append(f"--student={tiny['student']}")
-        if "--seq-len" in flags or "--config" in flags:  # of hours
+        if "--seq-len" in flags or recipe:  # of hours
             accumulated = "--grad-accum" in flags
             small += ["--seq-len=64", f"--batch-size={32 if accumulated else 4}"]
-        if "--config" in flags:  # a recipe
+        if recipe:
             small += ["--epochs=None", "--eval-prompts=2", "--eval-tokens=4"]
     if script == "evaluate":
         settings = tmp_path / "settings.json"
