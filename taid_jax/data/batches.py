@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -122,10 +122,16 @@ class ExampleSet:
         More than its own, where it takes a larger share of the teacher's row: what fits
         into one then fits into both.
         """
-        own, teacher = self.table.lengths, self.table.teacher
+        teacher = self.table.teacher
+        return self.room(
+            self.table.lengths, None if teacher is None else teacher.lengths
+        )
+
+    def room(self, own: Any, teacher: Any) -> Any:
+        """Returns the same of lengths, numbers or arrays; None without a teacher's."""
         if self.teacher_len is None or teacher is None:
             return own
-        return np.maximum(own, -(-teacher.lengths * self.seq_len // self.teacher_len))
+        return np.maximum(own, -(-teacher * self.seq_len // self.teacher_len))
 
     def tokens_of_rows(self) -> list[int]:
         """Returns the tokens of every row, padding left out."""

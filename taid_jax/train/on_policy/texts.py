@@ -148,15 +148,17 @@ class OnPolicyBatches:
 
     def _draw(self, rng: np.random.Generator, new: bool) -> tuple[Rows, bool]:
         """Returns the texts of each row, and whether more would not help."""
-        texts = [text for each in self.buffer for text in each.texts]
-        rooms = iter(self._examples.of_examples(texts, []).rooms().tolist())
         rows, whole = fill_rows(
-            [[next(rooms) for _ in each.texts] for each in self.buffer],
+            [[self._room(text) for text in each.texts] for each in self.buffer],
             places := self.buffer.draw(rng, new=new),
             batch_size=self._batch_size,
             seq_len=self._examples.seq_len if self._examples.packed else None,
         )
         return rows, whole or len(places) == self._settings.buffer_capacity
+
+    def _room(self, text: Example) -> int:
+        theirs = None if text.teacher is None else len(text.teacher.ids)
+        return int(self._examples.room(len(text.ids), theirs))
 
     def _generate(
         self, student: Params, teacher: Params, step: int, throughput: Throughput
