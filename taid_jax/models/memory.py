@@ -51,12 +51,8 @@ def params_need(
 ) -> Need:
     """Returns what the parameters of a model take, each device's part of them.
 
-    Args:
-        what: Of the model.
-        config: The architecture.
-        dtype: Of the parameters.
-        where: One sharding for all, a tree of them, or None for the default device.
-        copies: So many arrays like each parameter there are.
+    `where` is one sharding for all, a tree of them, or None for the default device;
+    there are `copies` arrays like each parameter.
     """
     found: Counter[Any] = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):

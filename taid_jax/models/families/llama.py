@@ -79,17 +79,9 @@ def like_llama(
 ) -> Family:
     """Returns a family whose config.json has the keys of Llama.
 
-    Args:
-        name: As in `Family`; so are the arguments that are not listed here.
-        architecture: As in `Family`.
-        *settings: What it has beside these keys, or in their place: a setting takes the
-            place of that of the same field.
-        max_position_embeddings: What `transformers` takes where the file says nothing.
-        norm_eps: The same.
-        tie_embeddings: The same.
-        groups: As in `Family`.
-        weights: As in `Family`.
-        **options: As in `Family`.
+    `settings` come beside these keys, or take the place of that of the same field.
+    Three numbers are what `transformers` takes where the file says nothing; the rest
+    is as in `Family`.
     """
     usual = (
         Setting("padded_vocab_size", "vocab_size", REQUIRED),

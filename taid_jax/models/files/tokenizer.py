@@ -443,15 +443,7 @@ def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:
 
 
 def gguf_tokenizer(metadata: Mapping[str, object], origin: str) -> Tokenizer | None:
-    """Returns the tokenizer that a GGUF file describes, None if it has none.
-
-    Args:
-        metadata: All of the file's keys and values.
-        origin: Where they come from, for messages.
-
-    Raises:
-        ModelError: See `gguf_tokenizer.build`.
-    """
+    """Returns the tokenizer that a GGUF file describes; see `gguf_tokenizer.build`."""
     built = gguf.build(metadata, origin)
     if built is None:
         return None

@@ -86,13 +86,9 @@ class Entry:
         index: Index,
         sizes: Sizes,
     ) -> np.ndarray:
-        """Returns a part of the parameter of a layer.
+        """Returns a part of the parameter of a layer; of layer 0 if it is not stacked.
 
-        Args:
-            read_tensor: Returns a part of a tensor by its name.
-            layer: Which layer; 0 if it is not stacked.
-            index: The part, of one layer's parameter.
-            sizes: Of all axes.
+        `read_tensor` returns a part of a tensor by its name.
         """
         names = self.names[layer]
 
