@@ -72,6 +72,15 @@ ARCHITECTURES = {
 }
 
 
+TYPES = {
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+    str: gguf.GGUFValueType.STRING,
+    list: gguf.GGUFValueType.ARRAY,
+}
+
+
 def interleaved(matrix, heads):
     """As llama.cpp's converter has a Llama's heads: halves of rotary pairs in turn."""
     split = matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, -1)
@@ -139,7 +148,8 @@ def write_gguf():
 
     It returns the model's config, and what the file holds, dequantised, under Hugging
     Face's names and in its order. Names of tensors come from the `gguf` package; what
-    the converter does to the numbers is spelled out here.
+    the converter does to the numbers is spelled out here. Keys are values, or pairs of
+    a value and its type.
     """
     from taid_jax.models.families import read_config
     from taid_jax.models.files.weights import axis_sizes, entries
@@ -164,7 +174,8 @@ def write_gguf():
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
         write_keys(writer, config)
         for key, value in dict(keys).items():
-            writer.add_key_value(key, *value)
+            typed = value if isinstance(value, tuple) else (value, TYPES[type(value)])
+            writer.add_key_value(key, *typed)
         if tokens is not None:
             tokens(writer)
         names = gguf.get_tensor_name_map(architecture, config.num_layers)

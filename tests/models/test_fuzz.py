@@ -13,7 +13,6 @@ import random
 import resource
 import signal
 
-import gguf
 import numpy as np
 import pytest
 
@@ -256,9 +255,9 @@ def readers(tmp_path_factory, random_params, write_gguf):
     index = json.loads((sharded / INDEX).read_text())
     path = root / "model.gguf"
     keys = {
-        "llama.rope.scaling.type": ("yarn", gguf.GGUFValueType.STRING),
-        "llama.rope.scaling.factor": (2.0, gguf.GGUFValueType.FLOAT32),
-        "llama.rope.scaling.yarn_beta_fast": (16.0, gguf.GGUFValueType.FLOAT32),
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 2.0,
+        "llama.rope.scaling.yarn_beta_fast": 16.0,
     }
     sizes = {**SIZES, "hidden_size": 32, "intermediate_size": 32}
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGUFValueType
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tokenizers import pre_tokenizers
 
@@ -81,7 +80,7 @@ def test_load_model_returns_what_a_gguf_file_says_of_generation(tmp_path, write_
         writer.add_eos_token_id(3)
         writer.add_eot_token_id(5)
 
-    keys = {"general.sampling.temp": (0.5, GGUFValueType.FLOAT32)}
+    keys = {"general.sampling.temp": 0.5}
     write_gguf(tmp_path / "m.gguf", tokens=tokens, keys=keys)
     said = load_model(tmp_path / "m.gguf").generation
     assert said == {"eos_token_id": [3, 5], "temperature": 0.5, "do_sample": True}
