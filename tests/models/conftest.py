@@ -152,7 +152,7 @@ def write_gguf():
     a value and its type.
     """
     from taid_jax.models.families import read_config
-    from taid_jax.models.files.weights import axis_sizes, entries
+    from taid_jax.models.files.entries import axis_sizes, entries
 
     def write(
         path,

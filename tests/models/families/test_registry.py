@@ -13,7 +13,7 @@ from taid_jax.models.families import (
     FAMILIES,
     read_config,
 )
-from taid_jax.models.files.weights import axis_sizes, entries
+from taid_jax.models.files.entries import axis_sizes, entries
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -18,6 +18,7 @@ from taid_jax.models.decoder import (
     abstract_params,
     param_axes,
 )
+from taid_jax.models.files.entries import entries
 from taid_jax.models.files.hf import open_folder
 from taid_jax.models.files.hub import DEFAULT_TEACHER
 from taid_jax.models.files.load import (
@@ -27,7 +28,7 @@ from taid_jax.models.files.load import (
     random_init,
 )
 from taid_jax.models.files.tokenizer import load_tokenizer
-from taid_jax.models.files.weights import entries, load_params
+from taid_jax.models.files.weights import load_params
 from taid_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = DecoderConfig(
