@@ -27,12 +27,14 @@ from taid_jax.models.files.tokenizer import (
     choose_pad_token,
     gguf_tokenizer,
     load_tokenizer,
-    own_tokenizer,
     read_folder_tokenizer,
-    same_tokenizer,
     save_tokenizer,
     special_ids,
     tokenizer_notes,
+)
+from taid_jax.models.files.vocabulary import (
+    own_tokenizer,
+    same_tokenizer,
     translate_ids,
 )
 from taid_jax.probes import EDGES, TEXTS
