@@ -111,8 +111,7 @@ def causal_attention(
         scoring: How products become scores; divided by the root of `head_dim` when
             None.
     """
-    if scoring is None:
-        scoring = Scoring(1 / math.sqrt(queries.shape[-1]))
+    scoring = scoring or Scoring(1 / math.sqrt(queries.shape[-1]))
     fixed, traced = (window, None) if isinstance(window, int) else (None, window)
     if fixed is not None and fixed >= queries.shape[3]:
         fixed = None

@@ -37,10 +37,6 @@ def build(
     all rules of cutting nor always the file's ids. Of the others its own classes know
     the rules; they need no PyTorch. Every id is then compared with the file's list.
 
-    Args:
-        metadata: All of the file's keys and values.
-        origin: Where they come from, for messages.
-
     Raises:
         ModelError: If it is damaged, of a kind or with a rule of cutting that is not
             known, or its ids would be others than the file's.

@@ -158,8 +158,7 @@ SMOLLM2 = PackagedModel(
 def cache_folder() -> pathlib.Path:
     """Returns where fetched and compiled things are kept; it need not exist yet.
 
-    `TAID_JAX_CACHE` names it; otherwise it is `taid-jax` in the platform's folder for
-    caches.
+    `TAID_JAX_CACHE` names it; else it is in the platform's folder for caches.
     """
     named = os.environ.get("TAID_JAX_CACHE")
     if named:

@@ -59,10 +59,6 @@ def resize_vocabulary(params: Mapping[str, Any], size: int) -> dict[str, Any]:
     the embedding and in the head. The settings that belong to them are
     `dataclasses.replace(config, vocab_size=size, padded_vocab_size=size)`.
 
-    Args:
-        params: Of a decoder.
-        size: Entries to have.
-
     References:
         The published recipe resizes both models to the teacher's tokenizer.
     """
@@ -167,11 +163,8 @@ def own_tokenizer(student: Tokenizer, teacher: Tokenizer) -> Tokenizer:
     Chat template and special tokens are the student's, so that what it is trained and
     exported with is what it was made for; tokens that the teacher's finds whole in text
     are found so. Where both have a template and they differ,
-    or only one begins texts with its start token, that is a warning.
-
-    Args:
-        student: Changed in place.
-        teacher: With the same ids, see `same_tokenizer`.
+    or only one begins texts with its start token, that is a warning. The student's is
+    changed in place; both have the same ids, see `same_tokenizer`.
     """
     notes = []
     if not student.chat_template:

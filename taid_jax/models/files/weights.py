@@ -89,12 +89,8 @@ def check_tensors(
 
     All differences are counted, and the first of each kind named. Tensors that follow
     from the settings (masks, rotary frequencies) are compared with what those give.
-
-    Args:
-        config: The architecture.
-        tensors: The checkpoint.
-        unknown: Takes the tensors that no parameter is made of, and those that differ
-            from what the settings give; they are refused when None.
+    `unknown` takes those that differ, and those that no parameter is made of; they are
+    refused when it is None.
 
     Raises:
         ModelError: With the tensors that are missing, unexpected or misshapen.
@@ -189,13 +185,6 @@ def load_params(
     the largest parameters first, so that at no time more than the model and one more
     parameter are in memory. With shardings, each part is read on its own, and only the
     parts that this process's devices hold.
-
-    Args:
-        config: The architecture.
-        tensors: The checkpoint; checked before anything is read.
-        dtype: Of the parameters.
-        shardings: Where they go; the default device when None.
-        unknown: As in `check_tensors`.
 
     Raises:
         ModelError: If the tensors are not those of the model, cannot be read, or do not
