@@ -163,22 +163,10 @@ def as_yaml(rng, tree):
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
     text = "\n".join(lines) if rng.random() < 0.5 else json.dumps(tree)
     more = [
-        *(
-            "!!int x",
-            "2026-99-99",
-            "!!python/object:os.system {}",
-            "&a [*a]",
-            "{{}: 1}",
-        ),
-        *(
-            "{{}: 1}",
-            "[" * 2000,
-            "!!binary x",
-            "!!timestamp x",
-            "!!set {a, b}",
-            "!!float x",
-        ),
+        *("!!int x", "!!float x", "!!binary x", "!!timestamp x", "!!set {a, b}"),
+        *("!!python/object:os.system {}", "2026-99-99", "&a [*a]", "{{}: 1}"),
         *("? [1]\n: 2", "0b2", "1:99:99", "<<: 3", "*nothing", "- - - x", "%TAG"),
+        "[" * 2000,
         "a: &a [x, x, x, x, x, x, x, x, x]\n"
         + "\n".join(
             f"{now}: &{now} [{', '.join(['*' + before] * 9)}]"

@@ -54,13 +54,6 @@ def test_finish_lists_all_problems_together():
     assert "inner.x: need a number" in str(caught.value)
 
 
-def test_only_tells_true_from_one():
-    fields = Fields({"a": 1, "b": True}, "file")
-    fields.only("a", (True,))
-    fields.only("b", (True,))
-    assert len(fields.problems) == 1
-
-
 @pytest.mark.parametrize(
     "content",
     [
