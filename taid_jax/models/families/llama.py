@@ -80,8 +80,8 @@ def like_llama(
     """Returns a family whose config.json has the keys of Llama.
 
     `settings` come beside these keys, or take the place of that of the same field.
-    Three numbers are what `transformers` takes where the file says nothing; the rest
-    is as in `Family`.
+    Context, `norm_eps` and `tie_embeddings` are what `transformers` takes where the
+    file says nothing; the rest is as in `Family`.
     """
     usual = (
         Setting("padded_vocab_size", "vocab_size", REQUIRED),
