@@ -235,7 +235,6 @@ def test_smollm2_tokenizer_gives_the_ids_of_transformers(varied_strings, exporte
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
-    assert len(varied_strings) == 200
     messages = [{"role": "user", "content": "Hi"}]
     for source in (DEFAULT_TEACHER, exported):
         ours = load_tokenizer(source)
