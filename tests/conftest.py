@@ -7,6 +7,16 @@ import tempfile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jaxlib.version
+
+if jaxlib.version.__version_info__ < (0, 11):
+    # By the older of its two emitters XLA compiles in a quarter of the time. Later
+    # releases have no other than the newer one, so both are tested.
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    )
+
 import jax
 import jaxtyping
 import pytest

@@ -69,11 +69,7 @@ class Scoring(NamedTuple):
 
 def scoring_of(config: DecoderConfig) -> Scoring:
     """Returns how a decoder scores its keys."""
-    scalar = (
-        config.head_dim
-        if config.query_pre_attn_scalar is None
-        else config.query_pre_attn_scalar
-    )
+    scalar = config.query_pre_attn_scalar or config.head_dim
     return Scoring(1 / math.sqrt(scalar), config.attention_softcap)
 
 
@@ -115,8 +111,7 @@ def causal_attention(
         scoring: How products become scores; divided by the root of `head_dim` when
             None.
     """
-    if scoring is None:
-        scoring = Scoring(1 / math.sqrt(queries.shape[-1]))
+    scoring = scoring or Scoring(1 / math.sqrt(queries.shape[-1]))
     fixed, traced = (window, None) if isinstance(window, int) else (None, window)
     if fixed is not None and fixed >= queries.shape[3]:
         fixed = None
@@ -135,10 +130,9 @@ would need memory that grows with the square of its length."""
 def _blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
     """Returns the blocks of queries, each with the keys that its queries may see.
 
-    Without a window these are the keys up to the block's own end: four blocks leave
-    five eighths of the whole square to compute; more make the products smaller without
-    gain, until the square of a long sequence would not fit in memory. A block of more
-    than a piece has whole ones; what is left of the sequence is a block too.
+    Four blocks leave five eighths of the whole square to compute; more make the
+    products smaller without gain, until the square of a long sequence would not fit in
+    memory. A block of more than a piece has whole ones; the rest is a block too.
     """
     count = max(1, min(length // 64, 4), min(length // 256, 16))
     edges = [length * index // count for index in range(count + 1)]
@@ -153,7 +147,7 @@ def _blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
 
 
 class _Rows(NamedTuple):
-    """What belongs to a block of queries: `rows` is their place in the sequence."""
+    """What belongs to a block of queries; `place` is theirs in the sequence."""
 
     place: Int[Array, "rows"]
     segments: Segments
@@ -185,12 +179,9 @@ Work = Callable[[Carry, _Rows], tuple[Carry, tuple[Array, ...]]]
 
 
 def _by_piece(work: Work, carry: Carry, rows: _Rows) -> tuple[Carry, tuple[Array, ...]]:
-    """Returns what `work` gives for a block, after piece by piece when it is large.
+    """Returns what `work` gives for a block, piece by piece when it is large.
 
-    Args:
-        work: `(carry, rows) -> (carry, arrays)`, whose arrays have the rows on axis 3.
-        carry: What is handed on from piece to piece.
-        rows: The block.
+    The arrays that it gives have the rows on axis 3.
     """
     count = rows.place.size // _PIECE
     if count <= 1:

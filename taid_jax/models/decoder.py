@@ -103,10 +103,7 @@ def layer_pattern(
 ) -> tuple[Pattern, Rotations | None]:
     """Returns what differs between the layers, and the rotations they take from.
 
-    Args:
-        positions: Of the tokens that are computed.
-        config: The architecture.
-        length: Tokens that they may see; windows that hold all of them do nothing.
+    Tokens at `positions` may see `length`: windows that hold all of these do nothing.
     """
     rotations, index = layer_rotations(positions, config)
     window, sizes = None, set(config.windows)
@@ -119,13 +116,7 @@ def layer_pattern(
 def init_params(
     config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float32
 ) -> dict[str, Any]:
-    """Returns random parameters: a plain nested dict, layers stacked on axis 0.
-
-    Args:
-        config: The architecture.
-        rng: A key of `jax.random`.
-        dtype: Of every parameter.
-    """
+    """Returns random parameters: a plain nested dict, layers stacked on axis 0."""
     module = Decoder(config, nnx.Rngs(rng))
     params = nnx.to_pure_dict(nnx.state(module))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -264,18 +255,10 @@ def decoder_functions(
     remat: str = "none",
     unroll: int = 1,
 ) -> ModelFunctions:
-    """Returns what a train step needs of the decoder.
-
-    Args:
-        config: The architecture.
-        dtype: Of the computation, whatever the parameters have.
-        remat: As in `hidden_states`.
-        unroll: As in `hidden_states`.
-    """
+    """Returns what a train step needs of the decoder; options as in `hidden_states`."""
     hidden = functools.partial(
         hidden_states, config=config, dtype=dtype, remat=remat, unroll=unroll
     )
-
     return ModelFunctions(hidden=hidden, head=lambda params: head(params, config))
 
 

@@ -24,12 +24,7 @@ def forward_flops(config: DecoderConfig, batch: int, length: int) -> ForwardFlop
 
     A product of n and m numbers counts 2 n m. Attention counts the half of the square
     that a causal mask leaves, and of it what a layer's window leaves; norms, softmax
-    and activations do not count.
-
-    Args:
-        config: The architecture.
-        batch: Sequences.
-        length: Tokens of each.
+    and activations do not count. There are `batch` sequences of `length` tokens.
     """
     tokens = batch * length
     heads = config.num_heads + config.num_kv_heads

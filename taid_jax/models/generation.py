@@ -1,7 +1,6 @@
 """Completions of prompts: a prompt is read at once, then token by token."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,9 @@ from taid_jax.models.attention import (
 )
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import Pattern, head, layer_pattern, merge
-from taid_jax.models.layers import Layer, Linear
+from taid_jax.models.layers import Layer
+from taid_jax.models.prepared import Prepared, each_layer
+from taid_jax.models.prepared import prepare as prepare
 from taid_jax.models.rope import longest_short
 from taid_jax.models.sampling import (
     GREEDY,
@@ -43,19 +44,6 @@ Cache = tuple[Array, Array]
 """Keys and values of a layer, `(batch, kv_heads, slots, head_dim)` each."""
 
 
-class Prepared(NamedTuple):
-    """Parameters as generation reads them.
-
-    Attributes:
-        params: As `init_params` gives them.
-        layers: Each by itself, its kernels transposed; None where generation scans
-            along the stacked layers.
-    """
-
-    params: Params
-    layers: list[Layer] | None
-
-
 class Completions(NamedTuple):
     """What was generated.
 
@@ -69,55 +57,6 @@ class Completions(NamedTuple):
     tokens: Int[Array, "batch max_new_tokens"]
     lengths: Int[Array, " batch"]
     steps: Int[Array, ""]
-
-
-class _Transposed(nnx.Module):
-    """A linear map whose kernel is (outputs, inputs), which a CPU reads best."""
-
-    def __init__(self, linear: Linear):
-        matrix = linear.kernel[...].reshape(-1, math.prod(linear.outputs)).T
-        # Within a larger program the compiler would transpose it back, in every step.
-        self.kernel = nnx.Param(jax.lax.optimization_barrier(matrix))
-        self.linear = linear
-        del linear.kernel
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        lead = x.shape[: x.ndim - self.linear.num_inputs]
-        rows = x.reshape(math.prod(lead), -1)
-        columns = self.kernel[...].astype(x.dtype) @ rows.T
-        # Kept apart: the product takes a slow path when it transposes its result.
-        return self.linear.finish(jax.lax.optimization_barrier(columns).T, lead)
-
-
-def prepare(
-    params: Params, config: DecoderConfig, *, unroll: bool | None = None
-) -> Prepared:
-    """Returns parameters for several calls of `generate`, laid out once for all.
-
-    Args:
-        params: Parameters of the decoder.
-        config: Its architecture.
-        unroll: Lay the layers out one after the other, with a copy of their weights as
-            a CPU reads them best: about twice the tokens per second there, but
-            compilation grows with the layers. On a CPU when None.
-    """
-    if unroll is None:
-        unroll = jax.default_backend() == "cpu"
-    return Prepared(params, _transposed_layers(params, config) if unroll else None)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _transposed_layers(params: Params, config: DecoderConfig) -> list[Layer]:
-    layer_graph = merge(params, config)[1]
-    layers = []
-    for part in _apart(params["layers"], config.num_layers):
-        layer = nnx.merge(layer_graph, part)
-        for module in (layer.attention, layer.mlp):
-            for name, child in list(vars(module).items()):
-                if isinstance(child, Linear):
-                    setattr(module, name, _Transposed(child))
-        layers.append(layer)
-    return layers
 
 
 def generate(
@@ -271,7 +210,7 @@ def _generate(
 
         x = decoder.stream(ids, positions, dtype)
         x, caches = jax.lax.scan(read_layer, x, (params["layers"], pattern))
-        return x, caches if layers is None else _apart(caches, config.num_layers)
+        return x, caches if layers is None else each_layer(caches, config.num_layers)
 
     x, caches = read(input_ids, attention_mask, max_new_tokens)
     # Where the next token of the longest row stands when it is the first new one.
@@ -326,7 +265,7 @@ def _generate(
             stacked = params["layers"], pattern, caches
             x, caches = jax.lax.scan(stacked_layer, x, stacked)
         else:
-            patterns = _apart(pattern, config.num_layers)
+            patterns = each_layer(pattern, config.num_layers)
             each = list(zip(layers, patterns, caches, strict=True))
             caches = []
             for layer, own, cache in each:
@@ -369,11 +308,3 @@ def _attend(
     scores = jnp.where(visible[:, None, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return product("bkgqm,bkmh->bkgqh", weights, values).astype(queries.dtype)
-
-
-def _apart(stacked: Any, num_layers: int) -> list[Any]:
-    """Returns the layers of a stacked tree, one by one."""
-    return [
-        jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        for index in range(num_layers)
-    ]

@@ -55,32 +55,24 @@ def attend(
     products that they sum in float32 are the same; a scale that is no power of two is
     multiplied into the queries before, which rounds them once more.
 
-    Args:
-        queries: As in `causal_attention`, and so are the others.
-        keys: See there.
-        values: See there.
-        segments: See there.
-        window: See there.
-        scoring: See there.
-        size: The one window of those layers that have any, where layers with and
-            without it share a program and `window` is an array.
+    `size` is the one window of those layers that have any, where layers with and
+    without it share a program and `window` is an array.
     """
     mesh = activation_mesh()
     platform = _platform(mesh)
-    whole: dict[str, Callable[..., Queries]] = {
-        "tpu": functools.partial(splash_attention, scoring=scoring, mesh=mesh),
-        "gpu": functools.partial(cudnn_attention, scoring=scoring),
-    }
-    if platform in whole:
-        reason = (
-            f"its products are {queries.dtype}, and the kernel's are bfloat16"
-            if queries.dtype != jnp.bfloat16
-            else _not_splash(queries, mesh)
-            if platform == "tpu"
-            else _not_cudnn(queries, segments, scoring)
-        )
+    kernel: Callable[..., Queries] | None = None
+    reason = None
+    if platform == "tpu":
+        kernel = functools.partial(splash_attention, scoring=scoring, mesh=mesh)
+        reason = _not_splash(queries, mesh)
+    elif platform == "gpu":
+        kernel = functools.partial(cudnn_attention, scoring=scoring)
+        reason = _not_cudnn(queries, segments, scoring)
+    if kernel is not None:
+        if queries.dtype != jnp.bfloat16:
+            reason = f"its products are {queries.dtype}, and the kernel's are bfloat16"
         if reason is None:
-            kernel, arrays = whole[platform], (queries, keys, values, segments)
+            arrays = queries, keys, values, segments
             if isinstance(window, int | None):
                 return kernel(*arrays, window=window)
             return jax.lax.cond(

@@ -224,14 +224,7 @@ _kept = checkpoint_name
 
 
 class Embedding(nnx.Module):
-    """A row of numbers per token id, or per position.
-
-    Args:
-        axis: Name of the rows' axis.
-        rows: How many there are.
-        config: The architecture.
-        rngs: Draws the table.
-    """
+    """A row of numbers per token id, or per position; `axis` names that of the rows."""
 
     def __init__(self, axis: str, rows: int, config: DecoderConfig, rngs: nnx.Rngs):
         shape = (rows, config.d_model)

@@ -51,12 +51,8 @@ def params_need(
 ) -> Need:
     """Returns what the parameters of a model take, each device's part of them.
 
-    Args:
-        what: Of the model.
-        config: The architecture.
-        dtype: Of the parameters.
-        where: One sharding for all, a tree of them, or None for the default device.
-        copies: So many arrays like each parameter there are.
+    `where` is one sharding for all, a tree of them, or None for the default device;
+    there are `copies` arrays like each parameter.
     """
     found: Counter[Any] = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
@@ -87,15 +83,18 @@ def check_fits(*needs: Need) -> None:
     Raises:
         ModelError: With what is needed, each by its name, and what there is.
     """
-    for place in sorted({_place(device) for need in needs for device in need.bytes}):
-        shares = {
-            need.what: sum(n for each, n in need.bytes.items() if _place(each) == place)
-            for need in needs
-        }
-        free = host_memory() if place == _HOST else _device_memory(place, needs)
-        if free is None or sum(shares.values()) <= free:
+    shares: dict[str, Counter[str]] = {}
+    devices: dict[str, Any] = {}
+    for need in needs:
+        for device, size in need.bytes.items():
+            place = _HOST if device.platform == "cpu" else str(device)
+            devices[place] = device
+            shares.setdefault(place, Counter())[need.what] += size
+    for place, by_name in sorted(shares.items()):
+        free = host_memory() if place == _HOST else _device_memory(devices[place])
+        if free is None or by_name.total() <= free:
             continue
-        lines = ", ".join(f"{_gib(size)} for {what}" for what, size in shares.items())
+        lines = ", ".join(f"{_gib(size)} for {what}" for what, size in by_name.items())
         raise ModelError(
             f"not enough memory: need {lines}; {place} has {_gib(free)}. "
             "Give a smaller model, a dtype of fewer bytes, or a mesh of more devices"
@@ -105,18 +104,12 @@ def check_fits(*needs: Need) -> None:
 _HOST = "this host"
 
 
-def _place(device: Any) -> str:
-    return _HOST if device.platform == "cpu" else str(device)
-
-
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-def _device_memory(place: str, needs: Iterable[Need]) -> int | None:
+def _device_memory(device: Any) -> int | None:
     """Returns what a device has left, None when it does not say."""
-    devices = (device for need in needs for device in need.bytes)
-    device = next(each for each in devices if str(each) == place)
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None

@@ -26,10 +26,8 @@ def rope_frequencies(
 ) -> Float32[np.ndarray, " pairs"]:
     """Returns the angle that each pair of a head rotates per position, in radians.
 
-    Args:
-        rope: The settings; of "dynamic", as within the original context.
-        head_dim: Width of a head.
-        long: For a sequence beyond the original context ("longrope").
+    Of "dynamic" they are those within the original context, and so are those of
+    "longrope" unless `long`.
 
     References:
         Su et al., RoFormer (arXiv:2104.09864), section 3.2.2; Chen et al., position
@@ -126,10 +124,9 @@ def layer_rotations(
 ) -> tuple[Rotations | None, Int[np.ndarray, " layers"] | None]:
     """Returns how the layers rotate their heads.
 
-    Returns:
-        The cosine and sine of all layers, and None; or, when layers differ, those of
-        every kind of layer on a leading axis, and the index of each layer's kind. None
-        twice when no layer rotates.
+    That is the cosine and sine of all layers, and None; or, when layers differ, those
+    of every kind of layer on a leading axis, and the index of each layer's kind. None
+    twice when no layer rotates.
     """
     kinds = list(dict.fromkeys(config.ropes))
     if kinds == [None]:

@@ -59,14 +59,8 @@ def candidates(
     """Returns the log-weights of the tokens that may be drawn, and which these are.
 
     Tokens are ranked by their logit, equal ones by their id, the lower first. An entry
-    that must not be drawn has the weight -inf.
-
-    Args:
-        logits: Any float dtype; -inf at entries that are no tokens.
-        sampling: With a temperature above 0.
-
-    Returns:
-        Log-weights, not normalised, and the ids; None when entry i is token i.
+    that must not be drawn has the weight -inf. The weights are not normalised; the ids
+    are None when entry i is token i. The temperature is above 0.
     """
     logits = logits.astype(jnp.float32)
     # The greatest becomes 0, which no temperature, however small, can overflow.
@@ -90,10 +84,7 @@ def draw(
 ) -> Int[Array, " batch"]:
     """Returns a token for each row, drawn with the row's own key.
 
-    Args:
-        logits: Any float dtype; a token with -inf is never drawn.
-        keys: Of `jax.random`, one for each row.
-        sampling: With a temperature above 0.
+    A token with a logit of -inf is never drawn; the temperature is above 0.
     """
     weights, ids = candidates(logits, sampling)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, weights.shape[1:]))(keys)

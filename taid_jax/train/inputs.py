@@ -23,14 +23,14 @@ from taid_jax.models.decoder import (
 from taid_jax.models.files.load import LoadedModel, OpenModel, open_model
 from taid_jax.models.files.tokenizer import (
     Tokenizer,
-    own_tokenizer,
     require_tokenizer,
-    same_tokenizer,
-    translate_ids,
 )
 from taid_jax.models.files.vocabulary import (
     count_tokens,
+    own_tokenizer,
     resize_vocabulary,
+    same_tokenizer,
+    translate_ids,
     with_tokenizer,
 )
 from taid_jax.models.memory import check_fits, host_memory, params_need

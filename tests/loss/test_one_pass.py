@@ -171,4 +171,6 @@ def test_one_pass_under_vmap_over_t_is_one_t_at_a_time(make_inputs, evaluate):
     together = jax.jit(jax.vmap(gradient))(t)
     for one, number in zip(together, t, strict=True):
         single = evaluate(number, inputs.student, inputs.teacher)[1]
-        np.testing.assert_allclose(one, single, rtol=1e-5, atol=1e-8)
+        # Another program's rounding, which goes by the largest entries.
+        atol = 1e-5 * np.abs(single).max()
+        np.testing.assert_allclose(one, single, rtol=1e-5, atol=atol)

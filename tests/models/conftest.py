@@ -72,6 +72,15 @@ ARCHITECTURES = {
 }
 
 
+TYPES = {
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+    str: gguf.GGUFValueType.STRING,
+    list: gguf.GGUFValueType.ARRAY,
+}
+
+
 def interleaved(matrix, heads):
     """As llama.cpp's converter has a Llama's heads: halves of rotary pairs in turn."""
     split = matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, -1)
@@ -139,10 +148,11 @@ def write_gguf():
 
     It returns the model's config, and what the file holds, dequantised, under Hugging
     Face's names and in its order. Names of tensors come from the `gguf` package; what
-    the converter does to the numbers is spelled out here.
+    the converter does to the numbers is spelled out here. Keys are values, or pairs of
+    a value and its type.
     """
     from taid_jax.models.families import read_config
-    from taid_jax.models.files.weights import axis_sizes, entries
+    from taid_jax.models.files.entries import axis_sizes, entries
 
     def write(
         path,
@@ -164,7 +174,8 @@ def write_gguf():
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
         write_keys(writer, config)
         for key, value in dict(keys).items():
-            writer.add_key_value(key, *value)
+            typed = value if isinstance(value, tuple) else (value, TYPES[type(value)])
+            writer.add_key_value(key, *typed)
         if tokens is not None:
             tokens(writer)
         names = gguf.get_tensor_name_map(architecture, config.num_layers)
@@ -208,22 +219,17 @@ def close(writer):
 
 @pytest.fixture(scope="session")
 def varied_strings():
-    """Two hundred strings: languages, code, numbers, spaces, signs, special tokens."""
-    generator = np.random.default_rng(0)
-    pieces = [
-        *("Hello world", "the cat sat", "don't", "I'LL", "Ünïcödé", "naïve café"),
-        *("Привет", "مرحبا", "こんにちは", "漢字", "한국어", "नमस्ते", "\u0301"),
-        *("🙂", "\U0001f469\u200d\U0001f467", "\U0001d518\U0001d52b", "ß", "²"),
-        *("def f(x):\n\treturn x**2", '{"a": [1, 2.5e-3]}', "http://a.b/c?d=1"),
-        *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>"),
-        *("<0x0A>", "▁", "Ġ", "1234567890", "3.14159", "1,000,000", "٣٤"),
-        *(" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "\u00a0", "\u200b", "\u3000"),
-        *("\x00", "\x7f", "...", "!?", "--", "$%^&*", "#", "'", '"', "`", "~", "\\n"),
-        *("ABC", "aBc", "zzzzzzzzzzzz", "the<tool>lo"),
+    """Texts that tokenizers cut in different ways, and some with special tokens."""
+    from taid_jax.probes import EDGES, TEXTS
+
+    return [
+        *(*TEXTS, *EDGES, "<|im_start|>the<|im_end|> the<tool>lo\n<|endoftext|>"),
+        *(
+            "<s>the</s> <unk>",
+            "<s>",
+            " </s>the",
+            "<0x0A>",
+            "\u2581 the\u2581lo",
+            "\u0120",
+        ),
     ]
-    strings = ["", *pieces]
-    while len(strings) < 200:
-        chosen = generator.choice(len(pieces), generator.integers(2, 9))
-        joint = ["", " "][generator.integers(2)]
-        strings.append(joint.join(pieces[index] for index in chosen))
-    return strings

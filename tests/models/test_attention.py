@@ -13,8 +13,6 @@ from taid_jax.models.attention import (
     causal_attention,
 )
 
-pytestmark = pytest.mark.optimised
-
 
 def reference(queries, keys, values, segments=None, window=None, scoring=None):
     """The definition, written with whole squares."""
@@ -67,7 +65,7 @@ def value_and_gradients(attention, arrays):
         (130, False, None, None, False),
         (17, True, 1, None, False),
         (130, True, 5, 2.0, True),
-        (257, True, 100, 0.5, False),
+        pytest.param(257, True, 100, 0.5, False, marks=pytest.mark.optimised),
     ],
 )
 def test_causal_attention_is_the_definition(length, packed, window, softcap, traced):
@@ -122,6 +120,7 @@ def temp_bytes(length):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_causal_attention_memory_grows_with_the_length(monkeypatch):
     monkeypatch.setattr(attention_module, "_PIECE", 16)
     # Twice the length: twice the memory. With the square it would be four times.
@@ -129,6 +128,7 @@ def test_causal_attention_memory_grows_with_the_length(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_causal_attention_memory_of_long_sequences_grows_with_the_length():
     assert temp_bytes(32768) < 2.4 * temp_bytes(16384)
 

@@ -15,13 +15,6 @@ SIZES = {
 }
 
 
-def test_decoder_config_is_a_key_of_compiled_functions():
-    first, second = DecoderConfig(**SIZES), DecoderConfig(**SIZES)
-    assert hash(first) == hash(second)
-    assert first == second
-    assert first != DecoderConfig(**{**SIZES, "rope": RopeConfig(theta=5.0)})
-
-
 def test_decoder_config_refuses_sizes_below_one():
     for name in SIZES:
         with pytest.raises(ModelError, match=f"{name} >= 1, got 0"):

@@ -258,14 +258,6 @@ def test_select_layers_keeps_the_first_the_last_and_even_spaces(kept, expected):
     assert chosen["final_norm"] is params["final_norm"]
 
 
-def test_select_layers_takes_what_is_the_layers_own_along():
-    params = tiny_params(PATTERN)
-    _, config = select_layers(params, PATTERN, 2)
-    assert config.windows == (4, 4)
-    assert config.ropes == (RopeConfig(theta=50.0), None)
-    assert select_layers(params, PATTERN, 3)[1] == PATTERN
-
-
 def test_decoder_refuses_what_cannot_be_done():
     config, batch = CONFIGS["no_gate"], as_batch(input_ids=ids_of(TINY, length=65))
     params = tiny_params(config)

@@ -10,8 +10,6 @@ from taid_jax.models import kernels as kernels
 from taid_jax.models.attention import Scoring, causal_attention
 from taid_jax.sharding import activations_on, make_mesh
 
-pytestmark = pytest.mark.optimised
-
 LENGTH = 128
 
 

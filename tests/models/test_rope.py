@@ -3,38 +3,15 @@ import numpy as np
 import pytest
 
 from taid_jax.models.config import DecoderConfig, RopeConfig
+from taid_jax.models.families import read_config
 from taid_jax.models.rope import layer_rotations, rope_frequencies, rotate, rotation
 
 
 def test_rope_frequencies_are_the_powers_of_theta():
     frequencies = rope_frequencies(RopeConfig(theta=100.0), 4)
     np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=1e-7)
-
-
-def test_rope_frequencies_linear_divides_all_by_the_factor():
-    plain = rope_frequencies(RopeConfig(theta=100.0), 8)
-    linear = rope_frequencies(RopeConfig(theta=100.0, kind="linear", factor=4.0), 8)
-    np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
-
-
-def test_rotate_keeps_lengths_and_sees_distances_only():
-    rng = np.random.default_rng(0)
-    query, key = (jnp.asarray(rng.normal(size=(1, 1, 16)), "float32") for _ in "qk")
-    rope = RopeConfig(theta=100.0)
-
-    def score(at, other):
-        turned = [
-            rotate(x[:, None], rotation(jnp.full((1, 1), where), rope, 16))
-            for x, where in ((query, at), (key, other))
-        ]
-        return float((turned[0] * turned[1]).sum())
-
-    turned = rotate(query[:, None], rotation(jnp.full((1, 1), 7), rope, 16))
-    # Rounding of a sum of 16 squares near 16.
-    np.testing.assert_allclose((turned**2).sum(), (query**2).sum(), rtol=1e-6)
-    # Angles up to 1000 radians carry an error of 6e-5 in float32.
-    assert score(3, 0) == pytest.approx(score(1003, 1000), abs=2e-3)
-    assert abs(score(3, 0) - score(4, 0)) > 1e-2
+    linear = rope_frequencies(RopeConfig(theta=100.0, kind="linear", factor=4.0), 4)
+    np.testing.assert_allclose(linear, frequencies / 4, rtol=1e-6)
 
 
 def test_rotate_of_bfloat16_turns_in_float32():
@@ -50,96 +27,51 @@ def test_rotate_of_bfloat16_turns_in_float32():
     )
 
 
-def torch_frequencies(kind, rope, *, head_dim=64, length=None, context=512):
-    """Frequencies and scale that transformers derives."""
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LONG = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 2.0, 3.0, 4.0],
+    "long_factor": [2.0, 3.0, 5.0, 9.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        (YARN, 100),
+        ({**YARN, "beta_fast": 4.0, "beta_slow": 0.01, "truncate": False}, 100),
+        # Within the original context and beyond it.
+        *((DYNAMIC, 512), (DYNAMIC, 1500), (LONG, 16), (LONG, 17)),
+    ],
+)
+def test_rotation_is_that_of_transformers(rope, length):
     pytest.importorskip("torch", reason="transformers computes them with PyTorch")
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    settings = transformers.LlamaConfig(
-        hidden_size=4 * head_dim,
-        num_attention_heads=4,
-        max_position_embeddings=context,
-        rope_parameters={"rope_type": kind, "rope_theta": 1e4, **rope},
-    )
-    expected, scale = ROPE_INIT_FUNCTIONS[kind](settings, "cpu", seq_len=length)
-    return expected.numpy(), scale
-
-
-def test_rope_frequencies_llama3_are_those_of_transformers():
-    scaling = {
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 512,
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "rope_parameters": {**rope, "rope_theta": 1e4},
     }
-    expected, _ = torch_frequencies("llama3", scaling)
-    rope = RopeConfig(1e4, "llama3", 32.0, 1.0, 4.0, 512)
-    # Their powers are taken in float32: an exponent's rounding times its logarithm.
-    np.testing.assert_allclose(rope_frequencies(rope, 64), expected, rtol=3e-6)
-
-
-@pytest.mark.parametrize(
-    ("original", "fast", "slow", "truncate"),
-    [(4096, 32.0, 1.0, True), (4096, 4.0, 0.01, False)],
-)
-def test_rope_frequencies_yarn_are_those_of_transformers(
-    original, fast, slow, truncate
-):
-    expected, scale = torch_frequencies(
-        "yarn",
-        {
-            "factor": 8.0,
-            "original_max_position_embeddings": original,
-            "beta_fast": fast,
-            "beta_slow": slow,
-            "truncate": truncate,
-        },
-    )
-    rope = RopeConfig(
-        kind="yarn",
-        factor=8.0,
-        original_max_position_embeddings=original,
-        beta_fast=fast,
-        beta_slow=slow,
-        truncate=truncate,
-        attention_factor=scale,
-    )
-    # Their powers are taken in float32.
-    np.testing.assert_allclose(rope_frequencies(rope, 64), expected, rtol=3e-6)
-    cos, sin = rotation(jnp.array([[0, 3]]), rope, 64)
-    np.testing.assert_allclose(cos[0, 0], np.full(32, scale), rtol=1e-6)
-    np.testing.assert_allclose(sin[0, 1], scale * np.sin(3 * expected), atol=1e-5)
-
-
-@pytest.mark.parametrize("length", [512, 1500])
-def test_rotation_dynamic_is_that_of_transformers(length):
-    expected, _ = torch_frequencies("dynamic", {"factor": 2.0}, length=length)
-    rope = RopeConfig(kind="dynamic", factor=2.0, original_max_position_embeddings=512)
-    cos, _ = rotation(jnp.array([[1, length - 1]]), rope, 64)
-    np.testing.assert_allclose(cos[0, 0], np.cos(expected), atol=1e-6)
-
-
-@pytest.mark.parametrize("length", [16, 17])
-def test_rotation_longrope_takes_the_factors_of_the_longest_sequence(length):
-    short, long = [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 5.0, 9.0]
-    factors = {"short_factor": short, "long_factor": long}
-    expected, scale = torch_frequencies(
-        "longrope",
-        {**factors, "original_max_position_embeddings": 16},
-        head_dim=8,
-        length=length,
-        context=64,
-    )
-    rope = RopeConfig(
-        kind="longrope",
-        original_max_position_embeddings=16,
-        short_factor=tuple(short),
-        long_factor=tuple(long),
-        attention_factor=scale,
-    )
-    cos, _ = rotation(jnp.array([[1, 2], [0, length - 1]]), rope, 8)
-    np.testing.assert_allclose(cos[0, 0], scale * np.cos(expected), rtol=1e-5)
+    derive = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+    expected, scale = derive(transformers.LlamaConfig(**sizes), "cpu", seq_len=length)
+    ours = read_config({"model_type": "llama", **sizes}, "sizes").rope
+    assert ours is not None
+    # The longest sequence of the batch counts.
+    cos, sin = rotation(jnp.array([[1, 2], [0, length - 1]]), ours, 8)
+    for row, place, position in ((0, 0, 1), (0, 1, 2), (1, 1, length - 1)):
+        angles = position * expected.numpy().astype(np.float64)
+        # Angles of up to 1,500 radians, whose powers are taken in float32.
+        options = {"atol": 2e-6 * max(1, position)}
+        np.testing.assert_allclose(cos[row, place], scale * np.cos(angles), **options)
+        np.testing.assert_allclose(sin[row, place], scale * np.sin(angles), **options)
 
 
 def test_rotate_turns_the_first_part_of_partial_heads_only():

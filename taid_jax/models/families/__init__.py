@@ -1,6 +1,6 @@
 """The families of models that the decoder can be: one small file each.
 
-A new family is a file like `llama.py` and an entry in `registry.FAMILIES`; what it does
+A new family is a file like `qwen3.py` and an entry in `registry.FAMILIES`; what it does
 differently from the others is a setting of `DecoderConfig`.
 """
 

@@ -105,12 +105,7 @@ def side_by_side(
 ) -> tuple[Weight, ...]:
     """Returns weights that one tensor holds, as its pieces in this order.
 
-    Args:
-        weights: As they would be on their own.
-        hf: Name of the tensor in safetensors files.
-        gguf: The same in GGUF files.
-        sizes: As in `Part`.
-        **options: Of `Part`.
+    `hf` and `gguf` are the tensor's names; sizes and options those of `Part`.
     """
     return tuple(
         dataclasses.replace(each, hf=hf, gguf=gguf, part=Part(n, sizes, **options))

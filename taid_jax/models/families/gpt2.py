@@ -7,6 +7,7 @@ from taid_jax.models.families.family import (
     Weight,
     side_by_side,
 )
+from taid_jax.models.families.llama import head_dim
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", **ACTIVATIONS}
 # Stored with their inputs first, and so side by side in columns.
@@ -24,7 +25,7 @@ GPT2 = Family(
         Setting("num_layers", "n_layer", 12),
         Setting("num_heads", "n_head", 12),
         Setting("num_kv_heads", None, lambda got: got["num_heads"]),
-        Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
+        Setting("head_dim", None, head_dim),
         Setting("mlp_dim", "n_inner", lambda got: 4 * got["d_model"]),
         Setting("max_position_embeddings", "n_positions", 1024),
         Setting("norm_eps", "layer_norm_epsilon", 1e-5),

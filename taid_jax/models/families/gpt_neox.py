@@ -1,31 +1,21 @@
 """GPT-NeoX and Pythia: parallel residual, partial rotary positions, biases, GELU."""
 
-from taid_jax.models.families.family import (
-    ACTIVATIONS,
-    Family,
-    Setting,
-    Weight,
-    side_by_side,
-)
-from taid_jax.models.families.llama import ATTENTION, SIZES_BUT_KV_HEADS
+from taid_jax.models.families import llama
+from taid_jax.models.families.family import ACTIVATIONS, Setting, Weight, side_by_side
 from taid_jax.models.families.rope import rope
 
 _RESIDUAL = {True: "parallel", False: "sequential"}
 
-GPT_NEOX = Family(
-    name="gpt_neox",
-    architecture="GPTNeoXForCausalLM",
-    settings=(
-        *SIZES_BUT_KV_HEADS,
-        Setting("num_kv_heads", None, lambda got: got["num_heads"]),
-        Setting("head_dim", None, lambda got: got["d_model"] // got["num_heads"]),
-        Setting("max_position_embeddings", "max_position_embeddings", 2048),
-        Setting("norm_eps", "layer_norm_eps", 1e-5),
-        Setting("tie_embeddings", "tie_word_embeddings", False),
-        Setting("attention_bias", "attention_bias", True),
-        Setting("activation", "hidden_act", "gelu", ACTIVATIONS),
-        Setting("residual", "use_parallel_residual", True, _RESIDUAL),
-    ),
+GPT_NEOX = llama.like_llama(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    Setting("num_kv_heads", None, lambda got: got["num_heads"]),
+    Setting("head_dim", None, llama.head_dim),
+    Setting("norm_eps", "layer_norm_eps", 1e-5),
+    Setting("attention_bias", "attention_bias", True),
+    Setting("activation", "hidden_act", "gelu", ACTIVATIONS),
+    Setting("residual", "use_parallel_residual", True, _RESIDUAL),
+    max_position_embeddings=2048,
     groups=(rope(theta_key="rotary_emb_base", partial_key="rotary_pct", partial=0.25),),
     constants={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
     weights=(
@@ -33,7 +23,8 @@ GPT_NEOX = Family(
         Weight("layers.attention_norm", "input_layernorm", "", "d -> d"),
         # Of each head the rows of its queries, its keys and its values.
         *side_by_side(
-            ATTENTION[:3], "attention.query_key_value", "", ("h", "h", "h"), groups="n"
+            *(llama.ATTENTION[:3], "attention.query_key_value", "", ("h", "h", "h")),
+            groups="n",
         ),
         Weight("layers.attention.o_proj", "attention.dense", "", "d (n h) -> n h d"),
         Weight("layers.mlp_norm", "post_attention_layernorm", "", "d -> d"),
@@ -47,6 +38,6 @@ GPT_NEOX = Family(
     buffers={
         r"gpt_neox\.layers\.\d+\.attention\.bias": "causal_mask",
         r"gpt_neox\.layers\.\d+\.attention\.masked_bias": "masked_score",
-        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq": ("rope_frequencies"),
+        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq": "rope_frequencies",
     },
 )

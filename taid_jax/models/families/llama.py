@@ -5,28 +5,19 @@ Settings and tensors that other families share with Llama stand here by themselv
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
-from taid_jax.models.families.family import Buffer, Family, Setting, Weight
+from taid_jax.models.families.family import (
+    ACTIVATIONS,
+    Buffer,
+    Family,
+    Got,
+    Group,
+    Setting,
+    Weight,
+)
 from taid_jax.models.families.fields import REQUIRED
 from taid_jax.models.families.rope import rope
-
-SIZES_BUT_KV_HEADS = (
-    Setting("padded_vocab_size", "vocab_size", REQUIRED),
-    Setting("d_model", "hidden_size", REQUIRED),
-    Setting("mlp_dim", "intermediate_size", REQUIRED),
-    Setting("num_layers", "num_hidden_layers", REQUIRED),
-    Setting("num_heads", "num_attention_heads", REQUIRED),
-    Setting("initializer_range", "initializer_range", 0.02),
-)
-
-SIZES = (
-    *SIZES_BUT_KV_HEADS,
-    Setting("num_kv_heads", "num_key_value_heads", REQUIRED),
-)
-
-HEAD_DIM = Setting(
-    "head_dim", "head_dim", lambda got: got["d_model"] // got["num_heads"]
-)
 
 EMBED = Weight("embed", "model.embed_tokens", "token_embd", "v d -> v d")
 
@@ -67,6 +58,63 @@ ROTARY_BUFFERS: Mapping[str, Buffer] = {
 }
 """Some checkpoints carry them though they follow from the config."""
 
+BODY = (EMBED, *NORMS, *ATTENTION, *MLP)
+
+
+def head_dim(got: Got) -> int:
+    """Returns the width of a head where the model's is shared out evenly."""
+    return got["d_model"] // got["num_heads"]
+
+
+def like_llama(
+    name: str,
+    architecture: str,
+    *settings: Setting,
+    max_position_embeddings: int,
+    norm_eps: float = 1e-6,
+    tie_embeddings: bool = False,
+    groups: tuple[Group, ...] = (rope(),),
+    weights: tuple[Weight, ...] = (*BODY, *LAST),
+    **options: Any,
+) -> Family:
+    """Returns a family whose config.json has the keys of Llama.
+
+    `settings` come beside these keys, or take the place of that of the same field.
+    Context, `norm_eps` and `tie_embeddings` are what `transformers` takes where the
+    file says nothing; the rest is as in `Family`.
+    """
+    usual = (
+        Setting("padded_vocab_size", "vocab_size", REQUIRED),
+        Setting("d_model", "hidden_size", REQUIRED),
+        Setting("mlp_dim", "intermediate_size", REQUIRED),
+        Setting("num_layers", "num_hidden_layers", REQUIRED),
+        Setting("num_heads", "num_attention_heads", REQUIRED),
+        Setting("initializer_range", "initializer_range", 0.02),
+        Setting("num_kv_heads", "num_key_value_heads", REQUIRED),
+        Setting("head_dim", "head_dim", head_dim),
+        Setting(
+            "max_position_embeddings",
+            "max_position_embeddings",
+            max_position_embeddings,
+        ),
+        Setting("norm_eps", "rms_norm_eps", norm_eps),
+        Setting("tie_embeddings", "tie_word_embeddings", tie_embeddings),
+        Setting("activation", "hidden_act", "silu", ACTIVATIONS),
+    )
+    by_field = {setting.field: setting for setting in (*usual, *settings)}
+    return Family(
+        name=name,
+        architecture=architecture,
+        settings=tuple(by_field.values()),
+        groups=groups,
+        weights=weights,
+        **{"buffers": ROTARY_BUFFERS, **options},
+    )
+
+
+ATTENTION_BIAS = Setting("attention_bias", "attention_bias", False)
+MLP_BIAS = Setting("mlp_bias", "mlp_bias", False)
+
 # llama.cpp keeps the two halves (c) of each rotary pair side by side; Hugging Face has
 # the first halves of all pairs (r) of a head before the second ones.
 _QUERIES, _KEYS = (
@@ -76,24 +124,16 @@ _QUERIES, _KEYS = (
     )
 )
 
-LLAMA = Family(
-    name="llama",
-    architecture="LlamaForCausalLM",
+LLAMA = like_llama(
+    "llama",
+    "LlamaForCausalLM",
+    Setting("num_kv_heads", "num_key_value_heads", lambda got: got["num_heads"]),
+    Setting("activation", "hidden_act", "silu", {"silu": "silu", "swish": "silu"}),
+    ATTENTION_BIAS,
+    MLP_BIAS,
+    max_position_embeddings=2048,
     gguf="llama",
-    settings=(
-        *SIZES_BUT_KV_HEADS,
-        Setting("num_kv_heads", "num_key_value_heads", lambda got: got["num_heads"]),
-        HEAD_DIM,
-        Setting("max_position_embeddings", "max_position_embeddings", 2048),
-        Setting("norm_eps", "rms_norm_eps", 1e-6),
-        Setting("tie_embeddings", "tie_word_embeddings", False),
-        Setting("attention_bias", "attention_bias", False),
-        Setting("mlp_bias", "mlp_bias", False),
-    ),
-    groups=(rope(),),
-    fixed={"hidden_act": ("silu", "swish")},
     harmless=frozenset({"is_llama_config"}),
     weights=(EMBED, *NORMS, _QUERIES, _KEYS, *ATTENTION[2:], *MLP, *LAST),
-    buffers=ROTARY_BUFFERS,
     gguf_settings=frozenset({"rope_freqs.weight"}),
 )

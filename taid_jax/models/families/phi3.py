@@ -1,45 +1,28 @@
 """Phi-3 to 4: queries, keys and values in one tensor, gate and up in another."""
 
 from taid_jax.models.families import llama
-from taid_jax.models.families.family import (
-    ACTIVATIONS,
-    Family,
-    Setting,
-    side_by_side,
-)
+from taid_jax.models.families.family import Setting, side_by_side
 from taid_jax.models.families.rope import rope
 
 # Early releases called it by other names.
 _LONG = dict.fromkeys(("longrope", "su", "yarn"), "longrope")
 
-PHI3 = Family(
-    name="phi3",
-    architecture="Phi3ForCausalLM",
+PHI3 = llama.like_llama(
+    "phi3",
+    "Phi3ForCausalLM",
+    Setting("window", "sliding_window", None),
+    max_position_embeddings=4096,
+    norm_eps=1e-5,
     gguf="phi3",
-    settings=(
-        *llama.SIZES,
-        llama.HEAD_DIM,
-        Setting("max_position_embeddings", "max_position_embeddings", 4096),
-        Setting("norm_eps", "rms_norm_eps", 1e-5),
-        Setting("tie_embeddings", "tie_word_embeddings", False),
-        Setting("activation", "hidden_act", "silu", ACTIVATIONS),
-        Setting("window", "sliding_window", None),
-    ),
     groups=(rope(partial=1.0, kinds={"default": "default"} | _LONG, original=4096),),
     fixed=dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,)),
-    harmless=frozenset(
-        {
-            # Of the code that came with some releases; transformers knows neither.
-            *("full_attn_mod", "interpolate_factor"),
-        }
-    ),
+    # Of the code that came with some releases; transformers knows neither.
+    harmless=frozenset({"full_attn_mod", "interpolate_factor"}),
     weights=(
         llama.EMBED,
         *llama.NORMS,
         *side_by_side(
-            llama.ATTENTION[:3],
-            "self_attn.qkv_proj",
-            "attn_qkv",
+            *(llama.ATTENTION[:3], "self_attn.qkv_proj", "attn_qkv"),
             ("n h", "k h", "k h"),
         ),
         llama.ATTENTION[-1],
@@ -47,6 +30,5 @@ PHI3 = Family(
         llama.MLP[-1],
         *llama.LAST,
     ),
-    buffers=llama.ROTARY_BUFFERS,
     gguf_settings=frozenset({"rope_factors_long.weight", "rope_factors_short.weight"}),
 )

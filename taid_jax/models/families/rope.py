@@ -103,15 +103,10 @@ def _read(
     length: int,
     outer: int,
 ) -> RopeConfig:
-    """Returns the settings of a section; problems are left with both.
+    """Returns the settings of a section within `fields`; problems are left with both.
 
-    Args:
-        fields: What the section stands in.
-        section: A mapping as `rope_parameters` or `rope_scaling`.
-        base: Settings that may stand beside it.
-        kinds: Names of kinds -> ours.
-        length: The model's context.
-        outer: Original context beside the section, which goes first; 0 when absent.
+    `base` are settings that may stand beside it; `length` is the model's context, and
+    `outer` an original context beside the section, which goes first unless it is 0.
     """
     named = section.get("type", "default", str)
     named = section.get("rope_type", named, str)

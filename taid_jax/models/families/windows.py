@@ -91,13 +91,9 @@ UNTURNED_LAYERS = Group(_read_unturned, _write_unturned)
 def _windows(
     fields: Fields, got: Got, size: int | None, standard: Callable[[int], bool]
 ) -> dict[str, Any]:
-    """Returns the window and its layers.
+    """Returns the window, and its layers.
 
-    Args:
-        fields: May name the kind of every layer.
-        got: The settings read before.
-        size: The window; None when there is none.
-        standard: Whether a layer has the window when the file does not name its kind.
+    `standard` says which of them have it where the file does not name their kinds.
     """
     layers, kinds = got["num_layers"], fields.sequence(_TYPES, str)
     if kinds is None:

@@ -24,6 +24,7 @@ from taid_jax.errors import ModelError, explain, parsing, show
 from taid_jax.files import folder_aside
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.families import write_config
+from taid_jax.models.files.entries import Entry, axis_sizes, entries
 from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from taid_jax.models.files.tokenizer import (
     NO_SPECIAL_IDS,
@@ -32,7 +33,6 @@ from taid_jax.models.files.tokenizer import (
     special_ids,
 )
 from taid_jax.models.files.vocabulary import resize_vocabulary
-from taid_jax.models.files.weights import Entry, axis_sizes, entries
 
 MAX_SHARD_BYTES = 4 << 30
 """A model above this size is written in several files."""

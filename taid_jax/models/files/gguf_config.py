@@ -59,11 +59,7 @@ def read_gguf_config(file: GgufFile, unknown: list[str] | None = None) -> Decode
     """Returns the architecture that a GGUF file describes.
 
     What the metadata say is put in the words of config.json and read as such, so that
-    the family's own file decides what it means.
-
-    Args:
-        file: Its header was read.
-        unknown: As in `read_config`.
+    the family's own file decides what it means. `unknown` is as in `read_config`.
 
     Raises:
         ModelError: With everything that is wrong or that the decoder cannot do.

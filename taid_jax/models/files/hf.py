@@ -68,11 +68,7 @@ class FolderTensors:
 def read_folder_config(
     source: pathlib.Path, unknown: list[str] | None = None
 ) -> DecoderConfig:
-    """Returns the architecture that a folder's config.json describes.
-
-    Args:
-        source: The folder, or the file itself.
-        unknown: As in `read_config`.
+    """Returns the architecture that a folder's config.json, or that file, describes.
 
     Raises:
         ModelError: If the folder has none that the decoder can follow.

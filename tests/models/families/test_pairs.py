@@ -75,14 +75,6 @@ def check_pair(teacher, student, batch):
 
 
 @pytest.mark.slow
-# The vocabulary of 67 and the one key head of a case do not divide by two.
-@pytest.mark.filterwarnings("ignore:.*is not cut over")
-@pytest.mark.multidevice
-def test_fused_loss_of_a_pair_is_the_same_on_eight_devices(make_case, batch):
-    check_pair(make_case("gemma2"), make_case("phi3"), batch)
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is not cut over")
 @pytest.mark.multidevice
 @pytest.mark.parametrize("index", range(len(RING)), ids=RING.__getitem__)

@@ -22,17 +22,19 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from taid_jax.data.errors import DataError
 from taid_jax.data.tokens import Encoder
 from taid_jax.errors import ModelError
-from taid_jax.models.files.gguf_tokenizer import SPLITTINGS, read_generation
+from taid_jax.models.files.gguf_tokenizer import SPLITTINGS
 from taid_jax.models.files.tokenizer import (
     choose_pad_token,
     gguf_tokenizer,
     load_tokenizer,
-    own_tokenizer,
     read_folder_tokenizer,
-    same_tokenizer,
     save_tokenizer,
     special_ids,
     tokenizer_notes,
+)
+from taid_jax.models.files.vocabulary import (
+    own_tokenizer,
+    same_tokenizer,
     translate_ids,
 )
 from taid_jax.probes import EDGES, TEXTS
@@ -161,19 +163,6 @@ def test_load_tokenizer_gives_the_ids_of_transformers_from_gguf(
     assert ours.get_vocab() == theirs.get_vocab()
     assert special_ids(choose_pad_token(theirs)) == special_ids(ours)
     assert ours.chat_template == theirs.chat_template
-
-
-def test_load_tokenizer_reads_vocabulary_and_template_from_gguf(tmp_path, write_gguf):
-    write_gguf(tmp_path / "m.gguf", tokens=byte_pairs)
-    tokenizer = load_tokenizer(tmp_path / "m.gguf")
-    assert tokenizer.convert_ids_to_tokens(list(range(3))) == BPE_TOKENS[:3]
-    ids = tokenizer("the<|im_end|>lo the")["input_ids"]
-    names = ["the", "<|im_end|>", "lo", "Ġthe"]
-    assert tokenizer.convert_ids_to_tokens(ids) == names
-    messages = [{"role": "user", "content": "lo"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert text == "[user] lo"
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
 def test_load_tokenizer_leaves_out_what_fills_a_padded_vocabulary(tmp_path, write_gguf):
@@ -387,22 +376,6 @@ def test_gguf_tokenizer_begins_with_bos_where_its_rule_does():
     assert gguf_tokenizer(metadata, "file")("a")["input_ids"][0] == ours.bos_token_id
     metadata = as_gguf(ours, "qwen2", add_bos_token=None)
     assert gguf_tokenizer(metadata, "file")("a")["input_ids"] == encode(ours, ["a"])[0]
-
-
-def test_read_generation_of_gguf_names_ends_and_sampling():
-    metadata = {
-        "tokenizer.ggml.eos_token_id": 7,
-        "tokenizer.ggml.eot_token_id": 3,
-        "general.sampling.temp": 0.5,
-        "general.sampling.top_k": 20,
-    }
-    assert read_generation(metadata) == {
-        "eos_token_id": [3, 7],
-        "temperature": 0.5,
-        "top_k": 20,
-        "do_sample": True,
-    }
-    assert read_generation({"tokenizer.ggml.eos_token_id": 7}) == {}
 
 
 def test_same_tokenizer_tells_merges_and_normaliser_of_equal_vocabularies():
