@@ -116,7 +116,13 @@ def layer_pattern(
 def init_params(
     config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float32
 ) -> dict[str, Any]:
-    """Returns random parameters: a plain nested dict, layers stacked on axis 0."""
+    """Returns random parameters: a plain nested dict, layers stacked on axis 0.
+
+    Args:
+        config: The architecture.
+        rng: A key of `jax.random`.
+        dtype: Of every parameter.
+    """
     module = Decoder(config, nnx.Rngs(rng))
     params = nnx.to_pure_dict(nnx.state(module))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -255,7 +261,14 @@ def decoder_functions(
     remat: str = "none",
     unroll: int = 1,
 ) -> ModelFunctions:
-    """Returns what a train step needs of the decoder; options as in `hidden_states`."""
+    """Returns what a train step needs of the decoder.
+
+    Args:
+        config: The architecture.
+        dtype: Of the computation, whatever the parameters have.
+        remat: As in `hidden_states`, as is `unroll`.
+        unroll: Layers in one turn of the loop over them.
+    """
     hidden = functools.partial(
         hidden_states, config=config, dtype=dtype, remat=remat, unroll=unroll
     )
