@@ -130,10 +130,8 @@ def _mass_of(path: pathlib.Path, manifest: Manifest) -> float:
         reader = ArrayRecordReader(str(path))
         for number in range(reader.num_records()):
             (record,) = reader.read([number])
-            tokens = (len(record) - KEY_BYTES) // manifest.bytes_per_token
-            key, columns = record[:KEY_BYTES], manifest.columns
-            tail = unpack_record(record, key, columns, tokens)["teacher_tail"]
-            total += float(stored_mass(tail).sum())
+            columns = unpack_record(record, record[:KEY_BYTES], manifest.columns)
+            total += float(stored_mass(columns["teacher_tail"]).sum())
     return total
 
 

@@ -199,15 +199,16 @@ def pack_record(key: bytes, columns: Sequence[Shaped[np.ndarray, "tokens _"]]) -
 
 
 def unpack_record(
-    record: bytes, key: bytes, columns: Sequence[Column], tokens: int
+    record: bytes, key: bytes, columns: Sequence[Column]
 ) -> dict[str, np.ndarray]:
     """Returns the columns of a record, `(tokens, width)` each.
 
     Raises:
-        StoreError: If the record is another example's, or of another size.
+        StoreError: If the record is another example's, or ends within a token.
     """
-    size = KEY_BYTES + tokens * sum(column.bytes_per_token for column in columns)
-    if record[:KEY_BYTES] != key or len(record) != size:
+    width = sum(column.bytes_per_token for column in columns)
+    tokens, rest = divmod(len(record) - KEY_BYTES, width)
+    if record[:KEY_BYTES] != key or rest:
         raise StoreError("it is not the one that the index names")
     found, start = {}, KEY_BYTES
     for column in columns:
