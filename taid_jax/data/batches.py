@@ -235,10 +235,6 @@ def row_order(examples: ExampleSet, seed: int) -> grain.MapDataset[int]:
 
     Without end, and any place is found at once.
 
-    Args:
-        examples: The rows.
-        seed: Of the order.
-
     Raises:
         DataError: If there are no rows or the seed is out of range.
     """

@@ -215,10 +215,6 @@ class ChatRenderer:
     def _texts(self, content: Chat, cuts: Sequence[Cut]) -> "_Texts":
         """Renders a conversation.
 
-        Args:
-            content: The conversation.
-            cuts: The first is the whole, or what is asked.
-
         Raises:
             RecordError: If the template refuses the conversation, or does not write a
                 turn or the calls of tools.
@@ -321,13 +317,6 @@ class _Answers:
 
     Each answer is rendered once more with a character behind it that the conversation
     does not have: what follows that character is the template's.
-
-    Args:
-        content: The conversation.
-        turns: The places of the answers that are looked for.
-        texts: The whole of it, and what asks for each of these answers.
-        template: That made them.
-        token: Finds tokens that are not learned from text.
     """
 
     def __init__(

@@ -74,9 +74,6 @@ class LeftOut:
 
     Sound records that a filter leaves out are counted under either policy.
 
-    Args:
-        policy: `raise` or `count`.
-
     Attributes:
         reasons: How many records were left out, by reason.
         problems: The first of them that could not be used, in order.

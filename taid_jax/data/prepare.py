@@ -52,10 +52,6 @@ def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
     last finished piece and gives the same bytes. The number of processes does not
     matter either.
 
-    Args:
-        options: What is asked for.
-        tokenizer: Of the teacher, with its chat template.
-
     Raises:
         DataError: If the source cannot be used, nothing of it is left, or the folder
             holds something else.

@@ -143,12 +143,7 @@ def encode_records(
 
 
 class _Encode:
-    """Turns a batch of records into rows.
-
-    Args:
-        tokenizer: Of the teacher.
-        options: What is asked for.
-    """
+    """Turns a batch of records into rows."""
 
     def __init__(self, tokenizer: Tokenizer, options: PrepareOptions):
         self._tokenizer, self._options = tokenizer, options
@@ -292,12 +287,6 @@ def choose(
     that says something else under a name that was there before is saved and noted:
     UltraChat calls a conversation by its prompt. A prompt that is trained and validated
     on is noted too.
-
-    Args:
-        rows: All rows.
-        facts: Their columns.
-        sides: Those that have a source.
-        options: What is asked for.
 
     Raises:
         DataError: If all documents are copies of one, which cannot be split.

@@ -151,12 +151,7 @@ def placeholder(value: object) -> str:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, as `transformers` renders it, within limits.
-
-    Args:
-        tokenizer: Whose template it is.
-        date: What templates take for today, `YYYY-MM-DD`; today when None.
-    """
+    """A tokenizer's chat template, as `transformers` renders it, within limits."""
 
     def __init__(self, tokenizer: Tokenizer, date: str | None = None):
         self._tokenizer = tokenizer

@@ -280,10 +280,6 @@ def cut_windows(example: Example, length: int) -> Iterator[Example]:
 
     The second half of a window is its answer: text has none of its own, and to go on
     from the first half is what a model can be asked for.
-
-    Args:
-        example: The whole text.
-        length: Tokens of a window, >= 2.
     """
     ids, counted = example.ids, example.counted
     for start in range(0, max(1, len(ids) - 1), length - 1):

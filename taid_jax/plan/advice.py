@@ -39,13 +39,6 @@ def find_fit(
     Each attempt keeps the changes of those before it, from what costs nothing to what
     changes the run: weights cut over all devices, the student's layers computed again,
     smaller micro-batches, shorter sequences.
-
-    Args:
-        settings: Of the run that does not fit.
-        teacher: Its architecture, or those of several.
-        student: Its architecture.
-        machine: What to compile for.
-        compiled: Called after each attempt.
     """
     attempts = []
     for flags in _changes(settings, machine):

@@ -184,14 +184,7 @@ def plan_step(
 def abstract_step(
     settings: Settings, teacher: Teachers, student: DecoderConfig, mesh: Mesh
 ) -> tuple[Any, tuple[DistillState, Params, dict[str, jax.ShapeDtypeStruct]]]:
-    """Returns a run's jitted train step and the shapes and places of its arguments.
-
-    Args:
-        settings: Of the run.
-        teacher: Its architecture, or those of several; weights in the compute dtype.
-        student: Its architecture; float32 weights.
-        mesh: Where the arguments would lie.
-    """
+    """Returns a run's jitted train step and the shapes and places of its arguments."""
     model, data = settings.model, settings.data
     dtype = jnp.dtype(model.dtype)
     teachers = [teacher] if isinstance(teacher, DecoderConfig) else list(teacher)

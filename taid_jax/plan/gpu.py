@@ -34,11 +34,7 @@ _BUILT = {
 
 
 def describe_gpu(name: str) -> str:
-    """Returns a GPU as XLA's text form of `stream_executor.GpuTargetConfigProto`.
-
-    Args:
-        name: One of `GPUS`.
-    """
+    """Returns a GPU as XLA's text form of `stream_executor.GpuTargetConfigProto`."""
     chip = GPUS[name]
     title, cores, units, shared, cache, clock, major = _BUILT[name]
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"

@@ -158,10 +158,6 @@ def _plain(values: Any) -> Any:
 class Sink:
     """A file of records while it is written; it gets its name when it is whole.
 
-    Args:
-        path: Of the file.
-        kind: Of the store.
-
     Attributes:
         file: What it is, once it is whole.
         tokens: In it so far.
@@ -187,12 +183,7 @@ class Sink:
         ids: Int[np.ndarray, " tokens"],
         columns: Sequence[Shaped[np.ndarray, "tokens _"]],
     ) -> None:
-        """Adds the record of an example.
-
-        Args:
-            ids: Its tokens.
-            columns: As the manifest names them, in their stored dtypes.
-        """
+        """Adds the record of an example."""
         self._writer.write(pack_record(example_key(ids), columns))
         self._records += 1
         self.tokens += len(ids)
@@ -264,16 +255,7 @@ def finish_store(
     tokens: int,
     mass: float,
 ) -> Manifest:
-    """Writes index and manifest: the store is whole then.
-
-    Args:
-        folder: Of the store; all else is there.
-        facts: What decides what is stored, as `begin_store` was given it.
-        entries: Of all examples; shards by their place in `shards`.
-        shards: The files with records.
-        tokens: Of all examples.
-        mass: Probability of the stored ids, summed over tokens, of kind "topk".
-    """
+    """Writes index and manifest: the store is whole then."""
     with writing(folder / INDEX):
         write_index(folder, entries)
         manifest = Manifest(

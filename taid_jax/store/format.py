@@ -189,12 +189,7 @@ def stored_mass(
 
 
 def pack_record(key: bytes, columns: Sequence[Shaped[np.ndarray, "tokens _"]]) -> bytes:
-    """Returns the record of an example.
-
-    Args:
-        key: Of the example.
-        columns: As the manifest names them, in their stored dtypes.
-    """
+    """Returns the record of an example."""
     return key + b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
 
 
@@ -222,13 +217,7 @@ def unpack_record(
 def describe_file(
     path: pathlib.Path, records: int = 0, name: str | None = None
 ) -> File:
-    """Returns size and checksum of a file.
-
-    Args:
-        path: Of the file.
-        records: How many it has.
-        name: Its name in the store; that of the path when None.
-    """
+    """Returns size and checksum of a file."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return File(name or path.name, path.stat().st_size, digest.hexdigest(), records)

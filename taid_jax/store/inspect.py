@@ -99,10 +99,6 @@ def favourites(store: Store, count: int) -> tuple[Tokenizer, list[Favourites]]:
     """Returns the teacher's tokenizer, and what it favours after the first tokens.
 
     What these tokens are is not stored: only a hash of each example's is.
-
-    Args:
-        store: Of any kind.
-        count: Of the tokens.
     """
     model = open_model(store.folder / TEACHER, weights=False)
     tokenizer = require_tokenizer(model.tokenizer, model.source)

@@ -41,13 +41,7 @@ class Shard(NamedTuple):
 def plan_shards(
     lots: Sequence[Lot], columns: Sequence[Column], options: StoreOptions
 ) -> list[Shard]:
-    """Returns this job's share of the files, numbered over all jobs.
-
-    Args:
-        lots: Of all jobs.
-        columns: Of a record.
-        options: Size of a file, and the share.
-    """
+    """Returns this job's share of the files, numbered over all jobs."""
     width = sum(column.bytes_per_token for column in columns)
     most = max((len(lot.rows) * lot.length for lot in lots), default=1)
     each = max(1, (options.shard_mib << 20) // (most * width))

@@ -46,11 +46,6 @@ def merge_stores(
     parts may be removed afterwards. An example that comes again, at the same place of a
     row, is that of the first part that has it.
 
-    Args:
-        output: The new store; continued where this very job began it.
-        parts: The stores.
-        say: Is given what a user should know, a line each.
-
     Raises:
         StoreError: If a part is no store, or they do not belong together.
         SettingsError: If the output is something else.

@@ -97,11 +97,6 @@ def store_teacher(
     size of its micro-batches, so that the outputs are the same to the last bit. Of
     several processes each calls this; each writes the records of its own rows.
 
-    Args:
-        settings: As of a training run; `run.output` is the store.
-        options: What is stored.
-        console: Where progress is shown.
-
     Raises:
         SettingsError: If settings contradict each other, or the output is something
             else's.

@@ -95,9 +95,6 @@ def interval(values: Sequence[float]) -> Interval:
 class Results:
     """The runs that are done.
 
-    Args:
-        records: As `record` makes them.
-
     Attributes:
         records: Those that count.
         tuning: Those that chose a learning rate.

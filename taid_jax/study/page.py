@@ -41,11 +41,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def make_page(folder: pathlib.Path) -> str:
-    """Returns the page, and draws its picture.
-
-    Args:
-        folder: Has the results of those parts that were run; gets the picture.
-    """
+    """Returns the page, and draws its picture."""
     found = {
         name.removesuffix(".json"): read_json(folder / name)
         for name in (PICTURES, DRIFT)
