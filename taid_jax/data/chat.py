@@ -13,12 +13,9 @@ from taid_jax.data.documents import (
     Chat,
 )
 from taid_jax.data.errors import DataError, RecordError
-from taid_jax.data.template import ChatTemplate, Conversation, Cut
-from taid_jax.data.tokens import Rendered, Span, Tokenizer, is_rendered, shared_start
+from taid_jax.data.template import MARK, ChatTemplate, Conversation, Cut
+from taid_jax.data.tokens import Rendered, Span, Tokenizer, shared_start
 from taid_jax.errors import shorten, show
-
-_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-"""What a template has round all that the assistant writes, where it says so itself."""
 
 _MARKED = "\ue000"
 """An answer that no template writes by itself."""
@@ -142,8 +139,9 @@ class ChatRenderer:
 
     def _is_bare(self, content: Chat) -> bool:
         """Whether a prompt gets no template."""
+        start = getattr(self._tokenizer, "bos_token", None)
         prompt = content.messages[0].content or ""
-        rendered = is_rendered(self._tokenizer, prompt)
+        rendered = bool(start) and prompt.startswith(start)
         return content.is_pair and (rendered or not self.has_template)
 
     def _merging(self, content: Chat, render: Callable[[Chat], Rendered]) -> Rendered:
@@ -182,7 +180,7 @@ class ChatRenderer:
         texts = self._texts(content, cuts)
         whole = texts.plain[0]
         try:
-            if _MARK.search(texts.given.template or ""):
+            if MARK.search(texts.given.template or ""):
                 spans, turns = _marked_answers(texts, self._template), every
                 if untrained and len(spans) != len(every):
                     raise RecordError(
@@ -292,7 +290,7 @@ def _marked_answers(texts: _Texts, template: ChatTemplate) -> list[Span]:
         shown = stop if end else start
         return f"{{%{left} if true %}}{shown}{{% endif {right}%}}"
 
-    marked = _MARK.sub(show, texts.given.template or "")
+    marked = MARK.sub(show, texts.given.template or "")
     [shown] = template.render(texts.given._replace(template=marked), [Cut()])
     shown = _sound(shown)
     spans: list[Span] = []

@@ -175,20 +175,15 @@ def load_dataset(
     manifest = read_manifest(source) if isinstance(source, str | os.PathLike) else None
     asked = None if teacher_prompt is None else TeacherPrompt(teacher_prompt)
     teacher_len = None if asked is None else teacher_len or seq_len
-    if manifest is not None and asked is not None:
-        raise DataError(
-            f"teacher_prompt: {source} is prepared data, whose records are tokens "
-            "already; give the files that it was made of"
-        )
     if manifest is not None:
-        if teacher_field is not None:
+        of_records = {"teacher_prompt": teacher_prompt, "teacher_field": teacher_field}
+        for name in (name for name, value in of_records.items() if value is not None):
             raise DataError(
-                f"teacher_field: {source} was prepared and has no keys of records any "
-                "more; give the files that it was made of"
+                f"{name}: {source} is prepared data, whose records are tokens "
+                "already; give the files that it was made of"
             )
-        folder = pathlib.Path(source)  # pyright: ignore
         table, held_out = read_shards(
-            folder,
+            pathlib.Path(source),  # pyright: ignore
             manifest,
             tokenizer,
             seq_len,
@@ -350,22 +345,17 @@ def _describe(side: ExampleSet) -> SideInfo:
     numbers = [number for row in side.rows for number in row]
     tokens = int(side.table.lengths[numbers].sum()) if numbers else 0
     counted = sum(int(side.table[number].counted.sum()) for number in numbers)
+    # Tokens that all rows have room for.
+    lengths = np.array(side.buckets or (side.seq_len,))
+    slots = int(lengths[np.searchsorted(lengths, side.tokens_of_rows())].sum())
     return SideInfo(
         documents=len(np.unique(side.table.documents[numbers])) if numbers else 0,
         examples=len(numbers),
         rows=len(side),
         tokens=tokens,
         counted_tokens=counted,
-        fill=tokens / _slots(side) if len(side) else 0.0,
+        fill=tokens / slots if slots else 0.0,
     )
-
-
-def _slots(side: ExampleSet) -> int:
-    """Returns the tokens that all rows have room for."""
-    if not side.buckets:
-        return len(side) * side.seq_len
-    places = np.searchsorted(side.buckets, side.tokens_of_rows())
-    return int(np.asarray(side.buckets)[places].sum())
 
 
 def _fingerprint(table: TokenTable, *sides: ExampleSet) -> str:

@@ -59,18 +59,8 @@ Facts = Mapping[str, np.ndarray]
 
 def read_facts(rows: "datasets.Dataset") -> Facts:
     """Returns the columns that it is decided by which rows are saved."""
-    names = (
-        "number",
-        "side",
-        "reason",
-        "chat",
-        "key",
-        "rank",
-        "name",
-        "copy",
-        "tokens",
-    )
-    return {name: rows.data.column(name).to_numpy() for name in names}
+    names = "number side reason chat key rank name copy tokens"
+    return {name: rows.data.column(name).to_numpy() for name in names.split()}
 
 
 def encode_records(
@@ -262,13 +252,7 @@ def _end_with_parent() -> None:
 
 
 class Choice(NamedTuple):
-    """What becomes of the rows.
-
-    Attributes:
-        side: Of every row; empty if it is left out.
-        left_out: Records that are left out here.
-        noted: Those that are saved though there is something to say.
-    """
+    """What becomes of the rows."""
 
     side: np.ndarray
     left_out: list[Problem]

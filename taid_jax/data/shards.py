@@ -116,16 +116,7 @@ SIDES = (TRAIN, VALIDATION)
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """One shard.
-
-    Attributes:
-        name: Of the file, in the folder.
-        side: `train` or `validation`.
-        examples: Its rows.
-        tokens: In them.
-        bytes: Of the file.
-        sha256: Of the file.
-    """
+    """One shard."""
 
     name: str
     side: str

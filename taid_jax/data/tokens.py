@@ -102,12 +102,6 @@ class Rendered(NamedTuple):
     asks: bool = False
 
 
-def is_rendered(tokenizer: Tokenizer, prompt: str) -> bool:
-    """Whether a prompt begins with the start token, as what a template wrote does."""
-    start = getattr(tokenizer, "bos_token", None)
-    return bool(start) and prompt.startswith(start)
-
-
 class Encoder:
     """A tokenizer together with the tokens that begin and end a text.
 

@@ -15,12 +15,7 @@ SHORTEST = 256
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A step with other settings.
-
-    Attributes:
-        flags: What is different from the run that was asked for, as flags.
-        plan: What came of it.
-    """
+    """A step with other settings."""
 
     flags: Mapping[str, str | int]
     plan: Plan

@@ -54,13 +54,7 @@ class StoreError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Numbers that every token of an example has.
-
-    Attributes:
-        name: As in a batch.
-        dtype: As stored.
-        width: How many a token has.
-    """
+    """Numbers that every token of an example has."""
 
     name: str
     dtype: str

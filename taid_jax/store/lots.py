@@ -107,11 +107,9 @@ class JobFiles(NamedTuple):
     def examples(self, lot: Lot, part: int) -> Iterator[tuple[int, int, int]]:
         """Yields row, first token and number of each example that is stored."""
         for row, index in enumerate(self.rows(lot, part).tolist()):
-            start = 0
-            for number in lot.side.rows[index] if index != EMPTY else ():
+            for start, number in lot.side.placed(index):
                 if number in self.owned:
                     yield row, start, number
-                start += int(lot.side.table.lengths[number])
 
 
 def find_owned(lots: Sequence[Lot]) -> frozenset[int]:
@@ -119,9 +117,7 @@ def find_owned(lots: Sequence[Lot]) -> frozenset[int]:
     first: dict[tuple[bytes, int], int] = {}
     for lot in lots:
         for index in lot.rows.tolist():
-            start = 0
-            for number in lot.side.rows[index] if index != EMPTY else ():
-                ids = lot.side.table[number].ids
-                first.setdefault((example_key(ids), start), number)
-                start += len(ids)
+            for start, number in lot.side.placed(index):
+                key = example_key(lot.side.table[number].ids)
+                first.setdefault((key, start), number)
     return frozenset(first.values())
