@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int, Shaped
+from rich.console import Console
 from safetensors.numpy import save
 
 from taid_jax.errors import InputError, explain, parsing, show
@@ -226,19 +227,33 @@ def show_size(count: int) -> str:
     )
 
 
-def free_bytes(folder: pathlib.Path) -> int:
-    """Returns the room on the disk of a folder, which need not be there yet."""
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    return shutil.disk_usage(there).free
+def announce(
+    folder: pathlib.Path,
+    facts: Mapping[str, Any],
+    console: Console,
+    *,
+    examples: int,
+    tokens: int,
+    beside: int = 0,
+) -> None:
+    """Says how much will be stored, and refuses what the disk has no room for.
 
-
-def check_room(folder: pathlib.Path, need: int) -> None:
-    """Raises unless a disk has room for so many bytes more.
+    The folder need not be there yet; `beside` are the bytes that are no records.
 
     Raises:
-        StoreError: If it has not.
+        StoreError: With how much is missing.
     """
-    free = free_bytes(folder)
+    width = sum(Column(**column).bytes_per_token for column in facts["columns"])
+    total = tokens * width + examples * KEY_BYTES + beside
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    console.print(
+        f"{facts['kind']}: {examples:,} examples, {tokens:,} tokens of {width:,} "
+        f"bytes, {show_size(total)}; {show_size(free)} are free",
+        soft_wrap=True,
+        highlight=False,
+    )
+    need = total - sum(path.stat().st_size for path in folder.glob("outputs-*"))
     if need > free:
         raise StoreError(
             f"output: the store needs {show_size(need)} more and {folder} has "

@@ -20,10 +20,9 @@ from taid_jax.settings import SettingsError
 from taid_jax.store.folder import (
     Entry,
     Sink,
+    announce,
     begin_store,
-    check_room,
     finish_store,
-    show_size,
     tidy,
 )
 from taid_jax.store.format import (
@@ -108,16 +107,7 @@ def import_outputs(
     }
     with contextlib.ExitStack() as hold:
         if not begin_store(output, facts, hold):
-            width = sum(column.bytes_per_token for column in columns)
-            need = tokens * width + examples * KEY_BYTES
-            there = sum(path.stat().st_size for path in output.glob("outputs-*"))
-            console.print(
-                f"topk: {examples:,} examples, {tokens:,} tokens of {width:,} bytes, "
-                f"{show_size(need)}",
-                soft_wrap=True,
-                highlight=False,
-            )
-            check_room(output, need - there)
+            announce(output, facts, console, examples=examples, tokens=tokens)
             model = LoadedModel(
                 config, {}, tokenizer, opened.source.name, opened.generation
             )

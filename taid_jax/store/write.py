@@ -48,18 +48,15 @@ from taid_jax.sharding import (
 from taid_jax.store.folder import (
     DONE,
     Sink,
+    announce,
     begin_store,
-    check_room,
     finish_store,
-    free_bytes,
     made_before,
-    show_size,
     tidy,
     writing,
 )
 from taid_jax.store.format import (
     HEAD,
-    KEY_BYTES,
     TEACHER,
     Column,
     File,
@@ -136,7 +133,7 @@ def _store_teacher(
     facts = distributed.broadcast(
         lambda: _facts(settings, options, opened, dataset, recipe, mesh)
     )
-    distributed.broadcast(lambda: _announce(files, recipe, console))
+    distributed.broadcast(lambda: _announce(files, recipe, facts, console))
     with contextlib.ExitStack() as hold:
         if distributed.broadcast(lambda: begin_store(files.folder, facts, hold)):
             tidy(files.folder)
@@ -233,16 +230,13 @@ def _facts(
     }
 
 
-def _announce(files: JobFiles, recipe: _Recipe, console: Console) -> None:
-    """Says how much will be stored, and refuses what the disk has no room for.
-
-    Raises:
-        StoreError: With how much is missing.
-    """
-    head_bytes = 0
+def _announce(
+    files: JobFiles, recipe: _Recipe, facts: Mapping[str, Any], console: Console
+) -> None:
+    beside = _SPARE
     if recipe.kind == "hidden":
         head = head_params(abstract_params(recipe.config), recipe.config)
-        head_bytes = sum(4 * leaf.size for leaf in jax.tree.leaves(head))
+        beside += sum(4 * leaf.size for leaf in jax.tree.leaves(head))
     numbers = [
         number
         for shard in files.shards
@@ -252,18 +246,10 @@ def _announce(files: JobFiles, recipe: _Recipe, console: Console) -> None:
     ]
     table = files.shards[0].lots[0].side.table if files.shards else None
     tokens = 0 if table is None else int(table.lengths[numbers].sum())
-    width = sum(column.bytes_per_token for column in recipe.columns)
-    there = sum(path.stat().st_size for path in files.folder.glob("outputs-*"))
-    total = tokens * width + len(numbers) * KEY_BYTES + head_bytes + _SPARE
-    free = free_bytes(files.folder)
-    console.print(
-        f"{recipe.kind}: {len(numbers):,} examples, {tokens:,} tokens of {width:,} "
-        f"bytes, {show_size(total)} in {len(files.shards)} files; {show_size(free)} "
-        "are free",
-        soft_wrap=True,
-        highlight=False,
+    examples = len(numbers)
+    announce(
+        files.folder, facts, console, examples=examples, tokens=tokens, beside=beside
     )
-    check_room(files.folder, total - there)
 
 
 def _write_shards(
