@@ -32,6 +32,7 @@ from taid_jax.store.format import (
     StoreError,
     describe_file,
     example_key,
+    fault_of,
     pack_record,
     read_manifest,
     stored_mass,
@@ -106,12 +107,8 @@ def begin_store(
 
 def _lacking(folder: pathlib.Path, manifest: Manifest) -> set[str]:
     """Returns the files that are not there, or not of their size."""
-    paths = {file: folder / file.name for file in (*manifest.shards, *manifest.others)}
-    return {
-        file.name
-        for file, path in paths.items()
-        if not path.is_file() or path.stat().st_size != file.bytes
-    }
+    files = (*manifest.shards, *manifest.others)
+    return {file.name for file in files if fault_of(folder, file, contents=False)}
 
 
 def _reopen(folder: pathlib.Path, manifest: Manifest, lacking: set[str]) -> None:

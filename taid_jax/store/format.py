@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt16
 
-from taid_jax.errors import InputError, parsing, show
+from taid_jax.errors import InputError, explain, parsing, show
 from taid_jax.files import write_whole
 
 VERSION = 1
@@ -215,6 +215,22 @@ def describe_file(
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return File(name or path.name, path.stat().st_size, digest.hexdigest(), records)
+
+
+def fault_of(folder: pathlib.Path, file: File, *, contents: bool) -> str | None:
+    """Returns what is wrong with a file of a store: its size, or contents if asked."""
+    path = folder / file.name
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            return f"{path} is missing; {MANIFEST} says {file.bytes:,} bytes"
+        if size != file.bytes:
+            return f"{path} has {size:,} bytes; {MANIFEST} says {file.bytes:,} bytes"
+        if contents and describe_file(path).sha256 != file.sha256:
+            return f"{path} has other contents than {MANIFEST} says"
+    except OSError as error:
+        return f"{path} cannot be read: {explain(error)}"
+    return None
 
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:

@@ -15,11 +15,10 @@ from taid_jax.store.format import (
     HEAD,
     INDEX,
     KEY_BYTES,
-    MANIFEST,
     Manifest,
     StoreError,
-    describe_file,
     example_key,
+    fault_of,
     read_manifest,
     unpack_record,
 )
@@ -50,20 +49,11 @@ class Store:
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder).expanduser().absolute()
         self.manifest: Manifest = read_manifest(self.folder)
-        for file in (*self.manifest.shards, *self.manifest.others):
-            path = self.folder / file.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.bytes:
-                found = "is missing" if size is None else f"has {size:,} bytes"
-                raise StoreError(
-                    f"{path} {found}; {MANIFEST} says {file.bytes:,} bytes. {_COPY}"
-                )
-        for file in self.manifest.others:
-            if describe_file(self.folder / file.name).sha256 != file.sha256:
-                raise StoreError(
-                    f"{self.folder / file.name} has other contents than {MANIFEST} "
-                    f"says. {_COPY}"
-                )
+        about = self.manifest
+        for file in (*about.shards, *about.others):
+            contents = file in about.others  # Those of shards take long.
+            if fault := fault_of(self.folder, file, contents=contents):
+                raise StoreError(f"{fault}. {_COPY}")
         with parsing(f"{self.folder / INDEX} cannot be read", StoreError):
             index = load_file(self.folder / INDEX)
             self.keys: UInt64[np.ndarray, "examples 2"] = index["keys"]

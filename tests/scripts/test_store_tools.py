@@ -304,7 +304,7 @@ def test_inspect_verify_names_each_wrong_file(store, topk, tmp_path, capsys):
     shards[2].unlink()
     assert store(["inspect", str(folder), "--verify"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    wanted = ("has other contents than", "bytes, and manifest.json", "cannot be read")
+    wanted = ("has other contents than", "bytes; manifest.json says", "is missing")
     assert len(errors) == 3
     for shard, message, error in zip(shards, wanted, errors, strict=False):
         assert str(shard) in error
