@@ -137,13 +137,7 @@ class Answers:
         return spans
 
     def _end_of(self, number: int, after: str, follows: str | None) -> str:
-        """Returns what ends an answer.
-
-        Args:
-            number: Of the answer.
-            after: What follows the answer where the conversation ends with it.
-            follows: The same where it goes on, None if it cannot.
-        """
+        """Returns what ends an answer."""
         end = after
         if follows is not None and not follows.startswith(after):
             same = shared_start(after, follows)

@@ -75,14 +75,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a store.
-
-    Attributes:
-        name: Of the file.
-        bytes: Its size.
-        sha256: Of its contents.
-        records: How many it has; 0 of a file that is no shard.
-    """
+    """A file of a store, with its records if it is a shard."""
 
     name: str
     bytes: int

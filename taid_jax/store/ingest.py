@@ -62,15 +62,6 @@ def import_outputs(
 
     A job that was stopped begins anew, and ends in the same bytes.
 
-    Args:
-        files: All of them.
-        teacher: What gave the outputs; see `models.files.hub.resolve`.
-        output: The store.
-        k: So many of each token's entries are stored at most.
-        shard_bytes: Size of a file, about.
-        console: Where progress is shown.
-        allow_unknown_keys: As in `models.files.load.load_model`.
-
     Raises:
         StoreError: If a file cannot be used, or the disk is too small.
         SettingsError: If the output is something else, or `k` too large.

@@ -66,14 +66,7 @@ def mass_quantiles(store: Store, percents: Sequence[int]) -> list[float]:
 
 
 class Favourites(NamedTuple):
-    """What a teacher thinks most probable.
-
-    Attributes:
-        example: Number of the example in the store's files, from 1.
-        token: Number of the token that comes before, from 1.
-        ids: The most probable first.
-        probabilities: Of these.
-    """
+    """What a teacher thinks most probable."""
 
     example: int
     token: int

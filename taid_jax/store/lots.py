@@ -18,13 +18,7 @@ from taid_jax.store.options import StoreOptions
 
 
 class Lot(NamedTuple):
-    """Rows that go through the teacher together.
-
-    Attributes:
-        side: Of the data set.
-        rows: Their numbers; `EMPTY` where there is none.
-        length: Tokens of each, padding included.
-    """
+    """Rows that go through the teacher together."""
 
     side: ExampleSet
     rows: Int64[np.ndarray, " rows"]

@@ -155,13 +155,7 @@ def _made_of(stores: Sequence[Store]) -> tuple[dict[str, Any], list[str]]:
 
 
 class _Chosen(NamedTuple):
-    """Which example counts, of all parts in turn.
-
-    Attributes:
-        part: Whose it is.
-        number: Its number in the index of that.
-        dropped: Those that came before: parts and numbers.
-    """
+    """Which examples count, by part and number in its index; and which do not."""
 
     part: Int64[np.ndarray, " examples"]
     number: Int64[np.ndarray, " examples"]
