@@ -96,10 +96,8 @@ def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
         left_out += choice.left_out
         for side in sources:
             if not (choice.side == side).any():
-                counts = dict(Counter(problem.reason for problem in left_out))
-                raise DataError(
-                    f"{options.data}: nothing is left on the {side} side ({counts})"
-                )
+                where = f"nothing is left on the {side} side"
+                raise DataError(f"{options.data}: {where} ({_count(left_out)})")
     except DataError:
         # So that it can be begun anew with other options; the report tells why.
         _write_report(output, left_out)
