@@ -39,7 +39,7 @@ from taid_jax.store.format import (
     topk_columns,
 )
 from taid_jax.store.parquet import Example, count_rows, read_examples
-from taid_jax.store.write import write_teacher_folder
+from taid_jax.store.teacher import write_teacher_folder
 
 
 def import_outputs(

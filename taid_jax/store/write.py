@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,15 +23,8 @@ from taid_jax.errors import ModelError, show
 from taid_jax.files import write_whole
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
-from taid_jax.models.families import write_config
-from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG
 from taid_jax.models.files.load import LoadedModel
-from taid_jax.models.files.tokenizer import (
-    digest_tokenizer,
-    require_tokenizer,
-    save_tokenizer,
-    special_ids,
-)
+from taid_jax.models.files.tokenizer import digest_tokenizer, require_tokenizer
 from taid_jax.models.files.vocabulary import with_tokenizer
 from taid_jax.models.memory import check_fits, params_need
 from taid_jax.settings import Settings, SettingsError
@@ -57,7 +49,6 @@ from taid_jax.store.folder import (
 )
 from taid_jax.store.format import (
     HEAD,
-    TEACHER,
     Column,
     File,
     Kind,
@@ -76,7 +67,7 @@ from taid_jax.store.outputs import (
     sampled_outputs,
     topk_outputs,
 )
-from taid_jax.store.teacher import head_params
+from taid_jax.store.teacher import head_params, write_teacher_folder
 from taid_jax.train.inputs import OpenPair, check_memory, check_models, read_data
 from taid_jax.train.resume import digest_weights
 from taid_jax.types import Batch, Params
@@ -377,24 +368,6 @@ def _write_teacher(folder: pathlib.Path, teacher: LoadedModel, recipe: _Recipe) 
             }
             write_whole(folder / HEAD, save(arrays))
         write_teacher_folder(folder, teacher)
-
-
-def write_teacher_folder(folder: pathlib.Path, teacher: LoadedModel) -> None:
-    """Writes config, generation settings and tokenizer of a teacher into a store."""
-    place, tokenizer = folder / TEACHER, teacher.tokenizer
-    if place.is_dir():
-        return
-    work = folder / f"{TEACHER}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    ids = special_ids(tokenizer) if tokenizer is not None else {}
-    values = {CONFIG: {**write_config(teacher.config), **ids}}
-    values[GENERATION_CONFIG] = dict(teacher.generation)
-    for name, value in values.items():
-        (work / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, work)
-    work.rename(place)
 
 
 def _finish(files: JobFiles, facts: Mapping[str, Any]) -> None:

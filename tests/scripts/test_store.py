@@ -454,10 +454,8 @@ def test_what_cannot_be_stored_is_refused(
 def test_a_disk_without_room_is_refused_before_anything_is_computed(
     store, teacher, data, tmp_path, capsys, monkeypatch
 ):
-    from taid_jax.store import write
-
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     job = [f"--teacher={teacher}", *data, f"--output={tmp_path / 'out'}"]
     assert store.main(job) == 2
     assert "output: the store needs" in capsys.readouterr().err
