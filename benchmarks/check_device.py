@@ -216,10 +216,6 @@ def find_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def take_wheels(folder: pathlib.Path, target: pathlib.Path) -> list[str]:
     """Installs aside what is in a folder of wheels and not on this machine.
 
-    Args:
-        folder: Of the wheels.
-        target: Where they are unpacked, to be put on the path of the processes.
-
     Returns:
         Names and versions of what was taken.
 

@@ -3,7 +3,7 @@
 A convolutional teacher learns Fashion-MNIST once; its logits are kept. Every method
 then trains the same two-layer student on those logits, in a plain Flax NNX loop that
 has `taid_jax.loss` and `taid_jax.schedule` for the loss and nothing else of this
-project.
+project. Rates are chosen and tables made as in the study of language models.
 
 All methods of a seed see the same start and the same batches. The learning rate is
 chosen for each method from the same grid, by the cross-entropy on pictures that are
@@ -20,12 +20,9 @@ import argparse
 import gzip
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import platform
 import shlex
 import struct
 import sys
@@ -37,16 +34,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.special
 from flax import nnx
 from jax import Array
 
 from taid_jax import loss
 from taid_jax.schedule import TAIDScheduler
+from taid_jax.study.figures import choose_rates, machine
+from taid_jax.study.page import picture_tables
 
 CLASSES, BINS, TUNING_SEED = 10, 15, 0
 FIGURES = ("accuracy", "cross_entropy", "kl_teacher", "kl_reverse", "calibration_error")
-BASELINES = ("forward_kl", "cross_entropy")
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -312,72 +309,6 @@ def read_pictures(folder: pathlib.Path | None) -> tuple[str, Pictures, Pictures]
     return "Fashion-MNIST", *both
 
 
-def best_rate(tried: Sequence[dict[str, Any]]) -> float:
-    """Returns the learning rate of the run with the least cross-entropy."""
-
-    def cross_entropy(run: dict[str, Any]) -> float:
-        value = run["figures"]["cross_entropy"]
-        return math.inf if value is None else value
-
-    return min(tried, key=cross_entropy)["learning_rate"]
-
-
-def interval(values: Sequence[float]) -> str:
-    """Returns the mean and the half of its 95% interval, by Student's t."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return f"{mean:.4f}"
-    error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = scipy.special.stdtrit(count - 1, 0.975) * error
-    return f"{mean:.4f} ± {half:.4f}"
-
-
-def table(results: dict[str, Any]) -> str:
-    """Returns the results as Markdown: means, and differences of the same seeds."""
-    final = [run for run in results["runs"] if not run["tuning"]]
-    by_method: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in final:
-        by_method.setdefault(run["method"], {})[run["seed"]] = run
-
-    def paired(method: str, other: str, name: str) -> str:
-        ours, theirs = by_method[method], by_method.get(other, {})
-        seeds = sorted(ours.keys() & theirs.keys())
-        pairs = [(ours[s]["figures"][name], theirs[s]["figures"][name]) for s in seeds]
-        if method == other or not pairs or None in sum(pairs, ()):
-            return ""
-        return interval([a - b for a, b in pairs])
-
-    names = FIGURES
-    grid, teacher = results["settings"]["rates"], results["teacher"]["figures"]
-    lines = [
-        ["method", "rate", *names, *(f"accuracy - {x}'s" for x in BASELINES)],
-        ["---"] * (4 + len(names)),
-        ["teacher", "", *(f"{teacher[name]:.4f}" for name in names), "", ""],
-    ]
-    for method, runs in by_method.items():
-        (rate,) = {run["learning_rate"] for run in runs.values()}
-        edge = rate in (min(grid), max(grid))
-        cells = [method, f"{rate:g} (edge of the grid)" if edge else f"{rate:g}"]
-        for name in names:
-            values = [run["figures"][name] for run in runs.values()]
-            cells.append("not finite" if None in values else interval(values))
-        cells += [paired(method, other, "accuracy") for other in BASELINES]
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def machine() -> dict[str, Any]:
-    """Returns what the time of a run depends on."""
-    available = getattr(os, "sched_getaffinity", None)
-    return {
-        "cores": os.cpu_count(),
-        "cores_used": len(available(0)) if available else os.cpu_count(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
-    }
-
-
 def save(path: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes the results, a line a run, in one piece: a kill leaves the last file."""
     head = json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=1)
@@ -433,7 +364,7 @@ def teacher_logits_of(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs what is missing of the study, prints its table and returns its results."""
+    """Runs what is missing of the study, prints its tables and returns its results."""
     words = sys.argv[1:] if argv is None else argv
     args = options(words)
     data, train, test = read_pictures(args.data)
@@ -514,10 +445,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     for method in args.methods:
         tried = [run(method, TUNING_SEED, rate, "validation") for rate in args.rates]
-        rate = best_rate(tried)
+        rate = choose_rates(tried, "cross_entropy")[method]
         for seed in range(1, args.seeds + 1):
             run(method, seed, rate, "test")
-    print(table(results))
+    print(*picture_tables(results), sep="\n\n")
     return results
 
 

@@ -133,6 +133,13 @@ class ExampleSet:
             return own
         return np.maximum(own, -(-teacher * self.seq_len // self.teacher_len))
 
+    def placed(self, index: int) -> Iterator[tuple[int, int]]:
+        """Yields first token and number of each example of a row; none if `EMPTY`."""
+        start = 0
+        for number in self.rows[index] if index != EMPTY else ():
+            yield start, number
+            start += int(self.table.starts[number + 1] - self.table.starts[number])
+
     def tokens_of_rows(self) -> list[int]:
         """Returns the tokens of every row, padding left out."""
         lengths = self.table.lengths.tolist()
@@ -168,23 +175,19 @@ class ExampleSet:
         if weights is not None:
             more["teacher_weights"] = np.zeros((*shape, weights.shape[1]), np.float32)
         for row, index in enumerate(indices):
-            if index == EMPTY:
-                continue
-            done = 0
-            for segment, number in enumerate(self.rows[index], start=1):
+            for segment, (start, number) in enumerate(self.placed(int(index)), start=1):
                 ids, counted, *_ = self.table[number]
-                span = slice(done, done + len(ids))
+                span = slice(start, start + len(ids))
                 input_ids[row, span] = ids
                 labels[row, span] = np.where(counted, ids, IGNORE_INDEX)
                 segments[row, span] = segment
                 positions[row, span] = steps[: len(ids)]
                 if self.columns is not None:
-                    for name, values in self.columns.read(ids, done).items():
+                    for name, values in self.columns.read(ids, start).items():
                         more[name][row, span] = values
                 if weights is not None:
                     of_document = weights[self.table.documents[number]]
                     more["teacher_weights"][row, span] = of_document
-                done += len(ids)
         if self.packed:
             extra = {"segment_ids": segments, "positions": positions}
         else:
@@ -234,10 +237,6 @@ def row_order(examples: ExampleSet, seed: int) -> grain.MapDataset[int]:
     """Returns the numbers of all rows, epoch after epoch, each in an order of its own.
 
     Without end, and any place is found at once.
-
-    Args:
-        examples: The rows.
-        seed: Of the order.
 
     Raises:
         DataError: If there are no rows or the seed is out of range.

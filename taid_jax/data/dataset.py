@@ -25,7 +25,7 @@ from taid_jax.data.errors import (
 from taid_jax.data.intake import Intake, Limits, fields_read, read_documents
 from taid_jax.data.packing import TokenTable, check_buckets, make_table, pack_rows
 from taid_jax.data.shards import read_manifest, read_shards
-from taid_jax.data.sources import Names, Source, find_source, read_source
+from taid_jax.data.sources import Names, find_source, read_source
 from taid_jax.data.split import cut_only_text, hold_out
 from taid_jax.data.teacher_field import TeacherField
 from taid_jax.data.teacher_prompt import TeacherPrompt
@@ -175,20 +175,16 @@ def load_dataset(
     manifest = read_manifest(source) if isinstance(source, str | os.PathLike) else None
     asked = None if teacher_prompt is None else TeacherPrompt(teacher_prompt)
     teacher_len = None if asked is None else teacher_len or seq_len
-    if manifest is not None and asked is not None:
-        raise DataError(
-            f"teacher_prompt: {source} is prepared data, whose records are tokens "
-            "already; give the files that it was made of"
-        )
+    skipped_files, notes = [], []
     if manifest is not None:
-        if teacher_field is not None:
+        of_records = {"teacher_prompt": teacher_prompt, "teacher_field": teacher_field}
+        for name in (name for name, value in of_records.items() if value is not None):
             raise DataError(
-                f"teacher_field: {source} was prepared and has no keys of records any "
-                "more; give the files that it was made of"
+                f"{name}: {source} is prepared data, whose records are tokens "
+                "already; give the files that it was made of"
             )
-        folder = pathlib.Path(source)  # pyright: ignore
         table, held_out = read_shards(
-            folder,
+            pathlib.Path(source),  # pyright: ignore
             manifest,
             tokenizer,
             seq_len,
@@ -214,9 +210,11 @@ def load_dataset(
             teacher_prompt=asked,
             teacher_field=teacher_field,
         )
-        encoded = _encode(found, documents, intake, held_out_fraction, left_out)
-        if teacher_field is not None:
-            encoded = _with_teachers(found, encoded, teacher_field)
+        encoded = _encode(found.shown, documents, intake, held_out_fraction, left_out)
+        skipped_files, notes = found.skipped_files, found.notes
+        weights = encoded.teacher_weights
+        if teacher_field is not None and weights is not None:
+            notes = [_say_teachers(found.shown, weights, teacher_field), *notes]
     table = encoded.table
     none = ExampleSet(
         table,
@@ -243,55 +241,51 @@ def load_dataset(
         dropped=dict(left_out.reasons),
         problems=tuple(f"{each.origin}: {each.message}" for each in left_out.problems),
         unused_keys=dict(Counter(encoded.unused_keys).most_common(_NAMED)),
-        num_skipped_files=len(encoded.skipped_files),
-        skipped_files=tuple(encoded.skipped_files[:_NAMED]),
-        notes=tuple(encoded.notes[:_NAMED]),
+        num_skipped_files=len(skipped_files),
+        skipped_files=tuple(skipped_files[:_NAMED]),
+        notes=tuple(notes[:_NAMED]),
         fingerprint=_fingerprint(table, train, held),
     )
     return Dataset(train, held, info)
 
 
 class _Encoded(NamedTuple):
-    """Examples, which are held out, the order of those that are, and what is noted."""
+    """Examples, which are held out, and the order of those that are."""
 
     table: TokenTable
     held_out: Bool[np.ndarray, " examples"]
     held_out_order: Int[np.ndarray, " held_out"]
     unused_keys: Mapping[str, int] = types.MappingProxyType({})
-    skipped_files: Sequence[str] = ()
-    notes: Sequence[str] = ()
     teacher_weights: Float32[np.ndarray, "documents teachers"] | None = None
 
 
-def _with_teachers(source: Source, encoded: _Encoded, field: TeacherField) -> _Encoded:
-    """Returns the same with a line about how many records name their teachers.
+def _say_teachers(
+    shown: str, weights: Float32[np.ndarray, "documents teachers"], field: TeacherField
+) -> str:
+    """Returns a line about how many records name their teachers.
 
     Raises:
         DataError: If none does.
     """
-    weights = encoded.teacher_weights
-    if weights is None:
-        raise ValueError("need weights of the teachers, got none")
     default = np.asarray(field.weights, np.float32)
     named = int((weights != default).any(axis=1).sum())
     if not named:
         raise DataError(
-            f"teacher_field: no record of {source.shown} says by `{field.key}` "
+            f"teacher_field: no record of {shown} says by `{field.key}` "
             "anything else than --teacher-weights; leave it out, or give the right key"
         )
     means = ", ".join(
         f"{name} {share:.1%}"
         for name, share in zip(field.teachers, weights.mean(axis=0), strict=True)
     )
-    note = (
+    return (
         f"{named:,} of {len(weights):,} documents say by `{field.key}` which teachers "
         f"they learn from; on average {means}"
     )
-    return encoded._replace(notes=(note, *encoded.notes))
 
 
 def _encode(
-    source: Source,
+    shown: str,
     documents: Iterator[tuple[str, Document | RecordError]],
     intake: Intake,
     held_out_fraction: float,
@@ -313,7 +307,7 @@ def _encode(
         if outcome.error.reason == "too_long":
             too_long.append(outcome.tokens)
     if not pairs:
-        message = nothing_left(source.shown, left_out.reasons)
+        message = nothing_left(shown, left_out.reasons)
         if too_long:
             message += (
                 f"; the shortest conversation has {min(too_long)} tokens: raise "
@@ -330,42 +324,30 @@ def _encode(
         raise DataError(message)
     table = make_table(pairs)
     rank = np.array(ranks)[table.documents]
-    held_out = hold_out(rank, table.lengths, held_out_fraction, source.shown)
+    held_out = hold_out(rank, table.lengths, held_out_fraction, shown)
     # By rank, so that the first few are a fair sample: the order of files would put one
     # file's documents first. The windows of a document stay together.
     order = np.flatnonzero(held_out)
     order = order[np.argsort(rank[order], kind="stable")]
-    return _Encoded(
-        table,
-        held_out,
-        order,
-        unused_keys,
-        source.skipped_files,
-        source.notes,
-        np.array(teachers, np.float32) if teachers[0] else None,
-    )
+    weights = np.array(teachers, np.float32) if teachers[0] else None
+    return _Encoded(table, held_out, order, unused_keys, weights)
 
 
 def _describe(side: ExampleSet) -> SideInfo:
     numbers = [number for row in side.rows for number in row]
     tokens = int(side.table.lengths[numbers].sum()) if numbers else 0
     counted = sum(int(side.table[number].counted.sum()) for number in numbers)
+    # Tokens that all rows have room for.
+    lengths = np.array(side.buckets or (side.seq_len,))
+    slots = int(lengths[np.searchsorted(lengths, side.tokens_of_rows())].sum())
     return SideInfo(
         documents=len(np.unique(side.table.documents[numbers])) if numbers else 0,
         examples=len(numbers),
         rows=len(side),
         tokens=tokens,
         counted_tokens=counted,
-        fill=tokens / _slots(side) if len(side) else 0.0,
+        fill=tokens / slots if slots else 0.0,
     )
-
-
-def _slots(side: ExampleSet) -> int:
-    """Returns the tokens that all rows have room for."""
-    if not side.buckets:
-        return len(side) * side.seq_len
-    places = np.searchsorted(side.buckets, side.tokens_of_rows())
-    return int(np.asarray(side.buckets)[places].sum())
 
 
 def _fingerprint(table: TokenTable, *sides: ExampleSet) -> str:

@@ -194,12 +194,7 @@ def parse_prompt(record: object) -> Chat:
 def _parse(
     record: object, pairs: Sequence[tuple[str, ...]]
 ) -> tuple[Content, tuple[str, ...]]:
-    """Returns what a record says, and the keys that say it.
-
-    Args:
-        record: Of a file.
-        pairs: The keys of what is asked and what should follow, the first ones first.
-    """
+    """Returns what a record says, and the keys that say it."""
     if not isinstance(record, Mapping):
         raise _wrong(f"need an object with {_EXPECTED}, got {_type_name(record)}")
     there = {key for key in RECORD_KEYS if record.get(key) is not None}

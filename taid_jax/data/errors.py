@@ -73,13 +73,6 @@ class LeftOut:
     """Counts what is left out, by reason; or ends the run at the first bad record.
 
     Sound records that a filter leaves out are counted under either policy.
-
-    Args:
-        policy: `raise` or `count`.
-
-    Attributes:
-        reasons: How many records were left out, by reason.
-        problems: The first of them that could not be used, in order.
     """
 
     def __init__(self, policy: BadRecordPolicy = "raise"):

@@ -61,15 +61,7 @@ def read_documents(
     teacher_field: TeacherField | None = None,
     teacher_prompt: TeacherPrompt | None = None,
 ) -> Iterator[tuple[str, Document | RecordError]]:
-    """Yields where each record stands and what it says, or why that cannot be known.
-
-    Args:
-        records: With their places.
-        seed: Of the documents' ranks.
-        prompts_suffice: As `make_document` has it.
-        teacher_field: Says which teachers a record learns from.
-        teacher_prompt: What the teacher sees in place of the prompt.
-    """
+    """Yields where each record stands and what it says, or why that cannot be known."""
     also = fields_read(teacher_prompt, teacher_field)
     for origin, record in records:
         try:

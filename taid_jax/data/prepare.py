@@ -52,10 +52,6 @@ def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
     last finished piece and gives the same bytes. The number of processes does not
     matter either.
 
-    Args:
-        options: What is asked for.
-        tokenizer: Of the teacher, with its chat template.
-
     Raises:
         DataError: If the source cannot be used, nothing of it is left, or the folder
             holds something else.
@@ -100,10 +96,8 @@ def prepare(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
         left_out += choice.left_out
         for side in sources:
             if not (choice.side == side).any():
-                counts = dict(Counter(problem.reason for problem in left_out))
-                raise DataError(
-                    f"{options.data}: nothing is left on the {side} side ({counts})"
-                )
+                where = f"nothing is left on the {side} side"
+                raise DataError(f"{options.data}: {where} ({_count(left_out)})")
     except DataError:
         # So that it can be begun anew with other options; the report tells why.
         _write_report(output, left_out)

@@ -59,18 +59,8 @@ Facts = Mapping[str, np.ndarray]
 
 def read_facts(rows: "datasets.Dataset") -> Facts:
     """Returns the columns that it is decided by which rows are saved."""
-    names = (
-        "number",
-        "side",
-        "reason",
-        "chat",
-        "key",
-        "rank",
-        "name",
-        "copy",
-        "tokens",
-    )
-    return {name: rows.data.column(name).to_numpy() for name in names}
+    names = "number side reason chat key rank name copy tokens"
+    return {name: rows.data.column(name).to_numpy() for name in names.split()}
 
 
 def encode_records(
@@ -143,12 +133,7 @@ def encode_records(
 
 
 class _Encode:
-    """Turns a batch of records into rows.
-
-    Args:
-        tokenizer: Of the teacher.
-        options: What is asked for.
-    """
+    """Turns a batch of records into rows."""
 
     def __init__(self, tokenizer: Tokenizer, options: PrepareOptions):
         self._tokenizer, self._options = tokenizer, options
@@ -267,13 +252,7 @@ def _end_with_parent() -> None:
 
 
 class Choice(NamedTuple):
-    """What becomes of the rows.
-
-    Attributes:
-        side: Of every row; empty if it is left out.
-        left_out: Records that are left out here.
-        noted: Those that are saved though there is something to say.
-    """
+    """What becomes of the rows."""
 
     side: np.ndarray
     left_out: list[Problem]
@@ -292,12 +271,6 @@ def choose(
     that says something else under a name that was there before is saved and noted:
     UltraChat calls a conversation by its prompt. A prompt that is trained and validated
     on is noted too.
-
-    Args:
-        rows: All rows.
-        facts: Their columns.
-        sides: Those that have a source.
-        options: What is asked for.
 
     Raises:
         DataError: If all documents are copies of one, which cannot be split.

@@ -76,13 +76,7 @@ def identify(tokenizer: Tokenizer) -> TokenizerIdentity:
 def differences(
     made_by: TokenizerIdentity, given: TokenizerIdentity, *, chats: bool
 ) -> list[str]:
-    """Returns what differs, in words; nothing when both give the same ids.
-
-    Args:
-        made_by: Of the tokenizer that the data were made with.
-        given: Of the one that they are to be read with.
-        chats: Whether chat templates matter.
-    """
+    """Returns what differs, in words; nothing when both give the same ids."""
     found = []
     if made_by.vocabulary != given.vocabulary:
         sizes = f"{made_by.size:,} tokens there, {given.size:,} here"
@@ -116,16 +110,7 @@ SIDES = (TRAIN, VALIDATION)
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """One shard.
-
-    Attributes:
-        name: Of the file, in the folder.
-        side: `train` or `validation`.
-        examples: Its rows.
-        tokens: In them.
-        bytes: Of the file.
-        sha256: Of the file.
-    """
+    """One shard."""
 
     name: str
     side: str

@@ -193,12 +193,7 @@ def _hub_name(name: str | os.PathLike[str]) -> tuple[str, str | None] | None:
 
 
 def _load_hub(name: str, split: str | None) -> Any:
-    """Returns a split of a data set, as `datasets` reads it; no code of it is run.
-
-    Args:
-        name: On the hub.
-        split: Which split; `train`, or the only one, when None.
-    """
+    """Returns a split of a data set, as `datasets` reads it; no code of it is run."""
     import datasets
 
     try:

@@ -25,12 +25,6 @@ def hold_out(
     twice its share of the tokens: documents that would exceed it are trained on. It
     gets at least one document, and leaves at least one.
 
-    Args:
-        ranks: Of the examples' documents, in [0, 1].
-        tokens: Of the examples.
-        fraction: In [0, 1); nothing is held out when it is 0.
-        source: Named in messages.
-
     Raises:
         DataError: If all documents are copies of one, which cannot be split.
     """

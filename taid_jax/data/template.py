@@ -20,8 +20,9 @@ from taid_jax.data.errors import DataError, RecordError
 from taid_jax.data.tokens import Tokenizer
 from taid_jax.errors import parsing, shorten
 
-# What marks an answer, which Jinja alone does not know.
-_MARKS = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+"""What a template has round all that the assistant writes, where it says so itself;
+Jinja alone does not know it."""
 
 SECONDS = 5.0
 """Of computing for one conversation; a template needs some milliseconds."""
@@ -56,20 +57,14 @@ def set_chat_template(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> Non
         raise DataError(f"chat_template: {path} is empty")
     with parsing(f"chat_template: {path} is not a Jinja template", DataError):
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            _MARKS.sub("", text)
+            MARK.sub("", text)
         )
     # Every tokenizer of transformers has it; the protocol cannot name it.
     tokenizer.chat_template = text  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Conversation(NamedTuple):
-    """What a template is given.
-
-    Attributes:
-        messages: At least one.
-        options: What it gets beside them, such as `tools`.
-        template: In place of the tokenizer's.
-    """
+    """What a template is given."""
 
     messages: Sequence[Mapping[str, Any]]
     options: Mapping[str, Any] = {}
@@ -151,12 +146,7 @@ def placeholder(value: object) -> str:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, as `transformers` renders it, within limits.
-
-    Args:
-        tokenizer: Whose template it is.
-        date: What templates take for today, `YYYY-MM-DD`; today when None.
-    """
+    """A tokenizer's chat template, as `transformers` renders it, within limits."""
 
     def __init__(self, tokenizer: Tokenizer, date: str | None = None):
         self._tokenizer = tokenizer

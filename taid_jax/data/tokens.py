@@ -102,12 +102,6 @@ class Rendered(NamedTuple):
     asks: bool = False
 
 
-def is_rendered(tokenizer: Tokenizer, prompt: str) -> bool:
-    """Whether a prompt begins with the start token, as what a template wrote does."""
-    start = getattr(tokenizer, "bos_token", None)
-    return bool(start) and prompt.startswith(start)
-
-
 class Encoder:
     """A tokenizer together with the tokens that begin and end a text.
 
@@ -280,10 +274,6 @@ def cut_windows(example: Example, length: int) -> Iterator[Example]:
 
     The second half of a window is its answer: text has none of its own, and to go on
     from the first half is what a model can be asked for.
-
-    Args:
-        example: The whole text.
-        length: Tokens of a window, >= 2.
     """
     ids, counted = example.ids, example.counted
     for start in range(0, max(1, len(ids) - 1), length - 1):

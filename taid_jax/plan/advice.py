@@ -15,12 +15,7 @@ SHORTEST = 256
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A step with other settings.
-
-    Attributes:
-        flags: What is different from the run that was asked for, as flags.
-        plan: What came of it.
-    """
+    """A step with other settings."""
 
     flags: Mapping[str, str | int]
     plan: Plan
@@ -39,13 +34,6 @@ def find_fit(
     Each attempt keeps the changes of those before it, from what costs nothing to what
     changes the run: weights cut over all devices, the student's layers computed again,
     smaller micro-batches, shorter sequences.
-
-    Args:
-        settings: Of the run that does not fit.
-        teacher: Its architecture, or those of several.
-        student: Its architecture.
-        machine: What to compile for.
-        compiled: Called after each attempt.
     """
     attempts = []
     for flags in _changes(settings, machine):

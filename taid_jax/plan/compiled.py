@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from taid_jax.plan.collectives import Collectives, count_collectives
 from taid_jax.plan.flops import count_flops_of_parts
 from taid_jax.plan.machine import Machine, PlanError
 from taid_jax.plan.program import Part
-from taid_jax.plan.roofline import Resource, Work, least_seconds, work_of_parts
+from taid_jax.plan.roofline import Resource, Work, least_seconds
 from taid_jax.plan.traffic import count_traffic
 from taid_jax.settings import Settings
 from taid_jax.sharding import (
@@ -155,7 +155,14 @@ def plan_step(
         text = compiled.as_text()
         collectives = count_collectives(text, machine.linked)
         traffic = count_traffic(text)
-        parts = work_of_parts(flops, len(machine.devices), traffic, collectives)
+        parts = {
+            part: Work(
+                flops[part] / len(machine.devices),
+                traffic.get(part, 0),
+                *collectives.parts.get(part, (0.0, 0.0)),
+            )
+            for part in get_args(Part)
+        }
     return Plan(
         machine=machine.name,
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
@@ -177,14 +184,7 @@ def plan_step(
 def abstract_step(
     settings: Settings, teacher: Teachers, student: DecoderConfig, mesh: Mesh
 ) -> tuple[Any, tuple[DistillState, Params, dict[str, jax.ShapeDtypeStruct]]]:
-    """Returns a run's jitted train step and the shapes and places of its arguments.
-
-    Args:
-        settings: Of the run.
-        teacher: Its architecture, or those of several; weights in the compute dtype.
-        student: Its architecture; float32 weights.
-        mesh: Where the arguments would lie.
-    """
+    """Returns a run's jitted train step and the shapes and places of its arguments."""
     model, data = settings.model, settings.data
     dtype = jnp.dtype(model.dtype)
     teachers = [teacher] if isinstance(teacher, DecoderConfig) else list(teacher)

@@ -25,12 +25,7 @@ def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
 def count_flops_of_parts(
     program: ClosedJaxpr | Jaxpr, scope: str = ""
 ) -> collections.Counter[Part]:
-    """Returns what `count_flops` does, for each part of the step.
-
-    Args:
-        program: Traced.
-        scope: Of what calls it.
-    """
+    """Returns what `count_flops` does, for each part of the step."""
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     found: collections.Counter[Part] = collections.Counter()
     for equation in jaxpr.eqns:

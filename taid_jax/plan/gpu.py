@@ -9,8 +9,8 @@ from taid_jax.errors import show
 GPUS_PER_HOST: Mapping[str, int] = dict.fromkeys(GPUS, 8) | {"gb200": 4}
 """GPUs of an HGX board, and of a tray of GB200 NVL72."""
 
-_LINKED_HOSTS: Mapping[str, int] = {"gb200": 18}
-"""Hosts that NVLink joins, where they are more than one: the trays of a rack."""
+LINKED_HOSTS: Mapping[str, int] = dict.fromkeys(GPUS, 1) | {"gb200": 18}
+"""Hosts that NVLink joins: of GB200 the trays of a rack."""
 
 _SHARE = 0.75
 """Of a GPU's memory that JAX takes: docs.jax.dev, "GPU memory allocation"."""
@@ -34,11 +34,7 @@ _BUILT = {
 
 
 def describe_gpu(name: str) -> str:
-    """Returns a GPU as XLA's text form of `stream_executor.GpuTargetConfigProto`.
-
-    Args:
-        name: One of `GPUS`.
-    """
+    """Returns a GPU as XLA's text form of `stream_executor.GpuTargetConfigProto`."""
     chip = GPUS[name]
     title, cores, units, shared, cache, clock, major = _BUILT[name]
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
@@ -71,11 +67,6 @@ dnn_version_info {{ {_DNN} }}
 runtime_version {{ {_CUDA} }}
 device_description_str: "{title}"
 """
-
-
-def linked_gpus(name: str, gpus: int) -> int:
-    """Returns how many GPUs NVLink joins, where hosts have `gpus` each."""
-    return gpus * _LINKED_HOSTS.get(name, 1)
 
 
 def usable_share(environment: Mapping[str, str]) -> float:

@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from taid_jax.chips import CHIPS, GPUS, Chip
 from taid_jax.errors import InputError, explain, how_to_install, show
 from taid_jax.models.memory import host_memory
-from taid_jax.plan.gpu import GPUS_PER_HOST, describe_gpu, linked_gpus, usable_share
+from taid_jax.plan.gpu import GPUS_PER_HOST, LINKED_HOSTS, describe_gpu, usable_share
 
 LOCAL = "local"
 
@@ -142,7 +142,7 @@ def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Machine:
         f"JAX takes {share:.0%} of a GPU's {chip.hbm_bytes / 2**30:.1f} GiB; "
         "XLA_CLIENT_MEM_FRACTION=0.92, here and in the run, gives a program more"
     )
-    linked = linked_gpus(kind, gpus)
+    linked = gpus * LINKED_HOSTS[kind]
     return Machine(
         name,
         devices,

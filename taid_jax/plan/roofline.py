@@ -1,12 +1,10 @@
 """The least time of a step, by resource and by part: a bound, not a forecast."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from collections.abc import Iterable
+from typing import Literal
 
 from taid_jax.chips import Chip
-from taid_jax.plan.collectives import Collectives
-from taid_jax.plan.program import Part
 
 Resource = Literal["flops", "hbm", "interconnect", "network"]
 
@@ -26,30 +24,6 @@ class Work:
     bytes: int
     sent: float
     sent_network: float
-
-
-def work_of_parts(
-    flops: Mapping[Part, int],
-    devices: int,
-    traffic: Mapping[Part, int],
-    collectives: Collectives,
-) -> dict[Part, Work]:
-    """Returns the work of each part of the step.
-
-    Args:
-        flops: Of matrix products, over all devices.
-        devices: How many share them.
-        traffic: Bytes read and written by one.
-        collectives: What one exchanges.
-    """
-    return {
-        part: Work(
-            flops.get(part, 0) / devices,
-            traffic.get(part, 0),
-            *collectives.parts.get(part, (0.0, 0.0)),
-        )
-        for part in get_args(Part)
-    }
 
 
 def least_seconds(chip: Chip | None, parts: Iterable[Work]) -> dict[Resource, float]:

@@ -54,11 +54,7 @@ class Kernel:
 
 
 def count_traffic(text: str) -> dict[Part, int]:
-    """Returns the bytes that one device reads and writes in its memory, by part.
-
-    Args:
-        text: What `compiled.as_text()` gives: the program of one device.
-    """
+    """Returns the bytes that one device reads and writes in its memory, by part."""
     found: collections.Counter[Part] = collections.Counter()
     for kernel in list_kernels(text):
         found[part_of(kernel.scope)] += kernel.total_bytes

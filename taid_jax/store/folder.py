@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int, Shaped
+from rich.console import Console
 from safetensors.numpy import save
 
 from taid_jax.errors import InputError, explain, parsing, show
@@ -31,6 +32,7 @@ from taid_jax.store.format import (
     StoreError,
     describe_file,
     example_key,
+    fault_of,
     pack_record,
     read_manifest,
     stored_mass,
@@ -105,12 +107,8 @@ def begin_store(
 
 def _lacking(folder: pathlib.Path, manifest: Manifest) -> set[str]:
     """Returns the files that are not there, or not of their size."""
-    paths = {file: folder / file.name for file in (*manifest.shards, *manifest.others)}
-    return {
-        file.name
-        for file, path in paths.items()
-        if not path.is_file() or path.stat().st_size != file.bytes
-    }
+    files = (*manifest.shards, *manifest.others)
+    return {file.name for file in files if fault_of(folder, file, contents=False)}
 
 
 def _reopen(folder: pathlib.Path, manifest: Manifest, lacking: set[str]) -> None:
@@ -130,10 +128,8 @@ def _mass_of(path: pathlib.Path, manifest: Manifest) -> float:
         reader = ArrayRecordReader(str(path))
         for number in range(reader.num_records()):
             (record,) = reader.read([number])
-            tokens = (len(record) - KEY_BYTES) // manifest.bytes_per_token
-            key, columns = record[:KEY_BYTES], manifest.columns
-            tail = unpack_record(record, key, columns, tokens)["teacher_tail"]
-            total += float(stored_mass(tail).sum())
+            columns = unpack_record(record, record[:KEY_BYTES], manifest.columns)
+            total += float(stored_mass(columns["teacher_tail"]).sum())
     return total
 
 
@@ -160,10 +156,6 @@ def _plain(values: Any) -> Any:
 class Sink:
     """A file of records while it is written; it gets its name when it is whole.
 
-    Args:
-        path: Of the file.
-        kind: Of the store.
-
     Attributes:
         file: What it is, once it is whole.
         tokens: In it so far.
@@ -189,12 +181,7 @@ class Sink:
         ids: Int[np.ndarray, " tokens"],
         columns: Sequence[Shaped[np.ndarray, "tokens _"]],
     ) -> None:
-        """Adds the record of an example.
-
-        Args:
-            ids: Its tokens.
-            columns: As the manifest names them, in their stored dtypes.
-        """
+        """Adds the record of an example."""
         self._writer.write(pack_record(example_key(ids), columns))
         self._records += 1
         self.tokens += len(ids)
@@ -237,19 +224,33 @@ def show_size(count: int) -> str:
     )
 
 
-def free_bytes(folder: pathlib.Path) -> int:
-    """Returns the room on the disk of a folder, which need not be there yet."""
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    return shutil.disk_usage(there).free
+def announce(
+    folder: pathlib.Path,
+    facts: Mapping[str, Any],
+    console: Console,
+    *,
+    examples: int,
+    tokens: int,
+    beside: int = 0,
+) -> None:
+    """Says how much will be stored, and refuses what the disk has no room for.
 
-
-def check_room(folder: pathlib.Path, need: int) -> None:
-    """Raises unless a disk has room for so many bytes more.
+    The folder need not be there yet; `beside` are the bytes that are no records.
 
     Raises:
-        StoreError: If it has not.
+        StoreError: With how much is missing.
     """
-    free = free_bytes(folder)
+    width = sum(Column(**column).bytes_per_token for column in facts["columns"])
+    total = tokens * width + examples * KEY_BYTES + beside
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    console.print(
+        f"{facts['kind']}: {examples:,} examples, {tokens:,} tokens of {width:,} "
+        f"bytes, {show_size(total)}; {show_size(free)} are free",
+        soft_wrap=True,
+        highlight=False,
+    )
+    need = total - sum(path.stat().st_size for path in folder.glob("outputs-*"))
     if need > free:
         raise StoreError(
             f"output: the store needs {show_size(need)} more and {folder} has "
@@ -266,16 +267,7 @@ def finish_store(
     tokens: int,
     mass: float,
 ) -> Manifest:
-    """Writes index and manifest: the store is whole then.
-
-    Args:
-        folder: Of the store; all else is there.
-        facts: What decides what is stored, as `begin_store` was given it.
-        entries: Of all examples; shards by their place in `shards`.
-        shards: The files with records.
-        tokens: Of all examples.
-        mass: Probability of the stored ids, summed over tokens, of kind "topk".
-    """
+    """Writes index and manifest: the store is whole then."""
     with writing(folder / INDEX):
         write_index(folder, entries)
         manifest = Manifest(

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt16
 
-from taid_jax.errors import InputError, parsing, show
+from taid_jax.errors import InputError, explain, parsing, show
 from taid_jax.files import write_whole
 
 VERSION = 1
@@ -54,13 +54,7 @@ class StoreError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Numbers that every token of an example has.
-
-    Attributes:
-        name: As in a batch.
-        dtype: As stored.
-        width: How many a token has.
-    """
+    """Numbers that every token of an example has."""
 
     name: str
     dtype: str
@@ -81,14 +75,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a store.
-
-    Attributes:
-        name: Of the file.
-        bytes: Its size.
-        sha256: Of its contents.
-        records: How many it has; 0 of a file that is no shard.
-    """
+    """A file of a store, with its records if it is a shard."""
 
     name: str
     bytes: int
@@ -189,25 +176,21 @@ def stored_mass(
 
 
 def pack_record(key: bytes, columns: Sequence[Shaped[np.ndarray, "tokens _"]]) -> bytes:
-    """Returns the record of an example.
-
-    Args:
-        key: Of the example.
-        columns: As the manifest names them, in their stored dtypes.
-    """
+    """Returns the record of an example."""
     return key + b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
 
 
 def unpack_record(
-    record: bytes, key: bytes, columns: Sequence[Column], tokens: int
+    record: bytes, key: bytes, columns: Sequence[Column]
 ) -> dict[str, np.ndarray]:
     """Returns the columns of a record, `(tokens, width)` each.
 
     Raises:
-        StoreError: If the record is another example's, or of another size.
+        StoreError: If the record is another example's, or ends within a token.
     """
-    size = KEY_BYTES + tokens * sum(column.bytes_per_token for column in columns)
-    if record[:KEY_BYTES] != key or len(record) != size:
+    width = sum(column.bytes_per_token for column in columns)
+    tokens, rest = divmod(len(record) - KEY_BYTES, width)
+    if record[:KEY_BYTES] != key or rest:
         raise StoreError("it is not the one that the index names")
     found, start = {}, KEY_BYTES
     for column in columns:
@@ -221,16 +204,26 @@ def unpack_record(
 def describe_file(
     path: pathlib.Path, records: int = 0, name: str | None = None
 ) -> File:
-    """Returns size and checksum of a file.
-
-    Args:
-        path: Of the file.
-        records: How many it has.
-        name: Its name in the store; that of the path when None.
-    """
+    """Returns size and checksum of a file."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return File(name or path.name, path.stat().st_size, digest.hexdigest(), records)
+
+
+def fault_of(folder: pathlib.Path, file: File, *, contents: bool) -> str | None:
+    """Returns what is wrong with a file of a store: its size, or contents if asked."""
+    path = folder / file.name
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            return f"{path} is missing; {MANIFEST} says {file.bytes:,} bytes"
+        if size != file.bytes:
+            return f"{path} has {size:,} bytes; {MANIFEST} says {file.bytes:,} bytes"
+        if contents and describe_file(path).sha256 != file.sha256:
+            return f"{path} has other contents than {MANIFEST} says"
+    except OSError as error:
+        return f"{path} cannot be read: {explain(error)}"
+    return None
 
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:

@@ -20,10 +20,9 @@ from taid_jax.settings import SettingsError
 from taid_jax.store.folder import (
     Entry,
     Sink,
+    announce,
     begin_store,
-    check_room,
     finish_store,
-    show_size,
     tidy,
 )
 from taid_jax.store.format import (
@@ -40,7 +39,7 @@ from taid_jax.store.format import (
     topk_columns,
 )
 from taid_jax.store.parquet import Example, count_rows, read_examples
-from taid_jax.store.write import write_teacher_folder
+from taid_jax.store.teacher import write_teacher_folder
 
 
 def import_outputs(
@@ -62,15 +61,6 @@ def import_outputs(
     another teacher's. An example that comes again counts once, as it came first.
 
     A job that was stopped begins anew, and ends in the same bytes.
-
-    Args:
-        files: All of them.
-        teacher: What gave the outputs; see `models.files.hub.resolve`.
-        output: The store.
-        k: So many of each token's entries are stored at most.
-        shard_bytes: Size of a file, about.
-        console: Where progress is shown.
-        allow_unknown_keys: As in `models.files.load.load_model`.
 
     Raises:
         StoreError: If a file cannot be used, or the disk is too small.
@@ -108,16 +98,7 @@ def import_outputs(
     }
     with contextlib.ExitStack() as hold:
         if not begin_store(output, facts, hold):
-            width = sum(column.bytes_per_token for column in columns)
-            need = tokens * width + examples * KEY_BYTES
-            there = sum(path.stat().st_size for path in output.glob("outputs-*"))
-            console.print(
-                f"topk: {examples:,} examples, {tokens:,} tokens of {width:,} bytes, "
-                f"{show_size(need)}",
-                soft_wrap=True,
-                highlight=False,
-            )
-            check_room(output, need - there)
+            announce(output, facts, console, examples=examples, tokens=tokens)
             model = LoadedModel(
                 config, {}, tokenizer, opened.source.name, opened.generation
             )

@@ -10,16 +10,14 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Shaped
 
-from taid_jax.errors import explain
 from taid_jax.models.decoder import abstract_params, head
 from taid_jax.models.files.load import open_model
 from taid_jax.models.files.tokenizer import Tokenizer, require_tokenizer
 from taid_jax.store.format import (
     LOGPROB_STEP,
-    MANIFEST,
     TEACHER,
     StoreError,
-    describe_file,
+    fault_of,
     read_manifest,
     stored_mass,
 )
@@ -44,22 +42,10 @@ def find_faults(folder: pathlib.Path) -> list[StoreError]:
         StoreError: If the manifest cannot be used.
     """
     folder = folder.expanduser().absolute()
-    manifest, faults = read_manifest(folder), []
-    for file in (*manifest.shards, *manifest.others):
-        path = folder / file.name
-        try:
-            found = describe_file(path, file.records, file.name)
-        except OSError as error:
-            faults.append(StoreError(f"{path} cannot be read: {explain(error)}"))
-            continue
-        if found.bytes != file.bytes:
-            wrong = f"has {found.bytes:,} bytes, and {MANIFEST} says {file.bytes:,}"
-        elif found != file:
-            wrong = f"has other contents than {MANIFEST} says"
-        else:
-            continue
-        faults.append(StoreError(f"{path} {wrong}"))
-    return faults
+    manifest = read_manifest(folder)
+    files = (*manifest.shards, *manifest.others)
+    faults = (fault_of(folder, file, contents=True) for file in files)
+    return [StoreError(fault) for fault in faults if fault]
 
 
 def mass_quantiles(store: Store, percents: Sequence[int]) -> list[float]:
@@ -80,14 +66,7 @@ def mass_quantiles(store: Store, percents: Sequence[int]) -> list[float]:
 
 
 class Favourites(NamedTuple):
-    """What a teacher thinks most probable.
-
-    Attributes:
-        example: Number of the example in the store's files, from 1.
-        token: Number of the token that comes before, from 1.
-        ids: The most probable first.
-        probabilities: Of these.
-    """
+    """What a teacher thinks most probable."""
 
     example: int
     token: int
@@ -99,10 +78,6 @@ def favourites(store: Store, count: int) -> tuple[Tokenizer, list[Favourites]]:
     """Returns the teacher's tokenizer, and what it favours after the first tokens.
 
     What these tokens are is not stored: only a hash of each example's is.
-
-    Args:
-        store: Of any kind.
-        count: Of the tokens.
     """
     model = open_model(store.folder / TEACHER, weights=False)
     tokenizer = require_tokenizer(model.tokenizer, model.source)

@@ -18,13 +18,7 @@ from taid_jax.store.options import StoreOptions
 
 
 class Lot(NamedTuple):
-    """Rows that go through the teacher together.
-
-    Attributes:
-        side: Of the data set.
-        rows: Their numbers; `EMPTY` where there is none.
-        length: Tokens of each, padding included.
-    """
+    """Rows that go through the teacher together."""
 
     side: ExampleSet
     rows: Int64[np.ndarray, " rows"]
@@ -41,13 +35,7 @@ class Shard(NamedTuple):
 def plan_shards(
     lots: Sequence[Lot], columns: Sequence[Column], options: StoreOptions
 ) -> list[Shard]:
-    """Returns this job's share of the files, numbered over all jobs.
-
-    Args:
-        lots: Of all jobs.
-        columns: Of a record.
-        options: Size of a file, and the share.
-    """
+    """Returns this job's share of the files, numbered over all jobs."""
     width = sum(column.bytes_per_token for column in columns)
     most = max((len(lot.rows) * lot.length for lot in lots), default=1)
     each = max(1, (options.shard_mib << 20) // (most * width))
@@ -113,11 +101,9 @@ class JobFiles(NamedTuple):
     def examples(self, lot: Lot, part: int) -> Iterator[tuple[int, int, int]]:
         """Yields row, first token and number of each example that is stored."""
         for row, index in enumerate(self.rows(lot, part).tolist()):
-            start = 0
-            for number in lot.side.rows[index] if index != EMPTY else ():
+            for start, number in lot.side.placed(index):
                 if number in self.owned:
                     yield row, start, number
-                start += int(lot.side.table.lengths[number])
 
 
 def find_owned(lots: Sequence[Lot]) -> frozenset[int]:
@@ -125,9 +111,7 @@ def find_owned(lots: Sequence[Lot]) -> frozenset[int]:
     first: dict[tuple[bytes, int], int] = {}
     for lot in lots:
         for index in lot.rows.tolist():
-            start = 0
-            for number in lot.side.rows[index] if index != EMPTY else ():
-                ids = lot.side.table[number].ids
-                first.setdefault((example_key(ids), start), number)
-                start += len(ids)
+            for start, number in lot.side.placed(index):
+                key = example_key(lot.side.table[number].ids)
+                first.setdefault((key, start), number)
     return frozenset(first.values())

@@ -22,7 +22,6 @@ from taid_jax.store.folder import Entry, begin_store, finish_store, tidy, writin
 from taid_jax.store.format import (
     HEAD,
     INDEX,
-    KEY_BYTES,
     TEACHER,
     File,
     Manifest,
@@ -46,11 +45,6 @@ def merge_stores(
     Files with records are linked where the file system can, and copied elsewhere: the
     parts may be removed afterwards. An example that comes again, at the same place of a
     row, is that of the first part that has it.
-
-    Args:
-        output: The new store; continued where this very job began it.
-        parts: The stores.
-        say: Is given what a user should know, a line each.
 
     Raises:
         StoreError: If a part is no store, or they do not belong together.
@@ -161,13 +155,7 @@ def _made_of(stores: Sequence[Store]) -> tuple[dict[str, Any], list[str]]:
 
 
 class _Chosen(NamedTuple):
-    """Which example counts, of all parts in turn.
-
-    Attributes:
-        part: Whose it is.
-        number: Its number in the index of that.
-        dropped: Those that came before: parts and numbers.
-    """
+    """Which examples count, by part and number in its index; and which do not."""
 
     part: Int64[np.ndarray, " examples"]
     number: Int64[np.ndarray, " examples"]
@@ -179,8 +167,8 @@ def _choose(stores: Sequence[Store]) -> _Chosen:
     sizes = [len(store) for store in stores]
     part = np.repeat(np.arange(len(stores)), sizes)
     number = np.concatenate([np.arange(size) for size in sizes])
-    keys = np.concatenate([store.index()[0] for store in stores])
-    starts = np.concatenate([store.index()[2] for store in stores])
+    keys = np.concatenate([store.keys for store in stores])
+    starts = np.concatenate([store.starts for store in stores])
     order = np.lexsort((number, part, starts, keys[:, 1], keys[:, 0]))
     same = np.zeros(len(order), bool)
     here, before = order[1:], order[:-1]
@@ -203,7 +191,7 @@ def _name_files(stores: Sequence[Store], chosen: _Chosen) -> dict[tuple[int, int
     files: dict[tuple[int, int], str] = {}
     taken: set[str] = set()
     for part, store in enumerate(stores):
-        places = store.index()[1][chosen.number[chosen.part == part]]
+        places = store.places[chosen.number[chosen.part == part]]
         for shard in np.unique(places[:, 0]).tolist():
             name = names[part][shard]
             if name in taken or not _SHARD.fullmatch(name):
@@ -244,12 +232,9 @@ def _totals(
     tokens = sum(about.tokens for about in abouts)
     mass = sum((about.mass or 0.0) * about.tokens for about in abouts)
     for part, number in chosen.dropped.tolist():
-        about = abouts[part]
-        tokens -= (len(stores[part].record(number)) - KEY_BYTES) // (
-            about.bytes_per_token
-        )
-        if about.kind == "topk":
-            columns = stores[part].columns(number)
+        columns = stores[part].columns(number)
+        tokens -= len(columns[abouts[part].columns[0].name])
+        if abouts[part].kind == "topk":
             mass -= float(stored_mass(columns["teacher_tail"]).sum())
     if count := len(chosen.dropped):
         say(f"note: {count:,} examples come again in a later part, and count once")
@@ -262,9 +247,8 @@ def _entries(
     """Yields the examples as the new index has them."""
     shards = {place: number for number, place in enumerate(files)}
     for part, store in enumerate(stores):
-        keys, places, starts = store.index()
-        big = keys.astype(">u8")
+        keys = store.keys.astype(">u8")
         for number in chosen.number[chosen.part == part].tolist():
-            shard, record = places[number].tolist()
-            where = shards[part, shard], record, int(starts[number])
-            yield big[number].tobytes(), *where
+            shard, record = store.places[number].tolist()
+            where = shards[part, shard], record, int(store.starts[number])
+            yield keys[number].tobytes(), *where

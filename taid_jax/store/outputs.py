@@ -112,11 +112,7 @@ def draws_of(ids: Int[np.ndarray, " tokens"]) -> Float32[np.ndarray, " tokens"]:
 
 
 def is_finite(columns: Mapping[str, Shaped[np.ndarray, "tokens _"]]) -> bool:
-    """Returns whether a teacher gave numbers for all tokens, not NaN for some.
-
-    Args:
-        columns: Of an example, as they are stored.
-    """
+    """Returns whether a teacher gave numbers for all tokens, not NaN for some."""
     if "teacher_hidden" in columns:
         return bool(np.isfinite(columns["teacher_hidden"]).all())
     if "teacher_counts" in columns:

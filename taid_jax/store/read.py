@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -15,11 +15,10 @@ from taid_jax.store.format import (
     HEAD,
     INDEX,
     KEY_BYTES,
-    MANIFEST,
     Manifest,
     StoreError,
-    describe_file,
     example_key,
+    fault_of,
     read_manifest,
     unpack_record,
 )
@@ -38,6 +37,9 @@ class Store:
     Attributes:
         folder: Absolute.
         manifest: What it is.
+        keys: `(examples, 2)` uint64 of the index, a key each.
+        places: `(examples, 2)` uint32, shard and record of each.
+        starts: `(examples,)` uint32, its place in its row.
 
     Raises:
         StoreError: If it is no store, or a file of it is missing, of another size, or
@@ -47,28 +49,19 @@ class Store:
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder).expanduser().absolute()
         self.manifest: Manifest = read_manifest(self.folder)
-        for file in (*self.manifest.shards, *self.manifest.others):
-            path = self.folder / file.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.bytes:
-                found = "is missing" if size is None else f"has {size:,} bytes"
-                raise StoreError(
-                    f"{path} {found}; {MANIFEST} says {file.bytes:,} bytes. {_COPY}"
-                )
-        for file in self.manifest.others:
-            if describe_file(self.folder / file.name).sha256 != file.sha256:
-                raise StoreError(
-                    f"{self.folder / file.name} has other contents than {MANIFEST} "
-                    f"says. {_COPY}"
-                )
+        about = self.manifest
+        for file in (*about.shards, *about.others):
+            contents = file in about.others  # Those of shards take long.
+            if fault := fault_of(self.folder, file, contents=contents):
+                raise StoreError(f"{fault}. {_COPY}")
         with parsing(f"{self.folder / INDEX} cannot be read", StoreError):
             index = load_file(self.folder / INDEX)
-            self._keys: UInt64[np.ndarray, "examples 2"] = index["keys"]
-            self._places: UInt32[np.ndarray, "examples 2"] = index["places"]
-            self._starts: UInt32[np.ndarray, " examples"] = index["starts"]
+            self.keys: UInt64[np.ndarray, "examples 2"] = index["keys"]
+            self.places: UInt32[np.ndarray, "examples 2"] = index["places"]
+            self.starts: UInt32[np.ndarray, " examples"] = index["starts"]
             sizes = np.array([shard.records for shard in self.manifest.shards])
-            shards, records = self._places.T
-            if not len(self._keys) == len(self._places) == len(self._starts) or (
+            shards, records = self.places.T
+            if not len(self.keys) == len(self.places) == len(self.starts) or (
                 len(shards) and not (records < sizes[shards]).all()
             ):
                 raise StoreError("it names records beyond the shards")
@@ -76,13 +69,13 @@ class Store:
         self._reader = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def _check_shards(self) -> None:
         """Raises if a shard is another's: its first record has another key."""
-        shards, records = self._places.T
+        shards, records = self.places.T
         for place in np.flatnonzero(records == 0).tolist():
-            shard, key = int(shards[place]), self._keys[place].astype(">u8").tobytes()
+            shard, key = int(shards[place]), self.keys[place].astype(">u8").tobytes()
             found = self._record(self._open(shard), shard, 0)
             if found[:KEY_BYTES] != key:
                 path = self.folder / self.manifest.shards[shard].name
@@ -93,16 +86,6 @@ class Store:
         about = self.manifest
         columns = ", ".join(f"{c.name} {c.dtype} {c.width}" for c in about.columns)
         return f"{about.kind} of {about.teacher} ({columns})"
-
-    def keys(self) -> Iterable[bytes]:
-        """Yields the key of every example, in the order of the index."""
-        for key in self._keys.astype(">u8"):
-            yield key.tobytes()
-
-    def place(self, number: int) -> tuple[int, int]:
-        """Returns shard and record of an example by its number in the index."""
-        shard, record = self._places[number].tolist()
-        return shard, record
 
     def has(self, ids: Int[np.ndarray, " tokens"]) -> bool:
         """Returns whether an example is stored."""
@@ -130,30 +113,14 @@ class Store:
         Raises:
             StoreError: If it is not in the store, or its record is damaged.
         """
-        key = example_key(ids)
-        place = self._find(key, start)
-        if place is None:
+        number = self._find(example_key(ids), start)
+        if number is None:
             raise StoreError(f"{self.folder} lacks an example of {len(ids)} tokens")
-        shard, record = place
-        found = self._record(self._reader(shard), shard, record)
-        try:
-            return unpack_record(found, key, self.manifest.columns, len(ids))
-        except StoreError as error:
-            raise self._damaged(shard, record, error) from error
-
-    def index(
-        self,
-    ) -> tuple[
-        UInt64[np.ndarray, "examples 2"],
-        UInt32[np.ndarray, "examples 2"],
-        UInt32[np.ndarray, " examples"],
-    ]:
-        """Returns of all examples the key, shard and record, and place in the row."""
-        return self._keys, self._places, self._starts
+        return self.columns(number)
 
     def in_order(self) -> Int64[np.ndarray, " examples"]:
         """Returns the numbers in the index of all examples as the files have them."""
-        return np.lexsort((self._places[:, 1], self._places[:, 0]))
+        return np.lexsort((self.places[:, 1], self.places[:, 0]))
 
     def columns(self, number: int) -> Mapping[str, Shaped[np.ndarray, "tokens _"]]:
         """Returns the columns of an example by its number in the index.
@@ -161,18 +128,13 @@ class Store:
         Raises:
             StoreError: If its record is damaged.
         """
-        found, columns = self.record(number), self.manifest.columns
-        key = self._keys[number].astype(">u8").tobytes()
-        tokens = (len(found) - KEY_BYTES) // self.manifest.bytes_per_token
+        shard, record = self.places[number].tolist()
+        found = self._record(self._reader(shard), shard, record)
+        key = self.keys[number].astype(">u8").tobytes()
         try:
-            return unpack_record(found, key, columns, tokens)
+            return unpack_record(found, key, self.manifest.columns)
         except StoreError as error:
-            raise self._damaged(*self.place(number), error) from error
-
-    def record(self, number: int) -> bytes:
-        """Returns a record, with its key, by its number in the index."""
-        shard, record = self.place(number)
-        return self._record(self._reader(shard), shard, record)
+            raise self._damaged(shard, record, error) from error
 
     def _open(self, shard: int) -> ArrayRecordReader:
         path = self.folder / self.manifest.shards[shard].name
@@ -193,17 +155,17 @@ class Store:
             f"are as they were. {_COPY}"
         )
 
-    def _find(self, key: bytes, start: int) -> tuple[int, int] | None:
-        """Returns shard and record of an example, None where there is none."""
+    def _find(self, key: bytes, start: int) -> int | None:
+        """Returns the number of an example in the index, None where there is none."""
         high, low = np.frombuffer(key, ">u8").tolist()
-        place = int(np.searchsorted(self._keys[:, 0], np.uint64(high)))
+        number = int(np.searchsorted(self.keys[:, 0], np.uint64(high)))
         found = None
-        while place < len(self._keys) and self._keys[place, 0] == high:
-            if self._keys[place, 1] == low:
-                if self._starts[place] == start:
-                    return self.place(place)
-                found = found or self.place(place)
-            place += 1
+        while number < len(self) and self.keys[number, 0] == high:
+            if self.keys[number, 1] == low:
+                if self.starts[number] == start:
+                    return number
+                found = number if found is None else found
+            number += 1
         return found
 
     def head(self) -> dict[str, np.ndarray]:

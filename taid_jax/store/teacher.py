@@ -1,5 +1,8 @@
-"""A stored teacher as the train step takes any: functions and parameters."""
+"""A stored teacher as the train step takes any, and its folder in the store."""
 
+import json
+import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +13,11 @@ from jax.typing import DTypeLike
 from taid_jax.loss import TopK, TopKHead
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import head
-from taid_jax.store.format import LOGPROB_STEP, Kind
+from taid_jax.models.families import write_config
+from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG
+from taid_jax.models.files.load import LoadedModel
+from taid_jax.models.files.tokenizer import save_tokenizer, special_ids
+from taid_jax.store.format import LOGPROB_STEP, TEACHER, Kind
 from taid_jax.types import Batch, ModelFunctions, Params
 
 
@@ -65,3 +72,21 @@ def stored_functions(
 
     rows, rest = (most_probable, tail) if kind == "topk" else (drawn, "none")
     return ModelFunctions(rows, lambda params: TopKHead(config.vocab_size, rest))
+
+
+def write_teacher_folder(folder: pathlib.Path, teacher: LoadedModel) -> None:
+    """Writes config, generation settings and tokenizer of a teacher into a store."""
+    place, tokenizer = folder / TEACHER, teacher.tokenizer
+    if place.is_dir():
+        return
+    work = folder / f"{TEACHER}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    ids = special_ids(tokenizer) if tokenizer is not None else {}
+    values = {CONFIG: {**write_config(teacher.config), **ids}}
+    values[GENERATION_CONFIG] = dict(teacher.generation)
+    for name, value in values.items():
+        (work / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, work)
+    work.rename(place)

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,15 +23,8 @@ from taid_jax.errors import ModelError, show
 from taid_jax.files import write_whole
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import abstract_params, decoder_functions, param_axes
-from taid_jax.models.families import write_config
-from taid_jax.models.files.hf import CONFIG, GENERATION_CONFIG
 from taid_jax.models.files.load import LoadedModel
-from taid_jax.models.files.tokenizer import (
-    digest_tokenizer,
-    require_tokenizer,
-    save_tokenizer,
-    special_ids,
-)
+from taid_jax.models.files.tokenizer import digest_tokenizer, require_tokenizer
 from taid_jax.models.files.vocabulary import with_tokenizer
 from taid_jax.models.memory import check_fits, params_need
 from taid_jax.settings import Settings, SettingsError
@@ -48,19 +40,15 @@ from taid_jax.sharding import (
 from taid_jax.store.folder import (
     DONE,
     Sink,
+    announce,
     begin_store,
-    check_room,
     finish_store,
-    free_bytes,
     made_before,
-    show_size,
     tidy,
     writing,
 )
 from taid_jax.store.format import (
     HEAD,
-    KEY_BYTES,
-    TEACHER,
     Column,
     File,
     Kind,
@@ -79,7 +67,7 @@ from taid_jax.store.outputs import (
     sampled_outputs,
     topk_outputs,
 )
-from taid_jax.store.teacher import head_params
+from taid_jax.store.teacher import head_params, write_teacher_folder
 from taid_jax.train.inputs import OpenPair, check_memory, check_models, read_data
 from taid_jax.train.resume import digest_weights
 from taid_jax.types import Batch, Params
@@ -96,11 +84,6 @@ def store_teacher(
     Rows and batches are those of a training run with the same data settings, and of the
     size of its micro-batches, so that the outputs are the same to the last bit. Of
     several processes each calls this; each writes the records of its own rows.
-
-    Args:
-        settings: As of a training run; `run.output` is the store.
-        options: What is stored.
-        console: Where progress is shown.
 
     Raises:
         SettingsError: If settings contradict each other, or the output is something
@@ -141,7 +124,7 @@ def _store_teacher(
     facts = distributed.broadcast(
         lambda: _facts(settings, options, opened, dataset, recipe, mesh)
     )
-    distributed.broadcast(lambda: _announce(files, recipe, console))
+    distributed.broadcast(lambda: _announce(files, recipe, facts, console))
     with contextlib.ExitStack() as hold:
         if distributed.broadcast(lambda: begin_store(files.folder, facts, hold)):
             tidy(files.folder)
@@ -238,16 +221,13 @@ def _facts(
     }
 
 
-def _announce(files: JobFiles, recipe: _Recipe, console: Console) -> None:
-    """Says how much will be stored, and refuses what the disk has no room for.
-
-    Raises:
-        StoreError: With how much is missing.
-    """
-    head_bytes = 0
+def _announce(
+    files: JobFiles, recipe: _Recipe, facts: Mapping[str, Any], console: Console
+) -> None:
+    beside = _SPARE
     if recipe.kind == "hidden":
         head = head_params(abstract_params(recipe.config), recipe.config)
-        head_bytes = sum(4 * leaf.size for leaf in jax.tree.leaves(head))
+        beside += sum(4 * leaf.size for leaf in jax.tree.leaves(head))
     numbers = [
         number
         for shard in files.shards
@@ -257,18 +237,10 @@ def _announce(files: JobFiles, recipe: _Recipe, console: Console) -> None:
     ]
     table = files.shards[0].lots[0].side.table if files.shards else None
     tokens = 0 if table is None else int(table.lengths[numbers].sum())
-    width = sum(column.bytes_per_token for column in recipe.columns)
-    there = sum(path.stat().st_size for path in files.folder.glob("outputs-*"))
-    total = tokens * width + len(numbers) * KEY_BYTES + head_bytes + _SPARE
-    free = free_bytes(files.folder)
-    console.print(
-        f"{recipe.kind}: {len(numbers):,} examples, {tokens:,} tokens of {width:,} "
-        f"bytes, {show_size(total)} in {len(files.shards)} files; {show_size(free)} "
-        "are free",
-        soft_wrap=True,
-        highlight=False,
+    examples = len(numbers)
+    announce(
+        files.folder, facts, console, examples=examples, tokens=tokens, beside=beside
     )
-    check_room(files.folder, total - there)
 
 
 def _write_shards(
@@ -396,24 +368,6 @@ def _write_teacher(folder: pathlib.Path, teacher: LoadedModel, recipe: _Recipe) 
             }
             write_whole(folder / HEAD, save(arrays))
         write_teacher_folder(folder, teacher)
-
-
-def write_teacher_folder(folder: pathlib.Path, teacher: LoadedModel) -> None:
-    """Writes config, generation settings and tokenizer of a teacher into a store."""
-    place, tokenizer = folder / TEACHER, teacher.tokenizer
-    if place.is_dir():
-        return
-    work = folder / f"{TEACHER}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    ids = special_ids(tokenizer) if tokenizer is not None else {}
-    values = {CONFIG: {**write_config(teacher.config), **ids}}
-    values[GENERATION_CONFIG] = dict(teacher.generation)
-    for name, value in values.items():
-        (work / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, work)
-    work.rename(place)
 
 
 def _finish(files: JobFiles, facts: Mapping[str, Any]) -> None:

@@ -95,9 +95,6 @@ def interval(values: Sequence[float]) -> Interval:
 class Results:
     """The runs that are done.
 
-    Args:
-        records: As `record` makes them.
-
     Attributes:
         records: Those that count.
         tuning: Those that chose a learning rate.
@@ -163,13 +160,14 @@ def choose_rates(tuning: Iterable[dict[str, Any]], key: str) -> dict[str, float]
 
     Args:
         tuning: Records.
-        key: What is to be low; NaN, and that of a run that diverged, is higher than
-            all else.
+        key: What is to be low; NaN, None, and that of a run that diverged, is higher
+            than all else.
     """
     best: dict[str, tuple[float, float]] = {}
     for each in tuning:
-        value = each["figures"].get(key, math.nan)
-        found = (math.inf if math.isnan(value) else value, each["learning_rate"])
+        value = each["figures"].get(key)
+        low = math.inf if value is None or math.isnan(value) else value
+        found = low, each["learning_rate"]
         method = each["method"]
         best[method] = min(found, best.get(method, found))
     return {method: rate for method, (_, rate) in best.items()}

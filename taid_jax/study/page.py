@@ -41,11 +41,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def make_page(folder: pathlib.Path) -> str:
-    """Returns the page, and draws its picture.
-
-    Args:
-        folder: Has the results of those parts that were run; gets the picture.
-    """
+    """Returns the page, and draws its picture."""
     found = {
         name.removesuffix(".json"): read_json(folder / name)
         for name in (PICTURES, DRIFT)
@@ -63,15 +59,10 @@ def make_page(folder: pathlib.Path) -> str:
     }
     if "pictures" in found:
         results = Results(found["pictures"]["runs"])
-        rows = {name: {"method": name} for name in results.methods()}
-        references = "cross_entropy", "forward_kl"
         grid = found["pictures"]["settings"]["rates"]
-        values["gap_in_pictures"] = "taid_gap" in rows
+        values["gap_in_pictures"] = "taid_gap" in results.methods()
         values["picture_edges"] = _edges(results, grid)
-        values["picture_tables"] = [
-            _rates(results, grid),
-            *_tables(results, rows, references, _OF_PICTURES),
-        ]
+        values["picture_tables"] = picture_tables(found["pictures"])
     if "drift" in found:
         results = Results(found["drift"]["runs"])
         rows = {name: {"method": name} for name in results.methods()}
@@ -94,6 +85,17 @@ def make_page(folder: pathlib.Path) -> str:
         machine=machine_line,
         ms=lambda seconds: f"{1000 * seconds:.1f}",
     ).replace("\n\n\n", "\n\n")
+
+
+def picture_tables(found: dict[str, Any]) -> list[str]:
+    """Returns the learning rates, figures and differences of the study of pictures."""
+    results = Results(found["runs"])
+    rows = {name: {"method": name} for name in results.methods()}
+    references = "cross_entropy", "forward_kl"
+    return [
+        _rates(results, found["settings"]["rates"]),
+        *_tables(results, rows, references, _OF_PICTURES),
+    ]
 
 
 def _language(
@@ -246,8 +248,8 @@ def _tried(results: Results) -> dict[str, dict[float, float]]:
     tried: dict[str, dict[float, float]] = {}
     for each in results.tuning:
         rates = tried.setdefault(each["method"], {})
-        value = each["figures"].get("cross_entropy", math.inf)
-        rates[each["learning_rate"]] = value
+        value = each["figures"].get("cross_entropy")
+        rates[each["learning_rate"]] = math.inf if value is None else value
     return tried
 
 

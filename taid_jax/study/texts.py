@@ -96,14 +96,7 @@ def train_tokenizer(texts: pathlib.Path, vocab_size: int) -> Tokenizer:
 def write_model(
     folder: pathlib.Path, size: Size, tokenizer: Tokenizer, context: int
 ) -> None:
-    """Writes the config of a Llama, and the tokenizer; there are no weights.
-
-    Args:
-        folder: Made here.
-        size: Of the model.
-        tokenizer: From `train_tokenizer`.
-        context: Tokens that it can look back.
-    """
+    """Writes the config of a Llama, and the tokenizer; there are no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -126,8 +126,10 @@ def records(count=60):
         yield {"messages": turns, "hint": text(20)}
 
 
-@pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("prompt", ["{hint} {prompt}", "hint", "{answer} so {prompt}"])
+@pytest.mark.parametrize(
+    ("prompt", "pack"),
+    [("{hint} {prompt}", True), ("hint", False), ("{answer} so {prompt}", True)],
+)
 def test_load_dataset_aligns_every_answer(write_jsonl, styled_tokenizer, pack, prompt):
     """Each counted token is predicted in both rows, in the same example."""
     path, lengths = write_jsonl(records()), {"seq_len": 96, "teacher_len": 130}

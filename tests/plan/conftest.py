@@ -49,17 +49,25 @@ def folder(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def made(folder, make_settings, tmp_path_factory):
+def make_run(folder, make_settings):
+    """Settings of a run of the tiny pair into a folder, and what is given."""
+
+    def make(output, **values):
+        pair = {"teacher": str(folder), "student_layers": 2, "output": str(output)}
+        return make_settings(**pair, **values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made(make_run, tmp_path_factory):
     """The plan of a tiny step on eight devices, with loops in loops, and its file."""
     from taid_jax.plan import make_plan
     from taid_jax.plan.report import FORMAT
 
     output = tmp_path_factory.mktemp("plan")
     (output / "plan.json").write_text(json.dumps({"format": FORMAT}))
-    settings = make_settings(
-        teacher=str(folder), student_layers=2, output=str(output), grad_accum=2
-    )
-    plan = make_plan(settings, "local:8", Console(quiet=True))
+    plan = make_plan(make_run(output, grad_accum=2), "local:8", Console(quiet=True))
     return plan, json.loads((output / "plan.json").read_text())
 
 

@@ -145,15 +145,9 @@ def test_programs_beside_the_step_stay_on_the_device(
 
 
 @pytest.mark.gpu_compiler
-def test_make_plan_of_gpus(make_settings, folder, tmp_path, quiet):
+def test_make_plan_of_gpus(make_run, tmp_path, quiet):
     need(PLUGIN)
-    settings = make_settings(
-        teacher=str(folder),
-        student_layers=2,
-        output=str(tmp_path / "out"),
-        mesh="data=2,fsdp=4",
-        dtype="bfloat16",
-    )
+    settings = make_run(tmp_path / "out", mesh="data=2,fsdp=4", dtype="bfloat16")
     plan = make_plan(settings, "h100:2x4", quiet)
     assert plan.fits
     assert plan.chips == 8

@@ -50,13 +50,10 @@ def test_make_plan_writes_what_it_promises(made, folder):
     assert sent == pytest.approx(plan.collectives.sent)
 
 
-def test_make_plan_replaces_only_plans(folder, make_settings, tmp_path, quiet):
+def test_make_plan_replaces_only_plans(make_run, tmp_path, quiet):
     (tmp_path / "plan.json").write_text('{"mine": 1}')
-    settings = make_settings(
-        teacher=str(folder), student_layers=2, output=str(tmp_path)
-    )
     with pytest.raises(PlanError, match="left alone"):
-        make_plan(settings, "local:8", quiet)
+        make_plan(make_run(tmp_path), "local:8", quiet)
     assert (tmp_path / "plan.json").read_text() == '{"mine": 1}'
 
 
@@ -109,15 +106,10 @@ def test_pair_configs_of_resized_models_have_the_teachers_vocabulary(make_settin
 
 
 @pytest.mark.tpu_compiler
-def test_make_plan_of_a_tpu(make_settings, folder, tmp_path, quiet):
+def test_make_plan_of_a_tpu(make_run, tmp_path, quiet):
     pytest.importorskip("libtpu", reason="compiles for a TPU")
-    settings = make_settings(
-        teacher=str(folder),
-        student_layers=2,
-        output=str(tmp_path / "out"),
-        mesh="data=2,fsdp=2,tensor=2",
-        dtype="bfloat16",
-    )
+    mesh = "data=2,fsdp=2,tensor=2"
+    settings = make_run(tmp_path / "out", mesh=mesh, dtype="bfloat16")
     plan = make_plan(settings, "v5e:2x4", quiet)
     assert plan.fits
     assert plan.chips == 8

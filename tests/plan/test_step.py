@@ -105,22 +105,23 @@ def test_abstract_step_has_the_rows_of_a_teacher_that_is_asked_otherwise(
     assert shapes == {name: (x.shape, x.dtype) for name, x in batch.items()}
 
 
-def test_layer_unroll_is_that_of_both_models(tiny, make_settings, one_device):
-    def unrolled(count):
-        settings = make_settings(layer_unroll=count)
-        step, arguments = abstract_step(settings, *tiny, one_device)
-        equations = _equations(step.trace(*arguments).jaxpr.jaxpr)
-        scans = [e.params for e in equations if e.primitive.name == "scan"]
-        return sum(params["unroll"] == 2 for params in scans)
+@pytest.fixture(scope="module")
+def traced(tiny, make_settings):
+    """The program of a step in bfloat16, two layers at a time."""
+    settings = make_settings(dtype="bfloat16", layer_unroll=2)
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    step, arguments = abstract_step(settings, *tiny, mesh)
+    return step.trace(*arguments).jaxpr.jaxpr
 
+
+def test_layer_unroll_is_that_of_both_models(traced):
+    scans = [e.params for e in _equations(traced) if e.primitive.name == "scan"]
     # Forward of the teacher, forward and backward of the student.
-    assert (unrolled(1), unrolled(2)) == (0, 3)
+    assert sum(params["unroll"] == 2 for params in scans) == 3
 
 
-def test_abstract_step_multiplies_in_bfloat16(tiny, make_settings, one_device):
-    settings = make_settings(dtype="bfloat16")
-    step, arguments = abstract_step(settings, *tiny, one_device)
-    found = _products(step.trace(*arguments).jaxpr.jaxpr)
+def test_abstract_step_multiplies_in_bfloat16(traced):
+    found = _products(traced)
     assert ("bfloat16", "bfloat16") in found
     # None in float32: on a TPU it would take several passes.
     assert ("float32", "float32") not in found

@@ -28,14 +28,14 @@ def test_a_record_holds_what_was_packed():
     key = f.example_key(np.arange(7, dtype=np.int32))
     record = f.pack_record(key, arrays)
     assert len(record) == f.KEY_BYTES + 7 * sum(c.bytes_per_token for c in columns)
-    found = f.unpack_record(record, key, columns, 7)
+    found = f.unpack_record(record, key, columns)
     for column, array in zip(columns, arrays, strict=True):
         np.testing.assert_array_equal(found[column.name], array)
         assert found[column.name].dtype == array.dtype
     other = f.example_key(np.arange(8, dtype=np.int32))
-    for wrong in ((record, other, 7), (record[:-1], key, 7), (record, key, 6)):
+    for wrong in ((record, other), (record[:-1], key)):
         with pytest.raises(f.StoreError, match="not the one that the index names"):
-            f.unpack_record(wrong[0], wrong[1], columns, wrong[2])
+            f.unpack_record(*wrong, columns)
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,20 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from taid_jax.models.config import DecoderConfig
+from taid_jax.models.families import write_config
+from taid_jax.settings import SettingsError
+from taid_jax.store.format import StoreError
+from taid_jax.store.ingest import import_outputs
+from taid_jax.store.read import Store
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A config and a tokenizer of 28 words; weights are not needed."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from taid_jax.models.config import DecoderConfig
-    from taid_jax.models.families import write_config
-
     words = {word: number for number, word in enumerate(["<|end|>", "?"])}
     words |= {chr(97 + number): number + 2 for number in range(26)}
     backend = Tokenizer(models.WordLevel(words, unk_token="?"))
@@ -66,8 +69,6 @@ def _write(path, rows, **options):
 @pytest.fixture
 def ingest(teacher, tmp_path):
     """`ingest(*files)`: makes the store `out` of them, and reads it."""
-    from taid_jax.store.ingest import import_outputs
-    from taid_jax.store.read import Store
 
     def run(*files, output="out", k=3, shard_bytes=2**20, console=None):
         import_outputs(
@@ -214,8 +215,6 @@ def test_import_begins_anew_after_a_kill_and_ends_the_same(
 
 
 def test_import_refuses_an_output_of_other_files(ingest, tmp_path):
-    from taid_jax.settings import SettingsError
-
     a = _write(tmp_path / "a.parquet", [_row()])
     b = _write(tmp_path / "b.parquet", [_row(seed=1)])
     fingerprint = ingest(a).manifest.teacher
@@ -291,8 +290,6 @@ WRONG_ROWS = {
 
 @pytest.mark.parametrize("case", WRONG_ROWS)
 def test_import_names_the_row_that_is_wrong(case, ingest, tmp_path):
-    from taid_jax.store.format import StoreError
-
     change, message = WRONG_ROWS[case]
     row = _row(seed=9)
     change(row)
@@ -346,8 +343,6 @@ WRONG_FILES = {
 
 @pytest.mark.parametrize("case", WRONG_FILES)
 def test_import_names_the_file_that_is_wrong(case, ingest, tmp_path):
-    from taid_jax.store.format import StoreError
-
     make, message = WRONG_FILES[case]
     path = tmp_path / "b.parquet"
     make(path)
@@ -358,7 +353,5 @@ def test_import_names_the_file_that_is_wrong(case, ingest, tmp_path):
 
 
 def test_import_needs_files(ingest):
-    from taid_jax.store.format import StoreError
-
     with pytest.raises(StoreError, match="need at least one Parquet file"):
         ingest()

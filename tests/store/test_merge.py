@@ -10,27 +10,22 @@ import shutil
 import numpy as np
 import pytest
 
+from taid_jax.settings import SettingsError
+from taid_jax.store import merge as module
+from taid_jax.store.format import StoreError
+from taid_jax.store.merge import merge_stores
+from taid_jax.store.read import Store
+from taid_jax.train.folder import WriteError
+
 
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.fixture
-def merge():
-    from taid_jax.store.merge import merge_stores
-
-    def run(output, parts):
-        said = []
-        return merge_stores(output, parts, said.append), said
-
-    return run
-
-
-@pytest.fixture
-def read():
-    from taid_jax.store.read import Store
-
-    return Store
+def merge(output, parts):
+    """The manifest of the joined store, and what a user is told."""
+    said = []
+    return merge_stores(output, parts, said.append), said
 
 
 def _same(one, other, ids, start=0):
@@ -41,12 +36,10 @@ def _same(one, other, ids, start=0):
 
 
 @pytest.mark.parametrize("kind", ["topk", "hidden"])
-def test_merge_has_what_the_whole_has(
-    kind, make_store, make_parts, merge, read, ids_of, tmp_path
-):
+def test_merge_has_what_the_whole_has(kind, make_store, make_parts, ids_of, tmp_path):
     whole = make_store("whole", list(range(9)), kind=kind)
     manifest, said = merge(tmp_path / "all", make_parts(3, (1, 2, 3), kind=kind))
-    one, other = read(whole), read(tmp_path / "all")
+    one, other = Store(whole), Store(tmp_path / "all")
     for number in range(9):
         _same(one, other, ids_of(number))
     assert not said
@@ -60,21 +53,19 @@ def test_merge_has_what_the_whole_has(
     ]
 
 
-def test_merge_stands_when_the_parts_are_gone(
-    make_parts, merge, read, ids_of, contents, tmp_path
-):
+def test_merge_stands_when_the_parts_are_gone(make_parts, ids_of, contents, tmp_path):
     parts = make_parts(2, (1, 2))
     merge(tmp_path / "all", parts)
     before = contents(tmp_path / "all")
     assert not any(name.endswith((".partial", ".json.done")) for name in before)
     for part in parts:
         shutil.rmtree(part)
-    store = read(tmp_path / "all")
+    store = Store(tmp_path / "all")
     assert store.read(ids_of(5))["teacher_ids"].shape == (4, 3)
     assert contents(tmp_path / "all") == before
 
 
-def test_merge_says_which_parts_are_missing(make_parts, merge, tmp_path):
+def test_merge_says_which_parts_are_missing(make_parts, tmp_path):
     parts = make_parts(5, (2, 4))
     manifest, said = merge(tmp_path / "all", parts)
     assert said == ["note: of 5 parts of the job 3 are missing: 1, 3, 5"]
@@ -87,14 +78,12 @@ def test_merge_says_which_parts_are_missing(make_parts, merge, tmp_path):
     assert len(manifest.made["merged"]) == 5
 
 
-def test_merge_counts_an_example_once_and_the_first(
-    make_store, merge, read, ids_of, tmp_path
-):
+def test_merge_counts_an_example_once_and_the_first(make_store, ids_of, tmp_path):
     a = make_store("a", [0, 1, 2])
     b = make_store("b", [3, 1, 0], seed=1)
     manifest, said = merge(tmp_path / "all", [a, b])
     assert said == ["note: 2 examples come again in a later part, and count once"]
-    one, other, store = read(a), read(b), read(tmp_path / "all")
+    one, other, store = Store(a), Store(b), Store(tmp_path / "all")
     for number in range(3):
         _same(one, store, ids_of(number))
     _same(other, store, ids_of(3))
@@ -105,33 +94,29 @@ def test_merge_counts_an_example_once_and_the_first(
     assert manifest.mass == pytest.approx(np.mean(1 - np.exp(-steps / 2048)))
 
 
-def test_merge_keeps_an_example_at_each_of_its_places(
-    make_store, merge, read, ids_of, tmp_path
-):
+def test_merge_keeps_an_example_at_each_of_its_places(make_store, ids_of, tmp_path):
     a = make_store("a", [0, 1], starts=(0, 4))
     b = make_store("b", [0], starts=(7,), seed=1)
     manifest, said = merge(tmp_path / "all", [a, b])
     assert not said
     assert manifest.examples == 3
-    store = read(tmp_path / "all")
-    _same(read(a), store, ids_of(0), 0)
-    _same(read(b), store, ids_of(0), 7)
+    store = Store(tmp_path / "all")
+    _same(Store(a), store, ids_of(0), 0)
+    _same(Store(b), store, ids_of(0), 7)
 
 
-def test_merge_gives_files_of_one_name_another(
-    make_store, merge, read, ids_of, tmp_path
-):
+def test_merge_gives_files_of_one_name_another(make_store, ids_of, tmp_path):
     a, b = make_store("a", [0, 1, 2, 3]), make_store("b", [4, 5, 6])
     manifest, _ = merge(tmp_path / "all", [a, b])
     assert [file.name for file in manifest.shards] == [
         f"outputs-{number:05}.arrayrecord" for number in range(4)
     ]
-    store = read(tmp_path / "all")
+    store = Store(tmp_path / "all")
     for number in range(7):
-        _same(read(a if number < 4 else b), store, ids_of(number))
+        _same(Store(a if number < 4 else b), store, ids_of(number))
 
 
-def test_merge_takes_a_part_without_examples(make_store, merge, tmp_path):
+def test_merge_takes_a_part_without_examples(make_store, tmp_path):
     parts = [make_store("a", []), make_store("b", [1])]
     manifest, _ = merge(tmp_path / "all", parts)
     assert manifest.examples == 1
@@ -139,7 +124,7 @@ def test_merge_takes_a_part_without_examples(make_store, merge, tmp_path):
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
 def test_merge_goes_on_after_any_kill(
-    links, make_parts, merge, contents, tmp_path, monkeypatch
+    links, make_parts, contents, tmp_path, monkeypatch
 ):
     parts = make_parts(2, (1, 2), kind="hidden")
     before = [contents(part) for part in parts]
@@ -179,7 +164,7 @@ def test_merge_goes_on_after_any_kill(
     assert linked == links
 
 
-def test_merge_that_is_done_is_left_alone(make_parts, merge, contents, tmp_path):
+def test_merge_that_is_done_is_left_alone(make_parts, contents, tmp_path):
     parts = make_parts(2, (1, 2))
     merge(tmp_path / "all", parts)
     before = (tmp_path / "all" / "manifest.json").stat().st_mtime_ns
@@ -197,9 +182,7 @@ def test_merge_that_is_done_is_left_alone(make_parts, merge, contents, tmp_path)
     ],
     ids=lambda change: str(change),
 )
-def test_merge_refuses_what_does_not_belong(change, named, make_store, merge, tmp_path):
-    from taid_jax.store.format import StoreError
-
+def test_merge_refuses_what_does_not_belong(change, named, make_store, tmp_path):
     a, b = make_store("a", [0]), make_store("b", [1], **change)
     with pytest.raises(StoreError, match=f"(?s)differ in {named} ") as caught:
         merge(tmp_path / "all", [a, b])
@@ -208,19 +191,14 @@ def test_merge_refuses_what_does_not_belong(change, named, make_store, merge, tm
     assert not (tmp_path / "all").exists()
 
 
-def test_merge_refuses_another_head(make_store, merge, tmp_path):
-    from taid_jax.store.format import StoreError
-
+def test_merge_refuses_another_head(make_store, tmp_path):
     a = make_store("a", [0], kind="hidden")
     b = make_store("b", [1], kind="hidden", source="as/float32")
     with pytest.raises(StoreError, match=r"differ in head\.safetensors"):
         merge(tmp_path / "all", [a, b])
 
 
-def test_merge_refuses_an_output_of_something_else(make_store, merge, tmp_path):
-    from taid_jax.settings import SettingsError
-    from taid_jax.store.format import StoreError
-
+def test_merge_refuses_an_output_of_something_else(make_store, tmp_path):
     a, b = make_store("a", [0]), make_store("b", [1])
     for output in (a, b):
         with pytest.raises(SettingsError, match="holds another store"):
@@ -238,9 +216,7 @@ def test_merge_refuses_an_output_of_something_else(make_store, merge, tmp_path):
         merge(tmp_path / "all", [b, a])
 
 
-def test_merge_names_a_part_that_is_damaged(make_store, merge, tmp_path, monkeypatch):
-    from taid_jax.store.format import StoreError
-
+def test_merge_names_a_part_that_is_damaged(make_store, tmp_path, monkeypatch):
     a, b = make_store("a", [0, 1]), make_store("b", [2, 3])
     shard = b / "outputs-00000.arrayrecord"
     data = bytearray(shard.read_bytes())
@@ -256,10 +232,7 @@ def test_merge_names_a_part_that_is_damaged(make_store, merge, tmp_path, monkeyp
     assert not (tmp_path / "all" / "manifest.json").exists()
 
 
-def test_merge_says_what_cannot_be_written(make_parts, merge, tmp_path, monkeypatch):
-    from taid_jax.store import merge as module
-    from taid_jax.train.folder import WriteError
-
+def test_merge_says_what_cannot_be_written(make_parts, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

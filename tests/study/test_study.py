@@ -85,6 +85,7 @@ def test_choose_rates_takes_the_lowest_and_no_nan():
             ("sft", 3e-3, 2.5),
             ("sft", 6e-3, math.nan),
             ("dkd", 1e-3, math.nan),
+            ("dkd", 1e-2, None),
             ("dkd", 3e-3, 4.0),
         )
     ]
