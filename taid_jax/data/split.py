@@ -23,7 +23,7 @@ def hold_out(
 
     The rule bends for few and unequal documents. The held-out side never gets more than
     twice its share of the tokens: documents that would exceed it are trained on. It
-    gets at least one document, and leaves at least one.
+    gets at least one document, and leaves at least one; none when `fraction` is 0.
 
     Raises:
         DataError: If all documents are copies of one, which cannot be split.

@@ -146,7 +146,12 @@ def placeholder(value: object) -> str:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, as `transformers` renders it, within limits."""
+    """A tokenizer's chat template, as `transformers` renders it, within limits.
+
+    Args:
+        tokenizer: Whose template it is.
+        date: What templates take for today, `YYYY-MM-DD`; today when None.
+    """
 
     def __init__(self, tokenizer: Tokenizer, date: str | None = None):
         self._tokenizer = tokenizer

@@ -184,7 +184,10 @@ def plan_step(
 def abstract_step(
     settings: Settings, teacher: Teachers, student: DecoderConfig, mesh: Mesh
 ) -> tuple[Any, tuple[DistillState, Params, dict[str, jax.ShapeDtypeStruct]]]:
-    """Returns a run's jitted train step and the shapes and places of its arguments."""
+    """Returns a run's jitted train step and the shapes and places of its arguments.
+
+    The teacher's weights have the compute dtype, the student's are float32.
+    """
     model, data = settings.model, settings.data
     dtype = jnp.dtype(model.dtype)
     teachers = [teacher] if isinstance(teacher, DecoderConfig) else list(teacher)

@@ -181,7 +181,7 @@ class Sink:
         ids: Int[np.ndarray, " tokens"],
         columns: Sequence[Shaped[np.ndarray, "tokens _"]],
     ) -> None:
-        """Adds the record of an example."""
+        """Adds the record of an example; columns as in `pack_record`."""
         self._writer.write(pack_record(example_key(ids), columns))
         self._records += 1
         self.tokens += len(ids)
@@ -267,7 +267,16 @@ def finish_store(
     tokens: int,
     mass: float,
 ) -> Manifest:
-    """Writes index and manifest: the store is whole then."""
+    """Writes index and manifest: the store is whole then.
+
+    Args:
+        folder: Of the store; all else is there.
+        facts: As `begin_store` was given them.
+        entries: Of all examples; shards by their place in `shards`.
+        shards: The files with records.
+        tokens: Of all examples.
+        mass: Probability of the stored ids, summed over tokens, of kind "topk".
+    """
     with writing(folder / INDEX):
         write_index(folder, entries)
         manifest = Manifest(

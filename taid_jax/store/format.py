@@ -54,7 +54,13 @@ class StoreError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Numbers that every token of an example has."""
+    """Numbers that every token of an example has, by the name that batches use.
+
+    Attributes:
+        name: As in a batch.
+        dtype: As stored.
+        width: How many a token has.
+    """
 
     name: str
     dtype: str
@@ -75,7 +81,14 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a store, with its records if it is a shard."""
+    """A file of a store, by its path in it.
+
+    Attributes:
+        name: With the folders in between.
+        bytes: Its size.
+        sha256: Of its contents.
+        records: 0 of a file that is no shard.
+    """
 
     name: str
     bytes: int
@@ -176,7 +189,10 @@ def stored_mass(
 
 
 def pack_record(key: bytes, columns: Sequence[Shaped[np.ndarray, "tokens _"]]) -> bytes:
-    """Returns the record of an example."""
+    """Returns the record of an example.
+
+    Columns are those of the manifest, in its order and in their stored dtypes.
+    """
     return key + b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
 
 
@@ -204,7 +220,7 @@ def unpack_record(
 def describe_file(
     path: pathlib.Path, records: int = 0, name: str | None = None
 ) -> File:
-    """Returns size and checksum of a file."""
+    """Returns size and checksum of a file, which a store has by its name or `name`."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return File(name or path.name, path.stat().st_size, digest.hexdigest(), records)

@@ -60,7 +60,8 @@ def import_outputs(
     the files stand for them in the fingerprint, so that stores of other files are
     another teacher's. An example that comes again counts once, as it came first.
 
-    A job that was stopped begins anew, and ends in the same bytes.
+    A job that was stopped begins anew, and ends in the same bytes. At most `k` entries
+    of each token are stored, in files of about `shard_bytes`.
 
     Raises:
         StoreError: If a file cannot be used, or the disk is too small.

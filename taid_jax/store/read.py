@@ -116,7 +116,12 @@ class Store:
         number = self._find(example_key(ids), start)
         if number is None:
             raise StoreError(f"{self.folder} lacks an example of {len(ids)} tokens")
-        return self.columns(number)
+        columns = self.columns(number)
+        if {len(column) for column in columns.values()} != {len(ids)}:
+            raise self._damaged(
+                *self.places[number].tolist(), StoreError("it has other tokens")
+            )
+        return columns
 
     def in_order(self) -> Int64[np.ndarray, " examples"]:
         """Returns the numbers in the index of all examples as the files have them."""

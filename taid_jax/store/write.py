@@ -83,7 +83,8 @@ def store_teacher(
 
     Rows and batches are those of a training run with the same data settings, and of the
     size of its micro-batches, so that the outputs are the same to the last bit. Of
-    several processes each calls this; each writes the records of its own rows.
+    several processes each calls this; each writes the records of its own rows. The
+    store is `run.output` of the settings.
 
     Raises:
         SettingsError: If settings contradict each other, or the output is something

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from taid_jax.store import format as f
+from taid_jax.store import read
+from taid_jax.store.read import Store
 
 
 def test_log_probabilities_are_kept_to_a_quarter_of_a_thousandth():
@@ -101,3 +103,12 @@ def test_a_manifest_of_what_cannot_be_is_refused_whoever_wrote_it(tmp_path, chan
     f.write_manifest(tmp_path, dataclasses.replace(_manifest(), **change))
     with pytest.raises(f.StoreError):
         f.read_manifest(tmp_path)
+
+
+def test_a_record_of_other_tokens_is_not_read(make_store, ids_of, monkeypatch):
+    store, ids = Store(make_store("a", [0, 1])), ids_of(0)
+    key = f.example_key(ids)
+    assert len(store.read(ids)["teacher_ids"]) == 3
+    monkeypatch.setattr(read, "example_key", lambda ids: key)
+    with pytest.raises(f.StoreError, match=r"record 0 .* has other tokens"):
+        store.read(ids[:1])
