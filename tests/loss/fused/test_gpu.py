@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from taid_jax import loss
-from taid_jax.loss import _fused, _fused_mesh
+from taid_jax.loss import _fused_chunk, _fused_mesh
 from taid_jax.loss._one_pass import one_pass, runs_on
 from taid_jax.plan.traffic import list_kernels
 
@@ -49,7 +49,7 @@ def test_fused_loss_has_the_kernel_where_rows_are_whole(
 ):
     monkeypatch.setattr(_fused_mesh, "runs_on", lambda device: True)
     interpreted = functools.partial(one_pass, interpret=True)
-    monkeypatch.setattr(_fused, "one_pass", interpreted)
+    monkeypatch.setattr(_fused_chunk, "one_pass", interpreted)
     a, objective = arrays(tokens=(tokens, 2)), loss.TAID(jnp.float32(0.4))
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=auto)
