@@ -150,7 +150,7 @@ def test_every_objective_agrees_with_float64(
 def test_alpha_beta_gradient_is_exact_to_float32(make_inputs, evaluate, oracle, powers):
     """Every token by its own norm, a certain student's and a near teacher's too."""
     a, b = powers
-    for scale, noise in ((1, None), (1, 1e-3), (10, 1e-2), (30, None), (20, 1e-3)):
+    for scale, noise in ((1, None), (1, 1e-3), (10, 1e-3), (30, None)):
         inputs = make_inputs((2, 5, 33), scale, noise)
         _, gradient = evaluate(AlphaBeta(a, b), inputs.student, inputs.teacher)
         _, exact = oracle("alpha_beta", inputs.student, inputs.teacher, a=a, b=b)
