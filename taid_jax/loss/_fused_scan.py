@@ -31,12 +31,9 @@ takes 12% less time than with whole chunks."""
 
 
 def _sizes(tokens: int, vocab: int, static: Static) -> tuple[int, int]:
-    """Returns the tokens of a chunk, and of a group of its rows; the last may be more.
+    """Returns the tokens of a chunk, and of a group of its rows.
 
-    Args:
-        tokens: How many there are on a device, at least 1.
-        vocab: Entries of the head on a device.
-        static: Has the platform, and the size that was asked for.
+    Of so many tokens, and entries of the head, on a device.
     """
 
     def largest(entries: int) -> int:
