@@ -98,7 +98,7 @@ def value_error(a: Outcome, b: Outcome, exact: Outcome, floor: float) -> float:
 
 
 def gradient_error(
-    a: Outcome, b: Outcome, exact: Outcome, per_token: float, absolute: float = 0.0
+    a: Outcome, b: Outcome, exact: Outcome, floor: float, absolute: float = 0.0
 ) -> float:
     """Returns the norm of a gradient's difference over the norm of the exact gradient.
 
@@ -106,13 +106,13 @@ def gradient_error(
         a: One side.
         b: The other.
         exact: In float64.
-        per_token: The norm is taken for at least this much per token.
+        floor: The norm is taken for at least this much per token.
         absolute: Added to the norm: what the format cannot resolve, whatever its size.
     """
     difference = float(np.linalg.norm(a.gradient - b.gradient))
     if difference == 0.0:
         return 0.0
     tokens = np.abs(exact.gradient).max(-1) > 0
-    floor = per_token * float(np.sqrt(max(tokens.sum(), 1)))
+    floor *= float(np.sqrt(max(tokens.sum(), 1)))
     norm = float(np.linalg.norm(exact.gradient))
     return difference / (max(norm, floor) + absolute)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parity.schedule import MakeSchedule
 from parity.subjects import CTKD_RAW, TorchLoss
 from parity.torch_reference import (
+    MakeSchedule,
     PublishedSchedule,
     Settings,
     ctkd_strength,
@@ -57,7 +57,7 @@ class Published(NamedTuple):
         temperature_gradient: CTKD's, in the number that its temperature is made of.
     """
 
-    name: str = "reference"
+    name: str = "PyTorch"
     loss: TorchLoss = published_loss
     schedule: MakeSchedule = PublishedSchedule
     temperature_gradient: TemperatureGradient = temperature_gradient

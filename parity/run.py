@@ -11,11 +11,9 @@ import numpy as np
 import optax
 import torch
 
-from parity.rows import Row, Tally, Tolerance
+from parity.published import REFERENCE, Published
+from parity.rows import Row, Tally, Tolerance, triple
 from parity.runs import BATCH_KEYS, Run, RunSettings, load_run
-from parity.schedule import MakeSchedule
-from parity.subjects import TorchLoss
-from parity.torch_reference import PublishedSchedule, published_loss
 from parity.torch_run import finish_run, record_run, rerun, train
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.load import load_model
@@ -163,18 +161,15 @@ def compare(name: str, other: str, ours: Replayed, run: Run) -> list[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         exact = _exact(run, pathlib.Path(temporary), taken)
 
-    def add(quantity: str, tolerance: Tolerance, *errors: np.ndarray) -> None:
+    def add(quantity: str, tolerance: Tolerance, *errors: Any) -> None:
         tally = Tally("run", name, quantity, other, tolerance, drifting=True)
         for step, values in enumerate(zip(*errors, strict=True)):
             tally.add(f"step {step}", *(float(value) for value in values))
         rows.append(tally.row())
 
     def each_step(key: str, tolerance: Tolerance, scale: np.ndarray | float) -> None:
-        mine, theirs, truth = (
-            side[key][:taken] for side in (ours.steps, run.steps, exact.steps)
-        )
-        pairs = ((mine, theirs), (mine, truth), (theirs, truth))
-        add(key, tolerance, *(np.abs(a - b) / scale for a, b in pairs))
+        sides = (side[key][:taken] for side in (ours.steps, run.steps, exact.steps))
+        add(key, tolerance, *triple(lambda a, b: np.abs(a - b) / scale, *sides))
 
     each_step("loss", LOSS, np.abs(exact.steps["loss"]))
     if "lm_loss" in ours.steps:
@@ -187,12 +182,8 @@ def compare(name: str, other: str, ours: Replayed, run: Run) -> list[Row]:
     if taken == run.settings.steps:
         folder = run.folder / "student_final"
         theirs = load_model(folder, dtype=jnp.float32).params
-        pairs = (
-            (ours.params, theirs),
-            (ours.params, exact.params),
-            (theirs, exact.params),
-        )
-        errors = (np.array([_distance(a, b, theirs)]) for a, b in pairs)
+        sides = ours.params, theirs, exact.params
+        errors = triple(lambda a, b: [_distance(a, b, theirs)], *sides)
         add("final weights", WEIGHTS, *errors)
     return rows
 
@@ -231,25 +222,21 @@ def recorded_rows(
 
 def again_rows(
     golden: pathlib.Path,
-    other: str,
-    loss: TorchLoss = published_loss,
-    make_schedule: MakeSchedule = PublishedSchedule,
+    published: Published,
 ) -> list[Row]:
     """Returns the rows of recorded runs, trained again with another PyTorch side.
 
     Args:
         golden: A folder of recorded runs, of which only the start is used.
-        other: Name of the side.
-        loss: Its mean loss of a batch.
-        make_schedule: Its controller.
+        published: The side.
     """
     rows = []
     for folder in run_folders(golden):
         with tempfile.TemporaryDirectory() as temporary:
             target = pathlib.Path(temporary) / folder.name
-            rerun(load_run(folder), target, loss, make_schedule)
+            rerun(load_run(folder), target, published)
             run = load_run(target)
-            rows += compare(folder.name, other, replay(run), run)
+            rows += compare(folder.name, published.name, replay(run), run)
     return rows
 
 
@@ -259,12 +246,7 @@ FRESH = (
 )
 
 
-def fresh_rows(
-    seeds: Iterable[int],
-    other: str = "PyTorch",
-    loss: TorchLoss = published_loss,
-    make_schedule: MakeSchedule = PublishedSchedule,
-) -> list[Row]:
+def fresh_rows(seeds: Iterable[int]) -> list[Row]:
     """Returns the rows of new runs: random models and batches, PyTorch, then ours."""
     rows = []
     for seed in seeds:
@@ -272,7 +254,7 @@ def fresh_rows(
             name = f"{settings.loss}, ratio {settings.distil_ratio:g}, seed {seed}"
             with tempfile.TemporaryDirectory() as temporary:
                 folder = pathlib.Path(temporary)
-                record_run(folder, settings, seed, loss, make_schedule)
+                record_run(folder, settings, seed)
                 run = load_run(folder)
-                rows += compare(name, other, replay(run), run)
+                rows += compare(name, REFERENCE.name, replay(run), run)
     return rows

@@ -50,9 +50,7 @@ def _cells(row: AnyRow) -> list[str]:
         return [
             row.name,
             row.instead,
-            row.quantity
-            if row.other == "reference"
-            else f"{row.quantity} [{row.other}]",
+            row.quantity if row.other == "PyTorch" else f"{row.quantity} [{row.other}]",
             _number(row.published, 3),
             _number(row.ours, 3),
             _number(row.exact, 3),

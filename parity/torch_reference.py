@@ -8,6 +8,7 @@ the same objectives without the defects.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Protocol, Required, TypedDict
 
 import torch
@@ -256,6 +257,9 @@ class Schedule(Protocol):
     def update(self, loss: Tensor, step: int) -> None:
         """Advances on the loss of step `step`; the first call only keeps it."""
         ...
+
+
+MakeSchedule = Callable[..., Schedule]
 
 
 class PublishedSchedule:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.published import Published
 from parity.stand_ins import on_cpu, stood_in
 from parity.torch_reference import Settings
 
@@ -161,6 +162,12 @@ class Upstream:
         if name == "jensen_shannon":
             return cls(teacher_weight=settings.teacher_weight)
         return cls()
+
+
+def load_upstream(folder: pathlib.Path) -> Published:
+    """Returns the published side of a checkout; raises what `Upstream` does."""
+    theirs = Upstream(folder)
+    return Published(NAME, theirs.loss, theirs.schedule, theirs.temperature_gradient)
 
 
 class UpstreamSchedule:
