@@ -131,13 +131,7 @@ def random_rows(
     subjects: Sequence[Subject] = SUBJECTS,
     scales: Sequence[float] = (1.0, 3.0),
 ) -> list[Row]:
-    """Returns the rows of the fused head in float32, chunks that do not divide.
-
-    Args:
-        seeds: One set of hidden states per scale each.
-        subjects: The objectives.
-        scales: Standard deviations of the logits.
-    """
+    """Returns the rows of the fused head in float32, chunks that do not divide."""
     tallies = Tallies("losses")
     for seed in seeds:
         for scale in scales:

@@ -103,12 +103,7 @@ def random_rows(
 ) -> list[Row]:
     """Returns the rows of random logits, one per objective, dtype and quantity.
 
-    Args:
-        seeds: One grid of cases each.
-        grid: Which cases.
-        subjects: The objectives.
-        published: The PyTorch side, where it is right.
-        reduce: Our side's mean over tokens.
+    `published` is the PyTorch side where it is right; `reduce` our mean over tokens.
     """
     tallies = Tallies("losses", [subject.name for subject in subjects])
     for seed in seeds:

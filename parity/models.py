@@ -177,10 +177,7 @@ def random_rows(
 ) -> list[AnyRow]:
     """Returns the rows of randomly initialised Llamas, written and read as folders.
 
-    Args:
-        seeds: One model and set of batches each, per configuration.
-        configs: By name, what differs from a small Llama.
-        outputs: Our side.
+    `configs` say by name what differs from a small one; `outputs` is our side.
     """
     tallies = Tallies("models")
     for name, changes in configs.items():
@@ -223,11 +220,7 @@ def _torch_gguf(path: pathlib.Path) -> torch.nn.Module:
 
 
 def smollm2_rows(file: pathlib.Path | None = None) -> list[AnyRow]:
-    """Returns the rows of SmolLM2-135M-Instruct, if its file is in the cache.
-
-    Args:
-        file: The .gguf file; looked for in the cache when None.
-    """
+    """Returns the rows of SmolLM2-135M-Instruct, if its file is given or cached."""
     name = "SmolLM2-135M-Instruct"
     path = file or cache_folder() / "models" / SMOLLM2.file_name
     if not path.is_file():

@@ -42,12 +42,7 @@ def torch_outcome(
 ) -> Outcome:
     """Returns the PyTorch side of a case, computed on logits of `dtype`.
 
-    Args:
-        subject: The objective.
-        loss: The published or the exact form.
-        case: Its logits.
-        dtype: Name of the logits' dtype.
-        total: The gradient is that of the sum over tokens; of the mean otherwise.
+    The gradient is that of the sum over tokens if `total`, of the mean otherwise.
     """
     student = torch.tensor(case.student).to(TORCH_DTYPES[dtype]).requires_grad_()
     teacher = torch.tensor(case.teacher).to(TORCH_DTYPES[dtype])
@@ -102,12 +97,8 @@ def gradient_error(
 ) -> float:
     """Returns the norm of a gradient's difference over the norm of the exact gradient.
 
-    Args:
-        a: One side.
-        b: The other.
-        exact: In float64.
-        floor: The norm is taken for at least this much per token.
-        absolute: Added to the norm: what the format cannot resolve, whatever its size.
+    That is taken for at least `floor` per token, and `absolute` is added to it: what
+    the format cannot resolve, whatever its size.
     """
     difference = float(np.linalg.norm(a.gradient - b.gradient))
     if difference == 0.0:

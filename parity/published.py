@@ -35,14 +35,7 @@ def temperature_slope(
 def temperature_gradient(
     student: Tensor, teacher: Tensor, mask: Tensor, epoch: int
 ) -> float:
-    """Returns what the number of CTKD's temperature is given as its gradient.
-
-    Args:
-        student: Logits `(*tokens, vocab)`.
-        teacher: The same.
-        mask: `(*tokens,)`.
-        epoch: Of 10.
-    """
+    """Returns what the number of CTKD's temperature is given in an epoch, of 10."""
     slope = temperature_slope(published_loss, student, teacher, mask)
     return ctkd_strength(epoch) * slope
 

@@ -44,10 +44,6 @@ def recorded_rows(
 
     Where the published code is wrong, ours is held against float64 alone.
 
-    Args:
-        folder: As `golden/README.md` describes.
-        subjects: The objectives.
-
     Raises:
         RecordingError: If arrays are missing or misshapen.
     """
@@ -81,10 +77,6 @@ def reference_rows(
     """Returns the rows of a PyTorch side, which has to give what was recorded.
 
     Everywhere: defects and NaN included.
-
-    Args:
-        folder: As `golden/README.md` describes.
-        published: The PyTorch side.
 
     Raises:
         RecordingError: If arrays are missing or misshapen.
@@ -128,9 +120,6 @@ def temperature_rows(folder: pathlib.Path) -> list[Row]:
 
     The size of it: recordings have it with the published sign and strength, ours comes
     out reversed. `deviations` shows the two beside each other.
-
-    Args:
-        folder: As `golden/README.md` describes.
 
     Raises:
         RecordingError: If arrays are missing or misshapen.

@@ -47,12 +47,7 @@ WEIGHTS = Tolerance(
 
 
 class Replayed(NamedTuple):
-    """What our trainer made of a recorded run.
-
-    Attributes:
-        steps: The arrays of `run.npz` that it has, up to the last step taken.
-        params: The student's parameters after the last step.
-    """
+    """What our trainer made of a recorded run: arrays of `run.npz`, and parameters."""
 
     steps: dict[str, np.ndarray]
     params: Any
@@ -70,11 +65,7 @@ def replay(
 ) -> Replayed:
     """Trains the recorded student on the recorded batches with our trainer.
 
-    Args:
-        run: The recording.
-        make_step: Of the train step.
-        make_schedule: Of the schedule, from settings and steps.
-        last: Stop after this many steps; all when None.
+    It stops after `last` steps; after all when None.
     """
     settings = run.settings
     teacher = load_model(run.folder / "teacher", dtype=jnp.float32)
@@ -201,13 +192,7 @@ def recorded_rows(
     make_schedule: MakeScheduler = make_scheduler,
     last: int | None = None,
 ) -> list[Row]:
-    """Returns the rows of every recorded run in a folder.
-
-    Args:
-        golden: The folder, or that of one run.
-        make_step: Of our train step.
-        make_schedule: Of our schedule.
-        last: Stop after this many steps; all when None.
+    """Returns the rows of every recorded run in a folder, or of the one that it is.
 
     Raises:
         RecordingError: If a recording is not whole.
@@ -224,12 +209,7 @@ def again_rows(
     golden: pathlib.Path,
     published: Published,
 ) -> list[Row]:
-    """Returns the rows of recorded runs, trained again with another PyTorch side.
-
-    Args:
-        golden: A folder of recorded runs, of which only the start is used.
-        published: The side.
-    """
+    """Returns the rows of recorded runs, trained again with another PyTorch side."""
     rows = []
     for folder in run_folders(golden):
         with tempfile.TemporaryDirectory() as temporary:

@@ -157,14 +157,7 @@ def random_rows(
     published: Published = REFERENCE,
     make: MakeScheduler = TAIDScheduler,
 ) -> list[Row]:
-    """Returns the rows of made-up histories, with and without adaptation.
-
-    Args:
-        seeds: One set of histories each.
-        steps: Of a history.
-        published: The PyTorch side.
-        make: Our side.
-    """
+    """Returns the rows of made-up histories, with and without adaptation."""
     tallies = Tallies("schedule")
     for seed in seeds:
         for name, (base, losses) in histories(seed, steps).items():
@@ -192,10 +185,6 @@ def recorded_rows(
     folder: pathlib.Path, make: MakeScheduler = TAIDScheduler
 ) -> list[Row]:
     """Returns the rows of a folder's `schedule.npz`: ours, and the reference.
-
-    Args:
-        folder: As `golden/README.md` describes.
-        make: Our side.
 
     Raises:
         RecordingError: If arrays are missing or misshapen.

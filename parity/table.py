@@ -170,13 +170,7 @@ def _plain(value: object) -> object:
 def write_report(
     rows: Sequence[AnyRow], path: pathlib.Path, versions: dict[str, str]
 ) -> None:
-    """Writes every field of every row as JSON.
-
-    Args:
-        rows: All rows.
-        path: The file; its folder is made when missing.
-        versions: What the numbers were made with.
-    """
+    """Writes every field of every row as JSON, and what the numbers were made with."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = [
         {

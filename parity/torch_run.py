@@ -85,16 +85,8 @@ def train(
 ) -> tuple[dict[str, np.ndarray], torch.nn.Module]:
     """Trains a student in PyTorch as the published recipe does, on a CPU.
 
-    Args:
-        folder: With `teacher` and `student_init` in it.
-        settings: Of the run.
-        batches: `input_ids`, `attention_mask`, `labels`.
-        published: Mean loss of a batch, and TAID's controller.
-        last: Stop after this many steps; all when None.
-        dtype: Of both models and of the optimizer.
-
-    Returns:
-        The arrays of `run.npz` in that dtype, and the student after the last step.
+    The folder has `teacher` and `student_init` in it. Returns the arrays of `run.npz`
+    in that dtype, and the student after `last` steps; after all when None.
     """
     from transformers import LlamaForCausalLM
 

@@ -73,9 +73,6 @@ class _Module:
 class Upstream:
     """The published losses and schedule, called as the rows call the reference.
 
-    Args:
-        folder: A checkout of the published repository.
-
     Raises:
         UpstreamError: If its losses are not where they should be, or do not import.
     """
@@ -122,14 +119,7 @@ class Upstream:
     def temperature_gradient(
         self, student: Tensor, teacher: Tensor, mask: Tensor, epoch: int
     ) -> float:
-        """Returns what CTKD's one learned number is given as its gradient.
-
-        Args:
-            student: Logits `(*tokens, vocab)`.
-            teacher: The same.
-            mask: `(*tokens,)`.
-            epoch: The module's current epoch.
-        """
+        """Returns what CTKD's one learned number is given as its gradient."""
         with on_cpu():
             objective = self._make("ctkd", Settings())
             (raw,) = objective.parameters()

@@ -184,6 +184,12 @@ def test_head_entries_are_those_of_a_sort(make_inputs):
                 np.testing.assert_array_equal(row_head, row_p >= least)
 
 
+def test_head_entries_tell_neighbouring_floats_apart():
+    row = normalise(jnp.array([[0.0, -6e-8, -30.0]]))
+    np.testing.assert_array_equal(head_entries(row, 0.4), [[True, False, False]])
+    np.testing.assert_array_equal(head_entries(row, 0.9), [[True, True, False]])
+
+
 def test_true_divergences_are_zero_at_equal_distributions(case, make_inputs, evaluate):
     inputs = make_inputs()
     losses, gradient = evaluate(
