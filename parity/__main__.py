@@ -15,9 +15,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from taid_jax.errors import how_to_install
+from parity import sections
+from parity.recordings import GOLDEN, RecordingError
+from parity.rows import AnyRow, failed
+from taid_jax.errors import ModelError, how_to_install
 
-NAMES = ("losses", "schedule", "models", "run", "deviations", "student")
+NAMES = tuple(sections.SECTIONS)
 REPORT = pathlib.Path("parity") / "report.json"
 
 
@@ -40,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "--golden",
         type=pathlib.Path,
         metavar="DIR",
+        default=GOLDEN,
         help="recordings, as `python -m parity.record` makes them (default: our own)",
     )
     add(
@@ -91,13 +95,9 @@ def _run(chosen: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from parity.recordings import GOLDEN, RecordingError
-    from parity.rows import AnyRow, failed
-    from parity.sections import SECTIONS, Options
     from parity.student import RunError
     from parity.table import markdown, print_rows, write_report
-    from parity.upstream import Upstream, UpstreamError
-    from taid_jax.errors import ModelError
+    from parity.upstream import UpstreamError, load_upstream
 
     # The arrays are small: more threads than one wait for each other and for XLA's.
     torch.set_num_threads(1)
@@ -106,16 +106,11 @@ def _run(chosen: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     rows: list[AnyRow] = []
     try:
-        options = Options(
-            chosen.seeds,
-            chosen.golden or GOLDEN,
-            Upstream(chosen.upstream) if chosen.upstream else None,
-            chosen.fetch,
-            chosen.run_folder,
-        )
+        if chosen.upstream:
+            chosen.upstream = load_upstream(chosen.upstream)
         for name in chosen.sections or NAMES:
             _complain(f"{name} ...")
-            made = SECTIONS[name](options)
+            made = sections.SECTIONS[name](chosen)
             print_rows(made)
             rows += made
     except (RecordingError, UpstreamError, RunError, ModelError) as error:

@@ -59,13 +59,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Which random cases are made.
-
-    Attributes:
-        scales: Standard deviations of the logits.
-        vocabs: Sizes of the vocabulary.
-        dtypes: Of the logits.
-    """
+    """Which random cases are made; the scales are deviations of the logits."""
 
     scales: Sequence[float] = (0.1, 1.0, 3.0, 10.0, 30.0)
     vocabs: Sequence[int] = (7, 1000, 50_000)
@@ -143,11 +137,7 @@ class Recorded(NamedTuple):
 
 
 def recorded_cases(folder: pathlib.Path, names: Sequence[str]) -> list[Recorded]:
-    """Returns the cases of a folder's `losses.npz`.
-
-    Args:
-        folder: As `golden/README.md` describes.
-        names: Recorded names of the objectives that have to be in it.
+    """Returns the cases of a folder's `losses.npz`, with the objectives that are named.
 
     Raises:
         RecordingError: Naming every array that is missing or misshapen.

@@ -192,7 +192,7 @@ def _nan_loss(published: Published) -> Deviation:
         instead="the schedule keeps its state",
         quantity="t at step 200 of 400, after a NaN at step 50",
         other=published.name,
-        published=float(history_of(settings, losses, published.schedule).t[-1]),
+        published=float(history_of(settings, losses, published).t[-1]),
         ours=float(jitted_history(settings, losses).t[-1]),
         exact=float(exact_history(settings, losses).t[-1]),
         tolerance=T,

@@ -1,7 +1,7 @@
 """Rows of the fused head: losses and gradients from hidden states, without logits."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from parity.cases import Case
-from parity.losses import PUBLISHED, VALUE_FLOOR, gradient_floor, other_side
-from parity.rows import Row, Tallies, Tolerance
+from parity.losses import VALUE_FLOOR, gradient_floor, other_side
+from parity.published import REFERENCE
+from parity.rows import Row, Tallies, Tolerance, triple
 from parity.subjects import SUBJECTS, Subject, TorchLoss
 from parity.torch_exact import exact_loss
-from parity.torch_reference import published_loss
 from taid_jax.loss import Objective, fused_loss
 from taid_jax.types import Head
 
@@ -22,6 +22,11 @@ TOLERANCE = Tolerance(
     "relative; a logit is a sum of 24 products, held to sqrt(24) * 6e-8 = 3e-7 of its "
     "size, and its error is the relative error of a probability",
 )
+QUANTITIES = {
+    "value": "value",
+    "gradient of the hidden states": "hidden",
+    "gradient of the head": "kernel",
+}
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB, CHUNK = (2, 5), 24, 40, 500, 4
 
 
@@ -116,18 +121,9 @@ def our_gradients(subject: Subject, hidden: Hidden) -> Gradients:
     return Gradients(float(value), *(np.asarray(g, np.float64) for g in gradients))
 
 
-def _errors(
-    a: Gradients, b: Gradients, exact: Gradients, floor: float
-) -> Mapping[str, float]:
-    def error(x: np.ndarray, y: np.ndarray, truth: np.ndarray) -> float:
-        norm = max(float(np.linalg.norm(truth)), floor)
-        return float(np.linalg.norm(x - y)) / norm
-
-    return {
-        "value": abs(a.value - b.value) / max(abs(exact.value), VALUE_FLOOR),
-        "gradient of the hidden states": error(a.hidden, b.hidden, exact.hidden),
-        "gradient of the head": error(a.kernel, b.kernel, exact.kernel),
-    }
+def _errors(sides: Sequence[Any], floor: float) -> list[float | None]:
+    norm = max(float(np.linalg.norm(sides[-1])), floor)
+    return triple(lambda a, b: np.linalg.norm(a - b) / norm, *sides)
 
 
 def random_rows(
@@ -135,40 +131,31 @@ def random_rows(
     subjects: Sequence[Subject] = SUBJECTS,
     scales: Sequence[float] = (1.0, 3.0),
 ) -> list[Row]:
-    """Returns the rows of the fused head in float32, chunks that do not divide.
-
-    Args:
-        seeds: One set of hidden states per scale each.
-        subjects: The objectives.
-        scales: Standard deviations of the logits.
-    """
+    """Returns the rows of the fused head in float32, chunks that do not divide."""
     tallies = Tallies("losses")
     for seed in seeds:
         for scale in scales:
             hidden = random_hidden(seed, scale)
-            plain = _as_case(hidden)
+            plain = Case(
+                "",
+                hidden.student @ hidden.student_kernel,
+                hidden.teacher @ hidden.teacher_kernel,
+                hidden.mask,
+                hidden.labels,
+            )
             floor_scale = float(hidden.mask.sum()) ** 0.5
             for subject in subjects:
                 followed = subject.as_published("float32", plain)
-                loss = published_loss if followed else exact_loss
+                loss = REFERENCE.loss if followed else exact_loss
                 ours = our_gradients(subject, hidden)
                 theirs = torch_gradients(subject, loss, hidden, torch.float32)
                 exact = torch_gradients(subject, exact_loss, hidden, torch.float64)
                 floor = gradient_floor(subject) * floor_scale
-                errors = [
-                    _errors(a, b, exact, floor)
-                    for a, b in ((ours, theirs), (ours, exact), (theirs, exact))
-                ]
-                other = PUBLISHED if followed else other_side(subject)
-                for quantity in errors[0]:
+                other = REFERENCE.name if followed else other_side(subject)
+                for quantity, field in QUANTITIES.items():
+                    sides = [getattr(side, field) for side in (ours, theirs, exact)]
+                    least = VALUE_FLOOR if field == "value" else floor
                     key = (f"{subject.name}, fused", quantity, other)
                     case = f"seed {seed}, scale {scale:g}"
-                    each = (error[quantity] for error in errors)
-                    tallies.add(key, TOLERANCE, case, *each)
+                    tallies.add(key, TOLERANCE, case, *_errors(sides, least))
     return tallies.rows()
-
-
-def _as_case(hidden: Hidden) -> Case:
-    student = hidden.student @ hidden.student_kernel
-    teacher = hidden.teacher @ hidden.teacher_kernel
-    return Case("", student, teacher, hidden.mask, hidden.labels)

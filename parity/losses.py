@@ -14,13 +14,13 @@ from parity.outcomes import (
     torch_outcome,
     value_error,
 )
-from parity.rows import Row, Tallies, Tolerance
-from parity.subjects import SUBJECTS, Subject, TorchLoss
+from parity.published import REFERENCE, Published
+from parity.rows import Row, Tallies, Tolerance, triple
+from parity.subjects import SUBJECTS, Subject
 from parity.torch_exact import exact_loss
-from parity.torch_reference import published_loss
 from taid_jax.loss import distillation_loss
 
-PUBLISHED, CORRECTED, RECORDING = "PyTorch", "PyTorch, corrected", "recording"
+CORRECTED, RECORDING = f"{REFERENCE.name}, corrected", "recording"
 VALUE = Tolerance(
     1e-5,
     "relative; softmax in float32: at scale 30 an exponent reaches 130, and its "
@@ -60,7 +60,7 @@ def gradient_floor(subject: Subject) -> float:
 
 def other_side(subject: Subject) -> str:
     """Returns the name of PyTorch without what the published code has wrong."""
-    return PUBLISHED if subject.later else CORRECTED
+    return REFERENCE.name if subject.later else CORRECTED
 
 
 def compare(
@@ -75,24 +75,15 @@ def compare(
 ) -> None:
     """Adds a case to the rows of a subject's value and gradient.
 
-    Args:
-        tallies: The rows.
-        subject: The objective.
-        case: The logits.
-        dtype: Of the logits.
-        other: Name of the other side.
-        ours: Our side.
-        theirs: The other side; None where it is wrong.
-        exact: In float64.
+    `other` names the other side, which is None where it is wrong.
     """
-    floors = {
-        "per_token": gradient_floor(subject),
-        "absolute": 2.0**-14 * case.student.size**0.5 if dtype == "float16" else 0.0,
-    }
-    against = ((ours, theirs), (ours, exact), (theirs, exact))
-    pairs = [(a, b) if a is not None and b is not None else None for a, b in against]
-    values = (pair and value_error(*pair, exact, VALUE_FLOOR) for pair in pairs)
-    gradients = (pair and gradient_error(*pair, exact, **floors) for pair in pairs)
+    floor = gradient_floor(subject)
+    absolute = 2.0**-14 * case.student.size**0.5 if dtype == "float16" else 0.0
+    sides = ours, theirs, exact
+    values = triple(lambda a, b: value_error(a, b, exact, VALUE_FLOOR), *sides)
+    gradients = triple(
+        lambda a, b: gradient_error(a, b, exact, floor, absolute), *sides
+    )
     near = " near" if case.near else ""
     key = (subject.name, f"{dtype} value{near}", other)
     tallies.add(key, VALUE, case.name, *values)
@@ -107,19 +98,12 @@ def random_rows(
     seeds: Iterable[int],
     grid: Grid = _GRID,
     subjects: Sequence[Subject] = SUBJECTS,
-    published: TorchLoss = published_loss,
-    other: str = PUBLISHED,
+    published: Published = REFERENCE,
     reduce: Reduce = distillation_loss,
 ) -> list[Row]:
     """Returns the rows of random logits, one per objective, dtype and quantity.
 
-    Args:
-        seeds: One grid of cases each.
-        grid: Which cases.
-        subjects: The objectives.
-        published: The PyTorch side, where it is right.
-        other: Its name.
-        reduce: Our side's mean over tokens.
+    `published` is the PyTorch side where it is right; `reduce` our mean over tokens.
     """
     tallies = Tallies("losses", [subject.name for subject in subjects])
     for seed in seeds:
@@ -136,11 +120,11 @@ def random_rows(
                         tallies.add(key, NOTHING, subject.name, size)
                         continue
                     followed = subject.as_published(dtype, case)
-                    loss = published if followed else exact_loss
+                    loss = published.loss if followed else exact_loss
                     theirs = torch_outcome(subject, loss, case, dtype)
                     exact = torch_outcome(
                         subject, exact_loss, rounded(case, dtype), "float64"
                     )
-                    side = other if followed else other_side(subject)
+                    side = published.name if followed else other_side(subject)
                     compare(tallies, subject, case, dtype, side, ours, theirs, exact)
     return tallies.rows()

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from parity.rows import AnyRow, Tally, Tolerance, skipped
+from parity.rows import AnyRow, Tallies, Tolerance, skipped, triple
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.hub import SMOLLM2, cache_folder
 from taid_jax.models.files.load import load_model
@@ -57,6 +57,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
 LENGTH = 40
+QUANTITIES = ("hidden states", "logits")
 
 
 class Batch(NamedTuple):
@@ -128,20 +129,19 @@ def _torch_outputs(
 
 def _errors(
     ours: tuple[np.ndarray, np.ndarray], model: Any, exact: Any, batch: Batch
-) -> Iterator[tuple[str, float, float, float]]:
+) -> Iterator[tuple[str, list[float | None]]]:
     sides = zip(_torch_outputs(model, batch), _torch_outputs(exact, batch), strict=True)
     for (row, part, *theirs), (_, _, *truths) in sides:
         for quantity, mine, other, truth in zip(
-            ("hidden states", "logits"), ours, theirs, truths, strict=True
+            QUANTITIES, ours, theirs, truths, strict=True
         ):
-            scale = float(np.sqrt(np.mean(truth**2)))
             found = mine[row, part].astype(np.float64)
-            yield (
-                quantity,
-                float(np.abs(found - other).max()) / scale,
-                float(np.abs(found - truth).max()) / scale,
-                float(np.abs(other - truth).max()) / scale,
-            )
+            errors = triple(lambda a, b: np.abs(a - b).max(), found, other, truth)
+            yield quantity, [each and each / _scale(truth) for each in errors]
+
+
+def _scale(outputs: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(outputs**2)))
 
 
 def our_outputs(
@@ -177,12 +177,9 @@ def random_rows(
 ) -> list[AnyRow]:
     """Returns the rows of randomly initialised Llamas, written and read as folders.
 
-    Args:
-        seeds: One model and set of batches each, per configuration.
-        configs: By name, what differs from a small Llama.
-        outputs: Our side.
+    `configs` say by name what differs from a small one; `outputs` is our side.
     """
-    tallies: dict[tuple[str, str], Tally] = {}
+    tallies = Tallies("models")
     for name, changes in configs.items():
         for seed in seeds:
             torch.manual_seed(seed)
@@ -194,13 +191,10 @@ def random_rows(
                 ours = outputs(pathlib.Path(folder), found)
                 exact = LlamaForCausalLM.from_pretrained(folder).double().eval()
             for batch, pair in zip(found, ours, strict=True):
-                for quantity, *errors in _errors(pair, model, exact, batch):
-                    tally = tallies.setdefault(
-                        (name, quantity),
-                        Tally("models", name, quantity, "transformers", CLOSE),
-                    )
-                    tally.add(f"{batch.name}, seed {seed}", *errors)
-    return [tally.row() for tally in tallies.values()]
+                for quantity, errors in _errors(pair, model, exact, batch):
+                    key = name, quantity, "transformers"
+                    tallies.add(key, CLOSE, f"{batch.name}, seed {seed}", *errors)
+    return [*tallies.rows()]
 
 
 def _randomise_vectors(model: torch.nn.Module) -> None:
@@ -226,11 +220,7 @@ def _torch_gguf(path: pathlib.Path) -> torch.nn.Module:
 
 
 def smollm2_rows(file: pathlib.Path | None = None) -> list[AnyRow]:
-    """Returns the rows of SmolLM2-135M-Instruct, if its file is in the cache.
-
-    Args:
-        file: The .gguf file; looked for in the cache when None.
-    """
+    """Returns the rows of SmolLM2-135M-Instruct, if its file is given or cached."""
     name = "SmolLM2-135M-Instruct"
     path = file or cache_folder() / "models" / SMOLLM2.file_name
     if not path.is_file():
@@ -241,12 +231,9 @@ def smollm2_rows(file: pathlib.Path | None = None) -> list[AnyRow]:
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     batch = Batch("plain", inputs, [(inputs, [(0, slice(None))])])
     (ours,) = our_outputs(path, [batch])
-    tallies = {
-        quantity: Tally("models", name, quantity, "transformers", CLOSE)
-        for quantity in ("hidden states", "logits")
-    }
+    tallies = Tallies("models")
     for _, _, *theirs in _torch_outputs(model, batch):
-        for tally, mine, other in zip(tallies.values(), ours, theirs, strict=True):
-            scale = float(np.sqrt(np.mean(other**2)))
-            tally.add("24 tokens", float(np.abs(mine[0] - other).max()) / scale)
-    return [tally.row() for tally in tallies.values()]
+        for quantity, mine, other in zip(QUANTITIES, ours, theirs, strict=True):
+            error = float(np.abs(mine[0] - other).max()) / _scale(other)
+            tallies.add((name, quantity, "transformers"), CLOSE, "24 tokens", error)
+    return [*tallies.rows()]

@@ -42,12 +42,7 @@ def torch_outcome(
 ) -> Outcome:
     """Returns the PyTorch side of a case, computed on logits of `dtype`.
 
-    Args:
-        subject: The objective.
-        loss: The published or the exact form.
-        case: Its logits.
-        dtype: Name of the logits' dtype.
-        total: The gradient is that of the sum over tokens; of the mean otherwise.
+    The gradient is that of the sum over tokens if `total`, of the mean otherwise.
     """
     student = torch.tensor(case.student).to(TORCH_DTYPES[dtype]).requires_grad_()
     teacher = torch.tensor(case.teacher).to(TORCH_DTYPES[dtype])
@@ -98,21 +93,17 @@ def value_error(a: Outcome, b: Outcome, exact: Outcome, floor: float) -> float:
 
 
 def gradient_error(
-    a: Outcome, b: Outcome, exact: Outcome, per_token: float, absolute: float = 0.0
+    a: Outcome, b: Outcome, exact: Outcome, floor: float, absolute: float = 0.0
 ) -> float:
     """Returns the norm of a gradient's difference over the norm of the exact gradient.
 
-    Args:
-        a: One side.
-        b: The other.
-        exact: In float64.
-        per_token: The norm is taken for at least this much per token.
-        absolute: Added to the norm: what the format cannot resolve, whatever its size.
+    That is taken for at least `floor` per token, and `absolute` is added to it: what
+    the format cannot resolve, whatever its size.
     """
     difference = float(np.linalg.norm(a.gradient - b.gradient))
     if difference == 0.0:
         return 0.0
     tokens = np.abs(exact.gradient).max(-1) > 0
-    floor = per_token * float(np.sqrt(max(tokens.sum(), 1)))
+    floor *= float(np.sqrt(max(tokens.sum(), 1)))
     norm = float(np.linalg.norm(exact.gradient))
     return difference / (max(norm, floor) + absolute)

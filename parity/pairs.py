@@ -11,7 +11,7 @@ import torch
 
 from parity.losses import GRADIENTS, VALUE, VALUE_FLOOR
 from parity.outcomes import Outcome, gradient_error, value_error
-from parity.rows import Row, Tallies
+from parity.rows import Row, Tallies, triple
 from parity.torch_exact import exact_losses
 from parity.torch_reference import Settings
 from taid_jax import loss
@@ -108,11 +108,13 @@ def random_rows(seeds: Iterable[int]) -> list[Row]:
                 ours = our_pairs(name, texts)
                 theirs = torch_pairs(name, texts, torch.float32)
                 exact = torch_pairs(name, texts, torch.float64)
-                pairs = ((ours, theirs), (ours, exact), (theirs, exact))
-                values = (value_error(*pair, exact, VALUE_FLOOR) for pair in pairs)
-                tallies.add((name, "float32 value", "PyTorch"), VALUE, case, *values)
-                # The skew reverse KL's vanishes where both sides are peaked.
-                slopes = (gradient_error(*pair, exact, per_token=0.1) for pair in pairs)
-                key = (name, "float32 gradient", "PyTorch")
-                tallies.add(key, GRADIENTS["float32"], case, *slopes)
+                # The skew reverse KL's gradient vanishes where both sides are peaked.
+                for quantity, tolerance, error, floor in (
+                    ("value", VALUE, value_error, VALUE_FLOOR),
+                    ("gradient", GRADIENTS["float32"], gradient_error, 0.1),
+                ):
+                    far = functools.partial(error, exact=exact, floor=floor)
+                    key = (name, f"float32 {quantity}", "PyTorch")
+                    errors = triple(far, ours, theirs, exact)
+                    tallies.add(key, tolerance, case, *errors)
     return tallies.rows()

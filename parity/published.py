@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parity.schedule import MakeSchedule
 from parity.subjects import CTKD_RAW, TorchLoss
 from parity.torch_reference import (
+    MakeSchedule,
     PublishedSchedule,
     Settings,
     ctkd_strength,
@@ -35,14 +35,7 @@ def temperature_slope(
 def temperature_gradient(
     student: Tensor, teacher: Tensor, mask: Tensor, epoch: int
 ) -> float:
-    """Returns what the number of CTKD's temperature is given as its gradient.
-
-    Args:
-        student: Logits `(*tokens, vocab)`.
-        teacher: The same.
-        mask: `(*tokens,)`.
-        epoch: Of 10.
-    """
+    """Returns what the number of CTKD's temperature is given in an epoch, of 10."""
     slope = temperature_slope(published_loss, student, teacher, mask)
     return ctkd_strength(epoch) * slope
 
@@ -57,7 +50,7 @@ class Published(NamedTuple):
         temperature_gradient: CTKD's, in the number that its temperature is made of.
     """
 
-    name: str = "reference"
+    name: str = "PyTorch"
     loss: TorchLoss = published_loss
     schedule: MakeSchedule = PublishedSchedule
     temperature_gradient: TemperatureGradient = temperature_gradient

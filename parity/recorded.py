@@ -11,7 +11,6 @@ import torch
 from parity.cases import Case, Recorded, recorded_cases
 from parity.losses import (
     GRADIENTS,
-    PUBLISHED,
     RECORDING,
     VALUE_FLOOR,
     compare,
@@ -24,11 +23,11 @@ from parity.outcomes import (
     torch_outcome,
     value_error,
 )
-from parity.published import temperature_slope
+from parity.published import REFERENCE, Published, temperature_slope
 from parity.rows import Row, Tallies, Tally, Tolerance
-from parity.subjects import CTKD_EPOCH, CTKD_RAW, SUBJECTS, Subject, TorchLoss
+from parity.subjects import CTKD_EPOCH, CTKD_RAW, SUBJECTS, Subject
 from parity.torch_exact import exact_loss
-from parity.torch_reference import ctkd_strength, published_loss
+from parity.torch_reference import ctkd_strength
 from taid_jax import loss as objectives
 
 SAME = Tolerance(
@@ -44,10 +43,6 @@ def recorded_rows(
     """Returns the rows of recorded logits: ours beside what was recorded.
 
     Where the published code is wrong, ours is held against float64 alone.
-
-    Args:
-        folder: As `golden/README.md` describes.
-        subjects: The objectives.
 
     Raises:
         RecordingError: If arrays are missing or misshapen.
@@ -77,55 +72,47 @@ def recorded_rows(
 
 def reference_rows(
     folder: pathlib.Path,
-    published: TorchLoss = published_loss,
-    name: str = PUBLISHED + " reference",
+    published: Published = REFERENCE,
 ) -> list[Row]:
     """Returns the rows of a PyTorch side, which has to give what was recorded.
 
     Everywhere: defects and NaN included.
-
-    Args:
-        folder: As `golden/README.md` describes.
-        published: The PyTorch side.
-        name: Its name.
 
     Raises:
         RecordingError: If arrays are missing or misshapen.
     """
     subjects = [subject for subject in SUBJECTS if subject.recorded]
     tallies = Tallies("losses", [subject.name for subject in subjects])
+    name = published.name + (" reference" if published is REFERENCE else "")
     for recorded in recorded_cases(folder, [subject.recorded for subject in subjects]):
         for subject in subjects:
-            _reproduce(tallies, subject, recorded, published, name)
+            quantities = _reproduce(subject, recorded, published)
+            for quantity, error in quantities.items():
+                row = (name, f"{recorded.dtype} {quantity}", RECORDING)
+                at = f"{recorded.case.name}, {subject.name}"
+                tallies.add(row, SAME, at, error)
     return tallies.rows()
 
 
 def _reproduce(
-    tallies: Tallies,
-    subject: Subject,
-    recorded: Recorded,
-    published: TorchLoss,
-    name: str,
-) -> None:
-    case, dtype, key = recorded.case, recorded.dtype, subject.recorded
+    subject: Subject, recorded: Recorded, published: Published
+) -> dict[str, float]:
+    """Returns the errors of a PyTorch side against a recording, NaN and all."""
+    case, key = recorded.case, subject.recorded
     theirs = Outcome(recorded.losses[key], recorded.gradients[key])
-    again = torch_outcome(subject, published, case, dtype, total=False)
-    same = np.isnan(theirs.value) == np.isnan(again.value) and np.array_equal(
-        np.isnan(theirs.gradient), np.isnan(again.gradient)
-    )
+    again = torch_outcome(subject, published.loss, case, recorded.dtype, total=False)
+    nans = [[np.isnan(part) for part in side] for side in (theirs, again)]
+    if not all(map(np.array_equal, *nans)):
+        return {"value": np.inf, "gradient": np.inf}
     a, b = (
         Outcome(float(np.nan_to_num(x.value)), np.nan_to_num(x.gradient))
         for x in (again, theirs)
     )
     floor = gradient_floor(subject) / case.mask.sum()
-    errors = {
+    return {
         "value": value_error(a, b, b, VALUE_FLOOR),
         "gradient": gradient_error(a, b, b, floor),
     }
-    at = f"{case.name}, {subject.name}"
-    for quantity, error in errors.items():
-        row = (name, f"{dtype} {quantity}", RECORDING)
-        tallies.add(row, SAME, at, error if same else np.inf)
 
 
 def temperature_rows(folder: pathlib.Path) -> list[Row]:
@@ -133,9 +120,6 @@ def temperature_rows(folder: pathlib.Path) -> list[Row]:
 
     The size of it: recordings have it with the published sign and strength, ours comes
     out reversed. `deviations` shows the two beside each other.
-
-    Args:
-        folder: As `golden/README.md` describes.
 
     Raises:
         RecordingError: If arrays are missing or misshapen.

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Tally:
     """Collects the cases of one row and keeps the worst.
 
     Args:
-        section: The subcommand.
+        section: As in `Row`, like the next four.
         name: What is computed.
         quantity: Which number of it.
         other: The other side.
@@ -211,6 +212,15 @@ class Tallies:
         rows = [tally.row() for tally in self._tallies.values()]
         known = {name: index for index, name in enumerate(self._order)}
         return sorted(rows, key=lambda row: known.get(row.name, len(known)))
+
+
+def triple(error: Callable, ours: Any, theirs: Any, exact: Any) -> list[float | None]:
+    """Returns how far ours is from the other side, and both from float64.
+
+    None where there is no other side.
+    """
+    pairs = ((ours, theirs), (ours, exact), (theirs, exact))
+    return [None if a is None or b is None else error(a, b) for a, b in pairs]
 
 
 def skipped(section: str, name: str, why: str) -> Row:

@@ -11,11 +11,9 @@ import numpy as np
 import optax
 import torch
 
-from parity.rows import Row, Tally, Tolerance
+from parity.published import REFERENCE, Published
+from parity.rows import Row, Tally, Tolerance, triple
 from parity.runs import BATCH_KEYS, Run, RunSettings, load_run
-from parity.schedule import MakeSchedule
-from parity.subjects import TorchLoss
-from parity.torch_reference import PublishedSchedule, published_loss
 from parity.torch_run import finish_run, record_run, rerun, train
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.models.files.load import load_model
@@ -49,12 +47,7 @@ WEIGHTS = Tolerance(
 
 
 class Replayed(NamedTuple):
-    """What our trainer made of a recorded run.
-
-    Attributes:
-        steps: The arrays of `run.npz` that it has, up to the last step taken.
-        params: The student's parameters after the last step.
-    """
+    """What our trainer made of a recorded run: arrays of `run.npz`, and parameters."""
 
     steps: dict[str, np.ndarray]
     params: Any
@@ -72,11 +65,7 @@ def replay(
 ) -> Replayed:
     """Trains the recorded student on the recorded batches with our trainer.
 
-    Args:
-        run: The recording.
-        make_step: Of the train step.
-        make_schedule: Of the schedule, from settings and steps.
-        last: Stop after this many steps; all when None.
+    It stops after `last` steps; after all when None.
     """
     settings = run.settings
     teacher = load_model(run.folder / "teacher", dtype=jnp.float32)
@@ -163,18 +152,15 @@ def compare(name: str, other: str, ours: Replayed, run: Run) -> list[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         exact = _exact(run, pathlib.Path(temporary), taken)
 
-    def add(quantity: str, tolerance: Tolerance, *errors: np.ndarray) -> None:
+    def add(quantity: str, tolerance: Tolerance, *errors: Any) -> None:
         tally = Tally("run", name, quantity, other, tolerance, drifting=True)
         for step, values in enumerate(zip(*errors, strict=True)):
             tally.add(f"step {step}", *(float(value) for value in values))
         rows.append(tally.row())
 
     def each_step(key: str, tolerance: Tolerance, scale: np.ndarray | float) -> None:
-        mine, theirs, truth = (
-            side[key][:taken] for side in (ours.steps, run.steps, exact.steps)
-        )
-        pairs = ((mine, theirs), (mine, truth), (theirs, truth))
-        add(key, tolerance, *(np.abs(a - b) / scale for a, b in pairs))
+        sides = (side[key][:taken] for side in (ours.steps, run.steps, exact.steps))
+        add(key, tolerance, *triple(lambda a, b: np.abs(a - b) / scale, *sides))
 
     each_step("loss", LOSS, np.abs(exact.steps["loss"]))
     if "lm_loss" in ours.steps:
@@ -187,12 +173,8 @@ def compare(name: str, other: str, ours: Replayed, run: Run) -> list[Row]:
     if taken == run.settings.steps:
         folder = run.folder / "student_final"
         theirs = load_model(folder, dtype=jnp.float32).params
-        pairs = (
-            (ours.params, theirs),
-            (ours.params, exact.params),
-            (theirs, exact.params),
-        )
-        errors = (np.array([_distance(a, b, theirs)]) for a, b in pairs)
+        sides = ours.params, theirs, exact.params
+        errors = triple(lambda a, b: [_distance(a, b, theirs)], *sides)
         add("final weights", WEIGHTS, *errors)
     return rows
 
@@ -210,13 +192,7 @@ def recorded_rows(
     make_schedule: MakeScheduler = make_scheduler,
     last: int | None = None,
 ) -> list[Row]:
-    """Returns the rows of every recorded run in a folder.
-
-    Args:
-        golden: The folder, or that of one run.
-        make_step: Of our train step.
-        make_schedule: Of our schedule.
-        last: Stop after this many steps; all when None.
+    """Returns the rows of every recorded run in a folder, or of the one that it is.
 
     Raises:
         RecordingError: If a recording is not whole.
@@ -231,25 +207,16 @@ def recorded_rows(
 
 def again_rows(
     golden: pathlib.Path,
-    other: str,
-    loss: TorchLoss = published_loss,
-    make_schedule: MakeSchedule = PublishedSchedule,
+    published: Published,
 ) -> list[Row]:
-    """Returns the rows of recorded runs, trained again with another PyTorch side.
-
-    Args:
-        golden: A folder of recorded runs, of which only the start is used.
-        other: Name of the side.
-        loss: Its mean loss of a batch.
-        make_schedule: Its controller.
-    """
+    """Returns the rows of recorded runs, trained again with another PyTorch side."""
     rows = []
     for folder in run_folders(golden):
         with tempfile.TemporaryDirectory() as temporary:
             target = pathlib.Path(temporary) / folder.name
-            rerun(load_run(folder), target, loss, make_schedule)
+            rerun(load_run(folder), target, published)
             run = load_run(target)
-            rows += compare(folder.name, other, replay(run), run)
+            rows += compare(folder.name, published.name, replay(run), run)
     return rows
 
 
@@ -259,12 +226,7 @@ FRESH = (
 )
 
 
-def fresh_rows(
-    seeds: Iterable[int],
-    other: str = "PyTorch",
-    loss: TorchLoss = published_loss,
-    make_schedule: MakeSchedule = PublishedSchedule,
-) -> list[Row]:
+def fresh_rows(seeds: Iterable[int]) -> list[Row]:
     """Returns the rows of new runs: random models and batches, PyTorch, then ours."""
     rows = []
     for seed in seeds:
@@ -272,7 +234,7 @@ def fresh_rows(
             name = f"{settings.loss}, ratio {settings.distil_ratio:g}, seed {seed}"
             with tempfile.TemporaryDirectory() as temporary:
                 folder = pathlib.Path(temporary)
-                record_run(folder, settings, seed, loss, make_schedule)
+                record_run(folder, settings, seed)
                 run = load_run(folder)
-                rows += compare(name, other, replay(run), run)
+                rows += compare(name, REFERENCE.name, replay(run), run)
     return rows

@@ -106,10 +106,7 @@ class Run(NamedTuple):
 
 
 def load_run(folder: pathlib.Path) -> Run:
-    """Returns a recorded run.
-
-    Args:
-        folder: As `golden/README.md` describes.
+    """Returns a recorded run, of a folder as `golden/README.md` describes it.
 
     Raises:
         RecordingError: Naming what is missing, misshapen or unknown in it.

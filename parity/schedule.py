@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from parity.published import REFERENCE, Published
 from parity.recordings import case_names, check_arrays, load_arrays
 from parity.rows import Row, Tallies, Tally, Tolerance
-from parity.torch_reference import PublishedSchedule, Schedule, ScheduleSettings
+from parity.torch_reference import ScheduleSettings
 from taid_jax.schedule import TAIDScheduler
 
 STEPS = 10_000
@@ -41,7 +42,6 @@ class History(NamedTuple):
     momentum: np.ndarray
 
 
-MakeSchedule = Callable[..., Schedule]
 MakeScheduler = Callable[..., TAIDScheduler]
 
 
@@ -80,10 +80,10 @@ def histories(seed: int, steps: int) -> dict[str, tuple[ScheduleSettings, np.nda
 def published_history(
     settings: ScheduleSettings,
     losses: np.ndarray,
-    make: MakeSchedule = PublishedSchedule,
+    published: Published = REFERENCE,
 ) -> History:
     """Returns the PyTorch side's history, one update per step."""
-    schedule = make(**settings)
+    schedule = published.schedule(**settings)
     t, momentum = np.empty((2, len(losses)))
     for step, value in enumerate(torch.tensor(losses)):
         schedule.update(value, step)
@@ -154,25 +154,16 @@ def _largest(a: np.ndarray, b: np.ndarray, scale: float = 1.0) -> float:
 def random_rows(
     seeds: Iterable[int],
     steps: int = STEPS,
-    make_published: MakeSchedule = PublishedSchedule,
-    other: str = "PyTorch",
+    published: Published = REFERENCE,
     make: MakeScheduler = TAIDScheduler,
 ) -> list[Row]:
-    """Returns the rows of made-up histories, with and without adaptation.
-
-    Args:
-        seeds: One set of histories each.
-        steps: Of a history.
-        make_published: The PyTorch side.
-        other: Its name.
-        make: Our side.
-    """
+    """Returns the rows of made-up histories, with and without adaptation."""
     tallies = Tallies("schedule")
     for seed in seeds:
         for name, (base, losses) in histories(seed, steps).items():
             for linear in (False, True):
                 settings: ScheduleSettings = {**base, "disable_adaptive": linear}
-                theirs = published_history(settings, losses, make_published)
+                theirs = published_history(settings, losses, published)
                 exact = exact_history(settings, losses)
                 scale = max(float(np.abs(exact.momentum).max()), 1e-9)
                 row = name + (", not adaptive" if linear else "")
@@ -180,12 +171,12 @@ def random_rows(
                     ours = side(settings, losses, make)
                     case = f"{how}, seed {seed}"
                     apart = _largest(ours.t, theirs.t)
-                    tallies.add((row, "t", other), T, case, apart)
+                    tallies.add((row, "t", published.name), T, case, apart)
                     drift = _largest(ours.t, exact.t), _largest(theirs.t, exact.t)
                     tallies.add((row, "t", "float64"), DRIFT, case, None, *drift)
                     if not linear:
                         apart = _largest(ours.momentum, theirs.momentum, scale)
-                        key = (row, "momentum", other)
+                        key = (row, "momentum", published.name)
                         tallies.add(key, MOMENTUM, case, apart)
     return tallies.rows()
 
@@ -194,10 +185,6 @@ def recorded_rows(
     folder: pathlib.Path, make: MakeScheduler = TAIDScheduler
 ) -> list[Row]:
     """Returns the rows of a folder's `schedule.npz`: ours, and the reference.
-
-    Args:
-        folder: As `golden/README.md` describes.
-        make: Our side.
 
     Raises:
         RecordingError: If arrays are missing or misshapen.

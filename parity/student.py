@@ -35,9 +35,6 @@ class RunError(ValueError):
 def student_rows(folder: pathlib.Path | None) -> list[AnyRow]:
     """Returns the rows of a finished run: weights, logits and held-out perplexity.
 
-    Args:
-        folder: The output folder of `scripts/train_tpu.py`.
-
     Raises:
         RunError: If there is no finished run in it, or its data are not there any more.
     """

@@ -50,9 +50,7 @@ def _cells(row: AnyRow) -> list[str]:
         return [
             row.name,
             row.instead,
-            row.quantity
-            if row.other == "reference"
-            else f"{row.quantity} [{row.other}]",
+            row.quantity if row.other == "PyTorch" else f"{row.quantity} [{row.other}]",
             _number(row.published, 3),
             _number(row.ours, 3),
             _number(row.exact, 3),
@@ -172,13 +170,7 @@ def _plain(value: object) -> object:
 def write_report(
     rows: Sequence[AnyRow], path: pathlib.Path, versions: dict[str, str]
 ) -> None:
-    """Writes every field of every row as JSON.
-
-    Args:
-        rows: All rows.
-        path: The file; its folder is made when missing.
-        versions: What the numbers were made with.
-    """
+    """Writes every field of every row as JSON, and what the numbers were made with."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = [
         {

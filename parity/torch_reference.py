@@ -8,6 +8,7 @@ the same objectives without the defects.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Protocol, Required, TypedDict
 
 import torch
@@ -195,16 +196,8 @@ def published_loss(
 ) -> Tensor:
     """Returns the mean loss over counted tokens, as the published code computes it.
 
-    Args:
-        name: One of `OBJECTIVES`.
-        student: Logits `(*tokens, vocab)`, any float dtype; the gradient flows here.
-        teacher: Logits of the same shape and dtype.
-        mask: `(*tokens,)`, 1 where a token counts.
-        labels: `(*tokens,)`, the entry that comes next; -100 where none counts.
-        settings: The objective's numbers.
-
-    Returns:
-        A scalar in float32, or float64 for float64 logits; NaN when no token counts.
+    Logits may be of any float dtype, labels are -100 where none counts. The result is
+    float32, or float64 for float64 logits; NaN when no token counts.
     """
     if name == "dkd":
         return _dkd(student, teacher, mask, labels, settings)
@@ -256,6 +249,9 @@ class Schedule(Protocol):
     def update(self, loss: Tensor, step: int) -> None:
         """Advances on the loss of step `step`; the first call only keeps it."""
         ...
+
+
+MakeSchedule = Callable[..., Schedule]
 
 
 class PublishedSchedule:

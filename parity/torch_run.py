@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parity.published import REFERENCE, Published
 from parity.recordings import save_arrays
 from parity.runs import BATCH_KEYS, STEP_KEYS, Run, RunSettings, save_settings
-from parity.schedule import MakeSchedule
-from parity.subjects import TorchLoss
-from parity.torch_reference import PublishedSchedule, Settings, published_loss
+from parity.torch_reference import Settings
 
 _VOCAB = 256
 
@@ -80,24 +79,14 @@ def train(
     folder: pathlib.Path,
     settings: RunSettings,
     batches: dict[str, np.ndarray],
-    loss: TorchLoss = published_loss,
-    make_schedule: MakeSchedule = PublishedSchedule,
+    published: Published = REFERENCE,
     last: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, np.ndarray], torch.nn.Module]:
     """Trains a student in PyTorch as the published recipe does, on a CPU.
 
-    Args:
-        folder: With `teacher` and `student_init` in it.
-        settings: Of the run.
-        batches: `input_ids`, `attention_mask`, `labels`.
-        loss: Mean loss of a batch.
-        make_schedule: TAID's controller.
-        last: Stop after this many steps; all when None.
-        dtype: Of both models and of the optimizer.
-
-    Returns:
-        The arrays of `run.npz` in that dtype, and the student after the last step.
+    The folder has `teacher` and `student_init` in it. Returns the arrays of `run.npz`
+    in that dtype, and the student after `last` steps; after all when None.
     """
     from transformers import LlamaForCausalLM
 
@@ -113,7 +102,7 @@ def train(
         weight_decay=settings.adamw.weight_decay,
     )
     adaptive = settings.loss == "taid"
-    schedule = make_schedule(**settings.schedule())
+    schedule = published.schedule(**settings.schedule())
     steps: dict[str, list[float]] = {key: [] for key in STEP_KEYS}
     for step in range(last or settings.steps):
         rate = settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
@@ -121,7 +110,7 @@ def train(
             group["lr"] = rate
         t = float(schedule.t)
         batch = {key: torch.tensor(batches[key][step]) for key in BATCH_KEYS}
-        distil, lm = _batch_losses(settings, student, teacher, batch, t, loss)
+        distil, lm = _batch_losses(settings, student, teacher, batch, t, published)
         total = lm if distil is None else _mixed(settings.distil_ratio, distil, lm)
         optimizer.zero_grad()
         total.backward()
@@ -156,7 +145,7 @@ def _batch_losses(
     teacher: torch.nn.Module,
     batch: dict[str, Tensor],
     t: float,
-    loss: TorchLoss,
+    published: Published,
 ) -> tuple[Tensor | None, Tensor]:
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     # Position i predicts label i + 1.
@@ -165,11 +154,12 @@ def _batch_losses(
     logits = student(**inputs).logits[:, :-1]
     with torch.no_grad():
         target = teacher(**inputs).logits[:, :-1]
-    lm = published_loss("sft", logits, target, mask, labels, Settings())
+    lm = REFERENCE.loss("sft", logits, target, mask, labels, Settings())
     if settings.loss == "sft":
         return None, lm
     numbers = Settings(t=t)
-    return loss(settings.objective, logits, target, mask, labels, numbers), lm
+    sides = logits, target, mask, labels
+    return published.loss(settings.objective, *sides, numbers), lm
 
 
 def finish_run(
@@ -180,32 +170,21 @@ def finish_run(
     student.save_pretrained(folder / "student_final")  # pyright: ignore[reportCallIssue]
 
 
-def record_run(
-    folder: pathlib.Path,
-    settings: RunSettings,
-    seed: int,
-    loss: TorchLoss = published_loss,
-    make_schedule: MakeSchedule = PublishedSchedule,
-) -> None:
+def record_run(folder: pathlib.Path, settings: RunSettings, seed: int) -> None:
     """Writes a whole run with new models and batches."""
     new_run(folder, settings, seed)
     with np.load(folder / "batches.npz") as arrays:
         batches = {key: arrays[key] for key in BATCH_KEYS}
-    steps, student = train(folder, settings, batches, loss, make_schedule)
+    steps, student = train(folder, settings, batches)
     finish_run(folder, steps, student)
 
 
-def rerun(
-    run: Run,
-    folder: pathlib.Path,
-    loss: TorchLoss = published_loss,
-    make_schedule: MakeSchedule = PublishedSchedule,
-) -> None:
+def rerun(run: Run, folder: pathlib.Path, published: Published) -> None:
     """Writes a recorded run again, from its own start, with another PyTorch side."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("teacher", "student_init"):
         shutil.copytree(run.folder / name, folder / name)
     for name in ("run.json", "batches.npz"):
         shutil.copyfile(run.folder / name, folder / name)
-    steps, student = train(run.folder, run.settings, run.batches, loss, make_schedule)
+    steps, student = train(run.folder, run.settings, run.batches, published)
     finish_run(folder, steps, student)

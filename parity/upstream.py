@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.published import Published
 from parity.stand_ins import on_cpu, stood_in
 from parity.torch_reference import Settings
 
@@ -72,9 +73,6 @@ class _Module:
 class Upstream:
     """The published losses and schedule, called as the rows call the reference.
 
-    Args:
-        folder: A checkout of the published repository.
-
     Raises:
         UpstreamError: If its losses are not where they should be, or do not import.
     """
@@ -121,14 +119,7 @@ class Upstream:
     def temperature_gradient(
         self, student: Tensor, teacher: Tensor, mask: Tensor, epoch: int
     ) -> float:
-        """Returns what CTKD's one learned number is given as its gradient.
-
-        Args:
-            student: Logits `(*tokens, vocab)`.
-            teacher: The same.
-            mask: `(*tokens,)`.
-            epoch: The module's current epoch.
-        """
+        """Returns what CTKD's one learned number is given as its gradient."""
         with on_cpu():
             objective = self._make("ctkd", Settings())
             (raw,) = objective.parameters()
@@ -161,6 +152,12 @@ class Upstream:
         if name == "jensen_shannon":
             return cls(teacher_weight=settings.teacher_weight)
         return cls()
+
+
+def load_upstream(folder: pathlib.Path) -> Published:
+    """Returns the published side of a checkout; raises what `Upstream` does."""
+    theirs = Upstream(folder)
+    return Published(NAME, theirs.loss, theirs.schedule, theirs.temperature_gradient)
 
 
 class UpstreamSchedule:

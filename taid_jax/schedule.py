@@ -100,11 +100,7 @@ class TAIDScheduler:
 
     def init(self) -> TAIDState:
         """Returns the state before the first step: t is `t_start`, no loss seen."""
-        return TAIDState(
-            t=jnp.asarray(self.t_start, jnp.float32),
-            prev_loss=jnp.asarray(jnp.inf, jnp.float32),
-            momentum=jnp.zeros((), jnp.float32),
-        )
+        return _start(jnp.asarray(self.t_start, jnp.float32))
 
     def update(
         self,
@@ -173,11 +169,7 @@ class ScheduledT:
         t = self._at(jnp.zeros((), jnp.float32))
         if not isinstance(t, Tracer) and jnp.isnan(t):
             raise ValueError("need a t in [0, 1] at step 0 that is not NaN, got NaN")
-        return TAIDState(
-            t=t,
-            prev_loss=jnp.asarray(jnp.inf, jnp.float32),
-            momentum=jnp.zeros((), jnp.float32),
-        )
+        return _start(t)
 
     def update(
         self,
@@ -192,6 +184,10 @@ class ScheduledT:
 
     def _at(self, step: Array) -> Array:
         return jnp.clip(jnp.asarray(self.schedule(step), jnp.float32), 0.0, 1.0)
+
+
+def _start(t: Float[Array, ""]) -> TAIDState:
+    return TAIDState(t, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.float32))
 
 
 def _if_finite(loss: Array, after: TAIDState, before: TAIDState) -> TAIDState:

@@ -62,15 +62,23 @@ class Head:
         self, hidden: Float[Array, "*tokens d_model"]
     ) -> Float[Array, "*tokens vocab"]:
         """Returns float32 logits, never rounded; `-inf` at padded entries."""
-        logits = jax.lax.dot_general(
-            hidden,
-            self.kernel.astype(hidden.dtype),
-            (((hidden.ndim - 1,), (self.axes[0],)), ((), ())),
-            preferred_element_type=jnp.float32,
+        return self.finish(
+            jax.lax.dot_general(
+                hidden,
+                self.kernel.astype(hidden.dtype),
+                (((hidden.ndim - 1,), (self.axes[0],)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
         )
+
+    def finish(
+        self, product: Float[Array, "*tokens vocab"]
+    ) -> Float[Array, "*tokens vocab"]:
+        """Returns the logits made of hidden states times the kernel, float32."""
+        logits = product
         if self.bias is not None:
             bias = self.bias.astype(jnp.float32)
-            logits += bias.reshape((1,) * (hidden.ndim - 1) + (-1,))
+            logits += bias.reshape((1,) * (logits.ndim - 1) + (-1,))
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if self.vocab_size is not None and self.vocab_size < logits.shape[-1]:

@@ -97,21 +97,6 @@ def test_update_is_the_same_eager_jitted_and_scanned():
             np.testing.assert_allclose(getattr(jitted, name), expected, rtol=1e-6)
 
 
-def test_update_does_not_compile_again():
-    scheduler = TAIDScheduler(40)
-    traces = []
-
-    @jax.jit
-    def update(state, loss, step):
-        traces.append(1)
-        return scheduler.update(state, loss, step)
-
-    state = scheduler.init()
-    for i in range(4):
-        state = update(state, jnp.float32(3 - 0.1 * i), jnp.int32(i))
-    assert len(traces) == 1
-
-
 def test_update_under_vmap_is_one_history_at_a_time():
     rng = np.random.default_rng(1)
     losses = jnp.asarray(rng.random((3, 15)) + 1, jnp.float32)
@@ -173,6 +158,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state(bad, disable_adaptive):
 def test_t_never_falls_and_never_passes_its_end():
     rng = np.random.default_rng(2)
     losses = np.exp(rng.standard_normal(300) * 3)
+    losses[10:13] = 0.0  # One of 0 is safe, and the next beside it.
     # Steps counted anew, and far beyond the end.
     steps = np.concatenate([np.arange(100), np.arange(100), np.arange(100) * 50])
     for settings in (
@@ -182,7 +168,9 @@ def test_t_never_falls_and_never_passes_its_end():
         {"disable_adaptive": True},
     ):
         scheduler = TAIDScheduler(200, **settings)
-        t = np.asarray(history(scheduler, losses, steps).t)
+        states = history(scheduler, losses, steps)
+        assert all(np.isfinite(leaf).all() for leaf in states)
+        t = np.asarray(states.t)
         assert (np.diff(t) >= 0).all()
         assert t[0] == np.float32(scheduler.t_start)
         assert t[-1] == np.float32(scheduler.t_end)
@@ -203,31 +191,6 @@ def test_a_falling_loss_moves_t_ahead_of_a_rising_one():
     falling = history(scheduler, np.linspace(9, 1, 30)).t
     rising = history(scheduler, np.linspace(1, 9, 30)).t
     assert falling[-1] > rising[-1]
-
-
-def test_a_loss_of_zero_is_safe():
-    states = history(TAIDScheduler(10), [0.0, 0.0, 1.0, 0.0])
-    for leaf in states:
-        assert np.isfinite(leaf).all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_train_steps": 0}, "num_train_steps >= 1, got num_train_steps = 0"),
-        ({"t_start": -0.1}, r"0 <= t_start <= t_end <= 1, got t_start = -0\.1"),
-        ({"t_start": 0.9, "t_end": 0.5}, r"t_start = 0\.9, t_end = 0\.5"),
-        ({"t_end": 1.5}, r"t_end = 1\.5"),
-        ({"t_start": float("nan")}, "t_start = nan"),
-        ({"alpha": -1.0}, r"alpha >= 0 and finite, got alpha = -1\.0"),
-        ({"alpha": float("inf")}, "alpha = inf"),
-        ({"beta": 1.0}, r"0 <= beta < 1, got beta = 1\.0"),
-        ({"beta": -0.5}, r"beta = -0\.5"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        TAIDScheduler(**{"num_train_steps": 10, **settings})
 
 
 def test_scheduled_t_takes_an_optax_schedule():

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._checks import check_static
 from taid_jax.loss._divergences import Divergence
-from taid_jax.loss._objective import STATIC, Parts, register_objective
+from taid_jax.loss._objective import Parts, register_objective, setting
 
 LARGEST_POWER = 4.0
 """Of a and of b: powers of the likeliest entries stay within float32."""
@@ -75,15 +75,13 @@ class AlphaBeta(Divergence):
         ['0.80', '0.72', '0.63']
     """
 
-    a: float | int = dataclasses.field(default=0.2, metadata=STATIC)
-    b: float | int = dataclasses.field(default=0.7, metadata=STATIC)
+    a: float | int = setting(0, LARGEST_POWER, default=0.2)
+    b: float | int = setting(0, LARGEST_POWER, default=0.7)
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:
-        check_static("a", self.a, 0, LARGEST_POWER)
-        check_static("b", self.b, 0, LARGEST_POWER)
-        check_static("a + b", self.a + self.b, LEAST_SUM, 2 * LARGEST_POWER)
         super().__post_init__()
+        check_static("a + b", self.a + self.b, LEAST_SUM, 2 * LARGEST_POWER)
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
         a, b = float(self.a), float(self.b)

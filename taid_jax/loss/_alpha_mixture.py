@@ -21,9 +21,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._checks import check_static
-from taid_jax.loss._objective import STATIC, register_objective
-from taid_jax.loss._taid import Interpolated, interpolate
+from taid_jax.loss._objective import register_objective, setting
+from taid_jax.loss._taid import Interpolated, interpolate, with_target
 
 LARGEST_SHAPE = 9.0
 """Of either sign. The power c is at most 5 then: `exp(c x)` has digits in float32."""
@@ -74,9 +73,6 @@ def _mix(pair: softmax.Pair, t: Array, c: float) -> softmax.Pair:
     log_t = jnp.maximum(jnp.log(t), softmax.FLOOR)
     log_rest = jnp.maximum(jnp.log1p(-t), softmax.FLOOR)
     mixture = _log_mixture(pair, t, (log_t, log_rest), c)
-    top = softmax.filled(softmax.row_max(mixture))
-    p = softmax.normalise(mixture, top=top)
-
     start = -pair.constant
     log_start = _log_mean(t, log_t, log_rest, c * start)
     log_share = log_t + c * start - log_start
@@ -88,15 +84,7 @@ def _mix(pair: softmax.Pair, t: Array, c: float) -> softmax.Pair:
     near = jnp.log1p(jnp.maximum(grown, -0.999)) / c
     far = mixture - pair.student.shifted - log_start / c
     difference = jnp.where(jnp.abs(near) < 2 * softmax.NEAR, near, far)
-    offset = p.top - log_start / c
-    return pair._replace(
-        teacher=p,
-        target=p,
-        mass=jnp.ones_like(pair.mass),
-        difference=difference,
-        constant=offset + jnp.log(p.total / pair.student.total),
-        offset=offset,
-    )
+    return with_target(pair, mixture, difference, -log_start / c)
 
 
 @register_objective
@@ -140,11 +128,7 @@ class AlphaMixture(Interpolated):
     """
 
     t: ArrayLike
-    shape: float | int = dataclasses.field(metadata=STATIC)
-
-    def __post_init__(self) -> None:
-        check_static("shape", self.shape, -LARGEST_SHAPE, LARGEST_SHAPE)
-        super().__post_init__()
+    shape: float | int = setting(-LARGEST_SHAPE, LARGEST_SHAPE)
 
     def _interpolate(self, pair: softmax.Pair, t: Array) -> softmax.Pair:
         c = (1 - float(self.shape)) / 2

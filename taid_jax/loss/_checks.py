@@ -62,12 +62,6 @@ def check_positive(name: str, value: object) -> None:
 def check_static(name: str, value: object, low: float | int, high: float | int) -> None:
     """Checks a setting that is part of the program.
 
-    Args:
-        name: Of the setting.
-        value: What was given.
-        low: The least value.
-        high: The greatest value.
-
     Raises:
         TypeError: If `value` is no Python or NumPy number, such as a traced array.
         ValueError: If it is out of bounds, or NaN.
@@ -132,13 +126,6 @@ def check_shapes(
     needs_teacher: bool = True,
 ) -> None:
     """Checks the arrays of an objective against one another, before any tracing.
-
-    Args:
-        student_logits: `(*tokens, vocab)`.
-        teacher_logits: Has to have the same shape when given.
-        labels: Has to be `(*tokens,)` when given.
-        mask: Has to be `(*tokens,)` when given.
-        needs_teacher: Whether the teacher's logits have to be given.
 
     Raises:
         TypeError: If one is no array, or of the wrong kind of numbers.

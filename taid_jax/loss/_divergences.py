@@ -10,8 +10,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._checks import check_positive, check_static
-from taid_jax.loss._objective import STATIC, ExactObjective, Parts, register_objective
+from taid_jax.loss._checks import check_positive
+from taid_jax.loss._objective import (
+    ExactObjective,
+    Parts,
+    register_objective,
+    setting,
+)
 
 
 class Divergence(ExactObjective):
@@ -24,6 +29,7 @@ class Divergence(ExactObjective):
     temperature: Any = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("temperature", self.temperature)
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
@@ -163,12 +169,8 @@ class AdaptiveKL(Divergence):
         1.567
     """
 
-    head_threshold: float | int = dataclasses.field(default=0.5, metadata=STATIC)
+    head_threshold: float | int = setting(1e-6, 1, default=0.5)
     temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("head_threshold", self.head_threshold, 1e-6, 1)
-        super().__post_init__()
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
         head = _head_entries(pair.teacher, self.head_threshold)

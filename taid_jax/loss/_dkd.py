@@ -9,14 +9,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._checks import check_positive, check_static
+from taid_jax.loss._checks import check_positive
 from taid_jax.loss._divergences import forward
 from taid_jax.loss._objective import (
-    STATIC,
     ExactObjective,
     Parts,
     label_entries,
     register_objective,
+    setting,
 )
 
 
@@ -47,15 +47,14 @@ class DKD(ExactObjective):
         1.227
     """
 
-    alpha: float | int = dataclasses.field(default=1.0, metadata=STATIC)
-    beta: float | int = dataclasses.field(default=0.5, metadata=STATIC)
+    alpha: float | int = setting(0, 1e6, default=1.0)
+    beta: float | int = setting(0, 1e6, default=0.5)
     temperature: ArrayLike = 1.0
 
     needs_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_static("alpha", self.alpha, 0, 1e6)
-        check_static("beta", self.beta, 0, 1e6)
+        super().__post_init__()
         check_positive("temperature", self.temperature)
 
     def _value_and_gradient(

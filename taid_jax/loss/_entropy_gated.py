@@ -8,9 +8,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._checks import check_static
 from taid_jax.loss._divergences import Divergence, forward, reverse
-from taid_jax.loss._objective import STATIC, Parts, register_objective
+from taid_jax.loss._objective import Parts, register_objective, setting
 
 LARGEST_ENTROPY = 100.0
 """In nats; no vocabulary has as much."""
@@ -48,12 +47,8 @@ class EntropyGated(Divergence):
         ['2.301', '1.150']
     """
 
-    threshold: float | int = dataclasses.field(metadata=STATIC)
+    threshold: float | int = setting(0, LARGEST_ENTROPY)
     temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("threshold", self.threshold, 0, LARGEST_ENTROPY)
-        super().__post_init__()
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
         p = pair.teacher

@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 
 from taid_jax.loss._objective import Objective
 from taid_jax.loss._one_pass import runs_on
-from taid_jax.loss._teachers import TeacherHead, TeacherOut, map_heads
+from taid_jax.loss._teachers import Teachers, TeachersHead
 from taid_jax.types import DATA, FSDP, TENSOR, Head
 
 
@@ -29,8 +29,8 @@ class Moving(NamedTuple):
 class Fixed(NamedTuple):
     """What may not."""
 
-    hidden: TeacherOut
-    head: TeacherHead
+    teachers: Teachers
+    head: TeachersHead
     mask: Array | None
     labels: Array | None
 
@@ -126,7 +126,7 @@ def over_mesh(
         local: What each device does.
         partition: How the work lies on a mesh; None on one device.
         moving: Objective, student's hidden states `(*tokens, d)` and head.
-        fixed: Teacher's hidden states and head, mask and labels.
+        fixed: Teachers' hidden states and heads, mask and labels.
     """
     context = jax.sharding.get_abstract_mesh()
     mesh = partition and partition.mesh
@@ -172,8 +172,10 @@ def over_mesh(
 
     axes = moving.head.axes
     moving = moving._replace(head=gathered(moving.head, moving.hidden.dtype))
-    teacher = map_heads(lambda x, head: gathered(head, x.dtype), *fixed[:2])
-    fixed = fixed._replace(head=teacher)
+    heads = fixed.head.map_dense(
+        lambda x, head: gathered(head, x.dtype), fixed.teachers
+    )
+    fixed = fixed._replace(head=heads)
     tokens: Any = PartitionSpec(partition.tokens or None)
     loss, metrics, gradients = jax.shard_map(
         on_device,
@@ -193,9 +195,8 @@ def spread_vocabulary(
     array: Shaped[Array, "..."], axis: int, partition: Partition | None
 ) -> Shaped[Array, "..."]:
     """Returns an array with its vocabulary over the tensor axis, if that divides it."""
-    if partition is None or partition.tensor == 1:
-        return array
-    if array.shape[axis] % partition.tensor:
+    tensor = 1 if partition is None else partition.tensor
+    if tensor == 1 or array.shape[axis] % tensor:
         return array
     names = [TENSOR if i == axis else None for i in range(array.ndim)]
     return lax.with_sharding_constraint(array, PartitionSpec(*names))

@@ -23,9 +23,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._checks import check_static
 from taid_jax.loss._divergences import Divergence
-from taid_jax.loss._objective import STATIC, Parts, register_objective
+from taid_jax.loss._objective import Parts, register_objective, setting
 
 Share = float | int | Float[Array, "... 1"]
 """Of a mixture; strictly between 0 and 1, without gradient; of each token or all."""
@@ -52,7 +51,7 @@ def _terms(pair: softmax.Pair, share: Share) -> _Terms:
     x = pair.difference - pair.constant
     far = pair.top_ratio < -1
 
-    # In exp(-|x|) nothing overflows; for x > 0 the roles of q and p are exgrowthd.
+    # In exp(-|x|) nothing overflows; for x > 0 the roles of q and p are exchanged.
     size = jnp.abs(x)
     decay = jnp.exp(-size)
     growth = jnp.where(size < softmax.NEAR, softmax.expm1_near(-size), decay - 1)
@@ -118,12 +117,8 @@ class JensenShannon(Divergence):
         0.097
     """
 
-    teacher_weight: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    teacher_weight: float | int = setting(1e-6, 1 - 1e-6, default=0.1)
     temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("teacher_weight", self.teacher_weight, 1e-6, 1 - 1e-6)
-        super().__post_init__()
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
         weight = self.teacher_weight
@@ -193,12 +188,8 @@ class SkewForwardKL(Divergence):
         1.662
     """
 
-    skew: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    skew: float | int = setting(1e-6, 1 - 1e-6, default=0.1)
     temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("skew", self.skew, 1e-6, 1 - 1e-6)
-        super().__post_init__()
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
         return skew_forward(pair, self.skew)
@@ -227,12 +218,8 @@ class SkewReverseKL(Divergence):
         0.830
     """
 
-    skew: float | int = dataclasses.field(default=0.1, metadata=STATIC)
+    skew: float | int = setting(1e-6, 1 - 1e-6, default=0.1)
     temperature: ArrayLike = 1.0
-
-    def __post_init__(self) -> None:
-        check_static("skew", self.skew, 1e-6, 1 - 1e-6)
-        super().__post_init__()
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
         return skew_reverse(pair, self.skew)

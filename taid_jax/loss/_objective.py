@@ -11,7 +11,12 @@ from jax.tree_util import GetAttrKey, keystr, register_pytree_with_keys
 from jaxtyping import Bool, Float, Int
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._checks import as_scalar, check_shapes, need_labels
+from taid_jax.loss._checks import (
+    as_scalar,
+    check_shapes,
+    check_static,
+    need_labels,
+)
 from taid_jax.types import IGNORE_INDEX
 
 T = TypeVar("T")
@@ -22,6 +27,12 @@ and only when, it is asked for."""
 
 STATIC = {"static": True}
 """Metadata of a dataclass field that is part of the tree's structure, not a leaf."""
+
+
+def setting(low: float | int, high: float | int, **default: float | int) -> Any:
+    """Returns such a field: a number from `low` to `high`, checked before tracing."""
+    metadata = STATIC | {"bounds": (low, high)}
+    return dataclasses.field(metadata=metadata, **default)  # pyright: ignore
 
 
 @runtime_checkable
@@ -99,6 +110,12 @@ class ExactObjective:
 
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            if "bounds" in field.metadata:
+                value = getattr(self, field.name)
+                check_static(field.name, value, *field.metadata["bounds"])
 
     def _value_and_gradient(
         self, student_logits: Array, teacher_logits: Any, labels: Any

@@ -154,10 +154,7 @@ def normalise(
 ) -> Row:
     """Returns the softmax of `logits / temperature` in its parts.
 
-    Args:
-        logits: May have entries of -inf.
-        temperature: Positive.
-        top: The largest logits as `checked` gives them; found when None.
+    `top` are the largest logits as `checked` gives them; found when None.
     """
     if top is None:
         top = checked(row_max(logits))
@@ -191,8 +188,8 @@ def anchored_difference(
     two subtractions is put back.
 
     Args:
-        student_logits: `(*tokens, vocab)`, may have entries of -inf.
-        teacher_logits: The same.
+        student_logits: May have entries of -inf, as the teacher's may.
+        teacher_logits: Same shape.
         student_top: `(*tokens, 1)`, the student's largest logit.
         anchor: The teacher's logit at that entry.
     """
@@ -220,11 +217,8 @@ def normalise_pair(
 ) -> Pair:
     """Returns both softmaxes at a temperature, and the step between them.
 
-    Args:
-        student_logits: May have entries of -inf.
-        teacher_logits: The same.
-        temperature: Positive.
-        largest: `checked`, or `filled` for parts of rows, which may be empty.
+    Entries may be -inf. `largest` is `checked`, or `filled` for parts of rows, which
+    may be empty.
     """
     student_logits = student_logits.astype(jnp.float32)
     teacher_logits = teacher_logits.astype(jnp.float32)

@@ -28,6 +28,7 @@ class Interpolated(ExactObjective):
     t: Any
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between("t", self.t, 0, 1)
 
     def _interpolate(self, pair: softmax.Pair, t: Array) -> softmax.Pair:
@@ -54,16 +55,29 @@ def interpolate(pair: softmax.Pair, t: Array) -> softmax.Pair:
     # small numbers: a float32 of 100 has an error of 4e-6, as much as its probability.
     mixture = (1 - t) * pair.student.shifted + t * pair.teacher.shifted
     mixture = jnp.where(pair.student_masked, softmax.FLOOR, mixture)
+    return with_target(pair, mixture, t * pair.difference, t * pair.offset)
+
+
+def with_target(
+    pair: softmax.Pair, mixture: Array, difference: Array, offset: Array
+) -> softmax.Pair:
+    """Returns the pair of the student and the softmax of a mixture.
+
+    Args:
+        pair: The student and the teacher.
+        mixture: Logits less their largest, -inf where the student has it.
+        difference: See `Pair.difference`.
+        offset: That of a mixture whose largest logit is 0; see `softmax.log_mass`.
+    """
     top = softmax.filled(softmax.row_max(mixture))
-    p = softmax.normalise(mixture, top=top)
-    offset = p.top + t * pair.offset
+    target = softmax.normalise(mixture, top=top)
+    offset = target.top + offset
     return pair._replace(
-        teacher=p,
-        target=p,
+        teacher=target,
+        target=target,
         mass=jnp.ones_like(pair.mass),
-        difference=t * pair.difference,
-        shift=t * pair.shift,
-        constant=offset + jnp.log(p.total / pair.student.total),
+        difference=difference,
+        constant=offset + jnp.log(target.total / pair.student.total),
         offset=offset,
     )
 

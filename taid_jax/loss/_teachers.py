@@ -37,7 +37,7 @@ class Teachers(NamedTuple):
     """
 
     rows: tuple[Any, ...]
-    weights: Float[Array, "*tokens teachers"]
+    weights: Float[Array, "*tokens teachers"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -105,9 +105,15 @@ class TeachersHead:
     def mix(
         self,
         logits: Sequence[Float[Array, "*tokens vocab"]],
-        weights: Float[Array, "*tokens teachers"],
+        weights: Float[Array, "*tokens teachers"] | None,
     ) -> Float[Array, "*tokens vocab"]:
-        """Returns float32 logits of the mean of rows of logits, one of each teacher."""
+        """Returns float32 logits of the mean of rows of logits, one of each teacher.
+
+        Without weights there is one teacher, whose row it is.
+        """
+        if weights is None:
+            (row,) = logits
+            return row
         weights = weights.astype(jnp.float32)
         # Padding has no teacher, and its row has to be finite.
         none = jnp.sum(weights, axis=-1, keepdims=True) == 0
@@ -126,6 +132,14 @@ class TeachersHead:
             raise ValueError("need at least one teacher, got none")
         return mixed
 
+    def map_dense(
+        self, function: Callable[[Any, Head], Head], out: Teachers
+    ) -> "TeachersHead":
+        """Returns every `Head` after a function of the teacher's rows and of it."""
+        pairs = zip(out.rows, self.heads, strict=True)
+        heads = (function(x, h) if isinstance(h, Head) else h for x, h in pairs)
+        return dataclasses.replace(self, heads=tuple(heads))
+
 
 TeacherOut = Array | TopK | Teachers | None
 """What comes of a teacher with every token."""
@@ -134,31 +148,10 @@ TeacherHead = Head | TopKHead | TeachersHead | None
 """What makes its rows of logits of that."""
 
 
-def map_heads(
-    function: Callable[[Any, Head], Head], out: TeacherOut, head: TeacherHead
-) -> TeacherHead:
-    """Returns a teacher's head, or each of several, after a function of rows and head.
-
-    What is no `Head` stays as it is.
-    """
-    if isinstance(head, TeachersHead) and isinstance(out, Teachers):
-        pairs = zip(out.rows, head.heads, strict=True)
-        heads = tuple(map_heads(function, *pair) for pair in pairs)
-        return dataclasses.replace(head, heads=heads)
-    return function(out, head) if isinstance(head, Head) else head
-
-
-def map_rows(
-    function: Callable[[Any, Head], Array], out: TeacherOut, head: TeacherHead
-) -> TeacherOut:
-    """Returns what comes of a teacher, or each of several, after such a function."""
-    if isinstance(head, TeachersHead) and isinstance(out, Teachers):
-        pairs = zip(out.rows, head.heads, strict=True)
-        return out._replace(rows=tuple(map_rows(function, *pair) for pair in pairs))
-    return function(out, head) if isinstance(head, Head) else out
-
-
-def heads_of(head: TeacherHead) -> list[Head]:
-    """Returns the heads that have a kernel."""
-    heads = head.heads if isinstance(head, TeachersHead) else (head,)
-    return [each for each in heads if isinstance(each, Head)]
+def as_teachers(out: TeacherOut, head: TeacherHead) -> tuple[Teachers, TeachersHead]:
+    """Returns any number of teachers, none included, as several."""
+    if isinstance(out, Teachers) and isinstance(head, TeachersHead):
+        return out, head
+    if out is None:
+        return Teachers((), None), TeachersHead(())
+    return Teachers((out,), None), TeachersHead((head,))

@@ -122,6 +122,10 @@ WRONG = [
     ("schedule.TAIDScheduler('10')", "an int for num_train_steps"),
     ("schedule.TAIDScheduler(10, t_start=np.nan)", "0 <= t_start <= t_end <= 1"),
     ("schedule.TAIDScheduler(10, t_end=jnp.float32(2))", "t_start <= t_end <= 1"),
+    ("schedule.TAIDScheduler(10, t_start=-0.1)", "got t_start = -0.1, t_end = 1.0"),
+    ("schedule.TAIDScheduler(10, 0.9, 0.5)", "got t_start = 0.9, t_end = 0.5"),
+    ("schedule.TAIDScheduler(10, alpha=-1.0)", "finite, got alpha = -1.0"),
+    ("schedule.TAIDScheduler(10, beta=-0.5)", "0 <= beta < 1, got beta = -0.5"),
     ("schedule.TAIDScheduler(10, t_start='0')", "real number for t_start"),
     ("schedule.TAIDScheduler(10, t_start=np.complex64(0.5))", "real number for t_st"),
     ("schedule.TAIDScheduler(10, alpha=np.inf)", "alpha >= 0 and finite"),
@@ -209,3 +213,39 @@ def test_logits_as_large_as_what_stands_for_minus_inf_are_no_distribution():
     for objective in (loss.CrossEntropy(), loss.ForwardKL(), loss.TAID(0.5)):
         losses = jax.jit(objective)(logits, jnp.zeros((2, 3)), labels)
         np.testing.assert_array_equal(jnp.isnan(losses), [True, False])
+
+
+@pytest.mark.parametrize("kind", ["taid", "ctkd"], indirect=True)
+def test_objectives_agree_in_every_mode_of_differentiation(kind, make_inputs):
+    inputs = make_inputs((3, 17))
+    teacher, labels = jnp.asarray(inputs.teacher), jnp.asarray(inputs.labels)
+    student = jnp.asarray(inputs.student)
+    direction = jnp.cos(jnp.arange(51.0)).reshape(3, 17)
+    objective = kind.objective
+
+    def loss(student):
+        return jnp.sum(objective(student, teacher, labels))
+
+    @jax.jit
+    def modes(student):
+        gradient = jax.grad(loss)(student)
+        _, forward = jax.jvp(loss, (student,), (direction,))
+        saved = jax.grad(jax.checkpoint(loss))(student)
+        rows = jax.vmap(lambda s, u, y: jax.grad(lambda s: objective(s, u, y))(s))(
+            student, teacher, labels
+        )
+        _, curvature = jax.jvp(jax.grad(loss), (student,), (direction,))
+        return gradient, forward, saved, rows, curvature
+
+    gradient, forward, saved, rows, curvature = modes(student)
+    # The same formulas, fused in other ways.
+    np.testing.assert_allclose(forward, jnp.vdot(gradient, direction), rtol=1e-4)
+    for other in (saved, rows):
+        np.testing.assert_allclose(other, gradient, rtol=1e-4, atol=1e-6)
+    step = 1e-2
+    change = modes(student + step * direction)[0]
+    change -= modes(student - step * direction)[0]
+    # A difference quotient of float32 gradients keeps about three digits.
+    np.testing.assert_allclose(
+        curvature, change / (2 * step), rtol=2e-2, atol=2e-3 * abs(curvature).max()
+    )

@@ -85,6 +85,8 @@ def test_sequence_weighted_fits_the_skew_of_each_text(batch, run, oracle):
     loss = SequenceWeighted(1.0, 0.3, of_teacher, of_student)
     found = jax.jit(SequenceWeighted.margins)(loss, *map(jnp.asarray, batch))
     np.testing.assert_allclose(found, margins, rtol=1e-5, atol=1e-7)
+    in_student = jax.jit(jax.grad(lambda s, *rest: loss.margins(s, *rest).sum()))
+    assert not in_student(*map(jnp.asarray, batch)).any()
     of_side = np.where(FROM_STUDENT, of_student, of_teacher)
     skews = np.clip(1 - 0.7 * of_side / (margins + 1e-5), 0.01, 0.3)
     np.testing.assert_allclose(skews[:3], [0.16, 0.01, 0.3], atol=1e-3)

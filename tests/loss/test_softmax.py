@@ -26,13 +26,13 @@ def test_row_maxes_are_the_two_largest(rows):
         np.testing.assert_array_equal(top, np.max(array, axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
-def test_row_maxes_have_the_derivative_of_the_largest(rows, mode):
+def test_row_maxes_have_the_derivative_of_the_largest(rows):
     a, b = jnp.nan_to_num(rows[0][0]), rows[1][0]
 
-    found = mode(row_maxes, argnums=(0, 1))(a, b)
+    found = jax.jit(jax.jacrev(row_maxes, argnums=(0, 1)))(a, b)
 
-    of_a, of_b = mode(row_max)(a), mode(row_max)(b)
+    of_row = jax.jit(jax.jacrev(row_max))
+    of_a, of_b = of_row(a), of_row(b)
     assert float(jnp.abs(of_b).sum()) > 0
     np.testing.assert_array_equal(found[0][0], of_a)
     np.testing.assert_array_equal(found[1][1], of_b)

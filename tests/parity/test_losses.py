@@ -11,8 +11,10 @@ pytestmark = pytest.mark.parity
 from parity import recorded  # noqa: E402
 from parity.cases import Grid  # noqa: E402
 from parity.losses import random_rows  # noqa: E402
+from parity.published import Published  # noqa: E402
 from parity.rows import failed  # noqa: E402
 from parity.subjects import SUBJECTS  # noqa: E402
+from parity.torch_exact import exact_loss  # noqa: E402
 from taid_jax.loss import distillation_loss  # noqa: E402
 
 BY_NAME = {subject.name: subject for subject in SUBJECTS}
@@ -23,9 +25,8 @@ SYMMETRIC = ("TVD", "JS, weight 0.5", "cross-entropy")
 
 
 def test_reference_rows_fail_for_another_loss(golden):
-    from parity.torch_exact import exact_loss
-
-    rows = recorded.reference_rows(golden, exact_loss, "the papers' definitions")
+    papers = Published("the papers' definitions", loss=exact_loss)
+    rows = recorded.reference_rows(golden, papers)
     assert len(failed(rows)) == len(rows)
 
 

@@ -12,9 +12,10 @@ from parity.outcomes import torch_outcome  # noqa: E402
 from parity.schedule import histories, published_history  # noqa: E402
 from parity.subjects import SUBJECTS  # noqa: E402
 from parity.torch_reference import published_loss  # noqa: E402
-from parity.upstream import Upstream, UpstreamError  # noqa: E402
+from parity.upstream import Upstream, UpstreamError, load_upstream  # noqa: E402
 
-# A stand-in for a checkout: the published names and call shapes, with code of our own.
+# A stand-in for a checkout: the published names and call shapes. What it computes is
+# the reference's, so that only the way there can go wrong.
 BASE = """
 from typing import Optional, Union
 import torch
@@ -22,6 +23,7 @@ import wandb
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
+from parity.torch_reference import Settings, published_loss
 
 class DistilLoss(torch.nn.Module):
     def helper(self, module: Optional[LightningModule]): ...
@@ -29,48 +31,25 @@ class DistilLoss(torch.nn.Module):
 class Callback(LightningModule):
     model: Union[PreTrainedModel, None] = None
 
-def mean(values, mask):
-    return (values * mask).sum() / mask.sum()
-
-def p_of(logits):
-    return torch.softmax(logits.float(), -1)
-
-def log_of(logits):
-    return torch.log_softmax(logits.float(), -1)
+def loss_of(name, logits, teacher_logits, mask, labels=None, **settings):
+    labels = torch.zeros_like(mask).long() if labels is None else labels
+    rows = logits, teacher_logits, mask, labels
+    return published_loss(name, *rows, Settings(**settings))
 """
 PLAIN = """
-from .base import DistilLoss, mean, p_of, log_of
+from .base import DistilLoss, loss_of
 
 class {name}(DistilLoss):
-    def __init__(self, {settings}):
+    def __init__(self{settings}):
         super().__init__()
-        self.weight = {weight}
+        self.settings = dict({given})
 
     def forward(self, logits, teacher_logits, mask, **kwargs):
-        p, q, w = p_of(teacher_logits), p_of(logits), self.weight
-        lp, lq = log_of(teacher_logits), log_of(logits)
-        return mean(({body}).sum(-1), mask)
-"""
-HEAD = """
-from .base import DistilLoss, mean, p_of, log_of
-
-class AdaptiveKL(DistilLoss):
-    def __init__(self, head_threshold: float = 0.5):
-        super().__init__()
-        self.rest = 1 - head_threshold
-
-    def forward(self, logits, teacher_logits, mask, **kwargs):
-        p, q = p_of(teacher_logits), p_of(logits)
-        lp, lq = log_of(teacher_logits), log_of(logits)
-        head = p.sort(-1).values.cumsum(-1) > self.rest
-        gap = (p - q).abs()
-        weight = (gap * head).sum(-1) / gap.sum(-1)
-        forward, reverse = -(p * lq).sum(-1), (q * (lq - lp)).sum(-1)
-        return mean(weight * forward + (1 - weight) * reverse, mask)
+        return loss_of("{loss}", logits, teacher_logits, mask, **self.settings)
 """
 CTKD = """
 import torch
-from .base import DistilLoss, mean, p_of, log_of
+from .base import DistilLoss, loss_of
 
 class CTKD(DistilLoss):
     def __init__(self, num_loops: int = 10):
@@ -80,38 +59,26 @@ class CTKD(DistilLoss):
     def forward(self, lightning_module, logits, teacher_logits, mask, **kwargs):
         assert lightning_module.current_epoch in range(10)
         t = 1 + 20 * torch.sigmoid(self.raw)
-        loss = -(p_of(teacher_logits / t) * log_of(logits / t)).sum(-1)
-        return {"distil_loss": t**2 * mean(loss, mask), "temperature": t}
+        loss = loss_of("ctkd", logits, teacher_logits, mask, temperature=t)
+        return {"distil_loss": loss, "temperature": t}
 """
 DKD = """
-import torch
-from .base import DistilLoss, p_of, log_of
+from .base import DistilLoss, loss_of
 
 class DKD(DistilLoss):
     def __init__(self, alpha: float = 1.0, beta: float = 0.5):
         super().__init__()
-        self.alpha, self.beta = alpha, beta
+        self.settings = {"alpha": alpha, "beta": beta}
 
     def forward(self, lightning_module, logits, teacher_logits, mask, batch):
-        labels = batch["model_inputs"]["labels"][..., 1:].clamp(min=0)
-        hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
-        p, q = p_of(teacher_logits), p_of(logits)
-
-        def kl(a, b):
-            return (a * (a / b).log()).sum(-1)
-
-        def two(x):
-            return torch.stack([(x * hot).sum(-1), (x * ~hot).sum(-1)], -1)
-
-        lq, lp = log_of(logits - 1000.0 * hot), log_of(teacher_logits - 1000.0 * hot)
-        rest = (lp.exp() * (lp - lq)).sum(-1)
-        loss = self.alpha * kl(two(p), two(q)) + self.beta * rest
-        return (loss * mask).sum() / mask.numel()
+        labels = batch["model_inputs"]["labels"][..., 1:]
+        rows = logits, teacher_logits, mask, labels
+        return loss_of("dkd", *rows, **self.settings)
 """
 TAID = """
 import torch
 from lightning import LightningModule
-from .base import DistilLoss, mean, p_of, log_of
+from .base import DistilLoss, loss_of
 
 class TAID(DistilLoss):
     def __init__(self, t_start=0.4, t_end=1.0, alpha=5e-4, beta=0.99,
@@ -139,31 +106,20 @@ class TAID(DistilLoss):
 
     def forward(self, lightning_module: LightningModule, logits, teacher_logits, mask,
                 batch, **kwargs):
-        target = p_of((1 - self.t) * logits.detach() + self.t * teacher_logits)
-        loss = mean(-(target * log_of(logits)).sum(-1), mask)
+        loss = loss_of("taid", logits, teacher_logits, mask, t=float(self.t))
         self.update_t(loss.detach(), lightning_module.global_step,
                       lightning_module.trainer.estimated_stepping_batches)
         lightning_module.log("train/t", self.t)
         return {"distil_loss": loss, "t": self.t}
 """
-BODIES = {
-    "fkl": ("ForwardKL", "", "0", "-p * lq"),
-    "rkl": ("ReverseKL", "", "0", "q * (lq - lp)"),
-    "tvd": ("TVD", "", "0", "0.5 * (p - q).abs()"),
-    "js": (
-        "JS",
-        "teacher_weight: float = 0.1",
-        "teacher_weight",
-        "w * p * (lp - (w * p + (1 - w) * q).log())"
-        " + (1 - w) * q * (lq - (w * p + (1 - w) * q).log())",
-    ),
-    "skew_fkl": ("SkewForwardKL", "", "0.1", "-p * (w * p + (1 - w) * q).log()"),
-    "skew_rkl": (
-        "SkewReverseKL",
-        "",
-        "0.1",
-        "q * (lq - ((1 - w) * p + w * q).log())",
-    ),
+PLAINS = {
+    "fkl": ("ForwardKL", "forward_kl", ""),
+    "rkl": ("ReverseKL", "reverse_kl", ""),
+    "tvd": ("TVD", "total_variation", ""),
+    "js": ("JS", "jensen_shannon", "teacher_weight"),
+    "skew_fkl": ("SkewForwardKL", "skew_forward_kl", ""),
+    "skew_rkl": ("SkewReverseKL", "skew_reverse_kl", ""),
+    "adaptive_kl": ("AdaptiveKL", "adaptive_kl", "head_threshold"),
 }
 
 
@@ -171,11 +127,12 @@ BODIES = {
 def checkout(tmp_path):
     losses = tmp_path / "src" / "distil_losses"
     losses.mkdir(parents=True)
-    files = {"base": BASE, "adaptive_kl": HEAD, "ctkd": CTKD, "dkd": DKD, "taid": TAID}
-    for stem, (name, settings, weight, body) in BODIES.items():
-        files[stem] = PLAIN.format(
-            name=name, settings=settings, weight=weight, body=body
-        )
+    files = {"base": BASE, "ctkd": CTKD, "dkd": DKD, "taid": TAID}
+    for stem, (name, loss, setting) in PLAINS.items():
+        settings = given = ""
+        if setting:
+            settings, given = f", {setting}: float = 0.1", f"{setting}={setting}"
+        files[stem] = PLAIN.format(name=name, loss=loss, settings=settings, given=given)
     for stem, code in files.items():
         (losses / f"{stem}.py").write_text(code)
     # What it exports, and that it pulls in the whole trainer, must not matter.
@@ -184,21 +141,20 @@ def checkout(tmp_path):
 
 
 def test_upstream_gives_the_losses_of_a_checkout(checkout):
-    upstream = Upstream(checkout)
+    upstream = load_upstream(checkout)
     grid = Grid(scales=(1.0,), vocabs=(13,), dtypes=("float32",))
     case = next(random_cases(grid, 0))
     for subject in (each for each in SUBJECTS if not each.later):
         theirs = torch_outcome(subject, upstream.loss, case, "float32")
         ours = torch_outcome(subject, published_loss, case, "float32")
-        # The same formula in another order of operations, float32.
-        assert theirs.value == pytest.approx(ours.value, rel=1e-5)
-        np.testing.assert_allclose(theirs.gradient, ours.gradient, rtol=0, atol=2e-6)
+        assert theirs.value == pytest.approx(ours.value, rel=1e-6)
+        np.testing.assert_allclose(theirs.gradient, ours.gradient, rtol=1e-6)
 
 
 def test_upstream_gives_the_schedule_of_a_checkout(checkout):
-    upstream = Upstream(checkout)
+    upstream = load_upstream(checkout)
     for settings, losses in histories(0, 200).values():
-        theirs = published_history(settings, losses, upstream.schedule)
+        theirs = published_history(settings, losses, upstream)
         ours = published_history(settings, losses)
         np.testing.assert_allclose(theirs.t, ours.t, rtol=0, atol=1e-7)
         np.testing.assert_allclose(theirs.momentum, ours.momentum, rtol=0, atol=1e-7)
@@ -249,7 +205,6 @@ def test_whole_run_replays_against_a_checkout(checkout, golden):
     from parity.rows import failed
     from parity.run import again_rows
 
-    theirs = Upstream(checkout)
-    rows = again_rows(golden / "run_taid", "upstream", theirs.loss, theirs.schedule)
+    rows = again_rows(golden / "run_taid", load_upstream(checkout))
     assert failed(rows) == []
     assert {row.other for row in rows} == {"upstream"}

@@ -69,12 +69,21 @@ def _fused(
 
 
 def _plain(a, objective, hidden, kernel, *, mask="mask", head=None, entries=None):
-    student = _head(a, kernel, head).logits(hidden)
-    teacher = _head(a, a["teacher_kernel"], head).logits(a["teacher"])
+    options = dict(head or ())
+
+    def logits(hidden, kernel):
+        logits = hidden @ kernel
+        if "bias" in options:
+            bias = a["bias"] if options["bias"] is True else options["bias"]
+            logits += bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+        if "softcap" in options:
+            logits = options["softcap"] * jnp.tanh(logits / options["softcap"])
+        return logits[..., : options.get("vocab_size", entries)]
+
     return loss.distillation_sums(
         objective,
-        student[..., :entries],
-        teacher[..., :entries],
+        logits(hidden, kernel),
+        logits(a["teacher"], a["teacher_kernel"]),
         a[mask] if isinstance(mask, str) else mask,
         a["labels"],
     )
@@ -149,10 +158,10 @@ def agree():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 128 tokens and groups of 16, as a large vocabulary has them."""
-    from taid_jax.loss import _fused
+    from taid_jax.loss import _fused_scan
 
-    monkeypatch.setitem(_fused._ENTRIES, "cpu", 128 * VOCAB)
-    monkeypatch.setattr(_fused, "_CPU_ROWS", 16 * VOCAB)
+    monkeypatch.setitem(_fused_scan._ENTRIES, "cpu", 128 * VOCAB)
+    monkeypatch.setattr(_fused_scan, "_CPU_ROWS", 16 * VOCAB)
 
 
 @pytest.fixture

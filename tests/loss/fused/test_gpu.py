@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from taid_jax import loss
-from taid_jax.loss import _fused, _fused_mesh
-from taid_jax.loss._one_pass import one_pass, runs_on
+from taid_jax.loss import _fused_chunk, _fused_mesh
+from taid_jax.loss import _one_pass as kernel
 from taid_jax.plan.traffic import list_kernels
-
-pytestmark = pytest.mark.optimised
 
 
 @pytest.mark.gpu_compiler
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("masked", "transposed"), [(True, False), (False, False), (True, True)]
 )
@@ -48,8 +47,11 @@ def test_fused_loss_has_the_kernel_where_rows_are_whole(
     arrays, fused, plain, agree, monkeypatch, sizes, tokens, fits
 ):
     monkeypatch.setattr(_fused_mesh, "runs_on", lambda device: True)
-    interpreted = functools.partial(one_pass, interpret=True)
-    monkeypatch.setattr(_fused, "one_pass", interpreted)
+    interpreted = functools.partial(kernel.one_pass, interpret=True)
+    monkeypatch.setattr(_fused_chunk, "one_pass", interpreted)
+    # Fewer lanes and steps, and so a smaller program.
+    monkeypatch.setattr(kernel, "_LANES", 16)
+    monkeypatch.setattr(kernel, "_ENTRIES", 2)
     a, objective = arrays(tokens=(tokens, 2)), loss.TAID(jnp.float32(0.4))
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=auto)
@@ -76,5 +78,5 @@ def test_fused_loss_has_the_kernel_where_rows_are_whole(
 )
 def test_the_kernel_is_for_gpus_that_triton_knows(capability, runs):
     device = types.SimpleNamespace(compute_capability=capability)
-    assert runs_on(device) == runs
-    assert not runs_on(jax.devices()[0])
+    assert kernel.runs_on(device) == runs
+    assert not kernel.runs_on(jax.devices()[0])
