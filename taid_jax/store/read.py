@@ -118,9 +118,8 @@ class Store:
             raise StoreError(f"{self.folder} lacks an example of {len(ids)} tokens")
         columns = self.columns(number)
         if {len(column) for column in columns.values()} != {len(ids)}:
-            raise self._damaged(
-                *self.places[number].tolist(), StoreError("it has other tokens")
-            )
+            shard, record = self.places[number].tolist()
+            raise self._damaged(shard, record, StoreError("it has other tokens"))
         return columns
 
     def in_order(self) -> Int64[np.ndarray, " examples"]:
