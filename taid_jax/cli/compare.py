@@ -87,11 +87,6 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
     return values
 
 
-def run_cell(cell: "Cell", console: Console) -> int:
-    """Runs a cell in a process of its own and returns its exit status."""
-    return run_logged(["train", *cell.prepare()], cell.folder / "log.txt", console)
-
-
 def run_logged(arguments: Sequence[str], log: pathlib.Path, console: Console) -> int:
     """Runs a command in a process of its own and returns its exit status.
 
@@ -109,12 +104,8 @@ def run_logged(arguments: Sequence[str], log: pathlib.Path, console: Console) ->
         ).returncode
     if status:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
-        console.print(
-            f"{log.parent.name}: exit status {status}, see {log}\n" + "\n".join(last),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        first = f"{log.parent.name}: exit status {status}, see {log}"
+        _flags.say(console, "\n".join([first, *last]))
     return status
 
 
@@ -163,7 +154,8 @@ def compare(command: Command, console: Console, errors: Console) -> int:
     statuses = []
     for number, cell in enumerate([] if command.only_table else waiting, start=1):
         console.print(f"cell {number} of {len(waiting)}: {cell.folder.name}")
-        statuses.append(run_cell(cell, errors))
+        words, log = ["train", *cell.prepare()], cell.folder / "log.txt"
+        statuses.append(run_logged(words, log, errors))
         if statuses[-1] == 2:  # The same input would be as bad for the next one.
             return 2
     if any(cell.report() for cell in cells):

@@ -122,7 +122,7 @@ def _score(settings: Settings) -> "HeldOut":
     pair = load_pair(settings, mesh, opened, copies=2)
     dataset = with_answers(settings, pair, dataset, tokenizer, mesh)
     for note in pair.notes:
-        Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
+        _flags.say(Console(stderr=True), note)
     evaluator = make_evaluator(
         settings, pair, dataset, mesh, tokenizer=tokenizer, prompts=prompts
     )
