@@ -25,7 +25,7 @@ from taid_jax.train.checkpoint import (
     read_run,
 )
 from taid_jax.train.folder import CHECKPOINTS, SETTINGS, RunFolder, step_folders
-from taid_jax.train.inputs import Pair
+from taid_jax.train.pair import Pair
 
 
 def look(output: RunFolder, settings: Settings) -> int | None:

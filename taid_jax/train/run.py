@@ -30,16 +30,16 @@ from taid_jax.train.folder import (
 from taid_jax.train.inputs import (
     check_memory,
     check_models,
-    load_pair,
     read_data,
     template_date,
 )
 from taid_jax.train.loop import Loop, TrainingError
 from taid_jax.train.on_policy.build import with_answers
-from taid_jax.train.on_policy.generation import export_generation
+from taid_jax.train.on_policy.ends import export_generation
 from taid_jax.train.on_policy.prompts import find_eval_prompts
 from taid_jax.train.on_policy.rules import describe_prompts
 from taid_jax.train.on_policy.texts import OnPolicyBatches
+from taid_jax.train.pair import load_pair
 from taid_jax.train.report import (
     CURVES,
     EVALUATIONS,
