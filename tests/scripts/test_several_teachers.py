@@ -63,18 +63,6 @@ def run(train_tpu, flags, tmp_path_factory):
     return folder
 
 
-def test_two_equal_teachers_are_the_one_bit_for_bit(
-    train_tpu, teacher, arguments, finished, tmp_path
-):
-    # Half of a number twice is that number, in any order.
-    several = ["--teacher", str(teacher), str(teacher), "--teacher-mean=geometric"]
-    assert train_tpu.main([*several, *arguments[1:]]) == 0
-    assert _rows(tmp_path / "run") == _rows(finished)
-    expected = _weights(finished)
-    for name, found in _weights(tmp_path / "run").items():
-        np.testing.assert_array_equal(found, expected[name])
-
-
 def test_a_run_with_two_teachers_says_who_teaches(run, pair):
     report = json.loads((run / "report.json").read_text())
     assert report["kl_after"] < report["kl_before"]

@@ -172,12 +172,29 @@ def test_another_order_packing_and_batch_read_the_same_store(
     assert _train(train_tpu, teacher, stored, data, run, *flags, mesh) == 0
 
 
+def test_a_student_is_evaluated_by_a_store_of_the_most_probable_tokens(
+    load_script, store, teacher, finished, data, tmp_path
+):
+    output, path = tmp_path / "store", tmp_path / "scores.json"
+    job = [f"--teacher={teacher}", *data, f"--output={output}", "--kind=topk", "--k=8"]
+    assert store.main(job) == 0
+    student = [f"--teacher-store={output}", f"--student={finished / 'student'}"]
+    assert load_script("evaluate").main([*student, *data, f"--json={path}"]) == 0
+    found = json.loads(path.read_text())
+    live = json.loads((finished / "report.json").read_text())
+    assert found["tokens"] == live["held_out_tokens"]
+    assert found["student_perplexity"] == live["student_perplexity_after"]
+    # Merging entries can only lower a KL; and it is positive.
+    assert 0 < found["kl_teacher"] < live["kl_after"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ["--kind=topk", "--k=8"],
-        pytest.param(["--kind=topk", "--sampled=12"], marks=pytest.mark.slow),
-        pytest.param(["--store-dtype=bfloat16"], marks=pytest.mark.slow),
+        ["--kind=topk", "--sampled=12"],
+        ["--store-dtype=bfloat16"],
     ],
     ids=["topk", "sampled", "bfloat16"],
 )

@@ -9,6 +9,7 @@ import pytest
 from taid_jax import loss
 from taid_jax.train import step as s
 from taid_jax.train.state import make_optimizer, updates_applied
+from taid_jax.train.teachers import join_params, mix_teachers
 
 TEACHER_SEED = 2
 
@@ -84,6 +85,19 @@ def test_batch_loss_fused_or_of_a_model_that_only_has_logits_is_one(
         assert fused_sums.keys() == sums.keys()
         for key in sums:
             np.testing.assert_allclose(fused_sums[key], sums[key], rtol=1e-5)
+
+
+def test_batch_loss_of_two_equal_teachers_is_that_of_the_one_bit_for_bit(
+    functions, both_params, make_batch
+):
+    batch, objective = make_batch(0), loss.TAID(jnp.float32(0.4))
+    student, teacher = both_params
+    # Half of a number twice is that number, in any order.
+    two = mix_teachers([functions] * 2, [0.5, 0.5], mean="geometric")
+    both = student, join_params([teacher, teacher])
+    _, sums = _batch_loss(objective, functions, functions, both_params, batch)
+    _, found = _batch_loss(objective, functions, two, both, batch)
+    assert found == sums
 
 
 def test_batch_loss_model_without_functions_is_an_error(both_params, make_batch):
