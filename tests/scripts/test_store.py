@@ -90,32 +90,13 @@ def _refused(*arguments):
         return error.code
 
 
-def _rows(folder):
-    clock = ("seconds", "tokens_per_second", "mfu", "utilisation", "flops", "time")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [
-        {k: v for k, v in row.items() if not any(word in k for word in clock)}
-        for row in rows
-    ]
-
-
 @pytest.mark.slow
 def test_a_run_from_a_store_is_the_live_run_bit_for_bit(
-    train_tpu, teacher, stored, finished, data, tmp_path
+    same_run, train_tpu, teacher, stored, finished, data, tmp_path
 ):
     run = tmp_path / "run"
     assert _train(train_tpu, teacher, stored, data, run) == 0
-    assert _rows(run) == _rows(finished)
-    live, found = (
-        (folder / "student" / "model.safetensors").read_bytes()
-        for folder in (finished, run)
-    )
-    assert found == live
-    before, after = (
-        (folder / "evaluations.jsonl").read_text() for folder in (finished, run)
-    )
-    assert after == before
+    same_run(run, finished)
     report = json.loads((run / "report.json").read_text())
     assert "its outputs are read from" in " ".join(report["notes"])
     assert (
@@ -149,7 +130,7 @@ def test_a_run_from_a_store_goes_on_and_knows_its_teacher(
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--no-pack"], ["--grad-accum=2"]])
 def test_other_layouts_from_a_store_are_the_live_run_too(
-    train_tpu, store, teacher, data, tmp_path, flags
+    rows_of, train_tpu, store, teacher, data, tmp_path, flags
 ):
     # Eight devices share each micro-batch, of which there are two.
     data = [*data, *flags, "--batch-size=16"]
@@ -159,7 +140,7 @@ def test_other_layouts_from_a_store_are_the_live_run_too(
     arguments = [f"--teacher={teacher}", *data, *TRAINING, f"--output={live}"]
     assert train_tpu.main(arguments) == 0
     assert _train(train_tpu, teacher, output, data, found) == 0
-    assert _rows(found) == _rows(live)
+    assert rows_of(found) == rows_of(live)
 
 
 @pytest.mark.slow
