@@ -16,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -24,9 +24,6 @@ from rich.console import Console
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, parsing, refuse, show
 from taid_jax.settings import SettingsError, check_text, parse_yaml
-
-if TYPE_CHECKING:
-    from taid_jax.cli._comparison import Cell
 
 METHODS = (
     "sft",
@@ -109,29 +106,13 @@ def run_logged(arguments: Sequence[str], log: pathlib.Path, console: Console) ->
     return status
 
 
-def write_results(cells: "Sequence[Cell]", output: pathlib.Path) -> str:
-    """Writes table, figures, picture and page, and returns the table."""
-    from taid_jax.cli._comparison import collect, draw, make_csv, make_page, make_table
-    from taid_jax.train.html import write_page
-    from taid_jax.train.report import write_json
-
-    rows = collect(cells)
-    table = make_table(rows)
-    (output / "comparison.md").write_text(table, encoding="utf-8")
-    write_json(output / "comparison.json", rows)
-    (output / "comparison.csv").write_bytes(make_csv(cells).encode())
-    draw(cells, output / "comparison.png")
-    write_page(output / "comparison.html", make_page(cells, output))
-    return table
-
-
 def compare(command: Command, console: Console, errors: Console) -> int:
     """Runs the cells that wait, writes the table and returns the exit status.
 
     Raises:
         SettingsError: If the cells cannot be what is asked for.
     """
-    from taid_jax.cli._comparison import plan_cells
+    from taid_jax.cli._comparison import plan_cells, write_results
 
     if command.config is None and command.pair is None:
         raise SettingsError("config: need --config or --pair, got neither")

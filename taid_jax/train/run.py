@@ -54,11 +54,9 @@ from taid_jax.train.report import (
     write_json,
 )
 from taid_jax.train.resume import (
-    compare_length,
+    compare_runs,
     identify_models,
     look,
-    refuse_contradictions,
-    refuse_other_data,
     refuse_other_models,
     set_aside_others,
 )
@@ -118,13 +116,13 @@ def _distil(
     check_memory(settings, mesh)
     folder = output.path
     step = distributed.broadcast(lambda: look(output, settings))
-    saved, place = None, {}
-    if step is not None:
-        saved, place = read_run(folder / CHECKPOINTS / str(step))
+    saved = None if step is None else read_run(folder / CHECKPOINTS / str(step))
     opened = check_models(
         settings.model, settings.data.seq_len, settings.data.teacher_len
     )
-    given = settings.data.template_date or (saved and saved.data.template_date)
+    given = settings.data.template_date
+    if saved is not None:
+        given = given or saved.settings.data.template_date
     # Texts with another day in them would not be those that are stored.
     given = given or template_date(opened.stores)
     # Process 0's: another may begin after midnight.
@@ -140,12 +138,11 @@ def _distil(
         output.notes += describe_prompts(settings.on_policy, dataset.train)
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     if saved is not None and step is not None:
-        refuse_contradictions(saved, settings)
-        refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
-        output.notes += compare_length(saved, settings, step)
+        output.notes += compare_runs(saved, settings, dataset, step)
     pair = load_pair(settings, mesh, opened)
     models = distributed.broadcast(lambda: identify_models(pair))
-    refuse_other_models(place.get("models", {}), models)
+    if saved is not None:
+        refuse_other_models(saved.place.get("models", {}), models)
     dataset = with_answers(settings, pair, dataset, tokenizer, mesh)
     own = ", ".join(f"{name}={value}" for name, value in changed(settings).items())
     lines = describe(settings, pair, dataset, mesh)
