@@ -653,7 +653,6 @@ class Settings:
         model, data, optimizer, run = self.model, self.data, self.optimizer, self.run
         objective, texts = self.objective.objective, self.on_policy.texts
         size, pairs = data.batch_size, texts == "pairs"
-
         what = (
             "pairs with objective distillm2, which has a loss for the teacher's texts "
             "and another for the student's"

@@ -11,9 +11,7 @@ from taid_jax.data.teacher_field import TeacherField
 from taid_jax.data.template import set_chat_template
 from taid_jax.errors import ModelError, show
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import (
-    select_layers,
-)
+from taid_jax.models.decoder import select_layers
 from taid_jax.models.files.load import OpenModel, open_model
 from taid_jax.models.files.tokenizer import (
     Tokenizer,
@@ -21,10 +19,7 @@ from taid_jax.models.files.tokenizer import (
     require_tokenizer,
     same_tokenizer,
 )
-from taid_jax.models.files.vocabulary import (
-    count_tokens,
-    with_tokenizer,
-)
+from taid_jax.models.files.vocabulary import count_tokens, with_tokenizer
 from taid_jax.models.memory import host_memory
 from taid_jax.settings import ModelSettings, Settings, SettingsError
 from taid_jax.sharding import batch_part

@@ -11,16 +11,9 @@ from jax.sharding import Mesh
 
 from taid_jax.errors import ModelError
 from taid_jax.models.config import DecoderConfig
-from taid_jax.models.decoder import (
-    abstract_params,
-    param_axes,
-    select_layers,
-)
+from taid_jax.models.decoder import abstract_params, param_axes, select_layers
 from taid_jax.models.files.load import LoadedModel, OpenModel
-from taid_jax.models.files.tokenizer import (
-    require_tokenizer,
-    translate_ids,
-)
+from taid_jax.models.files.tokenizer import require_tokenizer, translate_ids
 from taid_jax.models.files.vocabulary import (
     count_tokens,
     resize_vocabulary,

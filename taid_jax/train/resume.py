@@ -9,12 +9,7 @@ from collections.abc import Mapping
 from taid_jax.data import Dataset
 from taid_jax.errors import InputError, parsing
 from taid_jax.models.config import DecoderConfig
-from taid_jax.settings import (
-    Settings,
-    SettingsError,
-    contradictions,
-    from_dict,
-)
+from taid_jax.settings import Settings, SettingsError, contradictions, from_dict
 from taid_jax.train.checkpoint import (
     DIGESTS,
     UNVERIFIED,

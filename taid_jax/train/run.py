@@ -20,19 +20,8 @@ from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.build import build_loop
 from taid_jax.train.checkpoint import Checkpoints, find_fault, read_run
 from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
-from taid_jax.train.folder import (
-    CHECKPOINTS,
-    SETTINGS,
-    RunFolder,
-    WriteError,
-    way_on,
-)
-from taid_jax.train.inputs import (
-    check_memory,
-    check_models,
-    read_data,
-    template_date,
-)
+from taid_jax.train.folder import CHECKPOINTS, SETTINGS, RunFolder, WriteError, way_on
+from taid_jax.train.inputs import check_memory, check_models, read_data, template_date
 from taid_jax.train.loop import Loop, TrainingError
 from taid_jax.train.on_policy.build import with_answers
 from taid_jax.train.on_policy.ends import export_generation

@@ -15,10 +15,7 @@ from taid_jax.data.tokens import Encoder
 from taid_jax.errors import show
 from taid_jax.models.files.tokenizer import Tokenizer, warn
 from taid_jax.models.files.vocabulary import count_tokens
-from taid_jax.train.on_policy.prompts import (
-    EvalPrompt,
-    find_eval_prompts,
-)
+from taid_jax.train.on_policy.prompts import EvalPrompt, find_eval_prompts
 
 _LOOKED_AT = 64
 """So many prompts are looked at to see how their answers end."""

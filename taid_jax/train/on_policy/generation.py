@@ -17,10 +17,7 @@ from taid_jax.models.generation import Prepared, generate, prepare, refuse_nonfi
 from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.sharding import batch_part, place_batch, replicated
 from taid_jax.train.on_policy.ends import decode, end_ids
-from taid_jax.train.on_policy.prompts import (
-    Job,
-    Prompt,
-)
+from taid_jax.train.on_policy.prompts import Job, Prompt
 from taid_jax.types import TENSOR, Params
 
 Complete = Callable[
