@@ -73,6 +73,10 @@ class Checked:
         for reason in without_effect(typed_fields(type(self)), vars(self)).values():
             raise SettingsError(reason)
 
+    def _need(self, name: str, holds: bool, what: str) -> None:
+        """Raises unless a field of this group holds; see `need`."""
+        need(name, getattr(self, name), holds, what)
+
 
 def typed_fields(group: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Returns type and declaration of each field of a dataclass."""

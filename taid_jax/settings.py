@@ -175,41 +175,36 @@ class ModelSettings(Checked):
     def __post_init__(self):
         super().__post_init__()
         for name in ("teacher", "teacher_store"):
-            need(name, getattr(self, name), getattr(self, name) != (), "at least one")
-        self._check_teachers()
-        stored = self.teacher_store is not None
+            self._need(name, getattr(self, name) != (), "at least one")
+        count, several = len(self.teachers), isinstance(self.teacher, tuple)
+        for name in ("teacher_weights", "teacher_mean", "teacher_field"):
+            unset = getattr(self, name) == getattr(ModelSettings, name)
+            what = "several teachers, as --teacher A B, or its default"
+            self._need(name, unset or count > 1, what)
+        what = f"{SELF} alone, or several other models: the student is none of several"
+        self._need("teacher", not several or SELF not in self.teacher, what)
+        weighed = len(self.teacher_weights) in (0, count)
+        what = f"a weight for each of the {count} teachers"
+        self._need("teacher_weights", weighed, what)
+        stored, resized = self.teacher_store is not None, self.resize_embeddings
         alone = stored and self.student is None and self.student_config is None
         what = (
             "--student or --student-config beside a store, which has no weights to "
             "build a student from; --student MODEL --student-layers N takes N layers"
         )
-        need("student", self.student, not alone, what)
+        self._need("student", not alone, what)
         what = "its default without a teacher_store, as a live teacher has whole rows"
-        need("tail", self.tail, stored or self.tail == "student", what)
+        self._need("tail", stored or self.tail == "student", what)
         own = self.student_layers is None and self.student is not None
         what = (
             f"--student MODEL with teacher {SELF}, and no --student-layers: what is "
             "cut from a model, or random, has nothing to teach yet"
         )
-        need("student", self.student, own or not self.teaches_itself, what)
+        self._need("student", own or not self.teaches_itself, what)
         what = f"it off with teacher {SELF}, whose vocabulary is the student's"
-        resized = self.resize_embeddings and self.teaches_itself
-        need("resize_embeddings", True, not resized, what)
+        self._need("resize_embeddings", not (resized and self.teaches_itself), what)
         what = "it off with a teacher_store: the stored vocabulary is as it is"
-        need("resize_embeddings", True, not (stored and self.resize_embeddings), what)
-
-    def _check_teachers(self) -> None:
-        count, weights = len(self.teachers), self.teacher_weights
-        several = isinstance(self.teacher, tuple)
-        for name in ("teacher_weights", "teacher_mean", "teacher_field"):
-            value = getattr(self, name)
-            unset = value == getattr(ModelSettings, name)
-            what = "several teachers, as --teacher A B, or its default"
-            need(name, value, unset or count > 1, what)
-        what = f"{SELF} alone, or several other models: the student is none of several"
-        need("teacher", self.teacher, not several or SELF not in self.teacher, what)
-        what = f"a weight for each of the {count} teachers"
-        need("teacher_weights", weights, len(weights) in (0, count), what)
+        self._need("resize_embeddings", not (resized and stored), what)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -289,18 +284,17 @@ class DataSettings(Checked):
         if asked is not None and not template_fields(asked):
             named = re.fullmatch(r"[^\s{}]+", asked) is not None
             what = "the name of a field, or a template with one in it, as {prompt}"
-            need("teacher_prompt", asked, named, what)
+            self._need("teacher_prompt", named, what)
         date = self.template_date
-        need("template_date", date, date is None or is_date(date), "a date, YYYY-MM-DD")
-        tokens = self.batch_size * self.seq_len
+        self._need("template_date", date is None or is_date(date), "a date, YYYY-MM-DD")
         what = "fewer than 2**31 tokens in a batch of batch_size times seq_len"
-        need("batch_size", self.batch_size, tokens < 2**31, what)
-        lengths, given = self.bucket_lengths, self.buckets
+        self._need("batch_size", self.batch_size * self.seq_len < 2**31, what)
+        lengths = self.bucket_lengths
         inside = all(1 < length <= self.seq_len for length in lengths)
         what = f"lengths from 2 to seq_len, which is {self.seq_len}"
-        need("buckets", given, inside, what)
+        self._need("buckets", inside, what)
         rising = list(lengths) == sorted(set(lengths))
-        need("buckets", given, rising, "rising lengths")
+        self._need("buckets", rising, "rising lengths")
 
     @property
     def teacher_len(self) -> int | None:
@@ -313,7 +307,7 @@ class DataSettings(Checked):
         """The numbers of `buckets`."""
         parts = self.buckets.split(",") if self.buckets else []
         numbers = all(re.fullmatch(r"\s*[0-9]+\s*", part) for part in parts)
-        need("buckets", self.buckets, numbers, "numbers with commas between them")
+        self._need("buckets", numbers, "numbers with commas between them")
         return tuple(map(int, parts))
 
 
@@ -463,10 +457,10 @@ class OnPolicySettings(Checked):
         known = self.texts in ("data", "student", "teacher", "pairs", "adaptive")
         holds = known if share is None else share <= 1
         what = "data, student, teacher, pairs, adaptive, or mixed:SHARE, as mixed:0.5"
-        need("texts", self.texts, holds, what)
+        self._need("texts", holds, what)
         warm = self.completion_temperature
         # Logits divided by less would not be numbers any more.
-        need("completion_temperature", warm, warm == 0 or warm >= 1e-6, "0 or >= 1e-06")
+        self._need("completion_temperature", warm == 0 or warm >= 1e-6, "0 or >= 1e-06")
 
     @property
     def mixed_share(self) -> float | None:
@@ -526,10 +520,10 @@ class EvaluationSettings(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        metric, prompts = self.selection_metric, self.eval_prompts
+        metric = self.selection_metric
         scored = metric in ("rouge_l", "exact_match")
         what = f">= 1, since selection_metric is {metric}, which scores completions"
-        need("eval_prompts", prompts, prompts > 0 or not scored, what)
+        self._need("eval_prompts", self.eval_prompts > 0 or not scored, what)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -621,10 +615,10 @@ class DistributedSettings(Checked):
             return
         fits = re.fullmatch(r".+:0*([0-9]{1,5})", self.coordinator)
         inside = bool(fits) and 0 < int(fits[1]) < 65536
-        need("coordinator", self.coordinator, inside, "HOST:PORT of process 0")
+        self._need("coordinator", inside, "HOST:PORT of process 0")
         count, number = self.num_processes, self.process_id
         wanted = f"0 <= process_id < num_processes, which is {count}"
-        need("process_id", number, number is not None and number < count, wanted)
+        self._need("process_id", number is not None and number < count, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -656,63 +650,62 @@ class Settings:
     )
 
     def __post_init__(self):
-        data, generated = self.data, self.on_policy
-        size, length = data.batch_size, data.seq_len
-        pairs = generated.texts == "pairs"
+        model, data, optimizer, run = self.model, self.data, self.optimizer, self.run
+        objective, texts = self.objective.objective, self.on_policy.texts
+        size, pairs = data.batch_size, texts == "pairs"
         what = (
             "pairs with objective distillm2, which has a loss for the teacher's texts "
             "and another for the student's"
         )
-        paired = self.objective.objective != "distillm2" or pairs
-        need("texts", generated.texts, paired, what)
+        self._need("texts", objective != "distillm2" or pairs, what)
         what = "an even number with texts pairs, which takes two texts of each prompt"
-        need("batch_size", size, not pairs or size % 2 == 0, what)
-        if generated.texts != "data":
-            what = "no --buckets beside it: completions are of one length"
-            need("texts", generated.texts, not data.buckets, what)
-            what = "steps, or --no-pack: how many completions a row has is not known"
-            epochs = self.run.epochs
-            need("epochs", epochs, epochs is None or not data.pack, what)
-            tokens, capacity = generated.completion_tokens, generated.buffer_capacity
-            what = f"fewer than seq_len, which is {length}, so that prompts have room"
-            need("completion_tokens", tokens, tokens < length, what)
-            length = data.teacher_len or length
-            what = f"fewer than teacher_seq_len, which is {length}"
-            need("completion_tokens", tokens, tokens < length, what)
-            least = max(size, generated.rollout_batch or size)
-            what = f"at least batch_size and rollout_batch, which is {least}"
-            need("buffer_capacity", capacity, capacity >= least, what)
-            what = (
-                f"none with texts {generated.texts}: what a model writes during the "
-                "run is in no store, and a store writes nothing"
-            )
-            store = self.model.teacher_store
-            need("teacher_store", store, store is None, what)
-            what = "none, as the texts that are completed are not the records'"
-            field = self.model.teacher_field
-            need("teacher_field", field, field is None, what)
-        names = self.model.teachers
-        what = f"one teacher that writes the texts with texts {generated.texts}"
-        written = generated.texts in ("teacher", "pairs") and len(names) > 1
-        need("teacher", names, not written, what)
+        self._need("batch_size", not pairs or size % 2 == 0, what)
+        if texts != "data":
+            self._check_completions()
+        what = f"one teacher that writes the texts with texts {texts}"
+        written = texts in ("teacher", "pairs") and len(model.teachers) > 1
+        self._need("teacher", not written, what)
         what = "none with objective sft, which looks at no teacher"
-        asked, learns = data.teacher_prompt, self.objective.objective != "sft"
-        need("teacher_prompt", asked, asked is None or learns, what)
-        live = self.model.teacher_store is None
+        asked, sft = data.teacher_prompt is not None, objective == "sft"
+        self._need("teacher_prompt", not (asked and sft), what)
         what = "none with a teacher_store, which has the outputs of other prompts"
-        need("teacher_prompt", asked, asked is None or live, what)
-        alone = self.model.teaches_itself and self.objective.objective == "sft"
+        self._need("teacher_prompt", not asked or model.teacher_store is None, what)
         what = "another than self with objective sft, which looks at no teacher"
-        need("teacher", self.model.teacher, not alone, what)
-        rate, decay = self.optimizer.learning_rate, self.optimizer.weight_decay
+        self._need("teacher", not (model.teaches_itself and sft), what)
+        rate = optimizer.learning_rate
         what = f"at most 1 / learning_rate, which is {1 / rate:g}"
-        need("weight_decay", decay, rate * decay <= 1, what)
-        parts = self.optimizer.grad_accum
+        self._need("weight_decay", rate * optimizer.weight_decay <= 1, what)
         what = f"a divisor of batch_size, which is {size}"
-        need("grad_accum", parts, size % parts == 0, what)
-        warmup, steps = self.optimizer.warmup_steps, self.run.steps
-        if self.run.epochs is None:
-            need("warmup_steps", warmup, warmup < steps, f"fewer than steps, {steps}")
+        self._need("grad_accum", size % optimizer.grad_accum == 0, what)
+        warm = run.epochs is not None or optimizer.warmup_steps < run.steps
+        self._need("warmup_steps", warm, f"fewer than steps, {run.steps}")
+
+    def _need(self, name: str, holds: bool, what: str) -> None:
+        need(name, getattr(getattr(self, _HOME[name]), name), holds, what)
+
+    def _check_completions(self) -> None:
+        """Checks what texts that a model writes need."""
+        model, data, chosen = self.model, self.data, self.on_policy
+        what = "no --buckets beside it: completions are of one length"
+        self._need("texts", not data.buckets, what)
+        what = "steps, or --no-pack: how many completions a row has is not known"
+        self._need("epochs", self.run.epochs is None or not data.pack, what)
+        tokens, length = chosen.completion_tokens, data.seq_len
+        what = f"fewer than seq_len, which is {length}, so that prompts have room"
+        self._need("completion_tokens", tokens < length, what)
+        length = data.teacher_len or length
+        what = f"fewer than teacher_seq_len, which is {length}"
+        self._need("completion_tokens", tokens < length, what)
+        least = max(data.batch_size, chosen.rollout_batch or 0)
+        what = f"at least batch_size and rollout_batch, which is {least}"
+        self._need("buffer_capacity", chosen.buffer_capacity >= least, what)
+        what = (
+            f"none with texts {chosen.texts}: what a model writes during the "
+            "run is in no store, and a store writes nothing"
+        )
+        self._need("teacher_store", model.teacher_store is None, what)
+        what = "none, as the texts that are completed are not the records'"
+        self._need("teacher_field", model.teacher_field is None, what)
 
 
 BASE = "base"

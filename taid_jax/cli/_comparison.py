@@ -36,6 +36,7 @@ from taid_jax.train.report import (
     read_json,
     read_lines,
     save_picture,
+    write_json,
 )
 
 FIGURES = {
@@ -378,3 +379,15 @@ def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
     for axes in (curves, bars):
         axes.grid(alpha=0.3)
     save_picture(path, figure)
+
+
+def write_results(cells: Sequence[Cell], output: pathlib.Path) -> str:
+    """Writes table, figures, picture and page, and returns the table."""
+    rows = collect(cells)
+    table = make_table(rows)
+    (output / "comparison.md").write_text(table, encoding="utf-8")
+    write_json(output / "comparison.json", rows)
+    (output / "comparison.csv").write_bytes(make_csv(cells).encode())
+    draw(cells, output / "comparison.png")
+    html.write_page(output / "comparison.html", make_page(cells, output))
+    return table

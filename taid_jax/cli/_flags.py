@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import tyro
+from rich.console import Console
 
 from taid_jax.recipes import read_recipe
 from taid_jax.settings import Settings, SettingsError, make_room
@@ -86,6 +87,11 @@ def parse(
         config=(tyro.conf.OmitArgPrefixes,),
         **options,
     )
+
+
+def say(console: Console, line: object) -> None:
+    """Prints a line as it stands, however long it is."""
+    console.print(str(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def keep_compiled() -> None:

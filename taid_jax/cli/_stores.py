@@ -106,9 +106,9 @@ def run_merge(arguments: Sequence[str]) -> int:
         from taid_jax.store.merge import merge_stores
 
         manifest = merge_stores(
-            command.output, command.parts, lambda line: _say(console, line)
+            command.output, command.parts, lambda line: _flags.say(console, line)
         )
-        _say(console, _stored(manifest, command.output))
+        _flags.say(console, _stored(manifest, command.output))
         return 0
 
     return _run(Merge, "merge", arguments, merge)
@@ -129,7 +129,7 @@ def run_import(arguments: Sequence[str]) -> int:
             console=console,
             allow_unknown_keys=command.options.allow_unknown_keys,
         )
-        _say(console, _stored(manifest, command.output))
+        _flags.say(console, _stored(manifest, command.output))
         return 0
 
     return _run(Import, "import", arguments, ingest)
@@ -162,10 +162,6 @@ def _run(
     except WriteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _stored(manifest: "Manifest", output: pathlib.Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from taid_jax.cli import _flags
 from taid_jax.cli._comparison import Cell
 from taid_jax.cli.compare import run_logged
 from taid_jax.files import hold_folder
@@ -362,7 +363,7 @@ class Study:
                 seconds = time.monotonic() - began
                 left = round(seconds / done * (len(items) - done) / 60)
                 line = f"{what} {done} of {len(items)}: {name}; about {left} min left"
-                self._console.print(line, highlight=False, soft_wrap=True)
+                _flags.say(self._console, line)
             return found
 
         with concurrent.futures.ThreadPoolExecutor(self._jobs) as pool:
@@ -414,5 +415,5 @@ def run_study(
             lock, note = hold_folder(output)
             held.callback(os.close, lock)
             if note:
-                console.print(note, highlight=False, soft_wrap=True)
+                _flags.say(console, note)
         return Study(plan, output, jobs, console).results(sources)

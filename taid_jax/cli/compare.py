@@ -16,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -24,9 +24,6 @@ from rich.console import Console
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, parsing, refuse, show
 from taid_jax.settings import SettingsError, check_text, parse_yaml
-
-if TYPE_CHECKING:
-    from taid_jax.cli._comparison import Cell
 
 METHODS = (
     "sft",
@@ -87,11 +84,6 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
     return values
 
 
-def run_cell(cell: "Cell", console: Console) -> int:
-    """Runs a cell in a process of its own and returns its exit status."""
-    return run_logged(["train", *cell.prepare()], cell.folder / "log.txt", console)
-
-
 def run_logged(arguments: Sequence[str], log: pathlib.Path, console: Console) -> int:
     """Runs a command in a process of its own and returns its exit status.
 
@@ -109,29 +101,9 @@ def run_logged(arguments: Sequence[str], log: pathlib.Path, console: Console) ->
         ).returncode
     if status:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
-        console.print(
-            f"{log.parent.name}: exit status {status}, see {log}\n" + "\n".join(last),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        first = f"{log.parent.name}: exit status {status}, see {log}"
+        _flags.say(console, "\n".join([first, *last]))
     return status
-
-
-def write_results(cells: "Sequence[Cell]", output: pathlib.Path) -> str:
-    """Writes table, figures, picture and page, and returns the table."""
-    from taid_jax.cli._comparison import collect, draw, make_csv, make_page, make_table
-    from taid_jax.train.html import write_page
-    from taid_jax.train.report import write_json
-
-    rows = collect(cells)
-    table = make_table(rows)
-    (output / "comparison.md").write_text(table, encoding="utf-8")
-    write_json(output / "comparison.json", rows)
-    (output / "comparison.csv").write_bytes(make_csv(cells).encode())
-    draw(cells, output / "comparison.png")
-    write_page(output / "comparison.html", make_page(cells, output))
-    return table
 
 
 def compare(command: Command, console: Console, errors: Console) -> int:
@@ -140,7 +112,7 @@ def compare(command: Command, console: Console, errors: Console) -> int:
     Raises:
         SettingsError: If the cells cannot be what is asked for.
     """
-    from taid_jax.cli._comparison import plan_cells
+    from taid_jax.cli._comparison import plan_cells, write_results
 
     if command.config is None and command.pair is None:
         raise SettingsError("config: need --config or --pair, got neither")
@@ -163,7 +135,8 @@ def compare(command: Command, console: Console, errors: Console) -> int:
     statuses = []
     for number, cell in enumerate([] if command.only_table else waiting, start=1):
         console.print(f"cell {number} of {len(waiting)}: {cell.folder.name}")
-        statuses.append(run_cell(cell, errors))
+        words, log = ["train", *cell.prepare()], cell.folder / "log.txt"
+        statuses.append(run_logged(words, log, errors))
         if statuses[-1] == 2:  # The same input would be as bad for the next one.
             return 2
     if any(cell.report() for cell in cells):

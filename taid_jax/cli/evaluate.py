@@ -105,9 +105,10 @@ def score(settings: Settings) -> "HeldOut":
 def _score(settings: Settings) -> "HeldOut":
     from taid_jax.sharding import check_batch, make_mesh
     from taid_jax.train.evaluate import check_finite, finished_state, make_evaluator
-    from taid_jax.train.inputs import check_memory, check_models, load_pair, read_data
+    from taid_jax.train.inputs import check_memory, check_models, read_data
     from taid_jax.train.on_policy.build import with_answers
     from taid_jax.train.on_policy.prompts import find_eval_prompts
+    from taid_jax.train.pair import load_pair
 
     mesh = make_mesh(settings.run.mesh)
     check_batch(settings.data.batch_size, mesh)
@@ -122,7 +123,7 @@ def _score(settings: Settings) -> "HeldOut":
     pair = load_pair(settings, mesh, opened, copies=2)
     dataset = with_answers(settings, pair, dataset, tokenizer, mesh)
     for note in pair.notes:
-        Console(stderr=True).print(note, soft_wrap=True, highlight=False, markup=False)
+        _flags.say(Console(stderr=True), note)
     evaluator = make_evaluator(
         settings, pair, dataset, mesh, tokenizer=tokenizer, prompts=prompts
     )

@@ -116,18 +116,17 @@ def write_answers(command: Command, console: Console) -> None:
         allow_unknown_keys=command.allow_unknown_keys,
     )
     for note in model.notes:
-        console.print(note, soft_wrap=True, highlight=False, markup=False)
+        _flags.say(console, note)
     batches = complete_prompts(model, left, job, batch_size=size, mesh=mesh)
     count = -(-len(left) // size)
     written = 0
     for records in track(batches, "answering", total=count, console=console):
         file.write(records)
         written += len(records)
-    console.print(
+    _flags.say(
+        console,
         f"{written} answers written to {command.output}, {len(left) - written} empty "
         "ones left out",
-        soft_wrap=True,
-        highlight=False,
     )
 
 

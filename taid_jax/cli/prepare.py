@@ -85,14 +85,10 @@ def show(manifest: "Manifest", console: Console) -> None:
         console.print(told)
     if skipped := manifest.skipped_files:
         few = ", ".join(skipped[:5])
-        console.print(
-            f"{len(skipped)} files passed over: {few}{', ...' * (len(skipped) > 5)}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
+        more = ", ..." * (len(skipped) > 5)
+        _flags.say(console, f"{len(skipped)} files passed over: {few}{more}")
     for note in manifest.notes[:20]:
-        console.print(note, soft_wrap=True, highlight=False, markup=False)
+        _flags.say(console, note)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -114,9 +110,6 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         return refuse(error)
     show(manifest, console)
-    console.print(
-        f"shards, {MANIFEST} and {REPORT} are in {command.options.output}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    output = command.options.output
+    _flags.say(console, f"shards, {MANIFEST} and {REPORT} are in {output}")
     return 0

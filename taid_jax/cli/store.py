@@ -20,13 +20,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from taid_jax import cli
 from taid_jax.cli import _flags
 from taid_jax.errors import InputError, refuse
 from taid_jax.settings import Settings, SettingsError
 from taid_jax.store.options import StoreOptions
-
-WAY_ON = "What is done is kept: the same command goes on from it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +96,6 @@ def _store(command: Command) -> int:
 
     settings, errors = command.settings, Console(stderr=True)
     console = Console()
-    cli.say_way_on(lambda: WAY_ON)
     _flags.keep_compiled()
     try:
         distributed.initialize(settings.distributed)
@@ -108,15 +104,13 @@ def _store(command: Command) -> int:
     except InputError as error:
         return refuse(error)
     except (WriteError, distributed.PeerError) as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _flags.say(errors, f"error: {error}")
         return 1
     distributed.shutdown()
-    console.print(
+    _flags.say(
+        console,
         f"{manifest.examples:,} examples, {manifest.tokens:,} tokens are stored in "
         f"{settings.run.output}; train with --teacher-store {settings.run.output} and "
         "the same data settings",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
     )
     return 0

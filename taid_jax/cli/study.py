@@ -74,7 +74,7 @@ def write(page: pathlib.Path, results: dict[str, Any] | None, console: Console) 
         )
     with parsing(f"page: cannot use the results in {folder}", SettingsError):
         write_whole(page, make_page(folder).encode())
-    console.print(f"the page is {page}", highlight=False, soft_wrap=True)
+    _flags.say(console, f"the page is {page}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -108,6 +108,6 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         return refuse(error)
     except StudyError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _flags.say(errors, f"error: {error}")
         return 1
     return 0

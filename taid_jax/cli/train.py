@@ -88,7 +88,7 @@ def with_mesh_for_here(settings: Settings, console: Console) -> Settings:
         make_mesh(settings.run.mesh)
     except ShardingError as error:
         mesh = RunSettings().mesh
-        console.print(f"note: {error}: {mesh} is used", soft_wrap=True, highlight=False)
+        _flags.say(console, f"note: {error}: {mesh} is used")
         run = dataclasses.replace(settings.run, mesh=mesh)
         return dataclasses.replace(settings, run=run)
     return settings
@@ -130,27 +130,24 @@ def _train(settings: Settings, *, mesh_is_given: bool) -> int:
         return refuse(error)
     except (TrainingError, Interrupted) as error:
         # Of several processes all are here: each saved its part and waited for it.
-        seen = f". {output / PAGE} shows how it went"
-        errors.print(f"{error}{seen}", markup=False, highlight=False, soft_wrap=True)
+        _flags.say(errors, f"{error}. {output / PAGE} shows how it went")
         distributed.shutdown()
         return 1
     except (WriteError, distributed.PeerError) as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _flags.say(errors, f"error: {error}")
         return 1
     except Exception:
         traceback.print_exc()
         sys.stderr.write(f"{way_on(settings.run.output)}\n")
         return 1
     distributed.shutdown()
-    console.print(
+    _flags.say(
+        console,
         f"held-out KL {number(report['kl_before'])} -> {number(report['kl_after'])}, "
         f"student's perplexity {number(report['student_perplexity_before'], 2)} -> "
         f"{number(report['student_perplexity_after'], 2)} (teacher "
         f"{number(report['teacher_perplexity'], 2)}) in {report['seconds']:.0f} s; "
         f"report, picture and student are in {settings.run.output}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
     )
     student, config = (shlex.quote(str(output / n)) for n in ("student", SETTINGS))
     scored = f"taid-jax evaluate --config {config} --student {student}"
@@ -161,6 +158,5 @@ def _train(settings: Settings, *, mesh_is_given: bool) -> int:
         ("score", scored),
         ("try", f"taid-jax generate --model {student} --prompts FILE --output FILE"),
     ):
-        line = f"  {what:6}{how}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _flags.say(console, f"  {what:6}{how}")
     return 0

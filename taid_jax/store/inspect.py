@@ -22,7 +22,7 @@ from taid_jax.store.format import (
     stored_mass,
 )
 from taid_jax.store.read import Store
-from taid_jax.train.inputs import load_stored
+from taid_jax.train.pair import load_stored
 from taid_jax.types import Head
 
 _SAMPLE = 256

@@ -17,11 +17,11 @@ from taid_jax.settings import Settings
 from taid_jax.sharding import batch_part, replicated, tree_shardings
 from taid_jax.train.checkpoint import CheckpointError, Checkpoints, read_run
 from taid_jax.train.evaluate import HeldOut
-from taid_jax.train.inputs import Pair
 from taid_jax.train.loop import Loop
 from taid_jax.train.objective import make_objective, make_scheduler
 from taid_jax.train.on_policy.build import make_on_policy
 from taid_jax.train.on_policy.figures import with_text_figures
+from taid_jax.train.pair import Pair
 from taid_jax.train.state import (
     DistillState,
     init_state,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 import re
@@ -20,9 +21,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from taid_jax.distributed import is_main_process
 from taid_jax.errors import InputError, explain, parsing
 from taid_jax.settings import Settings, from_dict, to_dict
-from taid_jax.train.folder import (
-    WriteError,
-)
+from taid_jax.train.folder import WriteError
 from taid_jax.train.state import DistillState
 
 DIGESTS = "digests.json"
@@ -168,12 +167,7 @@ class _NoTracebacks(logging.Filter):
             sys.unraisablehook = self._hook
 
 
-def _selection(metrics: Mapping[str, float]) -> float:
-    return metrics["selection"]
-
-
-def _known(metric: float | None) -> bool:
-    return metric is not None and math.isfinite(metric)
+_selection = operator.itemgetter("selection")
 
 
 def _saved(state: DistillState) -> dict[str, Any]:
@@ -293,6 +287,8 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
+        if metric is None or not math.isfinite(metric):
+            metric = math.inf  # Orbax wants a figure of each.
         with self._writing():
             self._manager.save(
                 step,
@@ -302,8 +298,7 @@ class Checkpoints:
                         {"settings": to_dict(settings), "place": place}
                     ),
                 ),
-                # Orbax wants a figure of each.
-                metrics={"selection": metric if _known(metric) else math.inf},
+                metrics={"selection": metric},
                 force=True,
             )
 

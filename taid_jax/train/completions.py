@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import SettingsError
-from taid_jax.train.on_policy.generation import Completer, decode, end_ids
+from taid_jax.train.on_policy.ends import decode, end_ids
+from taid_jax.train.on_policy.generation import Completer
 from taid_jax.train.on_policy.prompts import EvalPrompt
 from taid_jax.types import Params
 

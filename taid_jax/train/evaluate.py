@@ -17,7 +17,6 @@ from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.settings import SelectionMetric, Settings
 from taid_jax.sharding import batch_part, place_batch
 from taid_jax.train.completions import EvalCompletions, score
-from taid_jax.train.inputs import Pair
 from taid_jax.train.objective import (
     CALIBRATION_BINS,
     Evaluation,
@@ -27,6 +26,7 @@ from taid_jax.train.objective import (
     on_data,
 )
 from taid_jax.train.on_policy.prompts import EvalPrompt
+from taid_jax.train.pair import Pair
 from taid_jax.train.state import DistillState
 from taid_jax.train.step import Metrics, batch_loss
 from taid_jax.types import Batch, ModelFunctions, Params

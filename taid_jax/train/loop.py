@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
@@ -171,7 +171,8 @@ class Loop:
         pending: tuple[int, Metrics] | None = None
         try:
             # A first signal does not disturb the save in flight at the end either.
-            with stop_signals() as signals, self._saved():
+            with stop_signals() as signals, contextlib.ExitStack() as left:
+                left.callback(self.checkpoints.wait)
                 if start == 0 and not rows:
                     self._evaluate(0, state)
                 self.throughput.start()
@@ -207,14 +208,6 @@ class Loop:
             return state
         finally:
             self._log.close()
-
-    @contextlib.contextmanager
-    def _saved(self) -> Iterator[None]:
-        """However it is left, no save is in flight afterwards."""
-        try:
-            yield
-        finally:
-            self.checkpoints.wait()
 
     def _next_batch(self, step: int, state: DistillState) -> dict[str, jax.Array]:
         """Returns what a step trains on: a batch of the data, or of completions."""

@@ -150,6 +150,20 @@ def calibration(
     }
 
 
+def compare(
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+    labels: Int[Array, "*tokens"],
+) -> dict[str, Float32[Array, "*tokens"]]:
+    """Returns KL(student || teacher) and both cross-entropies, nats per token."""
+    nll = loss.CrossEntropy()
+    return {
+        "kl_reverse": loss.ReverseKL()(student_logits, teacher_logits),
+        "student_nll": nll(student_logits, teacher_logits, labels),
+        "teacher_nll": nll(teacher_logits, student_logits, labels),
+    }
+
+
 @register_objective
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -183,11 +197,8 @@ class Evaluation:
         And confidence less accuracy of the student; see `calibration`.
         """
         labels = need_labels("Evaluation", student_logits, labels)
-        nll = loss.CrossEntropy()
         return {
-            "kl_reverse": loss.ReverseKL()(student_logits, teacher_logits),
-            "student_nll": nll(student_logits, teacher_logits, labels),
-            "teacher_nll": nll(teacher_logits, student_logits, labels),
+            **compare(student_logits, teacher_logits, labels),
             "objective": self.objective(student_logits, teacher_logits, labels),
             **calibration(student_logits, labels),
         }

@@ -9,23 +9,19 @@ from collections.abc import Mapping
 from taid_jax.data import Dataset
 from taid_jax.errors import InputError, parsing
 from taid_jax.models.config import DecoderConfig
-from taid_jax.settings import (
-    Settings,
-    SettingsError,
-    contradictions,
-    from_dict,
-)
+from taid_jax.settings import Settings, SettingsError, contradictions, from_dict
 from taid_jax.train.checkpoint import (
     DIGESTS,
     UNVERIFIED,
     CheckpointError,
+    SavedRun,
     compare_file,
     find_fault,
     read_json_file,
     read_run,
 )
 from taid_jax.train.folder import CHECKPOINTS, SETTINGS, RunFolder, step_folders
-from taid_jax.train.inputs import Pair
+from taid_jax.train.pair import Pair
 
 
 def look(output: RunFolder, settings: Settings) -> int | None:
@@ -48,13 +44,29 @@ def look(output: RunFolder, settings: Settings) -> int | None:
     return None
 
 
-def compare_length(saved: Settings, settings: Settings, step: int) -> list[str]:
+def compare_runs(
+    saved: SavedRun, settings: Settings, dataset: Dataset, step: int
+) -> list[str]:
     """Returns lines about how long a resumed run is, where that has to be said.
 
     Raises:
-        SettingsError: If it is shorter than what was done.
+        SettingsError: If it would compute something else than was begun, with a line
+            per difference; if its data are others; or if it is shorter than what was
+            done.
     """
-    steps, before = settings.run.steps, saved.run.steps
+    if found := contradictions(saved.settings, settings):
+        raise SettingsError(
+            "the settings contradict the checkpoint:\n  "
+            + "\n  ".join(found)
+            + "\nleave them out to use the checkpoint's, or start anew with another "
+            "--output"
+        )
+    if saved.place.get("fingerprint") != dataset.info.fingerprint:
+        raise SettingsError(
+            f"the data of {settings.data.data} are not those that the checkpoint was "
+            "trained on; give the same files, or start anew with another --output"
+        )
+    steps, before = settings.run.steps, saved.settings.run.steps
     if steps < step:
         raise SettingsError(
             f"steps: need at least {step}, the steps that checkpoint {step} has seen, "
@@ -168,22 +180,6 @@ def saved_settings(output: str | pathlib.Path) -> tuple[Settings | None, str | N
     return written, None
 
 
-def refuse_contradictions(saved: Settings, asked: Settings) -> None:
-    """Raises when a resumed run would compute something else than was begun.
-
-    Raises:
-        SettingsError: With a line per difference.
-    """
-    found = contradictions(saved, asked)
-    if found:
-        raise SettingsError(
-            "the settings contradict the checkpoint:\n  "
-            + "\n  ".join(found)
-            + "\nleave them out to use the checkpoint's, or start anew with another "
-            "--output"
-        )
-
-
 _BLOCKS, _BLOCK = 64, 1 << 20
 
 
@@ -236,19 +232,6 @@ def digest_weights(path: pathlib.Path) -> str:
 def _fields(config: DecoderConfig) -> dict[str, str]:
     fields = dataclasses.fields(config)
     return {field.name: repr(getattr(config, field.name)) for field in fields}
-
-
-def refuse_other_data(saved: str | None, dataset: Dataset, name: str) -> None:
-    """Raises when the data are not those that a run began with.
-
-    Raises:
-        SettingsError: If they are others.
-    """
-    if saved != dataset.info.fingerprint:
-        raise SettingsError(
-            f"the data of {name} are not those that the checkpoint was trained on; "
-            "give the same files, or start anew with another --output"
-        )
 
 
 def refuse_other_models(saved: Mapping[str, str], given: Mapping[str, str]) -> None:

@@ -20,26 +20,15 @@ from taid_jax.sharding import check_batch, make_mesh
 from taid_jax.train.build import build_loop
 from taid_jax.train.checkpoint import Checkpoints, find_fault, read_run
 from taid_jax.train.evaluate import HeldOut, make_evaluator, selection_metric
-from taid_jax.train.folder import (
-    CHECKPOINTS,
-    SETTINGS,
-    RunFolder,
-    WriteError,
-    way_on,
-)
-from taid_jax.train.inputs import (
-    check_memory,
-    check_models,
-    load_pair,
-    read_data,
-    template_date,
-)
+from taid_jax.train.folder import CHECKPOINTS, SETTINGS, RunFolder, WriteError, way_on
+from taid_jax.train.inputs import check_memory, check_models, read_data, template_date
 from taid_jax.train.loop import Loop, TrainingError
 from taid_jax.train.on_policy.build import with_answers
-from taid_jax.train.on_policy.generation import export_generation
+from taid_jax.train.on_policy.ends import export_generation
 from taid_jax.train.on_policy.prompts import find_eval_prompts
 from taid_jax.train.on_policy.rules import describe_prompts
 from taid_jax.train.on_policy.texts import OnPolicyBatches
+from taid_jax.train.pair import load_pair
 from taid_jax.train.report import (
     CURVES,
     EVALUATIONS,
@@ -54,11 +43,9 @@ from taid_jax.train.report import (
     write_json,
 )
 from taid_jax.train.resume import (
-    compare_length,
+    compare_runs,
     identify_models,
     look,
-    refuse_contradictions,
-    refuse_other_data,
     refuse_other_models,
     set_aside_others,
 )
@@ -118,13 +105,13 @@ def _distil(
     check_memory(settings, mesh)
     folder = output.path
     step = distributed.broadcast(lambda: look(output, settings))
-    saved, place = None, {}
-    if step is not None:
-        saved, place = read_run(folder / CHECKPOINTS / str(step))
+    saved = None if step is None else read_run(folder / CHECKPOINTS / str(step))
     opened = check_models(
         settings.model, settings.data.seq_len, settings.data.teacher_len
     )
-    given = settings.data.template_date or (saved and saved.data.template_date)
+    given = settings.data.template_date
+    if saved is not None:
+        given = given or saved.settings.data.template_date
     # Texts with another day in them would not be those that are stored.
     given = given or template_date(opened.stores)
     # Process 0's: another may begin after midnight.
@@ -140,12 +127,11 @@ def _distil(
         output.notes += describe_prompts(settings.on_policy, dataset.train)
     prompts = find_eval_prompts(dataset.held_out, settings.evaluation.eval_prompts)
     if saved is not None and step is not None:
-        refuse_contradictions(saved, settings)
-        refuse_other_data(place.get("fingerprint"), dataset, settings.data.data)
-        output.notes += compare_length(saved, settings, step)
+        output.notes += compare_runs(saved, settings, dataset, step)
     pair = load_pair(settings, mesh, opened)
     models = distributed.broadcast(lambda: identify_models(pair))
-    refuse_other_models(place.get("models", {}), models)
+    if saved is not None:
+        refuse_other_models(saved.place.get("models", {}), models)
     dataset = with_answers(settings, pair, dataset, tokenizer, mesh)
     own = ", ".join(f"{name}={value}" for name, value in changed(settings).items())
     lines = describe(settings, pair, dataset, mesh)

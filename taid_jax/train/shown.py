@@ -23,9 +23,10 @@ from taid_jax.sharding import batch_rows
 from taid_jax.train.completions import EvalCompletions
 from taid_jax.train.folder import WriteError
 from taid_jax.train.html import PAGE, SHOWN, run_page, write_page
-from taid_jax.train.inputs import Pair, named_teachers
+from taid_jax.train.inputs import named_teachers
 from taid_jax.train.loop import Interrupted, TrainingError
 from taid_jax.train.on_policy.prompts import EvalPrompt, find_eval_prompts
+from taid_jax.train.pair import Pair
 from taid_jax.train.report import write_json
 from taid_jax.train.state import DistillState
 from taid_jax.train.token_kl import held_out_token_kl, make_token_kl, tokens_of_rows

@@ -1,24 +1,28 @@
-"""Several teachers as the train step takes one: functions, parameters and columns."""
+"""Several teachers, or one that sees other rows, as the train step takes one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Int, Shaped
 
 from taid_jax.loss import Teachers, TeachersHead
 from taid_jax.models.config import DecoderConfig
 from taid_jax.models.decoder import decoder_functions
 from taid_jax.settings import ModelSettings
+from taid_jax.sharding import constrain
 from taid_jax.store.format import Manifest
 from taid_jax.store.read import Store
 from taid_jax.store.teacher import stored_functions
-from taid_jax.train.teacher_rows import on_own_rows
 from taid_jax.types import Batch, ModelFunctions, Params
 
 WEIGHTS = "teacher_weights"
 """What a batch calls the weights of the teachers, `(batch, length, teachers)`."""
+
+_OWN = "teacher_"
+_READ = ("input_ids", "segment_ids", "positions", "attention_mask")
 
 
 def mix_teachers(
@@ -116,6 +120,39 @@ class StoreColumns:
     ) -> Mapping[str, Shaped[np.ndarray, "tokens _"]]:
         """Returns the columns of an example, `(tokens, width)` each."""
         return join_columns([store.read(ids, start) for store in self._stores])
+
+
+def on_own_rows(teacher: ModelFunctions) -> ModelFunctions:
+    """Returns functions of a teacher that runs on its own rows of a batch.
+
+    What they give has the student's positions: at each what the teacher says at the
+    place in its row that predicts the same token, `teacher_index`, `(batch, length)`
+    int32. Where there is none (-1) it is what it says at its first, which must not
+    count.
+
+    Args:
+        teacher: Functions of the teacher; it sees `teacher_input_ids` and what else of
+            the teacher's a batch has, as `input_ids` and so on.
+    """
+
+    def gathered(
+        output: Callable[[Params, Batch], Array],
+    ) -> Callable[[Params, Batch], Array]:
+        def on_rows(params: Params, batch: Batch) -> Array:
+            own = {name: batch[_OWN + name] for name in _READ if _OWN + name in batch}
+            index = jnp.maximum(jnp.asarray(batch["teacher_index"]), 0)
+            found = output(params, own)
+            # One row at a time: nothing of another device's is needed.
+            found = jnp.take_along_axis(found, jnp.expand_dims(index, -1), axis=1)
+            return constrain(found, ("batch", "length", None))
+
+        return on_rows
+
+    return ModelFunctions(
+        hidden=teacher.hidden and gathered(teacher.hidden),
+        head=teacher.head,
+        logits=teacher.logits and gathered(teacher.logits),
+    )
 
 
 def teacher_functions(

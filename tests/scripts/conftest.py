@@ -5,7 +5,9 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -129,6 +131,87 @@ def finished(train_tpu, teacher, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert train_tpu.main(_arguments(teacher, text, folder)) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def lines_of():
+    """`lines_of(path)`: what the lines of a file of JSON say."""
+    return lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def rows_of(lines_of):
+    """`rows_of(folder)`: a run's lines of metrics, but for what the clock says."""
+    from taid_jax.train.throughput import MEASURED
+
+    def rows(folder, first=1):
+        return [
+            {k: v for k, v in row.items() if k not in MEASURED}
+            for row in lines_of(folder / "metrics.jsonl")
+            if row["step"] >= first
+        ]
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def same_student():
+    """`same_student(folder, other)`: both runs have exported the same weights."""
+
+    def compare(*folders):
+        paths = [folder / "student" / "model.safetensors" for folder in folders]
+        found, expected = map(load_file, paths)
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def same_run(lines_of, rows_of, same_student):
+    """`same_run(folder, other)`: both runs have the same figures and weights."""
+
+    def compare(*folders):
+        for found in (
+            map(rows_of, folders),
+            (lines_of(folder / "evaluations.jsonl") for folder in folders),
+        ):
+            one, other = found
+            assert one == other
+        same_student(*folders)
+
+    return compare
+
+
+@pytest.fixture(scope="module")
+def small_model(make_model):
+    """Another model than the teacher, of two layers."""
+    return make_model(layers=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def train_small(train_tpu, small_model, questions, tmp_path_factory):
+    """`train_small(*flags)`: the folder of a run of it on the questions."""
+
+    def run(*flags, folder=None):
+        folder = folder or tmp_path_factory.mktemp("small") / "run"
+        arguments = [
+            f"--student={small_model}",
+            f"--data={questions}",
+            f"--output={folder}",
+            "--steps=4",
+            "--batch-size=8",
+            "--seq-len=48",
+            "--eval-every=2",
+            "--save-every=2",
+            "--held-out-fraction=0.3",
+            "--learning-rate=0.01",
+        ]
+        assert train_tpu.main([*arguments, *flags]) == 0
+        return folder
+
+    return run
 
 
 @pytest.fixture

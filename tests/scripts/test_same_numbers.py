@@ -38,7 +38,8 @@ def curve(twin, text, tmp_path):
     from taid_jax.train.build import build_loop
     from taid_jax.train.checkpoint import Checkpoints
     from taid_jax.train.evaluate import make_evaluator
-    from taid_jax.train.inputs import check_models, load_pair, read_data
+    from taid_jax.train.inputs import check_models, read_data
+    from taid_jax.train.pair import load_pair
 
     def run(mesh_text, parts):
         settings = from_dict(

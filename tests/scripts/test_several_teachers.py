@@ -3,25 +3,7 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
-
-from taid_jax.train.throughput import MEASURED
-
-
-def _rows(folder, first=1):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [
-        {k: v for k, v in row.items() if k not in MEASURED}
-        for row in rows
-        if row["step"] >= first
-    ]
-
-
-def _weights(folder):
-    return load_file(folder / "student" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +45,6 @@ def run(train_tpu, flags, tmp_path_factory):
     return folder
 
 
-def test_two_equal_teachers_are_the_one_bit_for_bit(
-    train_tpu, teacher, arguments, finished, tmp_path
-):
-    # Half of a number twice is that number, in any order.
-    several = ["--teacher", str(teacher), str(teacher), "--teacher-mean=geometric"]
-    assert train_tpu.main([*several, *arguments[1:]]) == 0
-    assert _rows(tmp_path / "run") == _rows(finished)
-    expected = _weights(finished)
-    for name, found in _weights(tmp_path / "run").items():
-        np.testing.assert_array_equal(found, expected[name])
-
-
 def test_a_run_with_two_teachers_says_who_teaches(run, pair):
     report = json.loads((run / "report.json").read_text())
     assert report["kl_after"] < report["kl_before"]
@@ -93,15 +63,15 @@ def test_a_run_with_two_teachers_says_who_teaches(run, pair):
     assert "teacher 2: 3 layers" in lines
 
 
-def test_a_run_with_two_teachers_goes_on_bit_for_bit(train_tpu, run, tmp_path, capsys):
+def test_a_run_with_two_teachers_goes_on_bit_for_bit(
+    rows_of, same_student, train_tpu, run, tmp_path, capsys
+):
     again = tmp_path / "run"
     shutil.copytree(run, again)
     flags = ["--resume", f"--output={again}"]
     assert train_tpu.main([*flags, "--resume-step=4"]) == 0
-    assert _rows(again, 5) == _rows(run, 5)
-    expected = _weights(run)
-    for name, found in _weights(again).items():
-        np.testing.assert_array_equal(found, expected[name])
+    assert rows_of(again, 5) == rows_of(run, 5)
+    same_student(again, run)
 
 
 @pytest.mark.slow
@@ -136,7 +106,7 @@ def test_another_set_of_teachers_or_records_is_another_run(
 
 @pytest.mark.slow
 def test_two_stores_are_the_two_live_teachers_bit_for_bit(
-    train_tpu, load_script, pair, flags, run, teacher, tmp_path
+    rows_of, train_tpu, load_script, pair, flags, run, teacher, tmp_path
 ):
     at = flags.index("--teacher")
     rest = flags[at + 3 :]
@@ -150,7 +120,7 @@ def test_two_stores_are_the_two_live_teachers_bit_for_bit(
     found = tmp_path / "run"
     student = [f"--student={pair[0]}", f"--output={found}"]
     assert train_tpu.main([*stores, *rest, *student]) == 0
-    assert _rows(found) == _rows(run)
+    assert rows_of(found) == rows_of(run)
 
 
 @pytest.mark.parametrize(

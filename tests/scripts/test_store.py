@@ -90,32 +90,13 @@ def _refused(*arguments):
         return error.code
 
 
-def _rows(folder):
-    clock = ("seconds", "tokens_per_second", "mfu", "utilisation", "flops", "time")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [
-        {k: v for k, v in row.items() if not any(word in k for word in clock)}
-        for row in rows
-    ]
-
-
 @pytest.mark.slow
 def test_a_run_from_a_store_is_the_live_run_bit_for_bit(
-    train_tpu, teacher, stored, finished, data, tmp_path
+    same_run, train_tpu, teacher, stored, finished, data, tmp_path
 ):
     run = tmp_path / "run"
     assert _train(train_tpu, teacher, stored, data, run) == 0
-    assert _rows(run) == _rows(finished)
-    live, found = (
-        (folder / "student" / "model.safetensors").read_bytes()
-        for folder in (finished, run)
-    )
-    assert found == live
-    before, after = (
-        (folder / "evaluations.jsonl").read_text() for folder in (finished, run)
-    )
-    assert after == before
+    same_run(run, finished)
     report = json.loads((run / "report.json").read_text())
     assert "its outputs are read from" in " ".join(report["notes"])
     assert (
@@ -149,7 +130,7 @@ def test_a_run_from_a_store_goes_on_and_knows_its_teacher(
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--no-pack"], ["--grad-accum=2"]])
 def test_other_layouts_from_a_store_are_the_live_run_too(
-    train_tpu, store, teacher, data, tmp_path, flags
+    rows_of, train_tpu, store, teacher, data, tmp_path, flags
 ):
     # Eight devices share each micro-batch, of which there are two.
     data = [*data, *flags, "--batch-size=16"]
@@ -159,7 +140,7 @@ def test_other_layouts_from_a_store_are_the_live_run_too(
     arguments = [f"--teacher={teacher}", *data, *TRAINING, f"--output={live}"]
     assert train_tpu.main(arguments) == 0
     assert _train(train_tpu, teacher, output, data, found) == 0
-    assert _rows(found) == _rows(live)
+    assert rows_of(found) == rows_of(live)
 
 
 @pytest.mark.slow
@@ -172,12 +153,29 @@ def test_another_order_packing_and_batch_read_the_same_store(
     assert _train(train_tpu, teacher, stored, data, run, *flags, mesh) == 0
 
 
+def test_a_student_is_evaluated_by_a_store_of_the_most_probable_tokens(
+    load_script, store, teacher, finished, data, tmp_path
+):
+    output, path = tmp_path / "store", tmp_path / "scores.json"
+    job = [f"--teacher={teacher}", *data, f"--output={output}", "--kind=topk", "--k=8"]
+    assert store.main(job) == 0
+    student = [f"--teacher-store={output}", f"--student={finished / 'student'}"]
+    assert load_script("evaluate").main([*student, *data, f"--json={path}"]) == 0
+    found = json.loads(path.read_text())
+    live = json.loads((finished / "report.json").read_text())
+    assert found["tokens"] == live["held_out_tokens"]
+    assert found["student_perplexity"] == live["student_perplexity_after"]
+    # Merging entries can only lower a KL; and it is positive.
+    assert 0 < found["kl_teacher"] < live["kl_after"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ["--kind=topk", "--k=8"],
-        pytest.param(["--kind=topk", "--sampled=12"], marks=pytest.mark.slow),
-        pytest.param(["--store-dtype=bfloat16"], marks=pytest.mark.slow),
+        ["--kind=topk", "--sampled=12"],
+        ["--store-dtype=bfloat16"],
     ],
     ids=["topk", "sampled", "bfloat16"],
 )

@@ -10,15 +10,10 @@ import sys
 import pytest
 
 
-def _rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("texts", ["mixed:0.5", "adaptive", "student"])
 def test_train_tpu_trains_on_the_students_own_answers(
-    train_tpu, arguments, tmp_path, texts
+    lines_of, train_tpu, arguments, tmp_path, texts
 ):
     flags = [
         f"--texts={texts}",
@@ -30,7 +25,7 @@ def test_train_tpu_trains_on_the_students_own_answers(
         "--learning-rate=1e-6",  # the held-out loss hardly moves
     ]
     assert train_tpu.main([*arguments, *flags]) == 0
-    rows = _rows(tmp_path / "run")
+    rows = lines_of(tmp_path / "run" / "metrics.jsonl")
     counts = [row["completions"] for row in rows]
     assert sum(counts) > 0
     assert rows[-1]["buffer_size"] > 0
@@ -45,7 +40,7 @@ def test_train_tpu_trains_on_the_students_own_answers(
 @pytest.mark.slow
 @pytest.mark.parametrize("texts", ["student", "teacher"])
 def test_train_tpu_needs_no_more_than_prompts(
-    train_tpu, load_script, arguments, tmp_path, texts, capsys
+    lines_of, train_tpu, load_script, arguments, tmp_path, texts, capsys
 ):
     """The teacher answers the held-out prompts, and so does `evaluate` ask it to."""
     path = tmp_path / "prompts.jsonl"
@@ -76,7 +71,7 @@ def test_train_tpu_needs_no_more_than_prompts(
         "ended",
         "truncated",
     }
-    for row in _rows(run):
+    for row in lines_of(run / "metrics.jsonl"):
         for name in ("student_entropy", "student_nll", "teacher_nll", "kl_reverse"):
             assert row[name] > 0
         spent = row["generate_seconds"] + row["learn_seconds"]
@@ -89,7 +84,7 @@ def test_train_tpu_needs_no_more_than_prompts(
 
 @pytest.mark.slow
 def test_train_tpu_on_pairs_goes_on_bit_for_bit(
-    train_tpu, load_script, arguments, questions, tmp_path
+    lines_of, train_tpu, load_script, arguments, questions, tmp_path
 ):
     """Of half of the prompts the data have the answer, of the others the teacher's."""
     lines = [json.loads(line) for line in questions.read_text().splitlines()]
@@ -120,11 +115,11 @@ def test_train_tpu_on_pairs_goes_on_bit_for_bit(
     assert train_tpu.main(again) == 0
     name = "student/model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    rows = _rows(whole)
+    rows = lines_of(whole / "metrics.jsonl")
     assert [row["student_weight"] for row in rows] == pytest.approx(
         [1 + 0.5 * min(1, 2 * step / 6) for step in range(6)], rel=1e-6
     )
-    for row, other in zip(rows, _rows(cut), strict=True):
+    for row, other in zip(rows, lines_of(cut / "metrics.jsonl"), strict=True):
         assert (row["loss"], row["completions"]) == (other["loss"], 8)
         both = row["teacher_texts_loss"] + row["student_texts_loss"]
         assert both == pytest.approx(row["loss"], rel=1e-6)
@@ -148,7 +143,9 @@ def test_train_tpu_without_answers_needs_texts_of_a_model(
 
 
 @pytest.mark.slow
-def test_train_tpu_two_processes_take_the_texts_of_one(train_tpu, arguments, tmp_path):
+def test_train_tpu_two_processes_take_the_texts_of_one(
+    lines_of, train_tpu, arguments, tmp_path
+):
     flags = [
         *arguments,
         "--no-pack",
@@ -190,7 +187,10 @@ def test_train_tpu_two_processes_take_the_texts_of_one(train_tpu, arguments, tmp
         for process in processes:
             process.kill()
     assert train_tpu.main([*flags, f"--output={tmp_path / 'whole'}"]) == 0
-    shared, whole = _rows(tmp_path / "shared"), _rows(tmp_path / "whole")
+    shared, whole = (
+        lines_of(tmp_path / "shared" / "metrics.jsonl"),
+        lines_of(tmp_path / "whole" / "metrics.jsonl"),
+    )
     assert 0 < sum(row["completions"] > 0 for row in whole) < len(whole)
     for row, other in zip(shared, whole, strict=True):
         for key in ("completions", "buffer_size"):

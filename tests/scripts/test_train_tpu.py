@@ -14,30 +14,11 @@ import types
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _rows(folder):
-    from taid_jax.train.throughput import MEASURED
-
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
-
-
-def _weights(folder):
-    return load_file(folder / "student" / "model.safetensors")
-
-
-def _same(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-
-
-def test_train_tpu_leaves_what_it_promises(finished):
+def test_train_tpu_leaves_what_it_promises(rows_of, finished):
     report = json.loads((finished / "report.json").read_text())
     promised = {
         "teacher_perplexity",
@@ -68,7 +49,7 @@ def test_train_tpu_leaves_what_it_promises(finished):
         "learning_rate",
         "grad_norm",
     }
-    rows = _rows(finished)
+    rows = rows_of(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(logged <= row.keys() for row in rows)
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -182,12 +163,12 @@ def test_train_tpu_bad_data_line_is_named(train_tpu, arguments, tmp_path, capsys
 
 
 def test_train_tpu_resume_with_other_settings_lists_them(
-    train_tpu, arguments, finished, tmp_path, capsys
+    same_student, train_tpu, arguments, finished, tmp_path, capsys
 ):
     shutil.copytree(finished, tmp_path / "run")
     flags = [*arguments, "--resume", "--t-start=0.2", "--seed=5"]
     _expect(train_tpu, capsys, flags, "objective.t_start", "run.seed")
-    _same(_weights(tmp_path / "run"), _weights(finished))
+    same_student(tmp_path / "run", finished)
 
 
 @pytest.mark.slow
@@ -271,7 +252,16 @@ def _flip_a_bit(run, step):
 
 
 def test_train_tpu_resume_of_a_damaged_folder_needs_the_folder_only(
-    train_tpu, run, finished, teacher, text, tmp_path, monkeypatch, capsys
+    rows_of,
+    same_student,
+    train_tpu,
+    run,
+    finished,
+    teacher,
+    text,
+    tmp_path,
+    monkeypatch,
+    capsys,
 ):
     _flip_a_bit(run, 12)
     (run / "settings.json").write_text('{"run": {"seed": 1')
@@ -292,11 +282,11 @@ def test_train_tpu_resume_of_a_damaged_folder_needs_the_folder_only(
         "evaluations.jsonl is not the checkpoint's",
     ):
         assert line in out
-    _same(_weights(run), _weights(finished))
+    same_student(run, finished)
     for name in ("evaluations.jsonl", "settings.json"):
         old, new = ((folder / name).read_text() for folder in (finished, run))
         assert name == "settings.json" or old == new
-    assert [row["step"] for row in _rows(run)] == [1, 2, 3, 4, 5, 10, 11, 12]
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 10, 11, 12]
     names = {path.name for path in (run / "set_aside").iterdir()}
     assert names == {"12", "metrics.jsonl"}
     # What was given at the start is written down again.
@@ -331,12 +321,12 @@ def test_train_tpu_resume_with_another_teacher_is_refused(
 
 @pytest.mark.slow
 def test_train_tpu_run_is_ended_earlier_and_then_made_longer(
-    train_tpu, run, finished, capsys
+    rows_of, train_tpu, run, finished, capsys
 ):
     flags = ["--resume", f"--output={run}"]
     _expect(train_tpu, capsys, [*flags, "--steps=11"], "need at least 12")
     assert train_tpu.main([*flags, "--resume-step=9", "--steps=9"]) == 0
-    assert _rows(run) == _rows(finished)[:9]
+    assert rows_of(run) == rows_of(finished)[:9]
     lines = (run / "evaluations.jsonl").read_text().splitlines()
     # That checkpoint was not evaluated before.
     assert [json.loads(line)["step"] for line in lines] == [0, 4, 8, 9]
@@ -344,8 +334,8 @@ def test_train_tpu_run_is_ended_earlier_and_then_made_longer(
 
     assert train_tpu.main([*flags, "--steps=14"]) == 0
     assert "14 steps in place of 12" in " ".join(capsys.readouterr().out.split())
-    rows = _rows(run)
-    assert rows[:9] == _rows(finished)[:9]
+    rows = rows_of(run)
+    assert rows[:9] == rows_of(finished)[:9]
     assert [row["step"] for row in rows] == list(range(1, 15))
     rates = [row["learning_rate"] for row in rows]
     expected = [0.01 * (1 + np.cos(np.pi * step / 14)) / 2 for step in range(9, 14)]
@@ -386,7 +376,7 @@ def _is_one_message_and_the_way_on(captured, message, last):
 
 @pytest.mark.slow
 def test_train_tpu_starts_anew_and_goes_on_after_a_full_disk(
-    train_tpu, arguments, finished, tmp_path, capsys, monkeypatch
+    same_student, train_tpu, arguments, finished, tmp_path, capsys, monkeypatch
 ):
     """What a kill before the first save left is in the folder already."""
     from taid_jax.train import checkpoint
@@ -406,7 +396,7 @@ def test_train_tpu_starts_anew_and_goes_on_after_a_full_disk(
     _is_one_message_and_the_way_on(captured, "checkpoint 6 cannot be written to", 4)
 
     assert train_tpu.main([*arguments, "--resume"]) == 0
-    _same(_weights(run), _weights(finished))
+    same_student(run, finished)
     name = "evaluations.jsonl"
     assert (run / name).read_text() == (finished / name).read_text()
 
@@ -421,7 +411,15 @@ def test_train_tpu_starts_anew_and_goes_on_after_a_full_disk(
     ],
 )
 def test_train_tpu_full_disk_is_one_message_and_the_way_on(
-    train_tpu, arguments, finished, tmp_path, capsys, monkeypatch, what, message
+    same_student,
+    train_tpu,
+    arguments,
+    finished,
+    tmp_path,
+    capsys,
+    monkeypatch,
+    what,
+    message,
 ):
     from taid_jax.models.files import export
     from taid_jax.train import report
@@ -438,7 +436,7 @@ def test_train_tpu_full_disk_is_one_message_and_the_way_on(
     last = 4 if what == "metrics" else 12
     _is_one_message_and_the_way_on(capsys.readouterr(), message, last)
     assert train_tpu.main([*arguments, "--resume"]) == 0
-    _same(_weights(tmp_path / "run"), _weights(finished))
+    same_student(tmp_path / "run", finished)
 
 
 INTERRUPT = """
@@ -545,7 +543,9 @@ def _wait_for_step(folder, step, process):
 
 
 @pytest.mark.slow
-def test_train_tpu_killed_and_resumed_is_the_uninterrupted_run(arguments, tmp_path):
+def test_train_tpu_killed_and_resumed_is_the_uninterrupted_run(
+    rows_of, same_student, arguments, tmp_path
+):
     steps = ["--steps=40", "--save-every=5", "--eval-every=7"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = _start([*arguments, *steps, f"--output={whole}"])
@@ -562,7 +562,7 @@ def test_train_tpu_killed_and_resumed_is_the_uninterrupted_run(arguments, tmp_pa
         (signal.SIGTERM, 1),
     ):
         process = _start(flags + (["--resume"] if began else []))
-        done = len(_rows(cut)) if began else 0
+        done = len(rows_of(cut)) if began else 0
         # The first save is at step 5: before it there is nothing to go on from.
         _wait_for_step(cut, max(done, 5) + chance.randint(1, 3), process)
         time.sleep(chance.random() * 0.2)
@@ -575,8 +575,8 @@ def test_train_tpu_killed_and_resumed_is_the_uninterrupted_run(arguments, tmp_pa
     process = _start([*flags, "--resume"])
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    _same(_weights(cut), _weights(whole))
-    assert _rows(cut) == _rows(whole)
+    same_student(cut, whole)
+    assert rows_of(cut) == rows_of(whole)
     for name in ("evaluations.jsonl",):
         assert (cut / name).read_text() == (whole / name).read_text()
     first, second = (
@@ -587,4 +587,4 @@ def test_train_tpu_killed_and_resumed_is_the_uninterrupted_run(arguments, tmp_pa
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert "all 40 steps are done" in output
-    _same(_weights(cut), _weights(whole))
+    same_student(cut, whole)

@@ -84,8 +84,8 @@ def make_batch():
 
 
 @functools.cache
-def _taid_step(steps, rate):
-    """The default step, compiled once for all tests of this folder."""
+def _taid_step(steps, rate, **options):
+    """TAID's step, compiled once for all tests of this folder."""
     from taid_jax import loss
     from taid_jax.schedule import TAIDScheduler
     from taid_jax.train.state import learning_rate_schedule, make_optimizer
@@ -99,6 +99,7 @@ def _taid_step(steps, rate):
         scheduler=TAIDScheduler(steps, alpha=5e-3, beta=0.9),
         optimizer=make_optimizer(rate),
         learning_rate=rate,
+        **options,
     )
 
 
@@ -108,7 +109,6 @@ def make_trainer(functions, make_params):
 
     `optimizer` is one of optax, or settings of `make_optimizer`.
     """
-    from taid_jax import loss
     from taid_jax.schedule import TAIDScheduler
     from taid_jax.train.state import init_state, learning_rate_schedule, make_optimizer
     from taid_jax.train.step import make_train_step
@@ -123,9 +123,7 @@ def make_trainer(functions, make_params):
         optimizer=None,
         **options,
     ):
-        shared = not (make_objective or optimizer or options)
-        if make_objective is None:
-            make_objective = lambda schedule, learned, step: loss.TAID(schedule.t)  # noqa: E731
+        shared = not (make_objective or optimizer)
         schedule = learning_rate_schedule(rate, steps)
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = make_optimizer(schedule, **optimizer or {})
@@ -139,7 +137,7 @@ def make_trainer(functions, make_params):
         )
         state = make_state(jax.tree.map(jnp.array, make_params(seed)))
         if shared:
-            return _taid_step(steps, rate), state
+            return _taid_step(steps, rate, **options), state
         step = make_train_step(
             functions,
             functions,

@@ -21,8 +21,9 @@ from taid_jax.models.files.load import export_model, load_model
 from taid_jax.models.files.tokenizer import load_tokenizer
 from taid_jax.settings import ModelSettings, Settings, SettingsError, from_dict
 from taid_jax.sharding import make_mesh
-from taid_jax.train.inputs import check_models, load_pair
-from taid_jax.train.on_policy.generation import end_ids
+from taid_jax.train.inputs import check_models
+from taid_jax.train.on_policy.ends import end_ids
+from taid_jax.train.pair import load_pair
 from taid_jax.train.resume import identify_models, refuse_other_models
 
 CONFIG = DecoderConfig(

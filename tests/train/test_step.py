@@ -9,8 +9,9 @@ import pytest
 from taid_jax import loss
 from taid_jax.train import step as s
 from taid_jax.train.state import make_optimizer, updates_applied
+from taid_jax.train.teachers import join_params, mix_teachers
 
-TEACHER_SEED = 2
+TEACHER_SEED, EMA = 2, 0.75
 
 
 def test_next_token_labels_are_those_of_the_next_position():
@@ -84,6 +85,19 @@ def test_batch_loss_fused_or_of_a_model_that_only_has_logits_is_one(
         assert fused_sums.keys() == sums.keys()
         for key in sums:
             np.testing.assert_allclose(fused_sums[key], sums[key], rtol=1e-5)
+
+
+def test_batch_loss_of_two_equal_teachers_is_that_of_the_one_bit_for_bit(
+    functions, both_params, make_batch
+):
+    batch, objective = make_batch(0), loss.TAID(jnp.float32(0.4))
+    student, teacher = both_params
+    # Half of a number twice is that number, in any order.
+    two = mix_teachers([functions] * 2, [0.5, 0.5], mean="geometric")
+    both = student, join_params([teacher, teacher])
+    _, sums = _batch_loss(objective, functions, functions, both_params, batch)
+    _, found = _batch_loss(objective, functions, two, both, batch)
+    assert found == sums
 
 
 def test_batch_loss_model_without_functions_is_an_error(both_params, make_batch):
@@ -317,23 +331,27 @@ def test_train_step_pairs_accumulated_and_on_eight_devices_are_one(
 
 @pytest.mark.multidevice
 @pytest.mark.parametrize(
-    ("mesh_text", "parts"),
+    ("mesh_text", "parts", "options"),
     [
-        pytest.param("data=8", 1, marks=pytest.mark.slow),
-        pytest.param("fsdp=8", 1, marks=pytest.mark.slow),
-        pytest.param("data=2,tensor=4", 4, marks=pytest.mark.slow),
-        ("data=2,fsdp=2,tensor=2", 2),
+        pytest.param("data=8", 1, {}, marks=pytest.mark.slow),
+        pytest.param("fsdp=8", 1, {}, marks=pytest.mark.slow),
+        pytest.param("data=2,tensor=4", 4, {}, marks=pytest.mark.slow),
+        # A live teacher is on this mesh in the test of pairs.
+        ("data=2,fsdp=2,tensor=2", 2, {"teacher_ema": EMA}),
     ],
 )
 def test_train_step_eight_devices_equal_one(
-    make_trainer, make_params, make_batch, mesh_text, parts
+    make_trainer, make_params, make_batch, mesh_text, parts, options
 ):
     from taid_jax.sharding import make_mesh, place_batch, replicated
 
-    teacher = make_params(TEACHER_SEED)
-    alone, state = make_trainer()
-    mesh = make_mesh(mesh_text)
-    shared, other = make_trainer(mesh=mesh, grad_accum=parts)
+    teacher, mesh = make_params(TEACHER_SEED), make_mesh(mesh_text)
+    alone, state = make_trainer(**options)
+    shared, other = make_trainer(mesh=mesh, grad_accum=parts, **options)
+    if options:  # Another than the student, for there to be a distance.
+        state, other = (
+            each._replace(average=make_params(TEACHER_SEED)) for each in (state, other)
+        )
     other = jax.device_put(other, replicated(mesh))
     teacher_there = jax.device_put(teacher, replicated(mesh))
     for index in range(5):
@@ -345,9 +363,9 @@ def test_train_step_eight_devices_equal_one(
             np.testing.assert_allclose(
                 found[key], metrics[key], rtol=1e-5, atol=1e-7, err_msg=key
             )
-
-
-EMA = 0.75
+    averages = jax.tree.leaves(state.average), jax.tree.leaves(other.average)
+    for a, b in zip(*averages, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_train_step_teacher_is_the_moving_average(
@@ -408,25 +426,3 @@ def test_train_step_average_and_its_decay_come_together(make_trainer, make_batch
     plain, _ = make_trainer()
     with pytest.raises(ValueError, match="teacher_ema None"):
         plain(state, {}, make_batch(0))
-
-
-@pytest.mark.multidevice
-def test_train_step_average_on_eight_devices_is_that_of_one(
-    make_trainer, make_params, make_batch
-):
-    from taid_jax.sharding import make_mesh, place_batch, replicated
-
-    mesh = make_mesh("data=2,fsdp=4")
-    alone, state = make_trainer(teacher_ema=EMA)
-    shared, other = make_trainer(teacher_ema=EMA, mesh=mesh)
-    state, other = (each._replace(average=make_params(2)) for each in (state, other))
-    other = jax.device_put(other, replicated(mesh))
-    for index in range(3):
-        batch = make_batch(index)
-        state, _ = alone(state, {}, batch)
-        other, _ = shared(other, {}, place_batch(batch, mesh))
-    for a, b in zip(
-        jax.tree.leaves(state.average), jax.tree.leaves(other.average), strict=True
-    ):
-        # The order of sums differs between the meshes.
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

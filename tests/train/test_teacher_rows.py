@@ -16,8 +16,7 @@ from taid_jax.models.decoder import decoder_functions, init_params
 from taid_jax.settings import ModelSettings
 from taid_jax.sharding import make_mesh, place_batch, replicated
 from taid_jax.train.step import batch_loss
-from taid_jax.train.teacher_rows import on_own_rows
-from taid_jax.train.teachers import join_params, teacher_functions
+from taid_jax.train.teachers import join_params, on_own_rows, teacher_functions
 from taid_jax.types import ModelFunctions
 
 CONFIG = DecoderConfig(
@@ -167,15 +166,11 @@ def test_rooms_hold_in_both_rows(examples):
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
-def test_on_own_rows_on_eight_devices_is_that_of_one(models, examples, mesh):
+def test_on_own_rows_on_eight_devices_is_that_of_one(models, examples):
     side = make_set(examples, packed=False)
     batch = side.batch(range(len(side)), 16)
-    mesh, (functions, *params), teacher = (
-        make_mesh(mesh),
-        models,
-        on_own_rows(models[0]),
-    )
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    (functions, *params), teacher = models, on_own_rows(models[0])
     placed = [jax.device_put(each, replicated(mesh)) for each in params]
     shared = place_batch(batch, mesh)
     found = total((functions, *placed), shared, teacher=teacher, mesh=mesh)

@@ -13,9 +13,10 @@ from taid_jax.models.files.tokenizer import Tokenizer
 from taid_jax.models.sampling import GREEDY, SamplingParams
 from taid_jax.settings import Settings, SettingsError
 from taid_jax.sharding import batch_part, batch_rows
-from taid_jax.train.inputs import Pair
-from taid_jax.train.on_policy.generation import Complete, Completer, training_ends
+from taid_jax.train.on_policy.ends import training_ends
+from taid_jax.train.on_policy.generation import Complete, Completer
 from taid_jax.train.on_policy.texts import OnPolicyBatches
+from taid_jax.train.pair import Pair
 
 _ROWS = 32
 """Prompts that a device completes at once at most: each has its keys and values."""

@@ -11,7 +11,7 @@ from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._checks import need_labels
 from taid_jax.loss._objective import register_objective
 from taid_jax.loss._reduce import token_metrics
-from taid_jax.train.objective import MakeObjective, Objective
+from taid_jax.train.objective import MakeObjective, Objective, compare
 
 
 @register_objective
@@ -48,13 +48,10 @@ class WithTextFigures:
         labels = need_labels("WithTextFigures", student_logits, labels)
         q = softmax.normalise(student_logits.astype(jnp.float32))
         surprise = softmax.row_sum(q.exp * q.shifted) / q.total
-        nll = loss.CrossEntropy()
         return {
             **token_metrics(self.objective, student_logits, teacher_logits, labels),
             "student_entropy": softmax.per_token(jnp.log(q.total) - surprise),
-            "student_nll": nll(student_logits, teacher_logits, labels),
-            "teacher_nll": nll(teacher_logits, student_logits, labels),
-            "kl_reverse": loss.ReverseKL()(student_logits, teacher_logits),
+            **compare(student_logits, teacher_logits, labels),
         }
 
 

@@ -17,12 +17,7 @@ from taid_jax.data.tokens import Example
 from taid_jax.settings import OnPolicySettings, SettingsError
 from taid_jax.train.on_policy.buffer import Completion, ReplayBuffer
 from taid_jax.train.on_policy.generation import Complete
-from taid_jax.train.on_policy.rules import (
-    Rows,
-    fill_rows,
-    plan_step,
-    prompts_with_room,
-)
+from taid_jax.train.on_policy.rules import Rows, fill_rows, plan_step, prompts_with_room
 from taid_jax.train.throughput import Throughput
 from taid_jax.types import Params
 

@@ -19,7 +19,7 @@ from taid_jax.models.generation import generate
 from taid_jax.settings import SettingsError
 from taid_jax.sharding import make_mesh, replicated
 from taid_jax.train.completions import EvalCompletions
-from taid_jax.train.on_policy import generation as gn
+from taid_jax.train.on_policy import ends as text_ends
 from taid_jax.train.on_policy.prompts import EvalPrompt, find_eval_prompts
 
 WORDS = [f"w{number}" for number in range(30)]
@@ -138,11 +138,11 @@ def test_end_ids_of_tokenizer_model_and_template(tokenizer):
     def asked(last):
         return EvalPrompt(np.array([4, 5], np.int32), np.array([6, last], np.int32))
 
-    assert gn.end_ids(tokenizer, {}) == (0,)
-    assert gn.end_ids(tokenizer, {"eos_token_id": 7}) == (0, 7)
-    assert gn.end_ids(tokenizer, {"eos_token_id": [7, 9]}) == (0, 7, 9)
+    assert text_ends.end_ids(tokenizer, {}) == (0,)
+    assert text_ends.end_ids(tokenizer, {"eos_token_id": 7}) == (0, 7)
+    assert text_ends.end_ids(tokenizer, {"eos_token_id": [7, 9]}) == (0, 7, 9)
     # What a template ends a turn with, but no word.
-    assert gn.end_ids(tokenizer, {}, [asked(1), asked(12)]) == (0, 1)
+    assert text_ends.end_ids(tokenizer, {}, [asked(1), asked(12)]) == (0, 1)
 
 
 def test_end_ids_of_running_text_is_not_where_it_was_cut(tokenizer):
@@ -150,9 +150,9 @@ def test_end_ids_of_running_text_is_not_where_it_was_cut(tokenizer):
         EvalPrompt(np.array([4], np.int32), np.array([5, last], np.int32))
         for last in (1, 4, 7)
     ]
-    assert gn.end_ids(tokenizer, {}, questions) == (0,)
+    assert text_ends.end_ids(tokenizer, {}, questions) == (0,)
     # Nor an id that there is no token for.
-    assert gn.end_ids(tokenizer, {"eos_token_id": [0, 99, -1]}) == (0,)
+    assert text_ends.end_ids(tokenizer, {"eos_token_id": [0, 99, -1]}) == (0,)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_export_generation_stops_transformers_where_training_ended(
 ):
     torch = pytest.importorskip("torch", reason="PyTorch runs the exported student")
     data = dataset()
-    generation = gn.export_generation(kept, chatty, data)
+    generation = text_ends.export_generation(kept, chatty, data)
     assert generation == {**kept, "eos_token_id": [0, 1, 2] if kept else [0, 1]}
     assert not caplog.records
     config = DecoderConfig(
@@ -205,7 +205,7 @@ def test_export_generation_warns_of_an_end_that_is_no_token(
     chatty, dataset, end, said, caplog
 ):
     chatty.chat_template = chatty.chat_template.replace(" <turn>\\n", end)
-    generation = gn.export_generation({"top_k": 3}, chatty, dataset())
+    generation = text_ends.export_generation({"top_k": 3}, chatty, dataset())
     assert generation == {"top_k": 3, "eos_token_id": 0}
     assert re.search(said, caplog.text)
 
@@ -216,20 +216,20 @@ def test_template_end_is_what_follows_the_answer_and_not_its_header(chatty):
         "bot: {{ m['content'] }} <turn>{% endgeneration %}{% else %}"
         "user: {{ m['content'] }} {% endif %}{% endfor %}"
     )
-    assert gn.template_end(chatty) == gn.TemplateEnd(" <turn>", 1)
+    assert text_ends.template_end(chatty) == text_ends.TemplateEnd(" <turn>", 1)
 
 
 def test_export_generation_of_an_end_behind_a_line_end(chatty, dataset, caplog):
     chatty.chat_template = chatty.chat_template.replace(" <turn>\\n", "\\n<end>")
-    assert gn.export_generation({}, chatty, dataset()) == {"eos_token_id": 0}
+    assert text_ends.export_generation({}, chatty, dataset()) == {"eos_token_id": 0}
     assert not caplog.records
 
 
 def test_decode_stops_before_the_end(tokenizer):
     ids = np.array([3, 4, 0, 5], np.int32)
-    assert gn.decode(tokenizer, ids, (0,)) == "w0 w1"
-    assert gn.decode(tokenizer, ids[:2], (0,)) == "w0 w1"
-    assert gn.decode(tokenizer, np.array([0], np.int32), (0,)) == ""
+    assert text_ends.decode(tokenizer, ids, (0,)) == "w0 w1"
+    assert text_ends.decode(tokenizer, ids[:2], (0,)) == "w0 w1"
+    assert text_ends.decode(tokenizer, np.array([0], np.int32), (0,)) == ""
 
 
 def test_completions_are_those_of_each_prompt_alone(dataset, tokenizer, model):
@@ -253,10 +253,10 @@ def test_completions_are_those_of_each_prompt_alone(dataset, tokenizer, model):
             eos_token_ids=(0,),
             pad_token_id=0,
         ).tokens
-        assert answer == gn.decode(tokenizer, np.asarray(tokens[0]), (0,))
+        assert answer == text_ends.decode(tokenizer, np.asarray(tokens[0]), (0,))
     assert len(set(found)) > 1
     assert completions.references == [
-        gn.decode(tokenizer, question.reference, (0,)) for question in questions
+        text_ends.decode(tokenizer, question.reference, (0,)) for question in questions
     ]
 
 

