@@ -15,7 +15,12 @@ from parity.rows import Deviation, Tolerance
 from parity.schedule import exact_history
 from parity.subjects import CTKD_RAW, TorchLoss
 from parity.torch_exact import exact_loss
-from parity.torch_reference import ScheduleSettings, Settings, ctkd_temperature
+from parity.torch_reference import (
+    ScheduleSettings,
+    Settings,
+    ctkd_temperature,
+    published_loss,
+)
 from taid_jax.loss import TAID
 from taid_jax.schedule import TAIDScheduler
 from taid_jax.settings import ObjectiveSettings
@@ -198,13 +203,34 @@ def temperature(published: Published) -> Deviation:
         instead="the paper's definition",
         quantity=f"number that the temperature is made of, after {STEPS} steps",
         other=published.name,
-        # As published, the optimizer is made of the model's parameters alone.
-        published=CTKD_RAW,
+        published=_published_temperature(bigrams),
         ours=_our_temperature(bigrams),
         exact=_exact_temperature(bigrams),
         tolerance=Tolerance(1e-5, "relative; as in the losses, one gradient a step"),
         distance=1e-2,
     )
+
+
+def _published_temperature(bigrams: Bigrams) -> float:
+    raw = torch.tensor(CTKD_RAW, requires_grad=True)
+    student = torch.tensor(bigrams.student, requires_grad=True)
+    # As published: the optimizer is made of the model's parameters alone.
+    optimizer = torch.optim.SGD([student], lr=_RATE)
+    for step in range(STEPS):
+        ids = torch.tensor(bigrams.ids[step, :, :-1]).long()
+        following = torch.tensor(bigrams.labels[step, :, 1:]).long()
+        value = published_loss(
+            "ctkd",
+            student[ids],
+            torch.tensor(bigrams.teacher)[ids],
+            (following != -100).int(),
+            following,
+            Settings(temperature=ctkd_temperature(raw)),
+        )
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return float(raw.detach())
 
 
 def _exact_temperature(bigrams: Bigrams) -> float:

@@ -137,7 +137,10 @@ def _errors(
         ):
             found = mine[row, part].astype(np.float64)
             errors = triple(lambda a, b: np.abs(a - b).max(), found, other, truth)
-            yield quantity, [each and each / _scale(truth) for each in errors]
+            yield (
+                quantity,
+                [None if each is None else each / _scale(truth) for each in errors],
+            )
 
 
 def _scale(outputs: np.ndarray) -> float:

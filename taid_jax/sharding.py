@@ -157,8 +157,11 @@ def tree_shardings(
 ) -> Any:
     """Returns the sharding of every array of a tree.
 
-    `axes` is the tree of `shapes` with tuples of logical axis names as its leaves;
-    `rules` has the mesh axes that each of them is cut over.
+    Args:
+        axes: A tree whose leaves are tuples of logical axis names.
+        shapes: The same tree with arrays or `jax.ShapeDtypeStruct`.
+        mesh: Where they go.
+        rules: Logical name of an axis to the mesh axes that it is cut over.
     """
 
     def one(path, leaf, names):

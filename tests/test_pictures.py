@@ -69,6 +69,7 @@ def test_study_runs_goes_on_and_refuses_another(
     assert 0.4 < runs[-1]["figures"]["mean_t"] < 1
     shown = capsys.readouterr().out
     assert f"| taid | **{runs[2]['figures']['cross_entropy']:.3f}** |" in shown
+    assert f"teacher: {kept['teacher']['figures']}\n" in shown
     assert f"| taid | 1 | {runs[3]['figures']['accuracy']:.4f} |" in shown
 
     # A study that was stopped before its last run does that one, to the same numbers.
@@ -79,6 +80,13 @@ def test_study_runs_goes_on_and_refuses_another(
     assert again[-1]["figures"] == runs[-1]["figures"]
     monkeypatch.setattr(pictures, "train_student", None)
     assert pictures.main(words)["runs"] == again
+    assert "left out" not in capsys.readouterr().out
+    again[-1]["figures"] = dict.fromkeys(again[-1]["figures"])
+    out.write_text(json.dumps(kept | {"runs": again}))
+    pictures.main(words)
+    assert "taid: left out, as their students are not finite: seeds [1]" in (
+        capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="need another --out: it has the results"):
         pictures.main([*words, "--epochs", "3"])
     with pytest.raises(SystemExit, match="need the teacher of"):

@@ -1,9 +1,10 @@
 """Which objective teaches a small student of pictures best? A study in one file.
 
 A convolutional teacher learns Fashion-MNIST once; its logits are kept. Every method
-then trains the same two-layer student on those logits, in a plain Flax NNX loop that
-has `taid_jax.loss` and `taid_jax.schedule` for the loss and nothing else of this
-project. Rates are chosen and tables made as in the study of language models.
+then trains the same two-layer student on those logits, in a plain Flax NNX loop whose
+loss comes of `taid_jax.loss` and `taid_jax.schedule`. Learning rates are chosen and
+tables are made by `taid_jax.study`, as in the study of language models; nothing else is
+of this project.
 
 All methods of a seed see the same start and the same batches. The learning rate is
 chosen for each method from the same grid, by the cross-entropy on pictures that are
@@ -448,6 +449,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rate = choose_rates(tried, "cross_entropy")[method]
         for seed in range(1, args.seeds + 1):
             run(method, seed, rate, "test")
+    print(f"teacher: {results['teacher']['figures']}")
+    for method in args.methods:
+        lost = [
+            run["seed"]
+            for run in results["runs"]
+            if run["method"] == method and run["figures"]["accuracy"] is None
+            if not run["tuning"]
+        ]
+        if lost:
+            print(f"{method}: left out, as their students are not finite: seeds {lost}")
     print(*picture_tables(results), sep="\n\n")
     return results
 

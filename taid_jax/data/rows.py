@@ -59,8 +59,18 @@ Facts = Mapping[str, np.ndarray]
 
 def read_facts(rows: "datasets.Dataset") -> Facts:
     """Returns the columns that it is decided by which rows are saved."""
-    names = "number side reason chat key rank name copy tokens"
-    return {name: rows.data.column(name).to_numpy() for name in names.split()}
+    names = (
+        "number",
+        "side",
+        "reason",
+        "chat",
+        "key",
+        "rank",
+        "name",
+        "copy",
+        "tokens",
+    )
+    return {name: rows.data.column(name).to_numpy() for name in names}
 
 
 def encode_records(

@@ -195,7 +195,7 @@ def _hub_name(name: str | os.PathLike[str]) -> tuple[str, str | None] | None:
 def _load_hub(name: str, split: str | None) -> Any:
     """Returns a split of a data set, as `datasets` reads it; no code of it is run.
 
-    Without a name it is `train`, or the only one.
+    Where no split is named it is `train`, or the only one.
     """
     import datasets
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._checks import check_static
 from taid_jax.loss._divergences import Divergence
-from taid_jax.loss._objective import Parts, register_objective, setting
+from taid_jax.loss._objective import Parts, bounded, register_objective
 
 LARGEST_POWER = 4.0
 """Of a and of b: powers of the likeliest entries stay within float32."""
@@ -75,8 +75,8 @@ class AlphaBeta(Divergence):
         ['0.80', '0.72', '0.63']
     """
 
-    a: float | int = setting(0, LARGEST_POWER, default=0.2)
-    b: float | int = setting(0, LARGEST_POWER, default=0.7)
+    a: float | int = bounded(0, LARGEST_POWER, default=0.2)
+    b: float | int = bounded(0, LARGEST_POWER, default=0.7)
     temperature: ArrayLike = 1.0
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
-from taid_jax.loss._objective import register_objective, setting
+from taid_jax.loss._objective import bounded, register_objective
 from taid_jax.loss._taid import Interpolated, interpolate, with_target
 
 LARGEST_SHAPE = 9.0
@@ -128,7 +128,7 @@ class AlphaMixture(Interpolated):
     """
 
     t: ArrayLike
-    shape: float | int = setting(-LARGEST_SHAPE, LARGEST_SHAPE)
+    shape: float | int = bounded(-LARGEST_SHAPE, LARGEST_SHAPE)
 
     def _interpolate(self, pair: softmax.Pair, t: Array) -> softmax.Pair:
         c = (1 - float(self.shape)) / 2

@@ -14,8 +14,8 @@ from taid_jax.loss._checks import check_positive
 from taid_jax.loss._objective import (
     ExactObjective,
     Parts,
+    bounded,
     register_objective,
-    setting,
 )
 
 
@@ -169,7 +169,7 @@ class AdaptiveKL(Divergence):
         1.567
     """
 
-    head_threshold: float | int = setting(1e-6, 1, default=0.5)
+    head_threshold: float | int = bounded(1e-6, 1, default=0.5)
     temperature: ArrayLike = 1.0
 
     def _divergence(self, pair: softmax.Pair) -> Parts:

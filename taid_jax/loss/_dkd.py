@@ -14,9 +14,9 @@ from taid_jax.loss._divergences import forward
 from taid_jax.loss._objective import (
     ExactObjective,
     Parts,
+    bounded,
     label_entries,
     register_objective,
-    setting,
 )
 
 
@@ -47,8 +47,8 @@ class DKD(ExactObjective):
         1.227
     """
 
-    alpha: float | int = setting(0, 1e6, default=1.0)
-    beta: float | int = setting(0, 1e6, default=0.5)
+    alpha: float | int = bounded(0, 1e6, default=1.0)
+    beta: float | int = bounded(0, 1e6, default=0.5)
     temperature: ArrayLike = 1.0
 
     needs_labels: ClassVar[bool] = True

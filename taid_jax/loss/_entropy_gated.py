@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._divergences import Divergence, forward, reverse
-from taid_jax.loss._objective import Parts, register_objective, setting
+from taid_jax.loss._objective import Parts, bounded, register_objective
 
 LARGEST_ENTROPY = 100.0
 """In nats; no vocabulary has as much."""
@@ -47,7 +47,7 @@ class EntropyGated(Divergence):
         ['2.301', '1.150']
     """
 
-    threshold: float | int = setting(0, LARGEST_ENTROPY)
+    threshold: float | int = bounded(0, LARGEST_ENTROPY)
     temperature: ArrayLike = 1.0
 
     def _divergence(self, pair: softmax.Pair) -> Parts:

@@ -31,7 +31,7 @@ from taid_jax.loss._fused_mesh import (
 )
 from taid_jax.loss._fused_scan import sum_tokens
 from taid_jax.loss._objective import Objective
-from taid_jax.loss._teachers import TeacherHead, Teachers, as_teachers
+from taid_jax.loss._teachers import TeacherHead, Teachers, as_rows
 from taid_jax.loss._topk import TopK
 from taid_jax.types import Head
 
@@ -141,7 +141,7 @@ def fused_loss(
     partition, platform, once = find_partition(mesh, student_hidden.shape[0])
     static = Static(vocab_size, chunk_size, partition, platform, once, tuple(names))
     moving = Moving(objective, student_hidden, student_head)
-    fixed = Fixed(*as_teachers(teacher_hidden, teacher_head), mask, labels)
+    fixed = Fixed(*as_rows(teacher_hidden, teacher_head), mask, labels)
     return _fused(static, moving, lax.stop_gradient(fixed))
 
 

@@ -103,8 +103,16 @@ def _each_teacher(
             f"teachers), got {len(rows)} rows, {len(heads)} heads and weights {shape} "
             f"beside tokens {tokens}"
         )
-    pairs = zip(rows, heads, strict=True)
-    return [each for pair in pairs for each in _each_teacher(tokens, *pair)]
+    pairs = list(zip(rows, heads, strict=True))
+    for each, its_head in pairs:
+        stored = isinstance(each, TopK)
+        right = isinstance(its_head, TopKHead if stored else Head)
+        if not right or not (stored or hasattr(each, "dtype")):
+            raise TypeError(
+                "need an array with a Head, or TopK with a TopKHead, of each of the "
+                f"Teachers, got {type(each).__name__} with {type(its_head).__name__}"
+            )
+    return pairs
 
 
 def _check_head(name: str, hidden: Array, head: Head) -> None:

@@ -14,7 +14,7 @@ from taid_jax.loss._fused_mesh import Gradients, Outcome, Partition, spread_voca
 from taid_jax.loss._objective import Objective
 from taid_jax.loss._one_pass import one_pass
 from taid_jax.loss._reduce import select_tokens, token_metrics, weighted_sum
-from taid_jax.loss._teachers import Teachers, TeachersHead
+from taid_jax.loss._teachers import TeacherRows, TeachersHead
 from taid_jax.loss._topk import TopKHead
 from taid_jax.types import Head
 
@@ -40,10 +40,19 @@ class Static(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What comes with every token: hidden states, or their products with the heads."""
+    """What comes with every token: hidden states of the student and of the teachers."""
 
-    student: Shaped[Array, "tokens _"]
-    teacher: Teachers
+    student: Shaped[Array, "tokens d_model"]
+    teacher: TeacherRows
+    weight: Float[Array, " tokens"]
+    labels: Int[Array, " tokens"] | None
+
+
+class Products(NamedTuple):
+    """The same tokens after the products with the heads."""
+
+    student: Float[Array, "tokens vocab"]
+    teacher: TeacherRows
     weight: Float[Array, " tokens"]
     labels: Int[Array, " tokens"] | None
 
@@ -100,7 +109,7 @@ def add_chunk(
         )
     )
     product = _dot(tokens.student, student.kernel, 1, student.axes[0])
-    rows = tokens._replace(student=product, teacher=teacher)
+    rows = Products(product, teacher, tokens.weight, tokens.labels)
     (loss, metrics, in_leaves), in_product = _evaluate(problem, rows)
     in_logits = in_product.astype(tokens.student.dtype)
     objective, _, kernel, bias = sums.gradients
@@ -129,7 +138,7 @@ def add_chunk(
 
 
 def _evaluate(
-    problem: Problem, rows: Tokens
+    problem: Problem, rows: Products
 ) -> tuple[_Sums, Float[Array, "tokens vocab"]]:
     """Returns the sums over tokens, and their gradient in the student's product."""
     size = problem.rows
@@ -137,7 +146,7 @@ def _evaluate(
         return _evaluate_group(problem, rows)
     groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
 
-    def add(sums: _Sums, group: Tokens) -> tuple[_Sums, Array]:
+    def add(sums: _Sums, group: Products) -> tuple[_Sums, Array]:
         found, in_product = _evaluate_group(problem, group)
         return jax.tree.map(jnp.add, sums, found), in_product
 
@@ -149,16 +158,19 @@ def _evaluate(
 
 
 def _evaluate_group(
-    problem: Problem, rows: Tokens
+    problem: Problem, rows: Products
 ) -> tuple[_Sums, Float[Array, "tokens vocab"]]:
     teachers = zip(rows.teacher.rows, problem.teacher.heads, strict=True)
-    made = [
+    made: Any = [
         head.logits(x, problem.student.finish(rows.student))
         if isinstance(head, TopKHead)
         else head.finish(x)
         for x, head in teachers
     ]
-    teacher: Any = problem.teacher.mix(made, rows.teacher.weights) if made else None
+    if rows.teacher.weights is None:
+        (teacher,) = made or (None,)
+    else:
+        teacher = problem.teacher.mix(made, rows.teacher.weights)
     leaves, tree = jax.tree.flatten(problem.objective)
 
     def total(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 
 from taid_jax.loss._objective import Objective
 from taid_jax.loss._one_pass import runs_on
-from taid_jax.loss._teachers import Teachers, TeachersHead
+from taid_jax.loss._teachers import TeacherRows, TeachersHead
 from taid_jax.types import DATA, FSDP, TENSOR, Head
 
 
@@ -29,7 +29,7 @@ class Moving(NamedTuple):
 class Fixed(NamedTuple):
     """What may not."""
 
-    teachers: Teachers
+    teachers: TeacherRows
     head: TeachersHead
     mask: Array | None
     labels: Array | None

@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._divergences import Divergence
-from taid_jax.loss._objective import Parts, register_objective, setting
+from taid_jax.loss._objective import Parts, bounded, register_objective
 
 Share = float | int | Float[Array, "... 1"]
 """Of a mixture; strictly between 0 and 1, without gradient; of each token or all."""
@@ -117,7 +117,7 @@ class JensenShannon(Divergence):
         0.097
     """
 
-    teacher_weight: float | int = setting(1e-6, 1 - 1e-6, default=0.1)
+    teacher_weight: float | int = bounded(1e-6, 1 - 1e-6, default=0.1)
     temperature: ArrayLike = 1.0
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
@@ -188,7 +188,7 @@ class SkewForwardKL(Divergence):
         1.662
     """
 
-    skew: float | int = setting(1e-6, 1 - 1e-6, default=0.1)
+    skew: float | int = bounded(1e-6, 1 - 1e-6, default=0.1)
     temperature: ArrayLike = 1.0
 
     def _divergence(self, pair: softmax.Pair) -> Parts:
@@ -218,7 +218,7 @@ class SkewReverseKL(Divergence):
         0.830
     """
 
-    skew: float | int = setting(1e-6, 1 - 1e-6, default=0.1)
+    skew: float | int = bounded(1e-6, 1 - 1e-6, default=0.1)
     temperature: ArrayLike = 1.0
 
     def _divergence(self, pair: softmax.Pair) -> Parts:

@@ -29,7 +29,7 @@ STATIC = {"static": True}
 """Metadata of a dataclass field that is part of the tree's structure, not a leaf."""
 
 
-def setting(low: float | int, high: float | int, **default: float | int) -> Any:
+def bounded(low: float | int, high: float | int, **default: float | int) -> Any:
     """Returns such a field: a number from `low` to `high`, checked before tracing."""
     metadata = STATIC | {"bounds": (low, high)}
     return dataclasses.field(metadata=metadata, **default)  # pyright: ignore

@@ -91,11 +91,25 @@ def distillation_sums(
 
     Sums can be added over micro-batches, devices and hosts before the one division.
 
-    Arguments and errors are those of `distillation_loss`.
+    Args:
+        objective: Gives the loss of every token.
+        student_logits: `(*tokens, vocab)`, any float dtype.
+        teacher_logits: Same shape; receives no gradient. None only for an objective
+            that needs no teacher.
+        mask: `(*tokens,)`, bool or number; a token counts by its weight. All count when
+            None.
+        labels: `(*tokens,)`, aligned with the logits, for objectives that need them. A
+            token whose label is `IGNORE_INDEX` does not count, whatever the objective;
+            any other that is outside the vocabulary makes the loss NaN where labels are
+            needed.
 
     Returns:
         The sum, scalar float32, and a dict without gradient: `num_tokens`, the
         sum of the mask, and the weighted sum of each metric of the objective.
+
+    Raises:
+        TypeError: If an argument is no array, or of the wrong kind of numbers.
+        ValueError: If the shapes do not match, or labels are needed and missing.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -37,7 +37,7 @@ class Teachers(NamedTuple):
     """
 
     rows: tuple[Any, ...]
-    weights: Float[Array, "*tokens teachers"] | None
+    weights: Float[Array, "*tokens teachers"]
 
 
 @jax.tree_util.register_dataclass
@@ -105,15 +105,9 @@ class TeachersHead:
     def mix(
         self,
         logits: Sequence[Float[Array, "*tokens vocab"]],
-        weights: Float[Array, "*tokens teachers"] | None,
+        weights: Float[Array, "*tokens teachers"],
     ) -> Float[Array, "*tokens vocab"]:
-        """Returns float32 logits of the mean of rows of logits, one of each teacher.
-
-        Without weights there is one teacher, whose row it is.
-        """
-        if weights is None:
-            (row,) = logits
-            return row
+        """Returns float32 logits of the mean of rows of logits, one of each teacher."""
         weights = weights.astype(jnp.float32)
         # Padding has no teacher, and its row has to be finite.
         none = jnp.sum(weights, axis=-1, keepdims=True) == 0
@@ -133,7 +127,7 @@ class TeachersHead:
         return mixed
 
     def map_dense(
-        self, function: Callable[[Any, Head], Head], out: Teachers
+        self, function: Callable[[Any, Head], Head], out: "TeacherRows"
     ) -> "TeachersHead":
         """Returns every `Head` after a function of the teacher's rows and of it."""
         pairs = zip(out.rows, self.heads, strict=True)
@@ -148,10 +142,23 @@ TeacherHead = Head | TopKHead | TeachersHead | None
 """What makes its rows of logits of that."""
 
 
-def as_teachers(out: TeacherOut, head: TeacherHead) -> tuple[Teachers, TeachersHead]:
-    """Returns any number of teachers, none included, as several."""
+class TeacherRows(NamedTuple):
+    """What any number of teachers say of the same tokens.
+
+    Attributes:
+        rows: Of each its hidden states, their product with its head, or `TopK`.
+        weights: As in `Teachers`; None where there is at most one teacher, whose row
+            is taken as it is.
+    """
+
+    rows: tuple[Any, ...]
+    weights: Float[Array, "*tokens teachers"] | None
+
+
+def as_rows(out: TeacherOut, head: TeacherHead) -> tuple[TeacherRows, TeachersHead]:
+    """Returns several teachers, one or none in the form of several."""
     if isinstance(out, Teachers) and isinstance(head, TeachersHead):
-        return out, head
+        return TeacherRows(*out), head
     if out is None:
-        return Teachers((), None), TeachersHead(())
-    return Teachers((out,), None), TeachersHead((head,))
+        return TeacherRows((), None), TeachersHead(())
+    return TeacherRows((out,), None), TeachersHead((head,))

@@ -69,7 +69,9 @@ class Scoring(NamedTuple):
 
 def scoring_of(config: DecoderConfig) -> Scoring:
     """Returns how a decoder scores its keys."""
-    scalar = config.query_pre_attn_scalar or config.head_dim
+    scalar = config.query_pre_attn_scalar
+    if scalar is None:
+        scalar = config.head_dim
     return Scoring(1 / math.sqrt(scalar), config.attention_softcap)
 
 

@@ -266,8 +266,8 @@ def decoder_functions(
     Args:
         config: The architecture.
         dtype: Of the computation, whatever the parameters have.
-        remat: As in `hidden_states`, as is `unroll`.
-        unroll: Layers in one turn of the loop over them.
+        remat: As in `hidden_states`.
+        unroll: Layers in one turn of the loop over layers, at least 1.
     """
     hidden = functools.partial(
         hidden_states, config=config, dtype=dtype, remat=remat, unroll=unroll

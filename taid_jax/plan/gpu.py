@@ -10,7 +10,7 @@ GPUS_PER_HOST: Mapping[str, int] = dict.fromkeys(GPUS, 8) | {"gb200": 4}
 """GPUs of an HGX board, and of a tray of GB200 NVL72."""
 
 LINKED_HOSTS: Mapping[str, int] = dict.fromkeys(GPUS, 1) | {"gb200": 18}
-"""Hosts that NVLink joins: of GB200 the trays of a rack."""
+"""Hosts that NVLink joins; where they are more than one, the trays of a rack."""
 
 _SHARE = 0.75
 """Of a GPU's memory that JAX takes: docs.jax.dev, "GPU memory allocation"."""

@@ -231,11 +231,13 @@ def announce(
     *,
     examples: int,
     tokens: int,
+    files: int | None = None,
     beside: int = 0,
 ) -> None:
     """Says how much will be stored, and refuses what the disk has no room for.
 
-    The folder need not be there yet; `beside` are the bytes that are no records.
+    The folder need not be there yet; `files` are those with records, where their number
+    is known, and `beside` the bytes that are no records.
 
     Raises:
         StoreError: With how much is missing.
@@ -244,9 +246,10 @@ def announce(
     total = tokens * width + examples * KEY_BYTES + beside
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free
+    spread = "" if files is None else f" in {files} files"
     console.print(
         f"{facts['kind']}: {examples:,} examples, {tokens:,} tokens of {width:,} "
-        f"bytes, {show_size(total)}; {show_size(free)} are free",
+        f"bytes, {show_size(total)}{spread}; {show_size(free)} are free",
         soft_wrap=True,
         highlight=False,
     )

@@ -117,9 +117,11 @@ class Store:
         if number is None:
             raise StoreError(f"{self.folder} lacks an example of {len(ids)} tokens")
         columns = self.columns(number)
-        if {len(column) for column in columns.values()} != {len(ids)}:
+        (tokens,) = {len(column) for column in columns.values()}
+        if tokens != len(ids):
             shard, record = self.places[number].tolist()
-            raise self._damaged(shard, record, StoreError("it has other tokens"))
+            fault = StoreError(f"it has {tokens} tokens, the example {len(ids)}")
+            raise self._damaged(shard, record, fault)
         return columns
 
     def in_order(self) -> Int64[np.ndarray, " examples"]:

@@ -240,7 +240,13 @@ def _announce(
     tokens = 0 if table is None else int(table.lengths[numbers].sum())
     examples = len(numbers)
     announce(
-        files.folder, facts, console, examples=examples, tokens=tokens, beside=beside
+        files.folder,
+        facts,
+        console,
+        examples=examples,
+        tokens=tokens,
+        files=len(files.shards),
+        beside=beside,
     )
 
 

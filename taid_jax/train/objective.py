@@ -150,7 +150,7 @@ def calibration(
     }
 
 
-def compare(
+def both_sides(
     student_logits: Float[Array, "*tokens vocab"],
     teacher_logits: Float[Array, "*tokens vocab"],
     labels: Int[Array, "*tokens"],
@@ -198,7 +198,7 @@ class Evaluation:
         """
         labels = need_labels("Evaluation", student_logits, labels)
         return {
-            **compare(student_logits, teacher_logits, labels),
+            **both_sides(student_logits, teacher_logits, labels),
             "objective": self.objective(student_logits, teacher_logits, labels),
             **calibration(student_logits, labels),
         }

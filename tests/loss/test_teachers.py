@@ -173,3 +173,14 @@ def test_what_does_not_belong_together_is_refused():
         fused_loss(*case, teachers._replace(rows=teachers.rows[::-1]), head)
     with pytest.raises(TypeError, match="need Teachers for teacher_hidden"):
         fused_loss(*case, teachers.rows[0], head)
+    others, other_heads = teachers.rows[1:], head.heads[1:]
+    for rows, its_head in (
+        (teachers, head),
+        (None, None),
+        (None, head.heads[0]),
+        (teachers.rows[0], TopKHead(VOCAB)),
+    ):
+        several = teachers._replace(rows=(rows, *others))
+        heads = dataclasses.replace(head, heads=(its_head, *other_heads))
+        with pytest.raises(TypeError, match="need an array with a Head, or TopK with"):
+            fused_loss(*case, several, heads)

@@ -265,6 +265,8 @@ def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(
     assert _digests(output) == _digests(stored)
     capsys.readouterr()
     assert store.main(job) == 0
+    files = len(Store(stored).manifest.shards)
+    assert f" in {files} files; " in capsys.readouterr().out
     assert _digests(output) == _digests(stored)
     assert store.main([*job, "--seq-len=15"]) == 2
     assert "holds another store: " in capsys.readouterr().err

@@ -105,10 +105,12 @@ def test_a_manifest_of_what_cannot_be_is_refused_whoever_wrote_it(tmp_path, chan
         f.read_manifest(tmp_path)
 
 
-def test_a_record_of_other_tokens_is_not_read(make_store, ids_of, monkeypatch):
+def test_a_record_of_another_number_of_tokens_is_not_read(
+    make_store, ids_of, monkeypatch
+):
     store, ids = Store(make_store("a", [0, 1])), ids_of(0)
     key = f.example_key(ids)
     assert len(store.read(ids)["teacher_ids"]) == 3
     monkeypatch.setattr(read, "example_key", lambda ids: key)
-    with pytest.raises(f.StoreError, match=r"record 0 .* has other tokens"):
+    with pytest.raises(f.StoreError, match=r"record 0 .* has 3 tokens, the example 1"):
         store.read(ids[:1])

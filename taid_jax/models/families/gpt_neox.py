@@ -23,7 +23,10 @@ GPT_NEOX = llama.like_llama(
         Weight("layers.attention_norm", "input_layernorm", "", "d -> d"),
         # Of each head the rows of its queries, its keys and its values.
         *side_by_side(
-            *(llama.ATTENTION[:3], "attention.query_key_value", "", ("h", "h", "h")),
+            llama.ATTENTION[:3],
+            hf="attention.query_key_value",
+            gguf="",
+            sizes=("h", "h", "h"),
             groups="n",
         ),
         Weight("layers.attention.o_proj", "attention.dense", "", "d (n h) -> n h d"),

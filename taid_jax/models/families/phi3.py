@@ -22,8 +22,10 @@ PHI3 = llama.like_llama(
         llama.EMBED,
         *llama.NORMS,
         *side_by_side(
-            *(llama.ATTENTION[:3], "self_attn.qkv_proj", "attn_qkv"),
-            ("n h", "k h", "k h"),
+            llama.ATTENTION[:3],
+            hf="self_attn.qkv_proj",
+            gguf="attn_qkv",
+            sizes=("n h", "k h", "k h"),
         ),
         llama.ATTENTION[-1],
         *side_by_side(llama.MLP[:2], "mlp.gate_up_proj", "ffn_up", ("f", "f")),

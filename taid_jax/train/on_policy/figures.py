@@ -11,7 +11,7 @@ from taid_jax.loss import _softmax as softmax
 from taid_jax.loss._checks import need_labels
 from taid_jax.loss._objective import register_objective
 from taid_jax.loss._reduce import token_metrics
-from taid_jax.train.objective import MakeObjective, Objective, compare
+from taid_jax.train.objective import MakeObjective, Objective, both_sides
 
 
 @register_objective
@@ -51,7 +51,7 @@ class WithTextFigures:
         return {
             **token_metrics(self.objective, student_logits, teacher_logits, labels),
             "student_entropy": softmax.per_token(jnp.log(q.total) - surprise),
-            **compare(student_logits, teacher_logits, labels),
+            **both_sides(student_logits, teacher_logits, labels),
         }
 
 

@@ -154,8 +154,10 @@ def test_read_config_names_unknown_keys_of_sections(tiny_settings):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("is_causal", False), ("is_causal", 1)),
-        *(("residual_multiplier", 0.0), ("is_encoder_decoder", True)),
+        ("is_causal", False),
+        ("is_causal", 1),
+        ("residual_multiplier", 0.0),
+        ("is_encoder_decoder", True),
     ],
 )
 def test_read_config_refuses_what_it_knows_to_matter(tiny_settings, key, value):
