@@ -7,7 +7,10 @@ import tempfile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import jaxlib.version
+import jaxtyping
+import pytest
 
 _ONE_EMITTER_ONLY = (0, 11)
 """The first jaxlib without the older of XLA's two emitters for CPUs."""
@@ -18,10 +21,6 @@ if jaxlib.version.__version_info__ < _ONE_EMITTER_ONLY:
         "XLA_FLAGS",
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
     )
-
-import jax
-import jaxtyping
-import pytest
 
 _checked = jaxtyping.jaxtyped
 
