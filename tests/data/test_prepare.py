@@ -212,8 +212,8 @@ def test_prepare_goes_on_after_being_killed(source, tmp_path, tokenizer, monkeyp
         patch.setattr(rows, "PIECE", 30)
         patch.setattr(pathlib.Path, "replace", dies_writing)
         patch.setattr(rows, "_rows_of", dies_encoding)
-        for _ in range(100):
-            left = draw.randint(5, 60)
+        for allowed in (*range(5), *(draw.randint(5, 60) for _ in range(100))):
+            left = allowed
             try:
                 prepare(ask(source, tmp_path / "killed", **options), tokenizer)
                 break
@@ -221,7 +221,7 @@ def test_prepare_goes_on_after_being_killed(source, tmp_path, tokenizer, monkeyp
                 killed += 1
                 with pytest.raises(DataError):  # unfinished data are not read
                     load_dataset(tmp_path / "killed", tokenizer, seq_len=2048)
-    assert killed > 2
+    assert killed > 4
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 

@@ -107,7 +107,7 @@ CASES = [
 ]
 KINDS = {
     name: next(case for case in CASES if case.name == name)
-    for name in ("taid", "ctkd", "dkd", "cross_entropy")
+    for name in ("taid", "jensen_shannon_even", "ctkd", "dkd", "cross_entropy")
 }
 
 

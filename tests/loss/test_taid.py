@@ -88,7 +88,8 @@ def test_ends_are_student_and_teacher(make_inputs, evaluate, shape):
     np.testing.assert_allclose(losses, entropy, rtol=1e-6)
     found = evaluate(make(1, shape), student, teacher)
     for one, other in zip(found, evaluate(ForwardKL(), student, teacher), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-7)
+        rtol, atol = (1e-5, 1e-8) if shape == 1 else (2e-5, 1e-7)
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("shape", [1, -3.0, 3.0])
@@ -113,7 +114,8 @@ def test_metrics_give_kl_to_the_target(make_inputs, oracle, shape):
             expected = (np.exp(log_r) * (log_r - log_q)).sum(-1)
             found = run(make(t, shape), inputs.student, inputs.teacher)
             # Of terms that reach 150 nats.
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+            atol = 1e-6 if shape == 1 else 2e-6
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
             assert shape != 1 or t or not found.any()
 
 
@@ -130,8 +132,11 @@ def test_entries_of_minus_infinity_are_left_out(make_inputs, evaluate, oracle, s
     for t in (0.0, 1e-3, 0.5, 1.0):
         found = evaluate(make(t, shape), inputs.student, inputs.teacher)
         losses, exact = exactly(oracle, inputs, t, shape)
-        np.testing.assert_allclose(found[0], losses, rtol=2e-6, atol=1e-6)
-        np.testing.assert_allclose(found[1], exact, rtol=1e-4, atol=1e-7)
+        # AMiD's mixture is a sum of powers; TAID's a product.
+        rtol, atol = (1e-6, 1e-7) if shape == 1 else (2e-6, 1e-6)
+        np.testing.assert_allclose(found[0], losses, rtol=rtol, atol=atol)
+        rtol, atol = (1e-5, 1e-8) if shape == 1 else (1e-4, 1e-7)
+        np.testing.assert_allclose(found[1], exact, rtol=rtol, atol=atol)
 
 
 def test_taid_of_enormous_differences_is_finite(evaluate):

@@ -36,7 +36,10 @@ def _value_and_gradients(attention, arrays):
 
 @pytest.mark.parametrize(
     ("head_dim", "window", "softcap"),
-    [(64, None, None), pytest.param(128, 100, 30.0, marks=pytest.mark.slow)],
+    [
+        pytest.param(64, None, None, marks=pytest.mark.optimised),
+        pytest.param(128, 100, 30.0, marks=pytest.mark.slow),
+    ],
 )
 def test_splash_attention_is_causal_attention(head_dim, window, softcap):
     arrays, segments = _arrays(head_dim)

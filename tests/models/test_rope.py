@@ -28,6 +28,13 @@ def test_rotate_of_bfloat16_turns_in_float32():
 
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LONG = {
     "rope_type": "longrope",
@@ -40,6 +47,7 @@ LONG = {
 @pytest.mark.parametrize(
     ("rope", "length"),
     [
+        (LLAMA3, 100),
         (YARN, 100),
         ({**YARN, "beta_fast": 4.0, "beta_slow": 0.01, "truncate": False}, 100),
         # Within the original context and beyond it.
@@ -64,6 +72,9 @@ def test_rotation_is_that_of_transformers(rope, length):
     expected, scale = derive(transformers.LlamaConfig(**sizes), "cpu", seq_len=length)
     ours = read_config({"model_type": "llama", **sizes}, "sizes").rope
     assert ours is not None
+    if rope["rope_type"] in ("llama3", "yarn"):
+        # Their powers are taken in float32.
+        np.testing.assert_allclose(rope_frequencies(ours, 8), expected, rtol=3e-6)
     # The longest sequence of the batch counts.
     cos, sin = rotation(jnp.array([[1, 2], [0, length - 1]]), ours, 8)
     for row, place, position in ((0, 0, 1), (0, 1, 2), (1, 1, length - 1)):

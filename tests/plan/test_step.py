@@ -107,8 +107,8 @@ def test_abstract_step_has_the_rows_of_a_teacher_that_is_asked_otherwise(
 
 @pytest.fixture(scope="module")
 def traced(tiny, make_settings):
-    """The program of a step in bfloat16, two layers at a time."""
-    settings = make_settings(dtype="bfloat16", layer_unroll=2)
+    """The program of a step in bfloat16, three layers at a time."""
+    settings = make_settings(dtype="bfloat16", layer_unroll=3)
     mesh = make_mesh("data=1", jax.devices()[:1])
     step, arguments = abstract_step(settings, *tiny, mesh)
     return step.trace(*arguments).jaxpr.jaxpr
@@ -117,7 +117,7 @@ def traced(tiny, make_settings):
 def test_layer_unroll_is_that_of_both_models(traced):
     scans = [e.params for e in _equations(traced) if e.primitive.name == "scan"]
     # Forward of the teacher, forward and backward of the student.
-    assert sum(params["unroll"] == 2 for params in scans) == 3
+    assert sum(params["unroll"] == 3 for params in scans) == 3
 
 
 def test_abstract_step_multiplies_in_bfloat16(traced):

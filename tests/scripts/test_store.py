@@ -22,6 +22,8 @@ TRAINING = (
     "--save-every=3",
     "--learning-rate=0.01",
     "--student-layers=2",
+    "--eval-prompts=16",
+    "--eval-tokens=16",
 )
 
 
@@ -153,20 +155,36 @@ def test_another_order_packing_and_batch_read_the_same_store(
     assert _train(train_tpu, teacher, stored, data, run, *flags, mesh) == 0
 
 
-def test_a_student_is_evaluated_by_a_store_of_the_most_probable_tokens(
+def test_a_store_of_the_most_probable_tokens_evaluates_and_is_in_training_batches(
     load_script, store, teacher, finished, data, tmp_path
 ):
+    from taid_jax.data import train_iterator
+    from taid_jax.models import load_tokenizer
+    from taid_jax.train.inputs import read_data
+
+    evaluate = load_script("evaluate")
     output, path = tmp_path / "store", tmp_path / "scores.json"
     job = [f"--teacher={teacher}", *data, f"--output={output}", "--kind=topk", "--k=8"]
     assert store.main(job) == 0
     student = [f"--teacher-store={output}", f"--student={finished / 'student'}"]
-    assert load_script("evaluate").main([*student, *data, f"--json={path}"]) == 0
+    assert evaluate.main([*student, *data, f"--json={path}"]) == 0
     found = json.loads(path.read_text())
     live = json.loads((finished / "report.json").read_text())
     assert found["tokens"] == live["held_out_tokens"]
     assert found["student_perplexity"] == live["student_perplexity_after"]
     # Merging entries can only lower a KL; and it is positive.
     assert 0 < found["kl_teacher"] < live["kl_after"]
+    opened = Store(output)
+    settings = evaluate.parse([*student, *data]).settings
+    train = read_data(settings, load_tokenizer(teacher), [opened]).train
+    batch = next(train_iterator(train, 8, seed=0))
+    for row, segments in enumerate(batch["segment_ids"]):
+        for segment in range(1, segments.max() + 1):
+            here = np.flatnonzero(segments == segment)
+            stored = opened.read(batch["input_ids"][row, here], int(here[0]))
+            assert {"teacher_ids"} < stored.keys()
+            for name, values in stored.items():
+                np.testing.assert_array_equal(batch[name][row, here], values)
 
 
 @pytest.mark.slow

@@ -66,7 +66,9 @@ def counted():
     return counted & (SEGMENTS > 0)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(True, marks=pytest.mark.optimised), False]
+)
 def test_by_text_fused_is_plain_is_float64(arrays, counted, oracle, agree, packed):
     a = arrays()
     mask, segments = jnp.asarray(counted), SEGMENTS if packed else None

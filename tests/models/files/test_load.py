@@ -73,18 +73,28 @@ def test_load_model_returns_config_weights_and_generation(folder, random_params)
 
 
 def test_load_model_returns_what_a_gguf_file_says_of_generation(tmp_path, write_gguf):
-    def tokens(writer):
+    def one_end(writer):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list([chr(0x100 + number) for number in range(40)])
         writer.add_token_merges([])
         writer.add_eos_token_id(3)
+
+    def two_ends(writer):
+        one_end(writer)
         writer.add_eot_token_id(5)
 
-    keys = {"general.sampling.temp": 0.5}
-    write_gguf(tmp_path / "m.gguf", tokens=tokens, keys=keys)
-    said = load_model(tmp_path / "m.gguf").generation
-    assert said == {"eos_token_id": [3, 5], "temperature": 0.5, "do_sample": True}
+    drawn = {"general.sampling.temp": 0.5, "general.sampling.top_k": 20}
+    write_gguf(tmp_path / "m.gguf", tokens=two_ends, keys=drawn)
+    assert load_model(tmp_path / "m.gguf").generation == {
+        "eos_token_id": [3, 5],
+        "temperature": 0.5,
+        "top_k": 20,
+        "do_sample": True,
+    }
+    # The tokenizer's own end says it all.
+    write_gguf(tmp_path / "one.gguf", tokens=one_end)
+    assert load_model(tmp_path / "one.gguf").generation == {}
 
 
 def test_load_model_takes_the_ends_of_an_older_folder_from_its_config(folder, tmp_path):
