@@ -60,7 +60,7 @@ def write(page: pathlib.Path, results: dict[str, Any] | None, console: Console) 
         SettingsError: If there are no results.
     """
     from taid_jax.files import write_whole
-    from taid_jax.study.page import DRIFT, LANGUAGE, PICTURES, make_page
+    from taid_jax.study.page import LANGUAGE, make_page, result_files
     from taid_jax.train.report import write_json
 
     folder = page.with_suffix("")
@@ -68,7 +68,7 @@ def write(page: pathlib.Path, results: dict[str, Any] | None, console: Console) 
         folder.mkdir(parents=True, exist_ok=True)
     if results is not None:
         write_json(folder / LANGUAGE, results)
-    elif not any((folder / name).is_file() for name in (LANGUAGE, PICTURES, DRIFT)):
+    elif not any(result_files(folder)):
         raise SettingsError(
             f"page: {folder} has no results; leave --only-page out to make them"
         )

@@ -40,18 +40,25 @@ Rows = Mapping[str, Mapping[str, Any]]
 """What the runs of each row of a table have in common."""
 
 
+_STEM = LANGUAGE.removesuffix(".json")
+
+
+def result_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the results of a folder, of language models in order of their number."""
+    texts = sorted(folder.glob(f"{_STEM}*.json"), key=lambda p: (len(p.stem), p.stem))
+    others = (folder / name for name in (PICTURES, DRIFT))
+    return [*texts, *(path for path in others if path.is_file())]
+
+
 def make_page(folder: pathlib.Path) -> str:
     """Returns the page, and draws its picture."""
-    found = {
-        name.removesuffix(".json"): read_json(folder / name)
-        for name in (PICTURES, DRIFT)
-        if (folder / name).is_file()
-    }
-    stem = LANGUAGE.removesuffix(".json")
-    languages = [
-        _language(read_json(path), folder, f"methods{path.stem.removeprefix(stem)}.png")
-        for path in sorted(folder.glob(f"{stem}*.json"), key=lambda path: path.stem)
-    ]
+    found, languages = {}, []
+    for path in result_files(folder):
+        if path.name in (PICTURES, DRIFT):
+            found[path.stem] = read_json(path)
+        else:
+            picture = f"methods{path.stem.removeprefix(_STEM)}.png"
+            languages.append(_language(read_json(path), folder, picture))
     values: dict[str, Any] = {
         "folder": folder.name,
         "equal_time": EQUAL_TIME,

@@ -8,7 +8,7 @@ import pytest
 
 from taid_jax.cli import _study, study
 from taid_jax.study.figures import Results, choose_rates, interval
-from taid_jax.study.page import LANGUAGE, PICTURES, make_page
+from taid_jax.study.page import LANGUAGE, PICTURES, make_page, result_files
 from taid_jax.study.plan import EQUAL_TIME, FULL, QUICK, Plan, Size
 from taid_jax.study.texts import write_texts
 
@@ -187,7 +187,10 @@ def test_study_refuses_what_it_cannot_use(tmp_path, capsys):
     page = tmp_path / "nothing.md"
     assert study.main(["--only-page", f"--page={page}"]) == 2
     assert "leave --only-page out" in capsys.readouterr().err
-    (tmp_path / "nothing" / LANGUAGE).write_text("{}")
+    for name in ("language-10.json", "language-2.json"):
+        (tmp_path / "nothing" / name).write_text("{}")
+    first, second = result_files(tmp_path / "nothing")
+    assert (first.stem, second.stem) == ("language-2", "language-10")
     assert study.main(["--only-page", f"--page={page}"]) == 2
     assert "cannot use the results" in capsys.readouterr().err
     assert study.main([f"--page={tmp_path / 'page.html'}"]) == 2
