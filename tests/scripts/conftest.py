@@ -233,6 +233,4 @@ def _arguments(teacher, text, output):
         "--save-every=3",
         "--held-out-fraction=0.3",
         "--learning-rate=0.01",
-        "--eval-prompts=16",
-        "--eval-tokens=16",
     ]

@@ -22,8 +22,6 @@ TRAINING = (
     "--save-every=3",
     "--learning-rate=0.01",
     "--student-layers=2",
-    "--eval-prompts=16",
-    "--eval-tokens=16",
 )
 
 
