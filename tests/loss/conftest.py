@@ -65,6 +65,7 @@ def _case(name: str, make: Callable, variant="", *, oracle="", zero=False, **set
 
 CASES = [
     _case("taid", loss.TAID, t=0.4),
+    _case("taid", loss.TAID, "early", t=1e-3),
     _case("forward_kl", loss.ForwardKL),
     _case("forward_kl", loss.ForwardKL, "warm", temperature=2.5),
     _case("reverse_kl", loss.ReverseKL, zero=True),
@@ -82,6 +83,7 @@ CASES = [
     _case("skew_reverse_kl", loss.SkewReverseKL, zero=True),
     _case("adaptive_kl", loss.AdaptiveKL),
     _case("alpha_mixture", loss.AlphaMixture, t=0.4, shape=0),
+    _case("alpha_mixture", loss.AlphaMixture, "early", t=1e-3, shape=-1.0),
     _case("alpha_mixture", loss.AlphaMixture, "sharp", t=0.4, shape=3.0),
     _case("alpha_beta", loss.AlphaBeta, zero=True),
     _case("alpha_beta", loss.AlphaBeta, "seeking", zero=True, a=0, b=1),

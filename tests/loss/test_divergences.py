@@ -196,17 +196,13 @@ def test_alpha_beta_gradient_is_exact_to_float32(make_inputs, evaluate, oracle, 
         *((1, None), (1, 1e-3), (3, 1.0), (10, 1e-3), (10, 1e-2)),
         *((30, None), (30, 1e-3)),
     ):
-        inputs = make_inputs((2, 5, 33), scale, noise)
+        inputs = make_inputs((8, 257), scale, noise)
         _, gradient = evaluate(AlphaBeta(a, b), inputs.student, inputs.teacher)
         _, exact = oracle("alpha_beta", inputs.student, inputs.teacher, a=a, b=b)
         error = np.linalg.norm(gradient - exact, axis=-1)
         # At scale 30 a logarithm of a probability reaches 150: 150 * 2^-24.
         limit = 1e-5 if scale < 30 else 5e-5
-        norm = np.linalg.norm(exact, axis=-1)
-        # Below that even float64 has none of the digits that are left.
-        told = norm > (1e-9 if (scale, noise) == (30, 1e-3) else 0)
-        assert told.sum() > 2
-        assert (error < limit * norm)[told].all(), (scale, noise)
+        assert (error < limit * np.linalg.norm(exact, axis=-1)).all(), (scale, noise)
 
 
 def test_head_entries_are_those_of_a_sort(make_inputs):
@@ -215,7 +211,7 @@ def test_head_entries_are_those_of_a_sort(make_inputs):
     teacher[2, 3:] = -np.inf
     row = normalise(jnp.asarray(teacher))
     p = np.asarray(row.exp / row.total, np.float64)
-    for threshold in (1e-6, 0.3, 0.9, 1.0):
+    for threshold in (1e-6, 0.3, 0.5, 0.9, 1.0):
         head = np.asarray(jax.jit(head_entries, static_argnums=1)(row, threshold))
         for row_head, row_p in zip(head, p, strict=True):
             order = np.sort(row_p)[::-1]

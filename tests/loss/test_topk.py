@@ -78,9 +78,10 @@ def test_forward_kl_of_top_k_is_the_closed_form_with_one_entry_for_the_rest():
     [
         (loss.TAID(jnp.float32(0.3)), "student"),
         (loss.TAID(jnp.float32(0.3)), "none"),
-        (loss.ReverseKL(), "uniform"),
+        (loss.ReverseKL(), "student"),
+        (loss.AdaptiveKL(), "uniform"),
     ],
-    ids=["taid-student", "taid-none", "reverse_kl-uniform"],
+    ids=["taid-student", "taid-none", "reverse_kl-student", "adaptive_kl-uniform"],
 )
 def test_fused_top_k_is_the_objective_on_whole_rows(objective, rest):
     hidden, kernel, _, rows = _case()

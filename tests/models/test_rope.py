@@ -27,13 +27,13 @@ def test_rotate_of_bfloat16_turns_in_float32():
     )
 
 
-YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 512,
 }
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LONG = {
@@ -59,9 +59,10 @@ def test_rotation_is_that_of_transformers(rope, length):
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    head_dim = 8 if rope is LONG else 64  # LongRoPE has a factor for each pair.
     sizes = {
         "vocab_size": 8,
-        "hidden_size": 32,
+        "hidden_size": 4 * head_dim,
         "intermediate_size": 8,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
@@ -74,13 +75,16 @@ def test_rotation_is_that_of_transformers(rope, length):
     assert ours is not None
     if rope["rope_type"] in ("llama3", "yarn"):
         # Their powers are taken in float32.
-        np.testing.assert_allclose(rope_frequencies(ours, 8), expected, rtol=3e-6)
+        np.testing.assert_allclose(
+            rope_frequencies(ours, head_dim), expected, rtol=3e-6
+        )
     # The longest sequence of the batch counts.
-    cos, sin = rotation(jnp.array([[1, 2], [0, length - 1]]), ours, 8)
-    for row, place, position in ((0, 0, 1), (0, 1, 2), (1, 1, length - 1)):
+    cos, sin = rotation(jnp.array([[1, 3], [0, length - 1]]), ours, head_dim)
+    np.testing.assert_allclose(cos[1, 0], np.full(head_dim // 2, scale), rtol=1e-6)
+    for row, place, position in ((0, 0, 1), (0, 1, 3), (1, 1, length - 1)):
         angles = position * expected.numpy().astype(np.float64)
         # Angles of up to 1,500 radians, whose powers are taken in float32.
-        options = {"atol": 2e-6 * max(1, position)}
+        options = {"atol": 1e-6 * position}
         np.testing.assert_allclose(cos[row, place], scale * np.cos(angles), **options)
         np.testing.assert_allclose(sin[row, place], scale * np.sin(angles), **options)
 
@@ -118,3 +122,23 @@ def test_layer_rotations_are_stacked_where_layers_differ():
     heads = jnp.ones((1, 1, 4, 8))
     still = [part[2] for part in turns]
     np.testing.assert_array_equal(rotate(heads, tuple(still)), heads)
+
+
+def test_rotate_keeps_lengths_and_sees_distances_only():
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 16)), "float32") for _ in "qk")
+    rope = RopeConfig(theta=100.0)
+
+    def score(at, other):
+        turned = [
+            rotate(x[:, None], rotation(jnp.full((1, 1), where), rope, 16))
+            for x, where in ((query, at), (key, other))
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    turned = rotate(query[:, None], rotation(jnp.full((1, 1), 7), rope, 16))
+    # Rounding of a sum of 16 squares near 16.
+    np.testing.assert_allclose((turned**2).sum(), (query**2).sum(), rtol=1e-6)
+    # Angles up to 1000 radians carry an error of 6e-5 in float32.
+    assert score(3, 0) == pytest.approx(score(1003, 1000), abs=2e-3)
+    assert abs(score(3, 0) - score(4, 0)) > 1e-2

@@ -99,8 +99,9 @@ def test_by_text_fused_is_plain_is_float64(arrays, counted, oracle, agree, packe
     mean = plain[1]["student_weight"] / plain[1]["num_tokens"]
     np.testing.assert_allclose(mean, WEIGHT, rtol=1e-6)
     agree(plain, (plain[0], plain[1], (hidden, kernel)))
-    if packed:
-        agree(_run(a, OBJECTIVE, mask, ids, fused=True, chunk_size=5), plain)
+    for chunk_size in (None, 5):
+        found = _run(a, OBJECTIVE, mask, ids, fused=True, chunk_size=chunk_size)
+        agree(found, plain)
 
 
 def test_by_text_of_whole_rows_is_the_mean_of_sequence_weighted(arrays, counted):

@@ -14,17 +14,26 @@ TOKENS, STUDENT, TEACHER, VOCAB = (4, 12), 16, 24, 37
 
 OBJECTIVES = {
     "taid": lambda: loss.TAID(jnp.float32(0.3)),
+    "forward_kl_warm": lambda: loss.ForwardKL(2.0),
+    "reverse_kl": loss.ReverseKL,
+    "js": loss.JensenShannon,
+    "tvd": loss.TotalVariation,
+    "skew_fkl": loss.SkewForwardKL,
+    "skew_rkl": loss.SkewReverseKL,
     "adaptive_kl": loss.AdaptiveKL,
+    "alpha_mixture": lambda: loss.AlphaMixture(jnp.float32(0.3), -1),
+    "alpha_beta": loss.AlphaBeta,
+    "concrete_score": lambda: loss.ConcreteScore("teacher"),
+    "entropy_gated": lambda: loss.EntropyGated(2.5),
     "ctkd": lambda: loss.CTKD(jnp.float32(4.0)),
     "dkd": loss.DKD,
     "sft": loss.CrossEntropy,
     "mix": lambda: loss.Mix(loss.TAID(jnp.float32(0.3)), 0.5),
 }
-"""One of each kind: of the others the head sees no more. `python -m parity` has all."""
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_fused_loss_of_objectives_is_the_plain_form(
+def test_fused_loss_of_every_objective_is_the_plain_form(
     arrays, fused, plain, both, agree, name
 ):
     a, objective = arrays(), OBJECTIVES[name]()
@@ -312,3 +321,18 @@ def test_fused_loss_misuse_of_vocabularies_labels_and_chunks_is_an_error(arrays,
     a["labels"] = None
     with pytest.raises(ValueError, match=r"DKD needs labels of shape \(4, 12\)"):
         fused(a, loss.DKD(), a["student"], a["kernel"])
+
+
+def test_fused_loss_in_float16(arrays, fused, plain, both):
+    a, objective = arrays(tokens=(32,)), loss.TAID(jnp.float32(0.4))
+    half = {k: v.astype("float16") if v.dtype == "float32" else v for k, v in a.items()}
+    value, _, grads = both(fused, half, objective, chunk_size=8)
+    rounded = {k: v.astype(a[k].dtype) for k, v in half.items()}
+    expected = both(plain, rounded, objective)
+    assert [g.dtype for g in grads] == [jnp.float16, jnp.float16]
+    # Of the same inputs: products are float32 sums, as the plain form's are.
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    for x, y in zip(grads, expected[2], strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        # The gradient in the logits and the result, each rounded to 11 bits once.
+        assert np.linalg.norm(x - y) < 2**-11 * np.linalg.norm(y)

@@ -14,7 +14,11 @@ from taid_jax.types import Head
 STUDENT, TEACHER = 16, 24
 """As `arrays` makes them."""
 
-OBJECTIVES = {"taid": lambda: loss.TAID(jnp.float32(0.3)), "dkd": loss.DKD}
+OBJECTIVES = {
+    "taid": lambda: loss.TAID(jnp.float32(0.3)),
+    "dkd": loss.DKD,
+    "adaptive_kl": loss.AdaptiveKL,
+}
 
 
 @pytest.mark.multidevice
@@ -23,6 +27,7 @@ OBJECTIVES = {"taid": lambda: loss.TAID(jnp.float32(0.3)), "dkd": loss.DKD}
     [
         ("data=2,fsdp=2,tensor=2", "taid"),
         ("data=2,fsdp=2,tensor=2", "dkd"),
+        ("data=2,fsdp=2,tensor=2", "adaptive_kl"),
         ("data=8", "taid"),
         ("fsdp=8", "taid"),
         ("data=2,tensor=4", "taid"),
